@@ -1,0 +1,318 @@
+// The only file that knows Python: turns columns of integers into the native structures and native errors into exceptions.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "box/overlap.h"
+#include "checkpoint/dtype.h"
+#include "error.h"
+#include "io/fault_injection.h"
+#include "transfer/engine.h"
+#include "transfer/layouts.h"
+#include "transfer/options.h"
+#include "transfer/program.h"
+#include "transfer/workers.h"
+
+namespace py = pybind11;
+
+namespace dcp_fast {
+namespace {
+
+using transfer::Destination;
+using transfer::Item;
+using transfer::Layouts;
+using transfer::Options;
+using transfer::Program;
+using transfer::Record;
+using transfer::Transfer;
+
+// Walks a Python buffer of int64 with bounds checks.
+class Column {
+ public:
+  explicit Column(const py::buffer& buffer) : info_(buffer.request()) {
+    if (info_.ndim != 1 || info_.itemsize != sizeof(int64_t) || (info_.size > 1 && info_.strides[0] != sizeof(int64_t))) {
+      throw py::value_error("expected a contiguous buffer of 64-bit integers");
+    }
+  }
+  bool done() const { return position_ == info_.size; }
+  int64_t next() {
+    if (done()) throw py::value_error("the column ends within a row");
+    return static_cast<const int64_t*>(info_.ptr)[position_++];
+  }
+  size_t next_index(size_t bound) {
+    const int64_t value = next();
+    if (value < 0 || static_cast<size_t>(value) >= bound) throw py::index_error("index out of range in a column");
+    return static_cast<size_t>(value);
+  }
+  std::vector<int64_t> next(size_t count) {
+    if (count > static_cast<size_t>(info_.size - position_)) throw py::value_error("the column ends within a row");
+    const auto* begin = static_cast<const int64_t*>(info_.ptr) + position_;
+    position_ += static_cast<py::ssize_t>(count);
+    return {begin, begin + count};
+  }
+  size_t next_dims() {
+    constexpr size_t kMaxDims = 64 + 1;  // torch's own limit is 64
+    return next_index(kMaxDims);
+  }
+
+ private:
+  py::buffer_info info_;
+  py::ssize_t position_ = 0;
+};
+
+const char* kind_name(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::kIo:
+      return "io";
+    case ErrorKind::kTruncated:
+      return "truncated";
+    case ErrorKind::kCorrupt:
+      return "corrupt";
+    case ErrorKind::kSizeMismatch:
+      return "size_mismatch";
+  }
+  return "corrupt";
+}
+
+// True if a signal handler raised (Ctrl-C): its exception is then pending.
+bool interrupted() {
+  const py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+template <typename Function>
+auto without_gil(const Function& function) {
+  try {
+    const py::gil_scoped_release release;
+    return function();
+  } catch (const transfer::Interrupted&) {
+    throw py::error_already_set();
+  }
+}
+
+Layouts read_layouts(std::vector<std::string> paths, const py::buffer& record_column, const Options& options) {
+  Column column(record_column);
+  std::vector<Record> records;
+  while (!column.done()) {
+    Record record;
+    record.file = column.next_index(paths.size());
+    record.offset = column.next();
+    record.length = column.next();
+    record.opaque = column.next() != 0;
+    records.push_back(record);
+  }
+  return without_gil([&] { return transfer::read_layouts(std::move(paths), std::move(records), options, interrupted); });
+}
+
+std::unique_ptr<Program> make_program(const Layouts& layouts, const py::buffer& item_column,
+                                      const py::buffer& destination_column) {
+  std::vector<Destination> destinations;
+  Column rows(destination_column);
+  while (!rows.done()) {
+    Destination destination;
+    destination.data = reinterpret_cast<std::byte*>(rows.next());  // NOLINT(performance-no-int-to-ptr)
+    destination.writable_by_host = rows.next() != 0;
+    const int64_t dtype = rows.next();
+    if (dtype < checkpoint::kUnknownDType || dtype >= static_cast<int64_t>(checkpoint::kDTypes.size())) {
+      throw py::index_error("no such dtype");
+    }
+    destination.dtype = static_cast<checkpoint::DType>(dtype);
+    const size_t dims = rows.next_dims();
+    destination.sizes = rows.next(dims);
+    destination.strides = rows.next(dims);
+    destinations.push_back(std::move(destination));
+  }
+  std::vector<Item> items;
+  Column column(item_column);
+  while (!column.done()) {
+    Item item;
+    item.record = column.next_index(layouts.records.size());
+    item.destination = column.next_index(destinations.size());
+    const size_t dims = column.next_dims();
+    item.storage_offsets = column.next(dims);
+    item.destination_offsets = column.next(dims);
+    item.lengths = column.next(dims);
+    items.push_back(std::move(item));
+  }
+  return std::make_unique<Program>(layouts, std::move(items), destinations);
+}
+
+std::vector<size_t> items_of(const Program& program, Transfer::Kind kind, int32_t wave) {
+  std::vector<size_t> indices;
+  for (size_t i = 0; i < program.transfers().size(); ++i) {
+    const Transfer& transfer = program.transfers()[i];
+    if (transfer.kind == kind && transfer.wave == wave) indices.push_back(i);
+  }
+  return indices;
+}
+
+py::bytes read_range(const std::string& path, int64_t offset, int64_t length) {
+  if (offset < 0 || length < 0) throw py::value_error("negative offset or length");
+  io::File file = io::File(path);
+  if (offset > file.size() || length > file.size() - offset) {
+    Error error(ErrorKind::kTruncated, "the file is only " + std::to_string(file.size()) + " bytes long");
+    error.at(path, offset, length);
+    throw error;
+  }
+  py::bytes bytes(nullptr, static_cast<size_t>(length));
+  void* data = PyBytes_AS_STRING(bytes.ptr());
+  io::IoCounters counters;
+  without_gil([&] {
+    file.read_exactly(data, static_cast<size_t>(length), offset, counters);
+    return 0;
+  });
+  return bytes;
+}
+
+box::Chunks make_chunks(std::vector<int64_t> values, size_t dims, size_t count) {
+  if (values.size() != 2 * dims * count) throw py::value_error("chunks need offsets and sizes in every dimension");
+  return {std::move(values), dims, count};
+}
+
+std::vector<int64_t> find_overlaps(size_t dims, std::vector<int64_t> wanted, size_t wanted_count,
+                                   std::vector<int64_t> stored, size_t stored_count) {
+  return box::find_overlaps(make_chunks(std::move(wanted), dims, wanted_count),
+                            make_chunks(std::move(stored), dims, stored_count))
+      .rows;
+}
+
+// Installs faults while it is entered: `with FaultInjection("pread", nth=3, error_number=errno.EIO):`.
+class FaultInjection {
+ public:
+  FaultInjection(const std::string& function, int64_t nth, int error_number, int64_t repeat, size_t short_bytes) {
+    io::Fault fault;
+    if (function == "open") {
+      fault.function = io::FaultFunction::kOpen;
+    } else if (function == "fstat") {
+      fault.function = io::FaultFunction::kFstat;
+    } else if (function == "pread") {
+      fault.function = io::FaultFunction::kPread;
+    } else if (function == "pread_nowait") {
+      fault.function = io::FaultFunction::kPreadNowait;
+    } else if (function == "close") {
+      fault.function = io::FaultFunction::kClose;
+    } else {
+      throw py::value_error("no such function: " + function);
+    }
+    fault.nth = nth;
+    fault.error_number = error_number;
+    fault.repeat = repeat;
+    fault.short_bytes = short_bytes;
+    calls_ = std::make_unique<io::FaultySystemCalls>(fault);
+  }
+  ~FaultInjection() { leave(); }
+  FaultInjection(const FaultInjection&) = delete;
+  FaultInjection& operator=(const FaultInjection&) = delete;
+
+  void enter() {
+    io::set_system_calls(calls_.get());
+    entered_ = true;
+  }
+  void leave() {
+    if (entered_) io::set_system_calls(nullptr);
+    entered_ = false;
+  }
+  int64_t calls() const { return calls_->calls(); }
+
+ private:
+  std::unique_ptr<io::FaultySystemCalls> calls_;
+  bool entered_ = false;
+};
+
+}  // namespace
+}  // namespace dcp_fast
+
+PYBIND11_MODULE(_native, module) {
+  using namespace dcp_fast;  // NOLINT(google-build-using-namespace)
+  module.doc() = "Native engine of dcp_fast: finds payloads in checkpoint files and places boxes of them in memory.";
+
+  // args: kind, message, errno, record, item, path, offset, length; -1 and "" where unknown.
+  static py::handle native_error = py::exception<Error>(module, "NativeError").release();
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Error& error) {
+      const py::tuple arguments =
+          py::make_tuple(kind_name(error.kind), error.what(), error.error_number, error.record, error.item,
+                         py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(error.path.c_str())), error.offset,
+                         error.length);
+      PyErr_SetObject(native_error.ptr(), arguments.ptr());
+    }
+  });
+
+  py::list names;
+  for (const checkpoint::DTypeInfo& dtype : checkpoint::kDTypes) names.append(std::string(dtype.name));
+  module.attr("DTYPES") = py::tuple(names);
+
+  py::enum_<io::IoMode>(module, "IoMode")
+      .value("AUTO", io::IoMode::kAuto)
+      .value("CACHED", io::IoMode::kCached)
+      .value("DIRECT", io::IoMode::kDirect);
+
+  py::class_<Options>(module, "Options")
+      .def(py::init([](int threads, int64_t block_bytes, int64_t staging_bytes, io::IoMode mode) {
+             return Options{threads, block_bytes, staging_bytes, mode};
+           }),
+           py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("staging_bytes"), py::arg("mode"));
+
+  py::class_<Layouts>(module, "Layouts")
+      .def_readonly("requests", &Layouts::requests)
+      .def_readonly("bytes_read", &Layouts::bytes)
+      .def_readonly("modes", &Layouts::modes)
+      .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
+      .def("unknown",
+           [](const Layouts& layouts) {
+             py::dict reasons;
+             for (size_t i = 0; i < layouts.parsed.size(); ++i) {
+               if (layouts.parsed[i].status != checkpoint::ParsedRecord::Status::kTensor) {
+                 reasons[py::int_(i)] = layouts.parsed[i].reason;
+               }
+             }
+             return reasons;
+           })
+      .def("__len__", [](const Layouts& layouts) { return layouts.records.size(); });
+  module.def("read_layouts", &read_layouts, py::arg("paths"), py::arg("records"), py::arg("options"));
+
+  py::class_<transfer::Stats>(module, "Stats")
+      .def_readonly("requests", &transfer::Stats::requests)
+      .def_readonly("bytes_read", &transfer::Stats::bytes_read)
+      .def_readonly("bytes_placed", &transfer::Stats::bytes_placed);
+
+  py::class_<Program>(module, "Program")
+      .def(py::init(&make_program), py::arg("layouts"), py::arg("items"), py::arg("destinations"),
+           py::keep_alive<1, 2>())
+      .def_property_readonly("waves", &Program::waves)
+      .def_property_readonly("bytes_needed", &Program::bytes_needed)
+      .def("staged", [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kStaged, wave); })
+      .def("unknown",
+           [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kUnknownRecord, wave); })
+      .def(
+          "run",
+          [](const Program& program, int32_t wave, const Options& options) {
+            return without_gil([&] { return transfer::run_wave(program, wave, options, interrupted); });
+          },
+          py::arg("wave"), py::arg("options"));
+
+  module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"),
+             "Exactly `length` bytes of a file. Nothing is allocated before the file's size is checked.");
+  module.def("find_overlaps", &find_overlaps, py::arg("dims"), py::arg("wanted"), py::arg("wanted_count"),
+             py::arg("stored"), py::arg("stored_count"),
+             "Rows of wanted index, stored index, stored offsets, wanted offsets, lengths; see csrc/box/overlap.h.");
+
+  py::class_<FaultInjection>(module, "FaultInjection")
+      .def(py::init<const std::string&, int64_t, int, int64_t, size_t>(), py::arg("function"), py::arg("nth"),
+           py::arg("error_number") = 0, py::arg("repeat") = 1, py::arg("short_bytes") = 1)
+      .def("__enter__",
+           [](FaultInjection& faults) -> FaultInjection& {
+             faults.enter();
+             return faults;
+           },
+           py::return_value_policy::reference)
+      .def("__exit__", [](FaultInjection& faults, const py::args&) { faults.leave(); })
+      .def_property_readonly("calls", &FaultInjection::calls);
+}

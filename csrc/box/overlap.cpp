@@ -1,0 +1,100 @@
+#include "box/overlap.h"
+
+#include <algorithm>
+#include <numeric>
+#include <set>
+#include <utility>
+
+namespace dcp_fast::box {
+
+namespace {
+
+size_t longest_dim(const Chunks& wanted, const Chunks& stored) {
+  size_t longest = 0;
+  int64_t longest_extent = 0;
+  for (size_t dim = 0; wanted.dims > 1 && dim < wanted.dims; ++dim) {
+    int64_t extent = 0;
+    for (const Chunks* chunks : {&wanted, &stored}) {
+      for (size_t i = 0; i < chunks->count; ++i) {
+        const int64_t end = chunks->offsets(i)[dim] + chunks->sizes(i)[dim];
+        if (end > extent) extent = end;
+      }
+    }
+    if (extent > longest_extent) {
+      longest_extent = extent;
+      longest = dim;
+    }
+  }
+  return longest;
+}
+
+std::vector<size_t> sorted_by_start(const Chunks& chunks, size_t dim) {
+  std::vector<size_t> order(chunks.count);
+  std::iota(order.begin(), order.end(), size_t{0});
+  if (chunks.dims > 0 && chunks.count > 1) {
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return chunks.offsets(a)[dim] < chunks.offsets(b)[dim]; });
+  }
+  return order;
+}
+
+bool overlap(const Chunks& wanted, size_t w, const Chunks& stored, size_t s) {
+  for (size_t dim = 0; dim < wanted.dims; ++dim) {
+    if (wanted.offsets(w)[dim] >= stored.offsets(s)[dim] + stored.sizes(s)[dim] ||
+        stored.offsets(s)[dim] >= wanted.offsets(w)[dim] + wanted.sizes(w)[dim]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void append(Overlaps& overlaps, const Chunks& wanted, size_t w, const Chunks& stored, size_t s) {
+  std::vector<int64_t>& rows = overlaps.rows;
+  rows.push_back(static_cast<int64_t>(w));
+  rows.push_back(static_cast<int64_t>(s));
+  const int64_t* wanted_offsets = wanted.offsets(w);
+  const int64_t* stored_offsets = stored.offsets(s);
+  for (size_t dim = 0; dim < wanted.dims; ++dim) {
+    rows.push_back(std::max<int64_t>(0, wanted_offsets[dim] - stored_offsets[dim]));
+  }
+  for (size_t dim = 0; dim < wanted.dims; ++dim) {
+    rows.push_back(std::max<int64_t>(0, stored_offsets[dim] - wanted_offsets[dim]));
+  }
+  for (size_t dim = 0; dim < wanted.dims; ++dim) {
+    const int64_t end =
+        std::min(wanted_offsets[dim] + wanted.sizes(w)[dim], stored_offsets[dim] + stored.sizes(s)[dim]);
+    rows.push_back(end - std::max(wanted_offsets[dim], stored_offsets[dim]));
+  }
+  ++overlaps.count;
+}
+
+}  // namespace
+
+Overlaps find_overlaps(const Chunks& wanted, const Chunks& stored) {
+  Overlaps overlaps;
+  if (wanted.count == 0 || stored.count == 0) return overlaps;
+  const size_t dim = longest_dim(wanted, stored);
+  const auto bounds = [dim](const Chunks& chunks, size_t i) {
+    if (chunks.dims == 0) return std::pair<int64_t, int64_t>(0, 1);
+    const int64_t start = chunks.offsets(i)[dim];
+    return std::pair<int64_t, int64_t>(start, start + chunks.sizes(i)[dim]);
+  };
+  const std::vector<size_t> stored_order = sorted_by_start(stored, dim);
+  // A line sweeps along the longest dimension; `active` holds the stored chunks that it may cross, by their end.
+  std::set<std::pair<int64_t, size_t>> active;
+  size_t next = 0;
+  for (const size_t w : sorted_by_start(wanted, dim)) {
+    const auto [start, end] = bounds(wanted, w);
+    while (!active.empty() && active.begin()->first < start) active.erase(active.begin());
+    while (next < stored_order.size() && bounds(stored, stored_order[next]).first < end) {
+      active.emplace(bounds(stored, stored_order[next]).second, stored_order[next]);
+      ++next;
+    }
+    for (const auto& [stored_end, s] : active) {
+      if (overlap(wanted, w, stored, s)) append(overlaps, wanted, w, stored, s);
+    }
+  }
+  return overlaps;
+}
+
+}  // namespace dcp_fast::box

@@ -1,0 +1,150 @@
+#include "checkpoint/record.h"
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "checkpoint/tensor_pickle.h"
+#include "checkpoint/zip.h"
+
+namespace dcp_fast::checkpoint {
+
+namespace {
+
+using Status = ParsedRecord::Status;
+
+ParsedRecord unknown(std::string reason) {
+  ParsedRecord parsed;
+  parsed.reason = std::move(reason);
+  return parsed;
+}
+
+ParsedRecord corrupt(std::string reason) {
+  ParsedRecord parsed = unknown(std::move(reason));
+  parsed.status = Status::kCorrupt;
+  return parsed;
+}
+
+ParsedRecord needs_more(const Bytes& head, const Bytes& tail, uint64_t head_bytes, uint64_t tail_bytes,
+                        int64_t length) {
+  if (std::max(head_bytes, tail_bytes) > static_cast<uint64_t>(kMaxWindowBytes)) return unknown("header too large");
+  ParsedRecord parsed;
+  parsed.status = Status::kNeedsMore;
+  parsed.head = std::min<int64_t>(length, static_cast<int64_t>(std::max<uint64_t>(head_bytes, head.size())));
+  parsed.tail = std::min<int64_t>(length, static_cast<int64_t>(std::max<uint64_t>(tail_bytes, tail.size())));
+  return parsed;
+}
+
+// The entries of a tensor's archive, found by name below the archive's own folder.
+struct Entries {
+  const ZipEntry* pickle = nullptr;
+  const ZipEntry* byteorder = nullptr;
+  std::vector<const ZipEntry*> storages;
+};
+
+std::optional<Entries> sort_entries(const ZipDirectory& directory) {
+  Entries entries;
+  for (const ZipEntry& entry : directory.entries) {
+    const size_t slash = entry.name.find('/');
+    if (slash == std::string_view::npos) return std::nullopt;
+    const std::string_view name = entry.name.substr(slash + 1);
+    if (name == "data.pkl") {
+      if (entries.pickle != nullptr) return std::nullopt;
+      entries.pickle = &entry;
+    } else if (name == "byteorder") {
+      entries.byteorder = &entry;
+    } else if (name.substr(0, 5) == "data/") {
+      entries.storages.push_back(&entry);
+    } else if (name != "version" && name != ".format_version" && name != ".storage_alignment" &&
+               name != ".data/serialization_id") {
+      return std::nullopt;
+    }
+  }
+  return entries.pickle != nullptr ? std::optional<Entries>(entries) : std::nullopt;
+}
+
+// Bytes from the storage's start to past the tensor's last element; nullopt if that overflows.
+std::optional<int64_t> storage_span(const PickledTensor& tensor) {
+  int64_t last = tensor.storage_offset;
+  for (size_t i = 0; i < tensor.sizes.size(); ++i) {
+    if (tensor.sizes[i] == 0) return 0;
+    int64_t extent = 0;
+    if (__builtin_mul_overflow(tensor.sizes[i] - 1, tensor.strides[i], &extent) ||
+        __builtin_add_overflow(last, extent, &last)) {
+      return std::nullopt;
+    }
+  }
+  int64_t bytes = 0;
+  if (__builtin_add_overflow(last, 1, &last) || __builtin_mul_overflow(last, info(tensor.dtype).itemsize, &bytes)) {
+    return std::nullopt;
+  }
+  return bytes;
+}
+
+}  // namespace
+
+ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
+  const auto size = static_cast<uint64_t>(length);
+  const ZipTail zip = parse_zip_tail(tail, size);
+  if (zip.status == ZipTail::Status::kNeedsMore) return needs_more(head, tail, 0, zip.needed, length);
+  if (zip.status == ZipTail::Status::kUnknown) return unknown("no zip directory as torch.save writes it");
+  const std::optional<Entries> entries = sort_entries(zip.directory);
+  if (!entries) return unknown("archive entries that a plain tensor does not have");
+
+  // One more read, if any, shall bring all that is needed: the pickle, the byte order and the payload's local header.
+  uint64_t head_needed = 0;
+  const auto need = [&head_needed, &head](const ZipEntry& entry, uint64_t data_bytes) {
+    const std::optional<uint64_t> data = local_data_offset(head, entry);
+    // Without its header the size of the header's extra field is a guess: torch pads to the storage alignment.
+    const uint64_t end = data ? *data + data_bytes : local_header_end(entry) + 4 * kHeadBytes + data_bytes;
+    if (!data ? local_header_end(entry) > head.size() : end > head.size()) head_needed = std::max(head_needed, end);
+  };
+  need(*entries->pickle, entries->pickle->size);
+  if (entries->byteorder != nullptr) need(*entries->byteorder, entries->byteorder->size);
+  if (entries->storages.size() == 1) need(*entries->storages[0], 0);
+  if (head_needed > 0) return needs_more(head, tail, head_needed, tail.size(), length);
+
+  const std::optional<uint64_t> pickle_offset = local_data_offset(head, *entries->pickle);
+  if (!pickle_offset || *pickle_offset + entries->pickle->size > head.size()) return unknown("no header for data.pkl");
+  const Bytes pickle(head.data() + *pickle_offset, entries->pickle->size);
+  if (entries->pickle->crc32 != 0 && crc32(pickle.data(), pickle.size()) != entries->pickle->crc32) {
+    return corrupt("the checksum of data.pkl is wrong");
+  }
+  if (entries->byteorder != nullptr) {
+    const std::optional<uint64_t> offset = local_data_offset(head, *entries->byteorder);
+    if (!offset || *offset + entries->byteorder->size > head.size()) return unknown("no header for byteorder");
+    head.seek(*offset);
+    if (head.text(entries->byteorder->size) != "little") return unknown("not little-endian");
+  }
+  const std::optional<PickledTensor> tensor = parse_tensor_pickle(pickle);
+  if (!tensor) return unknown("not the pickle of a plain tensor");
+
+  if (entries->storages.size() != 1) return unknown("not exactly one storage");
+  const ZipEntry& storage = *entries->storages[0];
+  const std::string expected = "/data/" + tensor->storage_key;
+  if (storage.name.size() < expected.size() || storage.name.substr(storage.name.find('/')) != expected) {
+    return unknown("the pickle names another storage");
+  }
+  if (storage.size != static_cast<uint64_t>(tensor->storage_bytes)) {
+    return corrupt("data.pkl says " + std::to_string(tensor->storage_bytes) + " bytes of storage, the archive holds " +
+                   std::to_string(storage.size));
+  }
+  const std::optional<uint64_t> data = local_data_offset(head, storage);
+  if (!data) return corrupt("the local header of the storage is damaged");
+  if (*data > zip.directory.begin || storage.size > zip.directory.begin - *data) {
+    return corrupt("the storage reaches past its archive");
+  }
+  const std::optional<int64_t> span = storage_span(*tensor);
+  if (!span || *span > tensor->storage_bytes) return corrupt("the tensor reaches past its storage");
+
+  ParsedRecord parsed;
+  parsed.status = Status::kTensor;
+  parsed.layout.dtype = tensor->dtype;
+  parsed.layout.begin = static_cast<int64_t>(*data);
+  if (*span > 0) parsed.layout.begin += tensor->storage_offset * info(tensor->dtype).itemsize;
+  parsed.layout.sizes = tensor->sizes;
+  parsed.layout.strides = tensor->strides;
+  return parsed;
+}
+
+}  // namespace dcp_fast::checkpoint

@@ -1,0 +1,286 @@
+#include "checkpoint/tensor_pickle.h"
+
+#include <limits>
+#include <unordered_map>
+#include <utility>
+
+namespace dcp_fast::checkpoint {
+
+namespace {
+
+// A value on the unpickler's stack.
+struct Value {
+  enum class Kind { kBool, kInt, kText, kTuple, kGlobal, kStorage, kOrderedDict, kDict, kTensor };
+  Kind kind = Kind::kBool;
+  int64_t number = 0;  // kInt, kBool; kStorage: elements (bytes if untyped)
+  std::string text;    // kText; kGlobal: "module name"; kStorage: the key
+  DType dtype = kUnknownDType;  // kStorage (unknown if untyped), kTensor
+  std::vector<Value> items;     // kTuple; kTensor: storage, sizes, strides
+};
+
+using Kind = Value::Kind;
+
+// A tensor's pickle needs a dozen values and some fifty opcodes, more for many dimensions; the limits bound damage,
+// among it tuples nested so deep that freeing them would overflow a thread's stack.
+constexpr size_t kMaxStack = 256;
+constexpr int kMaxOpcodes = 4096;
+
+class TensorUnpickler {
+ public:
+  explicit TensorUnpickler(Bytes pickle) : pickle_(pickle) {}
+
+  std::optional<PickledTensor> run() {
+    for (int i = 0; i < kMaxOpcodes && stack_.size() <= kMaxStack && memo_.size() <= kMaxStack; ++i) {
+      const uint8_t opcode = pickle_.u8();
+      if (opcode == '.') return finish();
+      if (!pickle_.ok() || !step(opcode)) return std::nullopt;
+    }
+    return std::nullopt;
+  }
+
+ private:
+  bool step(uint8_t opcode) {
+    switch (opcode) {
+      case 0x80:  // PROTO
+        return pickle_.u8() <= 5;
+      case 0x95:  // FRAME
+        pickle_.skip(8);
+        return true;
+      case 'c': {  // GLOBAL
+        const std::string_view module = pickle_.line();
+        const std::string_view name = pickle_.line();
+        return push_text(Kind::kGlobal, std::string(module) + " " + std::string(name));
+      }
+      case 0x93: {  // STACK_GLOBAL
+        if (stack_.size() < 2) return false;
+        const Value name = pop();
+        const Value module = pop();
+        if (name.kind != Kind::kText || module.kind != Kind::kText) return false;
+        return push_text(Kind::kGlobal, module.text + " " + name.text);
+      }
+      case 'X':  // BINUNICODE
+        return push_text(Kind::kText, pickle_.text(pickle_.u32()));
+      case 0x8c:  // SHORT_BINUNICODE
+        return push_text(Kind::kText, pickle_.text(pickle_.u8()));
+      case 'K':  // BININT1
+        return push_number(Kind::kInt, pickle_.u8());
+      case 'M':  // BININT2
+        return push_number(Kind::kInt, pickle_.u16());
+      case 'J':  // BININT
+        return push_number(Kind::kInt, static_cast<int32_t>(pickle_.u32()));
+      case 0x8a:  // LONG1
+        return long1();
+      case 0x88:  // NEWTRUE
+        return push_number(Kind::kBool, 1);
+      case 0x89:  // NEWFALSE
+        return push_number(Kind::kBool, 0);
+      case '}':  // EMPTY_DICT
+        return push_number(Kind::kDict, 0);
+      case '(':  // MARK
+        marks_.push_back(stack_.size());
+        return marks_.size() <= kMaxStack;
+      case ')':  // EMPTY_TUPLE
+        return tuple(0);
+      case 't':  // TUPLE
+        return tuple_to_mark();
+      case 0x85:  // TUPLE1
+      case 0x86:  // TUPLE2
+      case 0x87:  // TUPLE3
+        return tuple(opcode - 0x84);
+      case 'q':  // BINPUT
+        return memoize(pickle_.u8());
+      case 'r':  // LONG_BINPUT
+        return memoize(pickle_.u32());
+      case 0x94:  // MEMOIZE
+        return memoize(static_cast<uint32_t>(memo_.size()));
+      case 'h':  // BINGET
+        return recall(pickle_.u8());
+      case 'j':  // LONG_BINGET
+        return recall(pickle_.u32());
+      case 'Q':  // BINPERSID
+        return persistent_id();
+      case 'R':  // REDUCE
+        return reduce();
+      default:
+        return false;
+    }
+  }
+
+  Value pop() {
+    Value value = std::move(stack_.back());
+    stack_.pop_back();
+    return value;
+  }
+  bool push_number(Kind kind, int64_t number) {
+    Value value;
+    value.kind = kind;
+    value.number = number;
+    stack_.push_back(std::move(value));
+    return true;
+  }
+  bool push_text(Kind kind, std::string_view text) {
+    Value value;
+    value.kind = kind;
+    value.text = text;
+    stack_.push_back(std::move(value));
+    return true;
+  }
+
+  bool long1() {
+    const size_t width = pickle_.u8();
+    if (width > 8) return false;
+    const std::string_view digits = pickle_.text(width);
+    uint64_t number = 0;
+    for (size_t i = 0; i < digits.size(); ++i) number |= static_cast<uint64_t>(static_cast<uint8_t>(digits[i])) << (8 * i);
+    const bool negative = !digits.empty() && (static_cast<uint8_t>(digits.back()) & 0x80) != 0;
+    return !negative && push_number(Kind::kInt, static_cast<int64_t>(number));
+  }
+
+  bool tuple(size_t count) {
+    if (stack_.size() < count || (!marks_.empty() && stack_.size() - count < marks_.back())) return false;
+    Value value;
+    value.kind = Kind::kTuple;
+    const auto first = stack_.end() - static_cast<std::ptrdiff_t>(count);
+    value.items.assign(std::make_move_iterator(first), std::make_move_iterator(stack_.end()));
+    stack_.erase(first, stack_.end());
+    stack_.push_back(std::move(value));
+    return true;
+  }
+  bool tuple_to_mark() {
+    if (marks_.empty() || marks_.back() > stack_.size()) return false;
+    const size_t count = stack_.size() - marks_.back();
+    marks_.pop_back();
+    return tuple(count);
+  }
+
+  bool memoize(uint32_t key) {
+    if (stack_.empty()) return false;
+    // Only leaves are ever recalled in a tensor's pickle; keeping trees would let a small file grow large.
+    const Value& top = stack_.back();
+    memo_[key] = top.items.empty() ? std::optional<Value>(top) : std::nullopt;
+    return true;
+  }
+  bool recall(uint32_t key) {
+    const auto found = memo_.find(key);
+    if (found == memo_.end() || !found->second) return false;
+    stack_.push_back(*found->second);
+    return true;
+  }
+
+  // ("storage", storage class, key, location, element count)
+  bool persistent_id() {
+    if (stack_.empty()) return false;
+    Value id = pop();
+    if (id.kind != Kind::kTuple || id.items.size() != 5) return false;
+    const std::vector<Value>& parts = id.items;
+    if (parts[0].kind != Kind::kText || parts[0].text != "storage" || parts[1].kind != Kind::kGlobal ||
+        parts[2].kind != Kind::kText || parts[3].kind != Kind::kText || parts[4].kind != Kind::kInt) {
+      return false;
+    }
+    Value storage;
+    storage.kind = Kind::kStorage;
+    storage.text = parts[2].text;
+    storage.number = parts[4].number;
+    if (parts[1].text != "torch.storage UntypedStorage") {
+      constexpr std::string_view kPrefix = "torch ";
+      if (parts[1].text.compare(0, kPrefix.size(), kPrefix) != 0) return false;
+      storage.dtype = dtype_by_storage(std::string_view(parts[1].text).substr(kPrefix.size()));
+      if (storage.dtype == kUnknownDType) return false;
+    }
+    stack_.push_back(std::move(storage));
+    return true;
+  }
+
+  bool reduce() {
+    if (stack_.size() < 2) return false;
+    Value arguments = pop();
+    Value function = pop();
+    if (function.kind != Kind::kGlobal || arguments.kind != Kind::kTuple) return false;
+    if (function.text == "collections OrderedDict") {
+      return arguments.items.empty() && push_number(Kind::kOrderedDict, 0);
+    }
+    if (function.text == "torch._utils _rebuild_tensor_v2") return rebuild_tensor(arguments.items, 6);
+    if (function.text == "torch._utils _rebuild_tensor_v3") return rebuild_tensor(arguments.items, 7);
+    if (function.text == "torch._utils _rebuild_parameter") return rebuild_parameter(arguments.items);
+    return false;
+  }
+
+  // (storage, storage_offset, size, stride, requires_grad, backward_hooks[, dtype][, metadata])
+  bool rebuild_tensor(std::vector<Value>& arguments, size_t required) {
+    const size_t count = arguments.size();
+    if (count != required && !(count == required + 1 && arguments[required].kind == Kind::kDict)) return false;
+    if (arguments[0].kind != Kind::kStorage || arguments[1].kind != Kind::kInt || arguments[2].kind != Kind::kTuple ||
+        arguments[3].kind != Kind::kTuple || arguments[4].kind != Kind::kBool ||
+        arguments[5].kind != Kind::kOrderedDict) {
+      return false;
+    }
+    DType dtype = arguments[0].dtype;
+    if (required == 7) {
+      constexpr std::string_view kPrefix = "torch ";
+      const Value& named = arguments[6];
+      if (dtype != kUnknownDType || named.kind != Kind::kGlobal || named.text.compare(0, kPrefix.size(), kPrefix) != 0) {
+        return false;
+      }
+      dtype = dtype_by_name(std::string_view(named.text).substr(kPrefix.size()));
+    }
+    if (dtype == kUnknownDType) return false;
+    Value tensor;
+    tensor.kind = Kind::kTensor;
+    tensor.dtype = dtype;
+    tensor.number = arguments[1].number;
+    for (size_t i : {0, 2, 3}) tensor.items.push_back(std::move(arguments[i]));
+    stack_.push_back(std::move(tensor));
+    return true;
+  }
+
+  // (data, requires_grad, backward_hooks)
+  bool rebuild_parameter(std::vector<Value>& arguments) {
+    if (arguments.size() != 3 || arguments[0].kind != Kind::kTensor || arguments[1].kind != Kind::kBool ||
+        arguments[2].kind != Kind::kOrderedDict) {
+      return false;
+    }
+    stack_.push_back(std::move(arguments[0]));
+    return true;
+  }
+
+  static std::optional<std::vector<int64_t>> numbers(const Value& tuple) {
+    std::vector<int64_t> result;
+    for (const Value& item : tuple.items) {
+      if (item.kind != Kind::kInt || item.number < 0) return std::nullopt;
+      result.push_back(item.number);
+    }
+    return result;
+  }
+
+  std::optional<PickledTensor> finish() const {
+    if (!pickle_.ok() || stack_.size() != 1 || stack_[0].kind != Kind::kTensor) return std::nullopt;
+    const Value& tensor = stack_[0];
+    const Value& storage = tensor.items[0];
+    const auto sizes = numbers(tensor.items[1]);
+    const auto strides = numbers(tensor.items[2]);
+    if (!sizes || !strides || sizes->size() != strides->size() || tensor.number < 0 || storage.number < 0) {
+      return std::nullopt;
+    }
+    const int64_t unit = storage.dtype == kUnknownDType ? 1 : info(storage.dtype).itemsize;
+    if (storage.number > std::numeric_limits<int64_t>::max() / unit) return std::nullopt;
+    PickledTensor result;
+    result.dtype = tensor.dtype;
+    result.storage_key = storage.text;
+    result.storage_bytes = storage.number * unit;
+    result.storage_offset = tensor.number;
+    result.sizes = *sizes;
+    result.strides = *strides;
+    return result;
+  }
+
+  Bytes pickle_;
+  std::vector<Value> stack_;
+  std::vector<size_t> marks_;
+  std::unordered_map<uint32_t, std::optional<Value>> memo_;
+};
+
+}  // namespace
+
+std::optional<PickledTensor> parse_tensor_pickle(Bytes pickle) { return TensorUnpickler(pickle).run(); }
+
+}  // namespace dcp_fast::checkpoint

@@ -1,0 +1,162 @@
+#include "io/file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "error.h"
+#include "io/system_calls.h"
+
+namespace dcp_fast::io {
+
+namespace {
+
+constexpr int kProbes = 16;
+
+[[noreturn]] void throw_errno(int error_number, const char* what, const std::string& path, int64_t offset,
+                              int64_t length) {
+  Error error(ErrorKind::kIo, std::string(what) + ": " + std::generic_category().message(error_number));
+  error.error_number = error_number;
+  error.at(path, offset, length);
+  throw error;
+}
+
+int open_retrying(const std::string& path, int flags) {
+  for (;;) {
+    const int fd = system_calls().open(path.c_str(), flags);
+    if (fd >= 0 || errno != EINTR) return fd;
+  }
+}
+
+// pread without EINTR: -1 and errno, or the bytes that came.
+ssize_t pread_retrying(int fd, void* buffer, size_t size, int64_t offset) {
+  for (;;) {
+    const ssize_t got = system_calls().pread(fd, buffer, size, offset);
+    if (got >= 0 || errno != EINTR) return got;
+  }
+}
+
+}  // namespace
+
+File::File(std::string path) : path_(std::move(path)) {
+  // O_NONBLOCK: a pipe in place of a file must be an error, not a hang. It changes nothing for regular files.
+  fd_ = open_retrying(path_, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (fd_ < 0) throw_errno(errno, "cannot open", path_, -1, -1);
+  struct stat status{};
+  int error_number = 0;
+  if (system_calls().fstat(fd_, &status) != 0) {
+    error_number = errno;
+  } else if (S_ISDIR(status.st_mode)) {
+    error_number = EISDIR;
+  } else if (!S_ISREG(status.st_mode)) {
+    error_number = EINVAL;
+  }
+  if (error_number != 0) {
+    system_calls().close(std::exchange(fd_, -1));
+    throw_errno(error_number, "not a readable regular file", path_, -1, -1);
+  }
+  size_ = status.st_size;
+}
+
+File::~File() {
+  // Nothing was written, so a failing close loses nothing.
+  if (fd_ >= 0) system_calls().close(fd_);
+  if (direct_fd_ >= 0) system_calls().close(direct_fd_);
+}
+
+bool File::mostly_cached(int64_t begin, int64_t end) const {
+  if (end <= begin) return true;
+  // Without FADV_RANDOM some kernels start reading ahead for a probe that finds nothing, which would then compete
+  // with the direct reads. The advice belongs to the descriptor, so the probes get one of their own.
+  const int probe_fd = open_retrying(path_, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (probe_fd < 0) return true;
+#ifdef POSIX_FADV_RANDOM
+  static_cast<void>(::posix_fadvise(probe_fd, 0, 0, POSIX_FADV_RANDOM));
+#endif
+  const int64_t step = std::max<int64_t>((end - begin) / kProbes, kDirectAlignment);
+  int cached = 0;
+  int probes = 0;
+  bool can_tell = true;
+  for (int64_t position = begin + step / 2; position < end && can_tell; position += step) {
+    char byte = 0;
+    const ssize_t got = system_calls().pread_nowait(probe_fd, &byte, 1, position);
+    ++probes;
+    if (got > 0) ++cached;
+    if (got < 0 && errno != EAGAIN && errno != EINTR) can_tell = false;
+  }
+  system_calls().close(probe_fd);
+  return !can_tell || 2 * cached >= probes;
+}
+
+IoMode File::choose_mode(IoMode wanted, int64_t begin, int64_t end) {
+  if (wanted == IoMode::kAuto) wanted = mostly_cached(begin, end) ? IoMode::kCached : IoMode::kDirect;
+#ifdef O_DIRECT
+  if (wanted == IoMode::kDirect) {
+    if (direct_fd_ < 0) direct_fd_ = open_retrying(path_, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_DIRECT);
+    if (direct_fd_ >= 0) return IoMode::kDirect;
+  }
+#endif
+  return IoMode::kCached;
+}
+
+void File::check_range(size_t size, int64_t offset) const {
+  if (offset >= 0 && offset <= size_ && size <= static_cast<uint64_t>(size_ - offset)) return;
+  Error error(ErrorKind::kTruncated, "the file is only " + std::to_string(size_) + " bytes long");
+  error.at(path_, offset, static_cast<int64_t>(size));
+  throw error;
+}
+
+void File::read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const {
+  check_range(size, offset);
+  size_t done = 0;
+  while (done < size) {
+    const int64_t position = offset + static_cast<int64_t>(done);
+    const ssize_t got = pread_retrying(fd_, static_cast<char*>(destination) + done, size - done, position);
+    counters.requests.fetch_add(1, std::memory_order_relaxed);
+    if (got < 0) throw_errno(errno, "cannot read", path_, position, static_cast<int64_t>(size - done));
+    if (got == 0) {
+      Error error(ErrorKind::kTruncated, "the file ended while it was read");
+      error.at(path_, position, static_cast<int64_t>(size - done));
+      throw error;
+    }
+    counters.bytes.fetch_add(got, std::memory_order_relaxed);
+    done += static_cast<size_t>(got);
+  }
+}
+
+const std::byte* File::read_staged(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const {
+  check_range(size, offset);
+  if (direct_fd_ < 0) {
+    std::byte* data = buffer.reserve(size);
+    read_exactly(data, size, offset, counters);
+    return data;
+  }
+  constexpr auto kAlign = static_cast<int64_t>(kDirectAlignment);
+  const int64_t begin = offset / kAlign * kAlign;
+  const auto lead = static_cast<size_t>(offset - begin);
+  const size_t span = (lead + size + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
+  std::byte* data = buffer.reserve(span);
+  size_t done = 0;
+  // A direct read that stops at an unaligned position (the end of the file, or an odd file system) cannot be
+  // continued directly; the page cache serves the rest, and also everything if the device refuses the alignment.
+  while (done < lead + size && done % kDirectAlignment == 0) {
+    const int64_t position = begin + static_cast<int64_t>(done);
+    const ssize_t got = pread_retrying(direct_fd_, data + done, span - done, position);
+    counters.requests.fetch_add(1, std::memory_order_relaxed);
+    if (got < 0 && errno == EINVAL) break;
+    if (got < 0) throw_errno(errno, "cannot read", path_, position, static_cast<int64_t>(span - done));
+    if (got == 0) break;
+    counters.bytes.fetch_add(got, std::memory_order_relaxed);
+    done += static_cast<size_t>(got);
+  }
+  if (done < lead + size) {
+    read_exactly(data + done, lead + size - done, begin + static_cast<int64_t>(done), counters);
+  }
+  return data + lead;
+}
+
+}  // namespace dcp_fast::io

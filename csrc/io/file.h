@@ -1,0 +1,58 @@
+// One checkpoint file, open for reading through the page cache or past it.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "io/buffer.h"
+
+namespace dcp_fast::io {
+
+enum class IoMode {
+  kAuto,    // direct for a file that is mostly not in the page cache, else cached
+  kCached,  // pread through the page cache
+  kDirect,  // O_DIRECT where the file system allows it, else cached
+};
+
+// What was asked of the operating system, summed over threads.
+struct IoCounters {
+  std::atomic<int64_t> requests{0};
+  std::atomic<int64_t> bytes{0};
+};
+
+class File {
+ public:
+  // Opens a regular file. Throws Error(kIo) with the path and errno, also for a directory or a pipe.
+  explicit File(std::string path);
+  ~File();
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
+  const std::string& path() const { return path_; }
+  int64_t size() const { return size_; }
+
+  // Settles kAuto by probing a few positions in [begin, end) with RWF_NOWAIT; opens the direct descriptor if needed.
+  // Returns the mode that reads will use.
+  IoMode choose_mode(IoMode wanted, int64_t begin, int64_t end);
+
+  // Reads exactly [offset, offset + size) through the page cache. Here, and nowhere else, EINTR and short reads are
+  // retried. Throws Error(kTruncated) if the file ends early, Error(kIo) otherwise.
+  void read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const;
+
+  // Reads [offset, offset + size) through `buffer`, past the page cache if choose_mode said kDirect, and returns
+  // where the first byte landed. Errors as above.
+  const std::byte* read_staged(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const;
+
+ private:
+  bool mostly_cached(int64_t begin, int64_t end) const;
+  void check_range(size_t size, int64_t offset) const;
+
+  std::string path_;
+  int fd_ = -1;
+  int direct_fd_ = -1;
+  int64_t size_ = 0;
+};
+
+}  // namespace dcp_fast::io

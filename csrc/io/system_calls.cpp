@@ -1,0 +1,44 @@
+#include "io/system_calls.h"
+
+#include <fcntl.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+
+namespace dcp_fast::io {
+
+int SystemCalls::open(const char* path, int flags) { return ::open(path, flags); }
+
+int SystemCalls::fstat(int fd, struct stat* status) { return ::fstat(fd, status); }
+
+ssize_t SystemCalls::pread(int fd, void* buffer, size_t size, off_t offset) {
+  return ::pread(fd, buffer, size, offset);
+}
+
+ssize_t SystemCalls::pread_nowait(int fd, void* buffer, size_t size, off_t offset) {
+#ifdef RWF_NOWAIT
+  iovec vector{buffer, size};
+  return ::preadv2(fd, &vector, 1, offset, RWF_NOWAIT);
+#else
+  static_cast<void>(fd), static_cast<void>(buffer), static_cast<void>(size), static_cast<void>(offset);
+  errno = EOPNOTSUPP;
+  return -1;
+#endif
+}
+
+int SystemCalls::close(int fd) { return ::close(fd); }
+
+namespace {
+SystemCalls real_calls;
+std::atomic<SystemCalls*> current_calls{&real_calls};
+}  // namespace
+
+SystemCalls& system_calls() { return *current_calls.load(std::memory_order_acquire); }
+
+void set_system_calls(SystemCalls* replacement) {
+  current_calls.store(replacement != nullptr ? replacement : &real_calls, std::memory_order_release);
+}
+
+}  // namespace dcp_fast::io

@@ -1,0 +1,240 @@
+#include "transfer/layouts.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <tuple>
+#include <utility>
+
+#include "error.h"
+#include "transfer/workers.h"
+
+namespace dcp_fast::transfer {
+
+namespace {
+
+using checkpoint::Bytes;
+using checkpoint::kHeadBytes;
+using checkpoint::kTailBytes;
+using checkpoint::ParsedRecord;
+
+enum class Part { kWhole, kHead, kTail };
+
+// A piece of a record that the layout stage reads.
+struct Window {
+  size_t record = 0;
+  Part part = Part::kWhole;
+  int64_t begin = 0;  // in the file
+  int64_t end = 0;
+};
+
+// Windows that one request brings.
+struct Span {
+  size_t file = 0;
+  int64_t begin = 0;
+  int64_t end = 0;
+  size_t first_window = 0;
+  size_t windows = 0;
+};
+
+// Both ends of a record, kept until both have come: they may arrive with different requests.
+struct Ends {
+  std::atomic<int> missing{2};
+  std::unique_ptr<std::byte[]> bytes;
+};
+
+Error about_record(Error error, const Layouts& layouts, size_t record) {
+  if (error.record < 0) error.record = static_cast<int64_t>(record);
+  if (error.path.empty()) {
+    const Record& where = layouts.records[record];
+    error.at(layouts.paths[where.file], where.offset, where.length);
+  }
+  return error;
+}
+
+void check_range(const Layouts& layouts, size_t index, int64_t file_size) {
+  const Record& record = layouts.records[index];
+  if (record.offset >= 0 && record.length >= 0 && record.offset <= file_size &&
+      record.length <= file_size - record.offset) {
+    return;
+  }
+  throw about_record(Error(ErrorKind::kTruncated, "the file is only " + std::to_string(file_size) + " bytes long"),
+                     layouts, index);
+}
+
+// Opens every file once: settles its mode, and checks that no record reaches past its end.
+void probe_files(Layouts& layouts, const std::vector<size_t>& order, const Options& options,
+                 const std::function<bool()>& interrupted) {
+  std::vector<std::pair<size_t, size_t>> ranges(layouts.paths.size(), {0, 0});  // of `order`, by file
+  for (size_t i = 0; i < order.size(); ++i) {
+    auto& [begin, end] = ranges[layouts.records[order[i]].file];
+    if (begin == end) begin = i;
+    end = i + 1;
+  }
+  layouts.modes.assign(layouts.paths.size(), io::IoMode::kCached);
+  io::IoCounters unused;
+  run_parallel(ranges.size(), settle(options, false).threads, unused, interrupted, [&](size_t file, Worker&) {
+    const auto [begin, end] = ranges[file];
+    if (begin == end) return;
+    try {
+      io::File opened(layouts.paths[file]);
+      for (size_t i = begin; i < end; ++i) check_range(layouts, order[i], opened.size());
+      const Record& last = layouts.records[order[end - 1]];
+      const int64_t first_byte = layouts.records[order[begin]].offset;
+      layouts.modes[file] = opened.choose_mode(options.mode, first_byte, last.offset + last.length);
+    } catch (Error& error) {
+      throw about_record(error, layouts, order[begin]);
+    }
+  });
+}
+
+std::vector<Window> make_windows(const Layouts& layouts, const std::vector<size_t>& order, int64_t block_bytes) {
+  std::vector<Window> windows;
+  windows.reserve(order.size());
+  for (const size_t index : order) {
+    const Record& record = layouts.records[index];
+    if (record.opaque) continue;
+    const int64_t end = record.offset + record.length;
+    const int64_t gap = request_cost(layouts.modes[record.file]);
+    if (record.length <= std::min(block_bytes, kHeadBytes + kTailBytes + gap)) {
+      windows.push_back({index, Part::kWhole, record.offset, end});
+    } else {
+      windows.push_back({index, Part::kHead, record.offset, record.offset + kHeadBytes});
+      windows.push_back({index, Part::kTail, end - kTailBytes, end});
+    }
+  }
+  return windows;
+}
+
+std::vector<Span> join_windows(const Layouts& layouts, const std::vector<Window>& windows, int64_t block_bytes) {
+  std::vector<Span> spans;
+  for (size_t i = 0; i < windows.size(); ++i) {
+    const Window& window = windows[i];
+    const size_t file = layouts.records[window.record].file;
+    const bool joins = !spans.empty() && spans.back().file == file && window.begin >= spans.back().begin &&
+                       window.begin - spans.back().end <= request_cost(layouts.modes[file]) &&
+                       std::max(window.end, spans.back().end) - spans.back().begin <= block_bytes;
+    if (!joins) spans.push_back({file, window.begin, window.end, i, 0});
+    spans.back().end = std::max(spans.back().end, window.end);
+    ++spans.back().windows;
+  }
+  return spans;
+}
+
+// Parses what is there, and reads more as long as the parser asks for more.
+void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, Worker& worker, io::File& file) {
+  const Record& record = layouts.records[index];
+  ParsedRecord parsed = checkpoint::parse_record(head, tail, record.length);
+  std::vector<std::byte> bytes;
+  while (parsed.status == ParsedRecord::Status::kNeedsMore) {
+    const auto head_size = static_cast<size_t>(parsed.head);
+    const auto tail_size = static_cast<size_t>(parsed.tail);
+    bytes.resize(head_size + tail_size);
+    file.read_exactly(bytes.data(), head_size, record.offset, *worker.counters);
+    file.read_exactly(bytes.data() + head_size, tail_size, record.offset + record.length - parsed.tail,
+                      *worker.counters);
+    const bool grew = head_size > head.size() || tail_size > tail.size();
+    head = Bytes(bytes.data(), head_size);
+    tail = Bytes(bytes.data() + head_size, tail_size);
+    parsed = checkpoint::parse_record(head, tail, record.length);
+    if (!grew && parsed.status == ParsedRecord::Status::kNeedsMore) {
+      parsed.status = ParsedRecord::Status::kUnknown;
+      parsed.reason = "header cut short";
+    }
+  }
+  if (parsed.status == ParsedRecord::Status::kCorrupt) {
+    throw about_record(Error(ErrorKind::kCorrupt, parsed.reason), layouts, index);
+  }
+  layouts.parsed[index] = std::move(parsed);
+}
+
+class LayoutReader {
+ public:
+  LayoutReader(Layouts& layouts, std::vector<Window> windows, std::vector<Span> spans)
+      : layouts_(layouts),
+        windows_(std::move(windows)),
+        spans_(std::move(spans)),
+        ends_(layouts.records.size()),
+        files_(layouts.paths, layouts.modes) {}
+
+  size_t spans() const { return spans_.size(); }
+
+  void read(size_t span_index, Worker& worker) {
+    const Span& span = spans_[span_index];
+    size_t record = windows_[span.first_window].record;
+    try {
+      io::File& file = worker.open(files_, span.file);
+      const std::byte* data =
+          file.read_staged(worker.buffer, static_cast<size_t>(span.end - span.begin), span.begin, *worker.counters);
+      for (size_t i = span.first_window; i < span.first_window + span.windows; ++i) {
+        record = windows_[i].record;
+        take(windows_[i], data + (windows_[i].begin - span.begin), worker, file);
+      }
+    } catch (Error& error) {
+      throw about_record(error, layouts_, record);
+    }
+  }
+
+ private:
+  void take(const Window& window, const std::byte* data, Worker& worker, io::File& file) {
+    const Bytes bytes(data, static_cast<size_t>(window.end - window.begin));
+    if (window.part == Part::kWhole) return parse(layouts_, window.record, bytes, bytes, worker, file);
+    Ends& ends = ends_[window.record];
+    {
+      const std::lock_guard<std::mutex> lock(ends_mutex_);
+      if (!ends.bytes) ends.bytes = std::make_unique<std::byte[]>(kHeadBytes + kTailBytes);
+    }
+    std::memcpy(ends.bytes.get() + (window.part == Part::kHead ? 0 : kHeadBytes), data, bytes.size());
+    if (ends.missing.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    parse(layouts_, window.record, Bytes(ends.bytes.get(), kHeadBytes),
+          Bytes(ends.bytes.get() + kHeadBytes, kTailBytes), worker, file);
+    ends.bytes.reset();
+  }
+
+  Layouts& layouts_;
+  std::vector<Window> windows_;
+  std::vector<Span> spans_;
+  std::vector<Ends> ends_;
+  std::mutex ends_mutex_;
+  Files files_;
+};
+
+}  // namespace
+
+bool Layouts::any_direct() const {
+  return std::any_of(modes.begin(), modes.end(), [](io::IoMode mode) { return mode == io::IoMode::kDirect; });
+}
+
+Layouts read_layouts(std::vector<std::string> paths, std::vector<Record> records, const Options& options,
+                     const std::function<bool()>& interrupted) {
+  Layouts layouts;
+  layouts.paths = std::move(paths);
+  layouts.records = std::move(records);
+  layouts.parsed.resize(layouts.records.size());
+  for (size_t i = 0; i < layouts.records.size(); ++i) {
+    if (layouts.records[i].opaque) layouts.parsed[i].reason = "a transform was applied to it";
+  }
+  std::vector<size_t> order(layouts.records.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(), [&layouts](size_t a, size_t b) {
+    const Record& x = layouts.records[a];
+    const Record& y = layouts.records[b];
+    return std::tie(x.file, x.offset, x.length) < std::tie(y.file, y.offset, y.length);
+  });
+  probe_files(layouts, order, options, interrupted);
+  const Settled settled = settle(options, layouts.any_direct());
+  std::vector<Window> windows = make_windows(layouts, order, settled.block_bytes);
+  std::vector<Span> spans = join_windows(layouts, windows, settled.block_bytes);
+  LayoutReader reader(layouts, std::move(windows), std::move(spans));
+  io::IoCounters counters;
+  run_parallel(reader.spans(), settled.threads, counters, interrupted,
+               [&reader](size_t span, Worker& worker) { reader.read(span, worker); });
+  layouts.requests = counters.requests;
+  layouts.bytes = counters.bytes;
+  return layouts;
+}
+
+}  // namespace dcp_fast::transfer

@@ -1,0 +1,38 @@
+// The layout stage: where do the payloads of the needed records lie? Reads both ends of every record, neighbours in one
+// request, and verifies all of them before the first destination byte is written.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "checkpoint/record.h"
+#include "io/file.h"
+#include "transfer/options.h"
+
+namespace dcp_fast::transfer {
+
+struct Record {
+  size_t file = 0;  // index into the paths
+  int64_t offset = 0;
+  int64_t length = 0;
+  bool opaque = false;  // not an archive (a transform was applied to it): only its range is checked
+};
+
+struct Layouts {
+  std::vector<std::string> paths;
+  std::vector<io::IoMode> modes;  // one for each path, settled: never kAuto
+  std::vector<Record> records;
+  std::vector<checkpoint::ParsedRecord> parsed;  // one for each record: kTensor or kUnknown
+  int64_t requests = 0;
+  int64_t bytes = 0;
+
+  bool any_direct() const;
+};
+
+// Throws Error with `record` set (kTruncated, kCorrupt, kIo), Interrupted, std::bad_alloc.
+Layouts read_layouts(std::vector<std::string> paths, std::vector<Record> records, const Options& options,
+                     const std::function<bool()>& interrupted);
+
+}  // namespace dcp_fast::transfer

@@ -1,0 +1,29 @@
+// How a load may use the machine.
+#pragma once
+
+#include <cstdint>
+
+#include "io/file.h"
+
+namespace dcp_fast::transfer {
+
+struct Options {
+  int threads = 0;               // 0: as many as the storage mode wants on this machine
+  int64_t block_bytes = 1 << 20;  // the most that one request reads
+  int64_t staging_bytes = 32 << 20;  // the most that all threads' staging buffers take together
+  io::IoMode mode = io::IoMode::kAuto;
+};
+
+// Options with every limit settled: threads * (block_bytes + alignment) <= staging_bytes, as far as one thread
+// with the smallest block allows.
+struct Settled {
+  int threads = 1;
+  int64_t block_bytes = 0;
+};
+Settled settle(const Options& options, bool any_direct);
+
+// What a request costs beyond its bytes, expressed in bytes that could be read in the same time. Reads are joined
+// across a gap when the gap is cheaper than a request. Measured: see benchmarks/README.md.
+constexpr int64_t request_cost(io::IoMode mode) { return mode == io::IoMode::kDirect ? 256 << 10 : 8 << 10; }
+
+}  // namespace dcp_fast::transfer

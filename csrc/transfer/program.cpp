@@ -1,0 +1,141 @@
+#include "transfer/program.h"
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <string>
+#include <utility>
+
+#include "error.h"
+#include "transfer/waves.h"
+
+namespace dcp_fast::transfer {
+
+namespace {
+
+using checkpoint::ParsedRecord;
+
+std::string text(const std::vector<int64_t>& values) {
+  std::string result = "[";
+  for (size_t i = 0; i < values.size(); ++i) result += (i == 0 ? "" : ", ") + std::to_string(values[i]);
+  return result + "]";
+}
+
+// narrow_tensor_by_index (torch/distributed/_shard/_utils.py): a dimension is narrowed only if the length is smaller than it.
+// Returns the sizes after narrowing and settles `offsets`; throws Error(kSizeMismatch) where torch raises.
+std::vector<int64_t> narrow(const char* what, const std::vector<int64_t>& sizes, std::vector<int64_t>& offsets,
+                            const std::vector<int64_t>& lengths) {
+  if (lengths.size() > sizes.size()) {
+    throw Error(ErrorKind::kSizeMismatch, "a box of " + std::to_string(lengths.size()) + " dimensions in " + what +
+                                              " of sizes " + text(sizes));
+  }
+  std::vector<int64_t> narrowed = sizes;
+  for (size_t dim = 0; dim < lengths.size(); ++dim) {
+    if (lengths[dim] >= sizes[dim]) {
+      offsets[dim] = 0;
+      continue;
+    }
+    if (lengths[dim] < 0 || offsets[dim] < 0 || offsets[dim] > sizes[dim] - lengths[dim]) {
+      throw Error(ErrorKind::kSizeMismatch, "the box at " + text(offsets) + " of lengths " + text(lengths) +
+                                                " exceeds " + what + " of sizes " + text(sizes));
+    }
+    narrowed[dim] = lengths[dim];
+  }
+  offsets.resize(sizes.size(), 0);
+  return narrowed;
+}
+
+int64_t element_offset(const std::vector<int64_t>& offsets, const std::vector<int64_t>& strides) {
+  return std::inner_product(offsets.begin(), offsets.end(), strides.begin(), int64_t{0});
+}
+
+// Whether two elements of the destination may share memory; torch's copy_ has its own word on those.
+bool overlaps_itself(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  return !box::source_is_disjoint(box::collapse(sizes, strides, strides, 1));
+}
+
+}  // namespace
+
+Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vector<Destination>& destinations)
+    : layouts_(layouts), items_(std::move(items)), transfers_(items_.size()) {
+  for (size_t i = 0; i < items_.size(); ++i) {
+    try {
+      prepare(i, destinations.at(items_[i].destination));
+    } catch (Error& error) {
+      const Record& record = layouts_.records[items_[i].record];
+      error.at(layouts_.paths[record.file], record.offset, record.length);
+      error.record = static_cast<int64_t>(items_[i].record);
+      error.item = static_cast<int64_t>(i);
+      throw;
+    }
+  }
+
+  std::vector<size_t> order(items_.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(), [this](size_t a, size_t b) {
+    return layouts_.records[items_[a].record].file < layouts_.records[items_[b].record].file;
+  });
+  std::vector<Write> writes;
+  writes.reserve(order.size());
+  for (const size_t i : order) {
+    const Item& item = items_[i];
+    const Destination& destination = destinations[item.destination];
+    Write write;
+    if (std::find(item.lengths.begin(), item.lengths.end(), 0) == item.lengths.end() && destination.data != nullptr) {
+      const int64_t itemsize = destination.dtype == checkpoint::kUnknownDType ? 16 : checkpoint::info(destination.dtype).itemsize;
+      write.begin = reinterpret_cast<uint64_t>(destination.data) +
+                    static_cast<uint64_t>(element_offset(item.destination_offsets, destination.strides) * itemsize);
+      int64_t last = 0;
+      for (size_t dim = 0; dim < item.lengths.size(); ++dim) last += (item.lengths[dim] - 1) * destination.strides[dim];
+      write.end = write.begin + static_cast<uint64_t>((last + 1) * itemsize);
+    }
+    write.destination = item.destination;
+    write.offsets = item.destination_offsets.data();
+    write.sizes = item.lengths.data();
+    write.dims = item.lengths.size();
+    writes.push_back(write);
+  }
+  const std::vector<int32_t> waves = assign_waves(writes);
+  for (size_t i = 0; i < order.size(); ++i) {
+    transfers_[order[i]].wave = waves[i];
+    waves_ = std::max(waves_, waves[i] + 1);
+  }
+}
+
+void Program::prepare(size_t index, const Destination& destination) {
+  Item& item = items_[index];
+  Transfer& transfer = transfers_[index];
+  const ParsedRecord& parsed = layouts_.parsed.at(item.record);
+  const std::vector<int64_t> lengths = item.lengths;
+  item.lengths = narrow("the destination", destination.sizes, item.destination_offsets, lengths);
+  if (parsed.status != ParsedRecord::Status::kTensor) {
+    transfer.kind = Transfer::Kind::kUnknownRecord;
+    return;
+  }
+  const checkpoint::TensorLayout& layout = parsed.layout;
+  const std::vector<int64_t> source_lengths = narrow("the stored tensor", layout.sizes, item.storage_offsets, lengths);
+  if (source_lengths != item.lengths) {
+    throw Error(ErrorKind::kSizeMismatch, "mismatch sizes " + text(item.lengths) + " of the destination vs " +
+                                              text(source_lengths) + " of the stored tensor");
+  }
+  bytes_needed_ += std::accumulate(item.lengths.begin(), item.lengths.end(), checkpoint::info(layout.dtype).itemsize,
+                                   std::multiplies<>());
+  if (!destination.writable_by_host || destination.dtype != layout.dtype ||
+      overlaps_itself(item.lengths, destination.strides)) {
+    transfer.kind = Transfer::Kind::kStaged;
+    return;
+  }
+  const int64_t itemsize = checkpoint::info(layout.dtype).itemsize;
+  box::Loops loops = box::collapse(item.lengths, layout.strides, destination.strides, itemsize);
+  if (!box::source_is_disjoint(loops)) {
+    transfer.kind = Transfer::Kind::kUnknownRecord;  // an expanded tensor: torch knows how to read it
+    return;
+  }
+  transfer.source = layouts_.records[item.record].offset + layout.begin +
+                    element_offset(item.storage_offsets, layout.strides) * itemsize;
+  transfer.destination =
+      destination.data + element_offset(item.destination_offsets, destination.strides) * itemsize;
+  transfer.loops = std::move(loops);
+}
+
+}  // namespace dcp_fast::transfer

@@ -1,0 +1,69 @@
+// The transfer program: boxes x layouts x destinations, checked and ready to run.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "box/box.h"
+#include "checkpoint/dtype.h"
+#include "transfer/layouts.h"
+
+namespace dcp_fast::transfer {
+
+// A tensor that items are placed in.
+struct Destination {
+  std::byte* data = nullptr;
+  bool writable_by_host = false;  // plain memory of this process that holds the elements as they are
+  checkpoint::DType dtype = checkpoint::kUnknownDType;
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides;  // elements
+};
+
+// A box to copy from a stored tensor into a destination: a ReadItem.
+struct Item {
+  size_t record = 0;
+  size_t destination = 0;
+  std::vector<int64_t> storage_offsets;
+  std::vector<int64_t> destination_offsets;
+  std::vector<int64_t> lengths;
+};
+
+struct Transfer {
+  enum class Kind {
+    kDirect,         // the engine copies it
+    kStaged,         // read natively, then placed by torch: another dtype or device, or a destination that overlaps itself
+    kUnknownRecord,  // torch.load must read the record
+  };
+  Kind kind = Kind::kDirect;
+  int32_t wave = 0;
+  int64_t source = 0;  // kDirect: the box's first byte in its file
+  std::byte* destination = nullptr;
+  box::Loops loops;  // kDirect; empty if the box is
+};
+
+class Program {
+ public:
+  // Throws Error(kSizeMismatch) with `item` set if a box does not fit its stored tensor or its destination.
+  // `layouts` must outlive the program. Items come in torch's order within each file; files are numbered by first use.
+  Program(const Layouts& layouts, std::vector<Item> items, const std::vector<Destination>& destinations);
+
+  const Layouts& layouts() const { return layouts_; }
+  const std::vector<Item>& items() const { return items_; }
+  const std::vector<Transfer>& transfers() const { return transfers_; }
+  int32_t waves() const { return waves_; }
+  // Payload bytes of all boxes whose layout is known.
+  int64_t bytes_needed() const { return bytes_needed_; }
+
+ private:
+  void prepare(size_t index, const Destination& destination);
+
+  const Layouts& layouts_;
+  std::vector<Item> items_;
+  std::vector<Transfer> transfers_;
+  int32_t waves_ = 1;
+  int64_t bytes_needed_ = 0;
+};
+
+}  // namespace dcp_fast::transfer

@@ -1,0 +1,108 @@
+#include "transfer/schedule.h"
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+namespace dcp_fast::transfer {
+
+namespace {
+
+using box::Dim;
+using box::Loops;
+
+// A copy through staging, in units of a read of the same bytes.
+constexpr int64_t kCopyShare = 2;
+
+// What reading loops[level..] costs, in bytes read.
+int64_t read_cost(const Policy& policy, const Loops& loops, size_t level) {
+  if (level + 1 == loops.size()) return loops[level].size;
+  if (policy.reads_through(loops, level)) return box::source_span(loops, level);
+  const bool runs = level + 2 == loops.size();
+  return loops[level].size * (read_cost(policy, loops, level + 1) + (runs ? policy.request_cost : 0));
+}
+
+class Splitter {
+ public:
+  Splitter(const Policy& policy, std::vector<Piece>& pieces) : policy_(policy), pieces_(pieces) {}
+
+  void split(const Piece& piece) {
+    if (piece.loops.empty()) return;
+    const Dim outer = piece.loops[0];
+    if (read_cost(policy_, piece.loops, 0) <= policy_.block_bytes) {
+      pieces_.push_back(piece);
+      return;
+    }
+    const bool contiguous = piece.loops.size() == 1;
+    const int64_t step = contiguous ? 1
+                                    : std::max(read_cost(policy_, piece.loops, 1),
+                                               policy_.reads_through(piece.loops, 0) ? outer.source_stride : 0);
+    const int64_t group = std::max<int64_t>(1, policy_.block_bytes / step);
+    for (int64_t begin = 0; begin < outer.size; begin += group) {
+      Piece part = piece;
+      part.source += begin * outer.source_stride;
+      part.destination += begin * outer.destination_stride;
+      part.loops[0].size = std::min(group, outer.size - begin);
+      if (part.loops[0].size > 1 || contiguous) {
+        pieces_.push_back(std::move(part));
+      } else {
+        part.loops.erase(part.loops.begin());
+        split(part);
+      }
+    }
+  }
+
+ private:
+  const Policy& policy_;
+  std::vector<Piece>& pieces_;
+};
+
+// Whether a piece is better read together with a neighbour `gap` bytes away than alone.
+bool joins(const Policy& policy, const Piece& piece, int64_t gap) {
+  if (piece.loops.size() > 1) return policy.reads_through(piece.loops, 0) && gap <= policy.request_cost;
+  const int64_t copy = policy.direct_io ? 0 : piece.loops[0].size / kCopyShare;
+  return gap + copy <= policy.request_cost;
+}
+
+}  // namespace
+
+bool Policy::reads_through(const Loops& loops, size_t level) const {
+  if (level + 1 >= loops.size()) return direct_io;
+  for (size_t i = level; i + 1 < loops.size(); ++i) {
+    const int64_t gap = loops[i].source_stride - box::source_span(loops, i + 1);
+    const bool runs = i + 2 == loops.size();
+    const int64_t copy = runs && !direct_io ? loops.back().size / kCopyShare : 0;
+    if (gap + copy > request_cost) return false;
+  }
+  return true;
+}
+
+Schedule make_schedule(std::vector<Copy> copies, const std::vector<Policy>& policies) {
+  std::sort(copies.begin(), copies.end(), [](const Copy& a, const Copy& b) {
+    return std::tie(a.file, a.piece.source) < std::tie(b.file, b.piece.source);
+  });
+  Schedule schedule;
+  for (const Copy& copy : copies) {
+    const Policy& policy = policies[copy.file];
+    const size_t first = schedule.pieces.size();
+    Splitter(policy, schedule.pieces).split(copy.piece);
+    for (size_t i = first; i < schedule.pieces.size(); ++i) {
+      const Piece& piece = schedule.pieces[i];
+      if (!schedule.tasks.empty() && schedule.tasks.back().file == copy.file) {
+        Task& last = schedule.tasks.back();
+        const Piece& begin = schedule.pieces[last.first_piece];
+        const Piece& before = schedule.pieces[i - 1];
+        const int64_t gap = piece.source - (before.source + box::source_span(before.loops));
+        const int64_t span = piece.source + box::source_span(piece.loops) - begin.source;
+        if (gap >= 0 && span <= policy.block_bytes && joins(policy, piece, gap) && joins(policy, before, gap)) {
+          ++last.pieces;
+          continue;
+        }
+      }
+      schedule.tasks.push_back({copy.file, i, 1});
+    }
+  }
+  return schedule;
+}
+
+}  // namespace dcp_fast::transfer

@@ -1,0 +1,55 @@
+// From copies to tasks: which bytes are read by which request, in which order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "box/box.h"
+#include "io/file.h"
+
+namespace dcp_fast::transfer {
+
+// A part of a box that is small enough for one task.
+struct Piece {
+  int64_t source = 0;  // of the first byte, in the file
+  std::byte* destination = nullptr;
+  size_t item = 0;  // for error messages
+  box::Loops loops;
+};
+
+// One unit of work: a single piece, or neighbours that one request brings.
+struct Task {
+  size_t file = 0;
+  size_t first_piece = 0;
+  size_t pieces = 0;
+};
+
+struct Schedule {
+  std::vector<Piece> pieces;
+  std::vector<Task> tasks;
+};
+
+// How the boxes of one file are read.
+//
+// For strided boxes no fixed over-read ratio is right: reading runs one by one costs a request each, reading through costs the
+// gaps. So each loop of a box decides by comparing its gap with what a request costs, in bytes.
+struct Policy {
+  int64_t request_cost = 0;
+  int64_t block_bytes = 0;
+  bool direct_io = false;  // every read goes through staging
+
+  // Whether loops[level..] are read as one span, gaps included, and copied out of staging.
+  bool reads_through(const box::Loops& loops, size_t level) const;
+};
+
+// A copy of one box within one file.
+struct Copy {
+  size_t file = 0;
+  Piece piece;
+};
+
+// Splits copies into pieces of at most a block and joins small neighbours. Tasks ascend by file and offset.
+Schedule make_schedule(std::vector<Copy> copies, const std::vector<Policy>& policies);
+
+}  // namespace dcp_fast::transfer

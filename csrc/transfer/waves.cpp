@@ -1,0 +1,101 @@
+#include "transfer/waves.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+namespace dcp_fast::transfer {
+
+namespace {
+
+using Pair = std::pair<size_t, size_t>;  // the earlier write, the later one
+
+bool boxes_overlap(const Write& a, const Write& b) {
+  for (size_t dim = 0; dim < a.dims; ++dim) {
+    if (a.offsets[dim] >= b.offsets[dim] + b.sizes[dim] || b.offsets[dim] >= a.offsets[dim] + a.sizes[dim]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool conflict(const Write& a, const Write& b) {
+  if (a.destination == b.destination) return boxes_overlap(a, b);
+  return a.begin < b.end && b.begin < a.end;
+}
+
+// Compares every write with those after it that start, by `start`, before it ends, by `end`.
+template <typename Start, typename End>
+void sweep(const std::vector<Write>& writes, std::vector<size_t> members, const Start& start, const End& end,
+           std::vector<Pair>& pairs) {
+  std::sort(members.begin(), members.end(), [&](size_t a, size_t b) { return start(writes[a]) < start(writes[b]); });
+  for (size_t i = 0; i < members.size(); ++i) {
+    for (size_t j = i + 1; j < members.size() && start(writes[members[j]]) < end(writes[members[i]]); ++j) {
+      if (conflict(writes[members[i]], writes[members[j]])) pairs.emplace_back(std::minmax(members[i], members[j]));
+    }
+  }
+}
+
+// The dimension along which the boxes start at the most different places.
+size_t widest_dim(const std::vector<Write>& writes, const std::vector<size_t>& members) {
+  size_t widest = 0;
+  size_t most = 0;
+  std::vector<int64_t> starts(members.size());
+  for (size_t dim = 0; dim < writes[members[0]].dims; ++dim) {
+    std::transform(members.begin(), members.end(), starts.begin(),
+                   [&](size_t member) { return writes[member].offsets[dim]; });
+    std::sort(starts.begin(), starts.end());
+    const auto distinct = static_cast<size_t>(std::unique(starts.begin(), starts.end()) - starts.begin());
+    if (distinct > most) {
+      most = distinct;
+      widest = dim;
+    }
+  }
+  return widest;
+}
+
+// Conflicts among writes whose address ranges overlap.
+void find_conflicts(const std::vector<Write>& writes, const std::vector<size_t>& members, std::vector<Pair>& pairs) {
+  const size_t destination = writes[members[0]].destination;
+  const bool one = std::all_of(members.begin(), members.end(),
+                               [&](size_t member) { return writes[member].destination == destination; });
+  if (one) {
+    // Strided boxes of one tensor interleave in memory without touching each other: the boxes tell.
+    const size_t dim = widest_dim(writes, members);
+    if (writes[members[0]].dims > 0) {
+      const auto start = [dim](const Write& write) { return write.offsets[dim]; };
+      const auto end = [dim](const Write& write) { return write.offsets[dim] + write.sizes[dim]; };
+      return sweep(writes, members, start, end, pairs);
+    }
+  }
+  sweep(
+      writes, members, [](const Write& write) { return write.begin; }, [](const Write& write) { return write.end; },
+      pairs);
+}
+
+}  // namespace
+
+std::vector<int32_t> assign_waves(const std::vector<Write>& writes) {
+  std::vector<size_t> order;
+  for (size_t i = 0; i < writes.size(); ++i) {
+    if (writes[i].begin < writes[i].end) order.push_back(i);
+  }
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return writes[a].begin < writes[b].begin; });
+  std::vector<Pair> pairs;
+  for (size_t i = 0; i < order.size();) {
+    uint64_t end = writes[order[i]].end;
+    size_t next = i + 1;
+    while (next < order.size() && writes[order[next]].begin < end) end = std::max(end, writes[order[next++]].end);
+    if (next - i > 1) {
+      find_conflicts(writes, {order.begin() + static_cast<std::ptrdiff_t>(i), order.begin() + static_cast<std::ptrdiff_t>(next)}, pairs);
+    }
+    i = next;
+  }
+  std::vector<int32_t> waves(writes.size(), 0);
+  // By the later write: the waves of all earlier ones are final when it is reached.
+  std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.second < b.second; });
+  for (const auto& [earlier, later] : pairs) waves[later] = std::max(waves[later], waves[earlier] + 1);
+  return waves;
+}
+
+}  // namespace dcp_fast::transfer

@@ -1,0 +1,59 @@
+// A bounded pool of threads for one stage of a load. It lives only as long as the stage: nothing is left behind that a fork
+// could break or that would spin while nothing loads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "io/buffer.h"
+#include "io/file.h"
+
+namespace dcp_fast::transfer {
+
+// Raised when `interrupted` asked to stop.
+struct Interrupted {};
+
+// The files of a load by index. A file is open while some worker reads it and closed when the last one has moved on, so
+// that a checkpoint of thousands of files needs no more descriptors than there are workers.
+class Files {
+ public:
+  Files(const std::vector<std::string>& paths, const std::vector<io::IoMode>& modes);
+
+  // Thread-safe. Throws Error(kIo).
+  std::shared_ptr<io::File> open(size_t file);
+  io::IoMode mode(size_t file) const { return modes_[file]; }
+
+ private:
+  struct Slot {
+    std::mutex mutex;
+    std::weak_ptr<io::File> file;
+  };
+  const std::vector<std::string>& paths_;
+  const std::vector<io::IoMode>& modes_;
+  std::vector<Slot> slots_;
+};
+
+// What one thread keeps from task to task.
+struct Worker {
+  io::File& open(Files& files, size_t index);
+
+  io::AlignedBuffer buffer;
+  io::IoCounters* counters = nullptr;
+
+ private:
+  std::shared_ptr<io::File> file_;
+  size_t file_index_ = SIZE_MAX;
+};
+
+// Runs body(task, worker) for every task in [0, tasks), in ascending order as workers come free, on at most `threads`
+// threads, and returns when all are done. The first exception cancels what has not started and is thrown here;
+// `interrupted`, called on this thread ten times a second, cancels likewise and throws Interrupted.
+void run_parallel(size_t tasks, int threads, io::IoCounters& counters, const std::function<bool()>& interrupted,
+                  const std::function<void(size_t, Worker&)>& body);
+
+}  // namespace dcp_fast::transfer

@@ -1,0 +1,41 @@
+"""The fast, safe load path for torch.distributed.checkpoint. Public names are those of that module, plus our own."""
+
+from dcp_fast.errors import (
+    CorruptCheckpointError,
+    CorruptPickleError,
+    FileAccessError,
+    FileMissingError,
+    FilePermissionError,
+    LoadError,
+    NotAFileError,
+    OutOfMemoryError,
+    SizeMismatchError,
+    TruncatedFileError,
+)
+from dcp_fast.install import install, uninstall
+from dcp_fast.load import load, load_state_dict
+from dcp_fast.planner import DefaultLoadPlanner, create_read_items_for_chunk_list
+from dcp_fast.readers import FileSystemReader
+from dcp_fast.report import LoadReport, last_report
+
+__all__ = [
+    "CorruptCheckpointError",
+    "CorruptPickleError",
+    "DefaultLoadPlanner",
+    "FileAccessError",
+    "FileMissingError",
+    "FilePermissionError",
+    "FileSystemReader",
+    "LoadError",
+    "LoadReport",
+    "NotAFileError",
+    "OutOfMemoryError",
+    "SizeMismatchError",
+    "TruncatedFileError",
+    "create_read_items_for_chunk_list",
+    "install",
+    "last_report",
+    "load",
+    "load_state_dict",
+    "uninstall",
+]

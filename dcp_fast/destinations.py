@@ -1,0 +1,80 @@
+"""Destinations: the tensors that a load writes, as columns for the native engine."""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+
+from dcp_fast import _native
+
+__all__ = ["DTYPES", "Destinations"]
+
+# Native dtype codes by torch.dtype, and back. A name that this torch does not have never matches a tensor of it.
+DTYPES: list[torch.dtype | None] = [getattr(torch, name, None) for name in _native.DTYPES]
+_CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(DTYPES) if dtype is not None}
+
+_UNKNOWN = -1
+
+
+class Destinations:
+    """Tensors by index. Rows for ``_native.Program``: address, host-writable, dtype, dimensions, sizes, strides."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._column: list[int] = []
+
+    def add(self, tensor: torch.Tensor) -> int:
+        """The index of the tensor, which is kept alive from here on."""
+        plain = _is_plain(tensor)
+        sizes = tuple(tensor.size())
+        strided = tensor.layout == torch.strided
+        self._column += (
+            tensor.data_ptr() if plain else _address(tensor),
+            plain and tensor.device.type == "cpu",
+            _CODES.get(tensor.dtype, _UNKNOWN),
+            len(sizes),
+            *sizes,
+            *(tensor.stride() if strided else (0,) * len(sizes)),
+        )
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def column(self) -> array[int]:
+        return array("q", self._column)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's elements lie in memory as they are: no subclass that reinterprets them, no lazy bits."""
+    return (
+        _is_plain_type(type(tensor))
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
+_plain_types: dict[type, bool] = {torch.Tensor: True, torch.nn.Parameter: True}
+
+
+def _is_plain_type(cls: type) -> bool:
+    plain = _plain_types.get(cls)
+    if plain is None:
+        # A subclass that overrides neither hook cannot tell a native write from copy_.
+        functions = (cls.__torch_function__, torch.Tensor.__torch_function__)  # type: ignore[attr-defined]
+        default_function = getattr(functions[0], "__func__", functions[0]) in (
+            getattr(functions[1], "__func__", functions[1]),
+            torch._C._disabled_torch_function_impl,
+        )
+        default_dispatch = cls.__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+        plain = _plain_types[cls] = default_function and default_dispatch
+    return plain
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory lies, to notice destinations that share it; 0 if it has none of its own."""
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0

@@ -1,0 +1,157 @@
+"""Exceptions of a load. Each names the file, the FQN and the byte range, and is of the type that torch raises there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from dcp_fast import _native
+
+__all__ = [
+    "CorruptCheckpointError",
+    "CorruptPickleError",
+    "FileAccessError",
+    "FileMissingError",
+    "FilePermissionError",
+    "LoadError",
+    "NotAFileError",
+    "OutOfMemoryError",
+    "SizeMismatchError",
+    "TruncatedFileError",
+]
+
+
+class LoadError(Exception):
+    """Base of all errors that dcp_fast raises about a checkpoint.
+
+    Attributes:
+        reason: what is wrong.
+        path: the file, "" if no single file is at fault.
+        fqn: the FQN of the tensor or value, "" if none is known.
+        offset, length: the byte range in the file, None if none is known.
+        error_number: errno of the system call that failed, 0 if none did.
+
+    Tensors of the state dict that were not loaded before the error hold what they held before it.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        path: str = "",
+        fqn: str = "",
+        offset: int | None = None,
+        length: int | None = None,
+        error_number: int = 0,
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.path = path
+        self.fqn = fqn
+        self.offset = offset
+        self.length = length
+        self.error_number = error_number
+
+    def __str__(self) -> str:
+        text = self.reason
+        if self.fqn:
+            text += f"; FQN {self.fqn!r}"
+        if self.path:
+            text += f"; file {self.path!r}"
+        if self.offset is not None and self.length is not None:
+            text += f"; bytes {self.offset} to {self.offset + self.length}"
+        if self.error_number:
+            text += f"; {errno.errorcode.get(self.error_number, 'errno')} ({self.error_number})"
+        return text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # torch sends the exceptions of each rank to all others.
+        return type(self), (self.reason, self.path, self.fqn, self.offset, self.length, self.error_number)
+
+
+class CorruptCheckpointError(LoadError, RuntimeError):
+    """The bytes of a file contradict themselves or the metadata."""
+
+
+class TruncatedFileError(CorruptCheckpointError, EOFError):
+    """A file ends before the bytes that the metadata promises."""
+
+
+class CorruptPickleError(CorruptCheckpointError, pickle.UnpicklingError):
+    """The description of a tensor within a record cannot be read, or asks for what is not allowed there."""
+
+
+class SizeMismatchError(LoadError, AssertionError):
+    """A box that the plan asks for does not fit the stored tensor or its destination."""
+
+
+class OutOfMemoryError(LoadError, MemoryError):
+    """Memory for staging or for a record could not be had."""
+
+
+class FileAccessError(LoadError, OSError):
+    """A system call on a file failed; `errno` tells how."""
+
+    def __init__(
+        self,
+        reason: str,
+        path: str = "",
+        fqn: str = "",
+        offset: int | None = None,
+        length: int | None = None,
+        error_number: int = 0,
+    ) -> None:
+        super().__init__(reason, path, fqn, offset, length, error_number)
+        self.errno = error_number
+        self.strerror = os.strerror(error_number)
+        self.filename = path
+
+
+class FileMissingError(FileAccessError, FileNotFoundError):
+    """A file that the metadata names does not exist."""
+
+
+class NotAFileError(FileAccessError, IsADirectoryError):
+    """A directory stands where the metadata names a file."""
+
+
+class FilePermissionError(FileAccessError, PermissionError):
+    """A file may not be read."""
+
+
+_BY_ERRNO: dict[int, type[LoadError]] = {
+    errno.ENOENT: FileMissingError,
+    errno.EISDIR: NotAFileError,
+    errno.EACCES: FilePermissionError,
+    errno.EPERM: FilePermissionError,
+    errno.ENOMEM: OutOfMemoryError,
+}
+_BY_KIND: dict[str, type[LoadError]] = {
+    "truncated": TruncatedFileError,
+    "corrupt": CorruptCheckpointError,
+    "size_mismatch": SizeMismatchError,
+}
+
+
+@contextmanager
+def typed_errors(fqns: Sequence[str] = ()) -> Iterator[None]:
+    """Turn errors of the native engine into the classes above; `fqns` names the records by index."""
+    try:
+        yield
+    except _native.NativeError as error:
+        kind, reason, error_number, record, _item, path, offset, length = error.args
+        cls = _BY_ERRNO.get(error_number, FileAccessError) if kind == "io" else _BY_KIND[kind]
+        raise cls(
+            reason,
+            path,
+            fqns[record] if 0 <= record < len(fqns) else "",
+            offset if offset >= 0 else None,
+            length if length >= 0 else None,
+            error_number,
+        ) from None
+    except MemoryError as error:
+        if isinstance(error, LoadError):
+            raise
+        raise OutOfMemoryError("out of memory while loading") from error

@@ -1,0 +1,109 @@
+"""Checkpoints that torch's FileSystemWriter wrote, on a local or mounted file system."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, Literal
+
+from torch.distributed.checkpoint import filesystem as torch_filesystem
+from torch.distributed.checkpoint._extension import ExtensionRegistry
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from dcp_fast import _native
+from dcp_fast.report import LoadReport, publish
+from dcp_fast.storage import Storage
+from dcp_fast.transfer import PlanTransfer
+
+__all__ = ["FileSystemReader"]
+
+_MODES = {"auto": _native.IoMode.AUTO, "cached": _native.IoMode.CACHED, "direct": _native.IoMode.DIRECT}
+
+
+class FileSystemReader(torch_filesystem.FileSystemReader):
+    """Drop-in for ``torch.distributed.checkpoint.FileSystemReader`` that reads only the bytes that are needed.
+
+    Works with any ``LoadPlanner``. Tensors land in host memory without a copy in between wherever the stored and the
+    wanted layout allow it.
+
+    Args:
+        path: directory of the checkpoint.
+        _extension_registry: as torch's, for stream transforms.
+        threads: reader threads; default one per core (at most 16), and at least 8 where storage is read directly.
+        block_bytes: the most that one request reads. At least 64 KiB.
+        staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. A single
+            record that only ``torch.load`` can read takes its own size on top.
+        io: ``"cached"`` reads through the page cache, ``"direct"`` past it (O_DIRECT, where the file system allows it);
+            ``"auto"`` decides for each file by whether its bytes are in the page cache.
+
+    Raises (from ``read_data``; ``dcp.load`` wraps them in ``CheckpointException``):
+        LoadError: see :mod:`dcp_fast.errors`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        _extension_registry: ExtensionRegistry | None = None,
+        *,
+        threads: int | None = None,
+        block_bytes: int = 1 << 20,
+        staging_bytes: int = 32 << 20,
+        io: Literal["auto", "cached", "direct"] = "auto",
+    ) -> None:
+        super().__init__(path, _extension_registry)
+        if io not in _MODES:
+            raise ValueError(f"io must be one of {sorted(_MODES)}, got {io!r}")
+        for name, value in (("threads", threads), ("block_bytes", block_bytes), ("staging_bytes", staging_bytes)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.threads = threads
+        self.block_bytes = block_bytes
+        self.staging_bytes = staging_bytes
+        self.io = io
+        self._report = LoadReport()
+        self._planning_started = 0.0
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Forget the checkpoint that was read; optionally turn to another one."""
+        super().reset(checkpoint_id)
+        self._report = LoadReport()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``."""
+        self._report = LoadReport()
+        with self._report.stage("metadata"):
+            metadata = super().read_metadata(*args, **kwargs)
+        self._planning_started = time.perf_counter()
+        return metadata
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan as it is."""
+        if self._planning_started:
+            self._report.seconds["planning"] += time.perf_counter() - self._planning_started
+            self._planning_started = 0.0
+        return super().prepare_local_plan(plan)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Load all items of the plan; the future is done when this returns."""
+        if type(self.fs) is not torch_filesystem.FileSystem:
+            # Somebody put another file system below us, which only knows Python streams.
+            return super().read_data(plan, planner)
+        report = self._report
+        self._report = LoadReport()
+        report.path = str(self.path)
+        storage = Storage(self.path, self.storage_data, self.transforms, report)
+        options = _native.Options(
+            threads=self.threads or 0,
+            block_bytes=self.block_bytes,
+            staging_bytes=self.staging_bytes // 2,
+            mode=_MODES[self.io],
+        )
+        try:
+            PlanTransfer(plan, planner, storage, options, self.staging_bytes, report).run()
+        finally:
+            publish(report)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future

@@ -1,0 +1,91 @@
+"""Stored entries: where they lie, and the few that Python reads itself.
+
+Those are bytes entries, records that a transform such as zstd was applied to, and records that only ``torch.load`` knows.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from typing import IO, Any, cast
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StorageReaderTransforms
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem
+
+from dcp_fast import _native
+from dcp_fast.errors import CorruptCheckpointError, CorruptPickleError, LoadError, OutOfMemoryError, typed_errors
+from dcp_fast.report import LoadReport
+
+__all__ = ["Storage"]
+
+
+class Storage:
+    """The entries of one checkpoint.
+
+    Args:
+        root: directory of the checkpoint.
+        storage_data: as in ``Metadata``: index of an entry to its file, offset and length.
+        transforms: torch's, which undo what extensions did to an entry.
+        report: counts what is read here.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        storage_data: Mapping[MetadataIndex, _StorageInfo],
+        transforms: _StorageReaderTransforms,
+        report: LoadReport,
+    ) -> None:
+        self.root = root
+        self.storage_data = storage_data
+        self._transforms = transforms
+        self._report = report
+
+    def path(self, relative_path: str) -> str:
+        return os.path.join(self.root, relative_path)
+
+    def read(self, item: ReadItem) -> io.BytesIO:
+        """The bytes of an entry, transforms undone."""
+        info = self.storage_data[item.storage_index]
+        path = self.path(info.relative_path)
+        with typed_errors([item.storage_index.fqn]):
+            try:
+                raw = _native.read_range(path, info.offset, info.length)
+            except MemoryError as error:
+                raise self._error(OutOfMemoryError, "out of memory for a record", item) from error
+        self._report.requests += 1
+        self._report.bytes_read += info.length
+        # Entries that older versions of torch wrote may lack the field.
+        descriptors = info.transform_descriptors or ()
+        stream = self._transforms.transform_load_stream(item, descriptors, cast(IO[bytes], io.BytesIO(raw)))
+        if isinstance(stream, io.BytesIO):
+            return stream
+        try:
+            return io.BytesIO(stream.read(-1))
+        except Exception as error:
+            raise self._error(CorruptCheckpointError, f"cannot undo {list(descriptors)}: {error}", item) from error
+
+    def load_tensor(self, item: ReadItem) -> torch.Tensor:
+        """The stored tensor of an item, read by ``torch.load(weights_only=True)``."""
+        record = self.read(item)
+        try:
+            tensor = torch.load(record, map_location="cpu", weights_only=True)
+        except LoadError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise self._error(CorruptPickleError, str(error), item) from error
+        except MemoryError as error:
+            raise self._error(OutOfMemoryError, "out of memory for a record", item) from error
+        except Exception as error:
+            raise self._error(CorruptCheckpointError, f"{type(error).__name__}: {error}", item) from error
+        if not isinstance(tensor, torch.Tensor):
+            raise self._error(CorruptCheckpointError, f"a {type(tensor).__name__} where a tensor belongs", item)
+        return tensor
+
+    def _error(self, cls: type[LoadError], reason: str, item: ReadItem) -> LoadError:
+        info: Any = self.storage_data[item.storage_index]
+        return cls(reason, self.path(info.relative_path), item.storage_index.fqn, info.offset, info.length)

@@ -1,0 +1,224 @@
+"""Transfer: boxes x layouts x destinations, run by the native engine; torch places what the engine cannot."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.autograd.graph import increment_version
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.utils import find_state_dict_object
+
+from dcp_fast import _native
+from dcp_fast.destinations import DTYPES, Destinations
+from dcp_fast.errors import SizeMismatchError, typed_errors
+from dcp_fast.report import LoadReport
+from dcp_fast.staging import StagedBox, place_staged
+from dcp_fast.storage import Storage
+
+__all__ = ["PlanTransfer"]
+
+_HOOKS = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
+
+
+def has_default_hooks(planner: LoadPlanner) -> bool:
+    """Whether a planner resolves tensors just as torch's DefaultLoadPlanner does, so that all can be resolved at once."""
+    return isinstance(planner, DefaultLoadPlanner) and all(
+        name not in vars(planner) and getattr(type(planner), name) is getattr(DefaultLoadPlanner, name)
+        for name in _HOOKS
+    )
+
+
+class PlanTransfer:
+    """One run of a load plan.
+
+    Args:
+        plan: of this rank.
+        planner: whose state dict is loaded.
+        storage: the stored entries.
+        options: for the native engine. It gets half of ``staging_bytes``; boxes that torch places get the other half.
+        staging_bytes: host memory that bytes may pass through.
+        report: is filled in.
+    """
+
+    def __init__(
+        self,
+        plan: LoadPlan,
+        planner: LoadPlanner,
+        storage: Storage,
+        options: _native.Options,
+        staging_bytes: int,
+        report: LoadReport,
+    ) -> None:
+        self.planner = planner
+        self.storage = storage
+        self.options = options
+        self.staging_bytes = staging_bytes
+        self.report = report
+        self.items = plan.items
+        self.item_records: list[int] = []  # index of each item's record
+        self.record_fqns: list[str] = []
+        self.record_files: list[int] = []
+        self.layouts = self._read_layouts()
+
+    def run(self) -> None:
+        """Load everything. Raises LoadError, and whatever the planner raises."""
+        with typed_errors(self.record_fqns):
+            if has_default_hooks(self.planner):
+                self._place_at_once()
+            else:
+                self._place_one_by_one()
+
+    # Layout
+
+    def _read_layouts(self) -> _native.Layouts:
+        with self.report.stage("layout"):
+            storage_data = self.storage.storage_data
+            files: dict[str, int] = {}
+            records: dict[int, int] = {}
+            column: list[int] = []
+            for item in self.items:
+                info = storage_data[item.storage_index]
+                record = records.get(id(info))
+                if record is None:
+                    record = records[id(info)] = len(self.record_fqns)
+                    file = files.setdefault(info.relative_path, len(files))
+                    opaque = item.type == LoadItemType.BYTE_IO or bool(info.transform_descriptors)
+                    column += (file, info.offset, info.length, opaque)
+                    self.record_fqns.append(item.storage_index.fqn)
+                    self.record_files.append(file)
+                self.item_records.append(record)
+            paths = [self.storage.path(name) for name in files]
+            with typed_errors(self.record_fqns):
+                layouts = _native.read_layouts(paths, array("q", column), self.options)
+        self.report.records = len(layouts)
+        self.report.requests += layouts.requests
+        self.report.bytes_read += layouts.bytes_read
+        return layouts
+
+    # Placement
+
+    def _place_at_once(self) -> None:
+        """Resolve all destinations, then place all tensors in any order that gives torch's result."""
+        with self.report.stage("transfer"):
+            destinations = Destinations()
+            known: dict[tuple[str, torch.Size | None], int] = {}
+            column: list[int] = []
+            items: list[ReadItem] = []
+            records: list[int] = []
+            numbers: list[int] = []  # index of each item's destination
+            state_dict = self.planner.state_dict  # type: ignore[attr-defined]
+            for item, record in zip(self.items, self.item_records, strict=True):
+                if item.type == LoadItemType.BYTE_IO:
+                    continue
+                index: MetadataIndex = item.dest_index
+                key = (index.fqn, index.offset)
+                number = known.get(key)
+                if number is None:
+                    number = known[key] = destinations.add(find_state_dict_object(state_dict, index).detach())
+                lengths = item.lengths
+                column += (record, number, len(lengths))
+                column += item.storage_offsets
+                column += item.dest_offsets
+                column += lengths
+                items.append(item)
+                records.append(record)
+                numbers.append(number)
+
+            def target(i: int) -> torch.Tensor:
+                tensor = destinations.tensors[numbers[i]]
+                return narrow_tensor_by_index(tensor, items[i].dest_offsets, items[i].lengths)
+
+            self._place(items, records, column, destinations, target)
+        with self.report.stage("commit"):
+            for item in self.items:
+                if item.type == LoadItemType.BYTE_IO:
+                    self._load_bytes(item)
+
+    def _place_one_by_one(self) -> None:
+        """For planners with hooks: resolve, place and commit each item before the next, in torch's order."""
+        order = sorted(range(len(self.items)), key=lambda i: self.record_files[self.item_records[i]])
+        for i in order:
+            item = self.items[i]
+            if item.type == LoadItemType.BYTE_IO:
+                with self.report.stage("commit"):
+                    self._load_bytes(item)
+                continue
+            with self.report.stage("commit"):
+                tensor = self.planner.resolve_tensor(item).detach()
+            with self.report.stage("transfer"):
+                self._place_item(item, self.item_records[i], tensor)
+            with self.report.stage("commit"):
+                self.planner.commit_tensor(item, tensor)
+
+    def _place_item(self, item: ReadItem, record: int, tensor: torch.Tensor) -> None:
+        if tensor.size() != item.lengths:
+            raise SizeMismatchError(
+                f"req {item.storage_index} mismatch sizes {tensor.size()} vs {item.lengths}", fqn=item.dest_index.fqn
+            )
+        dims = len(item.lengths)
+        column = [record, 0, dims, *item.storage_offsets, *(0,) * dims, *item.lengths]
+        destinations = Destinations()
+        destinations.add(tensor)
+        self._place([item], [record], column, destinations, lambda _: tensor)
+
+    def _place(
+        self,
+        items: Sequence[ReadItem],
+        records: Sequence[int],
+        column: Sequence[int],
+        destinations: Destinations,
+        target: Callable[[int], torch.Tensor],
+    ) -> None:
+        program = _native.Program(self.layouts, array("q", column), destinations.column())
+        self.report.bytes_needed += program.bytes_needed
+        for wave in range(program.waves):
+            self._count(program.run(wave, self.options))
+            staged = program.staged(wave)
+            if staged:
+                self._place_staged([self._staged_box(items[i], records[i], target(i)) for i in staged])
+            self._place_unknown([(items[i], records[i], target(i)) for i in program.unknown(wave)])
+        # What copy_ does: autograd must notice that these tensors are no longer what was saved for backward.
+        increment_version(destinations.tensors)
+
+    def _staged_box(self, item: ReadItem, record: int, target: torch.Tensor) -> StagedBox:
+        code = self.layouts.dtype(record)
+        dtype = DTYPES[code]
+        if dtype is None:
+            raise TypeError(f"this torch has no dtype {_native.DTYPES[code]}, which {item.storage_index} is stored in")
+        return StagedBox(record, code, dtype, item.storage_offsets, item.lengths, target)
+
+    def _place_staged(self, boxes: list[StagedBox]) -> None:
+        self.report.staged_items += len(boxes)
+        for stats in place_staged(boxes, self.layouts, self.options, self.staging_bytes // 2):
+            self._count(stats)
+
+    def _place_unknown(self, placements: list[tuple[ReadItem, int, torch.Tensor]]) -> None:
+        """Place boxes of records that torch.load must read, each record once."""
+        loaded: tuple[int, torch.Tensor] | None = None
+        for item, record, target in sorted(placements, key=lambda placement: placement[1]):
+            if loaded is None or loaded[0] != record:
+                loaded = None  # before the next one is read: only one is ever in memory
+                loaded = (record, self.storage.load_tensor(item))
+                self.report.fallback_records += 1
+            source = narrow_tensor_by_index(loaded[1], item.storage_offsets, item.lengths)
+            if target.size() != source.size():
+                raise SizeMismatchError(
+                    f"req {item.storage_index} mismatch sizes {target.size()} vs {source.size()}",
+                    fqn=item.dest_index.fqn,
+                )
+            target.copy_(source)
+            self.report.bytes_needed += source.numel() * source.element_size()
+
+    def _load_bytes(self, item: ReadItem) -> None:
+        value = self.storage.read(item)
+        self.report.bytes_needed += value.getbuffer().nbytes
+        self.planner.load_bytes(item, value)
+
+    def _count(self, stats: _native.Stats) -> None:
+        self.report.requests += stats.requests
+        self.report.bytes_read += stats.bytes_read
