@@ -1,4 +1,5 @@
-// The only file that knows Python: turns columns of integers into the native structures and native errors into exceptions.
+// The only file that knows Python: turns columns of integers into the native structures and native errors into
+// exceptions.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -35,7 +36,8 @@ using transfer::Transfer;
 class Column {
  public:
   explicit Column(const py::buffer& buffer) : info_(buffer.request()) {
-    if (info_.ndim != 1 || info_.itemsize != sizeof(int64_t) || (info_.size > 1 && info_.strides[0] != sizeof(int64_t))) {
+    if (info_.ndim != 1 || info_.itemsize != sizeof(int64_t) ||
+        (info_.size > 1 && info_.strides[0] != sizeof(int64_t))) {
       throw py::value_error("expected a contiguous buffer of 64-bit integers");
     }
   }
@@ -106,7 +108,8 @@ Layouts read_layouts(std::vector<std::string> paths, const py::buffer& record_co
     record.opaque = column.next() != 0;
     records.push_back(record);
   }
-  return without_gil([&] { return transfer::read_layouts(std::move(paths), std::move(records), options, interrupted); });
+  return without_gil(
+      [&] { return transfer::read_layouts(std::move(paths), std::move(records), options, interrupted); });
 }
 
 std::unique_ptr<Program> make_program(const Layouts& layouts, const py::buffer& item_column,
@@ -155,9 +158,8 @@ py::bytes read_range(const std::string& path, int64_t offset, int64_t length) {
   if (offset < 0 || length < 0) throw py::value_error("negative offset or length");
   io::File file = io::File(path);
   if (offset > file.size() || length > file.size() - offset) {
-    Error error(ErrorKind::kTruncated, "the file is only " + std::to_string(file.size()) + " bytes long");
-    error.at(path, offset, length);
-    throw error;
+    throw Error(ErrorKind::kTruncated, "the file is only " + std::to_string(file.size()) + " bytes long", path, offset,
+                length);
   }
   py::bytes bytes(nullptr, static_cast<size_t>(length));
   void* data = PyBytes_AS_STRING(bytes.ptr());
@@ -233,17 +235,18 @@ PYBIND11_MODULE(_native, module) {
 
   // args: kind, message, errno, record, item, path, offset, length; -1 and "" where unknown.
   static py::handle native_error = py::exception<Error>(module, "NativeError").release();
-  py::register_exception_translator([](std::exception_ptr pointer) {
-    try {
-      if (pointer) std::rethrow_exception(pointer);
-    } catch (const Error& error) {
-      const py::tuple arguments =
-          py::make_tuple(kind_name(error.kind), error.what(), error.error_number, error.record, error.item,
-                         py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(error.path.c_str())), error.offset,
-                         error.length);
-      PyErr_SetObject(native_error.ptr(), arguments.ptr());
-    }
-  });
+  py::register_exception_translator(
+      [](std::exception_ptr pointer) {  // NOLINT(performance-unnecessary-value-param): pybind11's signature
+        try {
+          if (pointer) std::rethrow_exception(pointer);
+        } catch (const Error& error) {
+          const py::tuple arguments =
+              py::make_tuple(kind_name(error.kind), error.what(), error.error_number, error.record, error.item,
+                             py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(error.path.c_str())),
+                             error.offset, error.length);
+          PyErr_SetObject(native_error.ptr(), arguments.ptr());
+        }
+      });
 
   py::list names;
   for (const checkpoint::DTypeInfo& dtype : checkpoint::kDTypes) names.append(std::string(dtype.name));
@@ -258,12 +261,19 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init([](int threads, int64_t block_bytes, int64_t staging_bytes, io::IoMode mode) {
              return Options{threads, block_bytes, staging_bytes, mode};
            }),
-           py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("staging_bytes"), py::arg("mode"));
+           py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("staging_bytes"), py::arg("mode"))
+      .def_readonly("block_bytes", &Options::block_bytes)
+      .def("with_threads", [](Options options, int threads) {
+        options.threads = threads;
+        return options;
+      });
 
   py::class_<Layouts>(module, "Layouts")
       .def_readonly("requests", &Layouts::requests)
       .def_readonly("bytes_read", &Layouts::bytes)
       .def_readonly("modes", &Layouts::modes)
+      .def("threads", [](const Layouts& layouts,
+                         const Options& options) { return transfer::settle(options, layouts.any_direct()).threads; })
       .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
       .def("unknown",
            [](const Layouts& layouts) {
@@ -288,7 +298,8 @@ PYBIND11_MODULE(_native, module) {
            py::keep_alive<1, 2>())
       .def_property_readonly("waves", &Program::waves)
       .def_property_readonly("bytes_needed", &Program::bytes_needed)
-      .def("staged", [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kStaged, wave); })
+      .def("staged",
+           [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kStaged, wave); })
       .def("unknown",
            [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kUnknownRecord, wave); })
       .def(
@@ -307,12 +318,13 @@ PYBIND11_MODULE(_native, module) {
   py::class_<FaultInjection>(module, "FaultInjection")
       .def(py::init<const std::string&, int64_t, int, int64_t, size_t>(), py::arg("function"), py::arg("nth"),
            py::arg("error_number") = 0, py::arg("repeat") = 1, py::arg("short_bytes") = 1)
-      .def("__enter__",
-           [](FaultInjection& faults) -> FaultInjection& {
-             faults.enter();
-             return faults;
-           },
-           py::return_value_policy::reference)
+      .def(
+          "__enter__",
+          [](FaultInjection& faults) -> FaultInjection& {
+            faults.enter();
+            return faults;
+          },
+          py::return_value_policy::reference)
       .def("__exit__", [](FaultInjection& faults, const py::args&) { faults.leave(); })
       .def_property_readonly("calls", &FaultInjection::calls);
 }

@@ -17,22 +17,22 @@ enum class ErrorKind {
 };
 
 struct Error : std::runtime_error {
-  Error(ErrorKind error_kind, const std::string& message) : std::runtime_error(message), kind(error_kind) {}
-
-  Error& at(std::string file_path, int64_t begin, int64_t byte_length) {
-    path = std::move(file_path);
-    offset = begin;
-    length = byte_length;
-    return *this;
-  }
+  // `byte_offset` and `byte_length`: the range in the file, -1 where none is known.
+  Error(ErrorKind error_kind, const std::string& message, std::string file_path = "", int64_t byte_offset = -1,
+        int64_t byte_length = -1)
+      : std::runtime_error(message),
+        kind(error_kind),
+        path(std::move(file_path)),
+        offset(byte_offset),
+        length(byte_length) {}
 
   ErrorKind kind;
+  std::string path;
+  int64_t offset;
+  int64_t length;
   int error_number = 0;
   int64_t record = -1;  // index into the records of the load, -1 where none is known
   int64_t item = -1;    // index into the items of the load, -1 where none is known
-  std::string path;
-  int64_t offset = -1;  // byte range in the file, -1 where none is known
-  int64_t length = -1;
 };
 
 }  // namespace dcp_fast

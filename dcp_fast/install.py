@@ -1,4 +1,4 @@
-"""Putting the fast classes in the place of torch's, for frameworks that call torch.distributed.checkpoint themselves."""
+"""The fast classes in the place of torch's, for frameworks that call torch.distributed.checkpoint themselves."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import sys
 import threading
 from types import TracebackType
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import default_planner, planner_helpers
+from torch.distributed.checkpoint import default_planner, filesystem, planner_helpers, state_dict_loader
 
 from dcp_fast import load as fast_load
 from dcp_fast import planner as fast_planner
@@ -20,10 +19,10 @@ __all__ = ["Installation", "install", "uninstall"]
 _REPLACEMENTS: dict[int, tuple[object, object]] = {
     id(original): (original, replacement)
     for original, replacement in (
-        (dcp.FileSystemReader, FileSystemReader),
-        (dcp.DefaultLoadPlanner, fast_planner.DefaultLoadPlanner),
-        (dcp.load, fast_load.load),
-        (dcp.load_state_dict, fast_load.load_state_dict),
+        (filesystem.FileSystemReader, FileSystemReader),
+        (default_planner.DefaultLoadPlanner, fast_planner.DefaultLoadPlanner),
+        (state_dict_loader.load, fast_load.load),
+        (state_dict_loader.load_state_dict, fast_load.load_state_dict),
         (planner_helpers.create_read_items_for_chunk_list, fast_planner.create_read_items_for_chunk_list),
         (default_planner.create_default_local_load_plan, fast_planner.create_default_local_load_plan),
     )
@@ -53,9 +52,9 @@ class Installation:
 def install() -> Installation:
     """Make ``torch.distributed.checkpoint`` itself use dcp_fast.
 
-    Replaces ``FileSystemReader``, ``DefaultLoadPlanner``, ``load``, ``load_state_dict`` and two planning functions in every
-    loaded module that has torch's under some name, so that code which imported them before is served too. Readers and planners that
-    exist already stay what they are. A second call changes nothing.
+    Replaces ``FileSystemReader``, ``DefaultLoadPlanner``, ``load``, ``load_state_dict`` and two planning functions in
+    every loaded module that has torch's under some name, so that code which imported them before is served too. Readers
+    and planners that exist already stay what they are. A second call changes nothing.
 
     Returns:
         A context manager that uninstalls at its end, unless dcp_fast had been installed before.

@@ -21,7 +21,6 @@ __all__ = ["load", "load_state_dict"]
 
 # Bound at import: `install` may put the function below in the place of torch's.
 _torch_load = torch_loader.load
-_torch_load_state_dict = torch_loader.load_state_dict
 _TorchFileSystemReader = torch_filesystem.FileSystemReader
 
 
@@ -41,8 +40,8 @@ def load(
     The default planner is :class:`dcp_fast.DefaultLoadPlanner`. A reader or planner that is passed is used as it is.
 
     Raises:
-        CheckpointException: on every rank if any rank failed; ``failures`` maps ranks to their errors, which for damaged
-            checkpoints are of the classes in :mod:`dcp_fast.errors`.
+        CheckpointException: on every rank if any rank failed; ``failures`` maps ranks to their errors, which for
+            damaged checkpoints are of the classes in :mod:`dcp_fast.errors`.
     """
     if storage_reader is None and checkpoint_id is not None:
         storage_reader = _reader_for(checkpoint_id)
@@ -77,7 +76,8 @@ def load_state_dict(
     planner: LoadPlanner | None = None,
 ) -> None:
     """Drop-in for ``torch.distributed.checkpoint.load_state_dict``, which torch deprecates in favour of ``load``."""
-    _torch_load_state_dict.__wrapped__(  # without torch's own deprecation warning
+    storage_reader.reset()
+    torch_loader._load_state_dict(
         state_dict,
         storage_reader,
         process_group,

@@ -53,7 +53,7 @@ def create_read_items_for_chunk_list(
         local_chunks: chunks of the same global tensor that are wanted.
 
     Returns:
-        One TENSOR item for each overlap of a wanted and a stored chunk, in torch's order; no items where nothing is stored.
+        One TENSOR item for each overlap of a wanted and a stored chunk, in torch's order.
     """
     stored = checkpoint_md.chunks
     if not local_chunks or not stored:
@@ -89,8 +89,8 @@ def _flatten(chunks: Sequence[ChunkStorageMetadata]) -> list[int]:
 def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadata, strict: bool = True) -> LoadPlan:
     """Drop-in for ``torch.distributed.checkpoint.default_planner.create_default_local_load_plan``.
 
-    Raises as torch does: RuntimeError for a key that is not in the checkpoint (if ``strict``), ValueError for a size or a
-    kind of entry that differs. Where no stored chunk covers a part of a wanted tensor, torch leaves that part as it
+    Raises as torch does: RuntimeError for a key that is not in the checkpoint (if ``strict``), ValueError for a size or
+    a kind of entry that differs. Where no stored chunk covers a part of a wanted tensor, torch leaves that part as it
     was without a word; so does this function, but it logs a warning that names the tensors.
     """
     items: list[ReadItem] = []

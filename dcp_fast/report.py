@@ -27,8 +27,8 @@ class LoadReport:
         records: stored entries that were touched.
         fallback_records: how many of those torch.load had to read.
         staged_items: boxes that passed through staging to be placed by torch (another dtype or device).
-        seconds: by stage. metadata: reading `.metadata`. planning: from there to the local plan. layout: finding payloads.
-            transfer: reading and placing tensors. commit: bytes entries and planner hooks.
+        seconds: by stage. metadata: reading `.metadata`. planning: from there to the local plan. layout: finding
+            payloads. transfer: reading and placing tensors. commit: bytes entries and planner hooks.
     """
 
     path: str = ""

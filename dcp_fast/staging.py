@@ -1,10 +1,11 @@
-"""Staged placement: boxes that torch must place itself, because of their dtype or device, pass through bounded memory."""
+"""Staged placement: boxes that torch must place, because of their dtype or device, pass through bounded memory."""
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 
@@ -16,6 +17,9 @@ from dcp_fast import _native
 __all__ = ["StagedBox", "place_staged"]
 
 _ALIGNMENT = 64  # bytes: as torch aligns its own allocations
+# Elements of one copy_ on the CPU: below at::internal::GRAIN_SIZE torch stays on the calling thread. Above it, it wakes
+# a team of threads for every copy, which fight the reader threads for the cores and lose more than they win.
+_SERIAL_ELEMENTS = 32768 - 64
 
 
 @dataclass
@@ -30,9 +34,13 @@ class StagedBox:
     target: torch.Tensor  # of sizes `lengths`
 
 
+# A part of a box: its offsets and lengths within the box.
+_Part = tuple[StagedBox, tuple[int, ...], tuple[int, ...]]
+
+
 @dataclass
 class _Batch:
-    """Boxes that fill one half of the staging memory."""
+    """Parts that fill one thread's staging memory, and the rows of their transfer program."""
 
     items: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
@@ -41,62 +49,96 @@ class _Batch:
 
 
 def place_staged(
-    boxes: Sequence[StagedBox], layouts: _native.Layouts, options: _native.Options, staging_bytes: int
+    boxes: Sequence[StagedBox], layouts: _native.Layouts, options: _native.Options, memory_bytes: int
 ) -> list[_native.Stats]:
-    """Read every box into staging and ``copy_`` it to its target.
+    """Read every box into staging memory and ``copy_`` it to its target.
 
-    One half of the staging memory is read into by the native threads while torch empties the other.
+    Each thread reads a block and converts it while it is still in that core's cache.
 
     Args:
         boxes: what to place; no two targets may share memory.
         layouts: of the records that the boxes name.
-        options: for the native reads; their own staging memory comes on top of ``staging_bytes``.
-        staging_bytes: for both halves together.
+        options: for the native reads; their own staging memory comes on top of ``memory_bytes``.
+        memory_bytes: for all threads together.
 
     Returns:
         What was read, batch by batch.
     """
-    half = max(staging_bytes // 2, _ALIGNMENT)
-    memory = torch.empty(2 * half, dtype=torch.uint8)
+    # Streams are a matter of the calling thread: copies to a device stay on it.
+    on_host = all(box.target.device.type == "cpu" for box in boxes)
+    threads = layouts.threads(options) if on_host else 1
+    capacity = max(min(options.block_bytes, memory_bytes // threads), 16 * _ALIGNMENT)
+    batches = _batches(boxes, capacity)
+    one_thread = options.with_threads(1)
+    inference = torch.is_inference_mode_enabled()
+    lock = threading.Lock()
+    stop = threading.Event()
     stats: list[_native.Stats] = []
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="dcp_fast") as executor:
-        pending: tuple[_Batch, Future[_native.Stats]] | None = None
-        for batch in _batches(boxes, (memory[:half], memory[half:])):
-            reading = executor.submit(_read, batch, layouts, options)
-            if pending is not None:
-                _finish(*pending, stats)  # empties the half that the next batch will fill
-            pending = (batch, reading)
-        if pending is not None:
-            _finish(*pending, stats)
+
+    def work() -> None:
+        memory = torch.empty(capacity, dtype=torch.uint8)
+        try:
+            with torch.inference_mode(inference):
+                while not stop.is_set():
+                    with lock:
+                        parts = next(batches, None)
+                    if parts is None:
+                        return
+                    stats.append(_place(parts, memory, layouts, one_thread))
+        except BaseException:
+            stop.set()
+            raise
+
+    if threads == 1:
+        work()
+        return stats
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="dcp_fast") as executor:
+        try:
+            for worker in [executor.submit(work) for _ in range(threads)]:
+                worker.result()
+        finally:
+            stop.set()  # after Ctrl-C in this thread the others end with the block that they are at
     return stats
 
 
-def _read(batch: _Batch, layouts: _native.Layouts, options: _native.Options) -> _native.Stats:
-    return _native.Program(layouts, array("q", batch.items), array("q", batch.slots)).run(0, options)
-
-
-def _finish(batch: _Batch, reading: Future[_native.Stats], stats: list[_native.Stats]) -> None:
-    stats.append(reading.result())
-    for target, staged in batch.copies:
-        target.copy_(staged)
-
-
-def _batches(boxes: Sequence[StagedBox], halves: tuple[torch.Tensor, torch.Tensor]) -> Iterator[_Batch]:
-    number = 0
-    capacity = halves[0].numel()
+def _place(
+    parts: list[_Part], memory: torch.Tensor, layouts: _native.Layouts, options: _native.Options
+) -> _native.Stats:
     batch = _Batch()
+    for box, offsets, lengths in parts:
+        _append(batch, box, offsets, lengths, memory)
+    stats = _native.Program(layouts, array("q", batch.items), array("q", batch.slots)).run(0, options)
+    for target, staged in batch.copies:
+        if target.device.type != "cpu" or target.numel() <= _SERIAL_ELEMENTS:
+            target.copy_(staged)
+            continue
+        if target.is_contiguous():
+            target, staged = target.view(-1), staged.view(-1)
+        step = max(1, _SERIAL_ELEMENTS * target.size(0) // target.numel())
+        for target_part, staged_part in zip(torch.split(target, step), torch.split(staged, step), strict=True):
+            target_part.copy_(staged_part)
+    return stats
+
+
+def _batches(boxes: Sequence[StagedBox], capacity: int) -> Iterator[list[_Part]]:
+    parts: list[_Part] = []
+    used = 0
     for box in boxes:
-        for offsets, lengths in _split(tuple(box.lengths), max(capacity // box.dtype.itemsize, 1)):
-            size = prod(lengths) * box.dtype.itemsize
+        for offsets, lengths in _split(tuple(box.lengths), (capacity - _ALIGNMENT) // box.dtype.itemsize):
+            size = _aligned(prod(lengths) * box.dtype.itemsize)
             if size == 0:
                 continue
-            if batch.used + size > capacity:
-                yield batch
-                number += 1
-                batch = _Batch()
-            _append(batch, box, offsets, lengths, halves[number % 2])
-    if batch.items:
-        yield batch
+            if used + size > capacity and parts:
+                yield parts
+                parts, used = [], 0
+            parts.append((box, offsets, lengths))
+            used += size
+    if parts:
+        yield parts
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _append(
@@ -104,7 +146,7 @@ def _append(
 ) -> None:
     size = prod(lengths) * box.dtype.itemsize
     staged = memory[batch.used : batch.used + size].view(box.dtype).view(lengths)
-    batch.used += -(-size // _ALIGNMENT) * _ALIGNMENT
+    batch.used += _aligned(size)
     dims = len(lengths)
     source = [start + offset for start, offset in zip(box.storage_offsets, offsets, strict=True)]
     batch.items += (box.record, len(batch.copies), dims, *source, *(0,) * dims, *lengths)

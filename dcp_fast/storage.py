@@ -1,6 +1,7 @@
 """Stored entries: where they lie, and the few that Python reads itself.
 
-Those are bytes entries, records that a transform such as zstd was applied to, and records that only ``torch.load`` knows.
+Those are bytes entries, records that a transform such as zstd was applied to, and records that only ``torch.load``
+knows.
 """
 
 from __future__ import annotations

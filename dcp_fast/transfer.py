@@ -26,7 +26,7 @@ _HOOKS = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor"
 
 
 def has_default_hooks(planner: LoadPlanner) -> bool:
-    """Whether a planner resolves tensors just as torch's DefaultLoadPlanner does, so that all can be resolved at once."""
+    """Whether a planner resolves tensors as torch's DefaultLoadPlanner does, so that all can be resolved at once."""
     return isinstance(planner, DefaultLoadPlanner) and all(
         name not in vars(planner) and getattr(type(planner), name) is getattr(DefaultLoadPlanner, name)
         for name in _HOOKS

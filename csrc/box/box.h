@@ -14,8 +14,7 @@ struct Dim {
   int64_t destination_stride = 0;
 
   bool operator==(const Dim& other) const {
-    return size == other.size && source_stride == other.source_stride &&
-           destination_stride == other.destination_stride;
+    return size == other.size && source_stride == other.source_stride && destination_stride == other.destination_stride;
   }
 };
 

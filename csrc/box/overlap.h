@@ -18,16 +18,16 @@ struct Chunks {
 };
 
 struct Overlaps {
-  // One row for each overlap: index of the wanted chunk, index of the stored chunk, then offsets in the stored chunk, offsets in
-  // the wanted chunk, and lengths.
+  // One row for each overlap: index of the wanted chunk, index of the stored chunk, then offsets in the stored chunk,
+  // offsets in the wanted chunk, and lengths.
   std::vector<int64_t> rows;
   size_t count = 0;
 };
 
 // Every pair of a wanted and a stored chunk that overlap, with the region, in the order in which torch's
-// create_read_items_for_chunk_list yields them (torch/distributed/checkpoint/planner_helpers.py): wanted chunks by their
-// start in the longest dimension, for each of them the stored chunks by their end in it. As in torch, chunks without a
-// volume overlap what surrounds them. Both sides must have the same number of dimensions.
+// create_read_items_for_chunk_list yields them (torch/distributed/checkpoint/planner_helpers.py): wanted chunks by
+// their start in the longest dimension, for each of them the stored chunks by their end in it. As in torch, chunks
+// without a volume overlap what surrounds them. Both sides must have the same number of dimensions.
 Overlaps find_overlaps(const Chunks& wanted, const Chunks& stored);
 
 }  // namespace dcp_fast::box

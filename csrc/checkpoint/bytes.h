@@ -34,7 +34,7 @@ class Bytes {
 
   std::string_view text(size_t count) {
     if (!take(count)) return {};
-    std::string_view view(reinterpret_cast<const char*>(data_) + position_, count);
+    const std::string_view view(reinterpret_cast<const char*>(data_) + position_, count);
     position_ += count;
     return view;
   }

@@ -44,7 +44,7 @@ inline constexpr std::array<DTypeInfo, 23> kDTypes = {{
     {"bits8", "", 1},
 }};
 
-constexpr const DTypeInfo& info(DType dtype) { return kDTypes[static_cast<size_t>(dtype)]; }
+constexpr const DTypeInfo& info(DType dtype) { return kDTypes.at(static_cast<unsigned char>(dtype)); }
 
 constexpr DType dtype_by_name(std::string_view name) {
   for (size_t i = 0; i < kDTypes.size(); ++i) {

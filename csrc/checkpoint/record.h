@@ -1,5 +1,5 @@
-// Where a stored tensor's payload lies in its record. A record is a torch.save archive: data.pkl describes the tensor, data/<key>
-// holds its storage. Only the archive's first and last bytes are needed to find it, never the payload.
+// Where a stored tensor's payload lies in its record. A record is a torch.save archive: data.pkl describes the tensor,
+// data/<key> holds its storage. Only the archive's first and last bytes are needed to find it, never the payload.
 //
 //   head                                      tail
 //   | data.pkl | ... | byteorder | data/0 header | payload ... | version | directory | end |

@@ -12,8 +12,8 @@ namespace {
 struct Value {
   enum class Kind { kBool, kInt, kText, kTuple, kGlobal, kStorage, kOrderedDict, kDict, kTensor };
   Kind kind = Kind::kBool;
-  int64_t number = 0;  // kInt, kBool; kStorage: elements (bytes if untyped)
-  std::string text;    // kText; kGlobal: "module name"; kStorage: the key
+  int64_t number = 0;           // kInt, kBool; kStorage: elements (bytes if untyped)
+  std::string text;             // kText; kGlobal: "module name"; kStorage: the key
   DType dtype = kUnknownDType;  // kStorage (unknown if untyped), kTensor
   std::vector<Value> items;     // kTuple; kTensor: storage, sizes, strides
 };
@@ -131,7 +131,8 @@ class TensorUnpickler {
     if (width > 8) return false;
     const std::string_view digits = pickle_.text(width);
     uint64_t number = 0;
-    for (size_t i = 0; i < digits.size(); ++i) number |= static_cast<uint64_t>(static_cast<uint8_t>(digits[i])) << (8 * i);
+    for (size_t i = 0; i < digits.size(); ++i)
+      number |= static_cast<uint64_t>(static_cast<uint8_t>(digits[i])) << (8 * i);
     const bool negative = !digits.empty() && (static_cast<uint8_t>(digits.back()) & 0x80) != 0;
     return !negative && push_number(Kind::kInt, static_cast<int64_t>(number));
   }
@@ -163,14 +164,14 @@ class TensorUnpickler {
   bool recall(uint32_t key) {
     const auto found = memo_.find(key);
     if (found == memo_.end() || !found->second) return false;
-    stack_.push_back(*found->second);
+    if (const std::optional<Value>& value = found->second; value.has_value()) stack_.push_back(*value);
     return true;
   }
 
   // ("storage", storage class, key, location, element count)
   bool persistent_id() {
     if (stack_.empty()) return false;
-    Value id = pop();
+    const Value id = pop();
     if (id.kind != Kind::kTuple || id.items.size() != 5) return false;
     const std::vector<Value>& parts = id.items;
     if (parts[0].kind != Kind::kText || parts[0].text != "storage" || parts[1].kind != Kind::kGlobal ||
@@ -194,7 +195,7 @@ class TensorUnpickler {
   bool reduce() {
     if (stack_.size() < 2) return false;
     Value arguments = pop();
-    Value function = pop();
+    const Value function = pop();
     if (function.kind != Kind::kGlobal || arguments.kind != Kind::kTuple) return false;
     if (function.text == "collections OrderedDict") {
       return arguments.items.empty() && push_number(Kind::kOrderedDict, 0);
@@ -218,7 +219,8 @@ class TensorUnpickler {
     if (required == 7) {
       constexpr std::string_view kPrefix = "torch ";
       const Value& named = arguments[6];
-      if (dtype != kUnknownDType || named.kind != Kind::kGlobal || named.text.compare(0, kPrefix.size(), kPrefix) != 0) {
+      if (dtype != kUnknownDType || named.kind != Kind::kGlobal ||
+          named.text.compare(0, kPrefix.size(), kPrefix) != 0) {
         return false;
       }
       dtype = dtype_by_name(std::string_view(named.text).substr(kPrefix.size()));
@@ -228,7 +230,7 @@ class TensorUnpickler {
     tensor.kind = Kind::kTensor;
     tensor.dtype = dtype;
     tensor.number = arguments[1].number;
-    for (size_t i : {0, 2, 3}) tensor.items.push_back(std::move(arguments[i]));
+    for (const size_t i : {size_t{0}, size_t{2}, size_t{3}}) tensor.items.push_back(std::move(arguments[i]));
     stack_.push_back(std::move(tensor));
     return true;
   }

@@ -15,15 +15,16 @@ namespace dcp_fast::checkpoint {
 
 struct PickledTensor {
   DType dtype = kUnknownDType;
-  std::string storage_key;    // the entry data/<key> holds the bytes
-  int64_t storage_bytes = 0;  // of that entry
+  std::string storage_key;     // the entry data/<key> holds the bytes
+  int64_t storage_bytes = 0;   // of that entry
   int64_t storage_offset = 0;  // elements
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides;  // elements
 };
 
-// nullopt: anything but a plain strided CPU tensor or parameter (a subclass, a quantized, sparse or lazily conjugated tensor,
-// hooks, other objects, or damage). Sizes and strides are as written: not negative, but not checked against the storage.
+// nullopt: anything but a plain strided CPU tensor or parameter (a subclass, a quantized, sparse or lazily conjugated
+// tensor, hooks, other objects, or damage). Sizes and strides are as written: not negative, but not checked against the
+// storage.
 std::optional<PickledTensor> parse_tensor_pickle(Bytes pickle);
 
 }  // namespace dcp_fast::checkpoint

@@ -132,8 +132,7 @@ ZipTail parse_zip_tail(Bytes tail, uint64_t archive_size) {
   const std::optional<End> end = parse_end(tail, archive_size);
   // The directory must fill the space up to its end records exactly: nothing hides in between.
   if (!end || end->entries > kMaxEntries || end->directory_size > archive_size ||
-      end->directory_offset > archive_size ||
-      end->directory_offset + end->directory_size + end->size != archive_size) {
+      end->directory_offset > archive_size || end->directory_offset + end->directory_size + end->size != archive_size) {
     return result;
   }
   const uint64_t needed = end->directory_size + end->size;

@@ -1,6 +1,6 @@
 // The parts of the zip format that torch.save writes: stored entries, found through the central directory.
-// Format: PKWARE APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14 to 4.3.16 (its end,
-// with zip64), 4.5.3 (zip64 extra field).
+// Format: PKWARE APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14 to 4.3.16 (its
+// end, with zip64), 4.5.3 (zip64 extra field).
 #pragma once
 
 #include <cstdint>

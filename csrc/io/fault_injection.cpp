@@ -39,6 +39,19 @@ ssize_t FaultySystemCalls::pread(int fd, void* buffer, size_t size, off_t offset
   return SystemCalls::pread(fd, buffer, size, offset);
 }
 
+ssize_t FaultySystemCalls::preadv(int fd, const iovec* vectors, int count, off_t offset) {
+  if (hit(FaultFunction::kPread)) {
+    if (fault_.error_number != 0) {
+      errno = fault_.error_number;
+      return -1;
+    }
+    if (fault_.short_bytes == 0) return 0;
+    const iovec first{vectors[0].iov_base, std::min(vectors[0].iov_len, fault_.short_bytes)};
+    return SystemCalls::preadv(fd, &first, 1, offset);
+  }
+  return SystemCalls::preadv(fd, vectors, count, offset);
+}
+
 ssize_t FaultySystemCalls::pread_nowait(int fd, void* buffer, size_t size, off_t offset) {
   if (hit(FaultFunction::kPreadNowait) && fault_.error_number != 0) {
     errno = fault_.error_number;

@@ -8,6 +8,7 @@
 
 namespace dcp_fast::io {
 
+// kPread stands for pread and preadv alike.
 enum class FaultFunction { kOpen, kFstat, kPread, kPreadNowait, kClose };
 
 struct Fault {
@@ -25,6 +26,7 @@ class FaultySystemCalls final : public SystemCalls {
   int open(const char* path, int flags) override;
   int fstat(int fd, struct stat* status) override;
   ssize_t pread(int fd, void* buffer, size_t size, off_t offset) override;
+  ssize_t preadv(int fd, const iovec* vectors, int count, off_t offset) override;
   ssize_t pread_nowait(int fd, void* buffer, size_t size, off_t offset) override;
   int close(int fd) override;
 

@@ -19,10 +19,10 @@ constexpr int kProbes = 16;
 
 [[noreturn]] void throw_errno(int error_number, const char* what, const std::string& path, int64_t offset,
                               int64_t length) {
-  Error error(ErrorKind::kIo, std::string(what) + ": " + std::generic_category().message(error_number));
+  Error error(ErrorKind::kIo, std::string(what) + ": " + std::generic_category().message(error_number), path, offset,
+              length);
   error.error_number = error_number;
-  error.at(path, offset, length);
-  throw error;
+  throw Error(error);
 }
 
 int open_retrying(const std::string& path, int flags) {
@@ -32,12 +32,26 @@ int open_retrying(const std::string& path, int flags) {
   }
 }
 
-// pread without EINTR: -1 and errno, or the bytes that came.
-ssize_t pread_retrying(int fd, void* buffer, size_t size, int64_t offset) {
+// The kernel's limit on vectors in one call (IOV_MAX).
+constexpr size_t kMaxVectors = 1024;
+
+// Calls `read` until no signal interrupts it: -1 and errno, or the bytes that came.
+template <typename Read>
+ssize_t retrying(const Read& read) {
   for (;;) {
-    const ssize_t got = system_calls().pread(fd, buffer, size, offset);
+    const ssize_t got = read();
     if (got >= 0 || errno != EINTR) return got;
   }
+}
+
+// Drops the first `bytes` of the vectors that start at `first`, and returns the first that is left.
+size_t advance(std::vector<iovec>& vectors, size_t first, size_t bytes) {
+  while (first < vectors.size() && bytes >= vectors[first].iov_len) bytes -= vectors[first++].iov_len;
+  if (bytes > 0) {
+    vectors[first].iov_base = static_cast<char*>(vectors[first].iov_base) + bytes;
+    vectors[first].iov_len -= bytes;
+  }
+  return first;
 }
 
 }  // namespace
@@ -105,26 +119,42 @@ IoMode File::choose_mode(IoMode wanted, int64_t begin, int64_t end) {
 
 void File::check_range(size_t size, int64_t offset) const {
   if (offset >= 0 && offset <= size_ && size <= static_cast<uint64_t>(size_ - offset)) return;
-  Error error(ErrorKind::kTruncated, "the file is only " + std::to_string(size_) + " bytes long");
-  error.at(path_, offset, static_cast<int64_t>(size));
-  throw error;
+  throw Error(ErrorKind::kTruncated, "the file is only " + std::to_string(size_) + " bytes long", path_, offset,
+              static_cast<int64_t>(size));
+}
+
+size_t File::count(ssize_t got, int64_t offset, size_t size, IoCounters& counters) const {
+  counters.requests.fetch_add(1, std::memory_order_relaxed);
+  if (got < 0) throw_errno(errno, "cannot read", path_, offset, static_cast<int64_t>(size));
+  if (got == 0) {
+    throw Error(ErrorKind::kTruncated, "the file ended while it was read", path_, offset, static_cast<int64_t>(size));
+  }
+  counters.bytes.fetch_add(got, std::memory_order_relaxed);
+  return static_cast<size_t>(got);
 }
 
 void File::read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const {
   check_range(size, offset);
-  size_t done = 0;
-  while (done < size) {
+  for (size_t done = 0; done < size;) {
     const int64_t position = offset + static_cast<int64_t>(done);
-    const ssize_t got = pread_retrying(fd_, static_cast<char*>(destination) + done, size - done, position);
-    counters.requests.fetch_add(1, std::memory_order_relaxed);
-    if (got < 0) throw_errno(errno, "cannot read", path_, position, static_cast<int64_t>(size - done));
-    if (got == 0) {
-      Error error(ErrorKind::kTruncated, "the file ended while it was read");
-      error.at(path_, position, static_cast<int64_t>(size - done));
-      throw error;
-    }
-    counters.bytes.fetch_add(got, std::memory_order_relaxed);
-    done += static_cast<size_t>(got);
+    const ssize_t got = retrying(
+        [&] { return system_calls().pread(fd_, static_cast<char*>(destination) + done, size - done, position); });
+    done += count(got, position, size - done, counters);
+  }
+}
+
+void File::read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const {
+  size_t size = 0;
+  for (const iovec& vector : vectors) size += vector.iov_len;
+  check_range(size, offset);
+  size_t first = 0;
+  for (size_t done = 0; done < size;) {
+    const int64_t position = offset + static_cast<int64_t>(done);
+    const auto chosen = static_cast<int>(std::min(vectors.size() - first, kMaxVectors));
+    const ssize_t got = retrying([&] { return system_calls().preadv(fd_, &vectors[first], chosen, position); });
+    const size_t bytes = count(got, position, size - done, counters);
+    first = advance(vectors, first, bytes);
+    done += bytes;
   }
 }
 
@@ -145,13 +175,9 @@ const std::byte* File::read_staged(AlignedBuffer& buffer, size_t size, int64_t o
   // continued directly; the page cache serves the rest, and also everything if the device refuses the alignment.
   while (done < lead + size && done % kDirectAlignment == 0) {
     const int64_t position = begin + static_cast<int64_t>(done);
-    const ssize_t got = pread_retrying(direct_fd_, data + done, span - done, position);
-    counters.requests.fetch_add(1, std::memory_order_relaxed);
-    if (got < 0 && errno == EINVAL) break;
-    if (got < 0) throw_errno(errno, "cannot read", path_, position, static_cast<int64_t>(span - done));
-    if (got == 0) break;
-    counters.bytes.fetch_add(got, std::memory_order_relaxed);
-    done += static_cast<size_t>(got);
+    const ssize_t got = retrying([&] { return system_calls().pread(direct_fd_, data + done, span - done, position); });
+    if (got == 0 || (got < 0 && errno == EINVAL)) break;
+    done += count(got, position, span - done, counters);
   }
   if (done < lead + size) {
     read_exactly(data + done, lead + size - done, begin + static_cast<int64_t>(done), counters);

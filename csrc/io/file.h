@@ -1,10 +1,13 @@
 // One checkpoint file, open for reading through the page cache or past it.
 #pragma once
 
+#include <sys/uio.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "io/buffer.h"
 
@@ -41,6 +44,9 @@ class File {
   // retried. Throws Error(kTruncated) if the file ends early, Error(kIo) otherwise.
   void read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const;
 
+  // The same for consecutive bytes of the file that go to several places. Uses up `vectors`, none of which is empty.
+  void read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const;
+
   // Reads [offset, offset + size) through `buffer`, past the page cache if choose_mode said kDirect, and returns
   // where the first byte landed. Errors as above.
   const std::byte* read_staged(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const;
@@ -48,6 +54,8 @@ class File {
  private:
   bool mostly_cached(int64_t begin, int64_t end) const;
   void check_range(size_t size, int64_t offset) const;
+  // Counts one request for `size` bytes that returned `got`, or throws what it means.
+  size_t count(ssize_t got, int64_t offset, size_t size, IoCounters& counters) const;
 
   std::string path_;
   int fd_ = -1;

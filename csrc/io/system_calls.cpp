@@ -1,7 +1,6 @@
 #include "io/system_calls.h"
 
 #include <fcntl.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -17,9 +16,13 @@ ssize_t SystemCalls::pread(int fd, void* buffer, size_t size, off_t offset) {
   return ::pread(fd, buffer, size, offset);
 }
 
+ssize_t SystemCalls::preadv(int fd, const iovec* vectors, int count, off_t offset) {
+  return ::preadv(fd, vectors, count, offset);
+}
+
 ssize_t SystemCalls::pread_nowait(int fd, void* buffer, size_t size, off_t offset) {
 #ifdef RWF_NOWAIT
-  iovec vector{buffer, size};
+  const iovec vector{buffer, size};
   return ::preadv2(fd, &vector, 1, offset, RWF_NOWAIT);
 #else
   static_cast<void>(fd), static_cast<void>(buffer), static_cast<void>(size), static_cast<void>(offset);

@@ -4,6 +4,7 @@
 
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 
 #include <cstddef>
 
@@ -17,6 +18,7 @@ class SystemCalls {
   virtual int open(const char* path, int flags);
   virtual int fstat(int fd, struct stat* status);
   virtual ssize_t pread(int fd, void* buffer, size_t size, off_t offset);
+  virtual ssize_t preadv(int fd, const iovec* vectors, int count, off_t offset);
   // preadv2 with RWF_NOWAIT: EAGAIN if the bytes are not in the page cache, EOPNOTSUPP where nobody can tell.
   virtual ssize_t pread_nowait(int fd, void* buffer, size_t size, off_t offset);
   virtual int close(int fd);

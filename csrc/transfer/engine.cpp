@@ -13,6 +13,43 @@ namespace dcp_fast::transfer {
 
 namespace {
 
+// Runs shorter than this are cheaper to copy out of staging than to hand to the kernel one by one.
+constexpr int64_t kMinScatteredRun = 64;
+
+bool all_scatter(const Piece* begin, const Piece* end) {
+  for (const Piece* piece = begin; piece != end; ++piece) {
+    if (piece->loops.size() > 1 && piece->loops.back().size < kMinScatteredRun) return false;
+  }
+  return true;
+}
+
+// Lists, in ascending order of their place in the file, where the bytes of a span go: runs into place, gaps into a
+// small buffer that stays in the cache and is never looked at. The kernel then does the slicing.
+class ScatterList {
+ public:
+  ScatterList(std::vector<iovec>& vectors, io::AlignedBuffer& gaps, int64_t max_gap, int64_t begin)
+      : vectors_(vectors), gaps_(gaps.reserve(static_cast<size_t>(max_gap))), end_(begin) {
+    vectors_.clear();
+  }
+
+  void add(const box::Dim* loops, size_t depth, int64_t source, std::byte* destination) {
+    if (depth == 1) {
+      if (source > end_) vectors_.push_back({gaps_, static_cast<size_t>(source - end_)});
+      vectors_.push_back({destination, static_cast<size_t>(loops->size)});
+      end_ = source + loops->size;
+      return;
+    }
+    for (int64_t i = 0; i < loops->size; ++i) {
+      add(loops + 1, depth - 1, source + i * loops->source_stride, destination + i * loops->destination_stride);
+    }
+  }
+
+ private:
+  std::vector<iovec>& vectors_;
+  std::byte* gaps_;
+  int64_t end_;
+};
+
 class TaskRunner {
  public:
   TaskRunner(const Program& program, const Schedule& schedule, const std::vector<Policy>& policies)
@@ -25,16 +62,11 @@ class TaskRunner {
     const Piece* piece = &schedule_.pieces[task.first_piece];
     try {
       const io::File& file = worker.open(files_, task.file);
-      if (task.pieces == 1) {
-        read(policies_[task.file], file, worker, piece->loops, 0, piece->source, piece->destination);
-        return;
-      }
-      const Piece& last = piece[task.pieces - 1];
-      const int64_t begin = piece->source;
-      const int64_t size = last.source + box::source_span(last.loops) - begin;
-      const std::byte* data = file.read_staged(worker.buffer, static_cast<size_t>(size), begin, *worker.counters);
-      for (const Piece* each = piece; each <= &last; ++each) {
-        box::copy(each->destination, data + (each->source - begin), each->loops.data(), each->loops.size());
+      const Policy& policy = policies_[task.file];
+      if (task.pieces > 1 || policy.reads_through(piece->loops, 0)) {
+        read_through(policy, file, worker, piece, task.pieces);
+      } else {
+        read_runs(policy, file, worker, *piece);
       }
     } catch (Error& error) {
       error.item = static_cast<int64_t>(piece->item);
@@ -44,23 +76,45 @@ class TaskRunner {
   }
 
  private:
-  static void read(const Policy& policy, const io::File& file, Worker& worker, const box::Loops& loops, size_t level,
-                   int64_t source, std::byte* destination) {
-    const size_t depth = loops.size() - level;
-    if (policy.reads_through(loops, level)) {
-      const auto span = static_cast<size_t>(box::source_span(loops, level));
-      const std::byte* data = file.read_staged(worker.buffer, span, source, *worker.counters);
-      box::copy(destination, data, loops.data() + level, depth);
+  // One request for all pieces and what lies between them.
+  static void read_through(const Policy& policy, const io::File& file, Worker& worker, const Piece* pieces,
+                           size_t count) {
+    const Piece* end = pieces + count;
+    const int64_t begin = pieces->source;
+    if (!policy.direct_io && all_scatter(pieces, end)) {
+      ScatterList list(worker.vectors, worker.buffer, policy.request_cost, begin);
+      for (const Piece* piece = pieces; piece != end; ++piece) {
+        list.add(piece->loops.data(), piece->loops.size(), piece->source, piece->destination);
+      }
+      file.read_scattered(worker.vectors, begin, *worker.counters);
       return;
     }
-    const box::Dim& outer = loops[level];
-    if (depth == 1) {
-      file.read_exactly(destination, static_cast<size_t>(outer.size), source, *worker.counters);
+    const Piece& last = *(end - 1);
+    const int64_t size = last.source + box::source_span(last.loops) - begin;
+    const std::byte* data = file.read_staged(worker.buffer, static_cast<size_t>(size), begin, *worker.counters);
+    for (const Piece* piece = pieces; piece != end; ++piece) {
+      box::copy(piece->destination, data + (piece->source - begin), piece->loops.data(), piece->loops.size());
+    }
+  }
+
+  // One request for each step of the loops whose gaps are not worth reading.
+  static void read_runs(const Policy& policy, const io::File& file, Worker& worker, const Piece& piece) {
+    const box::Dim& outer = piece.loops[0];
+    if (piece.loops.size() == 1) {
+      file.read_exactly(piece.destination, static_cast<size_t>(outer.size), piece.source, *worker.counters);
       return;
     }
+    Piece inner = piece;
+    inner.loops.erase(inner.loops.begin());
+    const bool through = policy.reads_through(inner.loops, 0);
     for (int64_t i = 0; i < outer.size; ++i) {
-      read(policy, file, worker, loops, level + 1, source + i * outer.source_stride,
-           destination + i * outer.destination_stride);
+      inner.source = piece.source + i * outer.source_stride;
+      inner.destination = piece.destination + i * outer.destination_stride;
+      if (through) {
+        read_through(policy, file, worker, &inner, 1);
+      } else {
+        read_runs(policy, file, worker, inner);
+      }
     }
   }
 

@@ -50,7 +50,9 @@ Error about_record(Error error, const Layouts& layouts, size_t record) {
   if (error.record < 0) error.record = static_cast<int64_t>(record);
   if (error.path.empty()) {
     const Record& where = layouts.records[record];
-    error.at(layouts.paths[where.file], where.offset, where.length);
+    error.path = layouts.paths[where.file];
+    error.offset = where.offset;
+    error.length = where.length;
   }
   return error;
 }
@@ -125,7 +127,7 @@ std::vector<Span> join_windows(const Layouts& layouts, const std::vector<Window>
 }
 
 // Parses what is there, and reads more as long as the parser asks for more.
-void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, Worker& worker, io::File& file) {
+void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, const Worker& worker, const io::File& file) {
   const Record& record = layouts.records[index];
   ParsedRecord parsed = checkpoint::parse_record(head, tail, record.length);
   std::vector<std::byte> bytes;
@@ -166,7 +168,7 @@ class LayoutReader {
     const Span& span = spans_[span_index];
     size_t record = windows_[span.first_window].record;
     try {
-      io::File& file = worker.open(files_, span.file);
+      const io::File& file = worker.open(files_, span.file);
       const std::byte* data =
           file.read_staged(worker.buffer, static_cast<size_t>(span.end - span.begin), span.begin, *worker.counters);
       for (size_t i = span.first_window; i < span.first_window + span.windows; ++i) {
@@ -179,12 +181,12 @@ class LayoutReader {
   }
 
  private:
-  void take(const Window& window, const std::byte* data, Worker& worker, io::File& file) {
+  void take(const Window& window, const std::byte* data, const Worker& worker, const io::File& file) {
     const Bytes bytes(data, static_cast<size_t>(window.end - window.begin));
     if (window.part == Part::kWhole) return parse(layouts_, window.record, bytes, bytes, worker, file);
     Ends& ends = ends_[window.record];
     {
-      const std::lock_guard<std::mutex> lock(ends_mutex_);
+      const std::scoped_lock lock(ends_mutex_);
       if (!ends.bytes) ends.bytes = std::make_unique<std::byte[]>(kHeadBytes + kTailBytes);
     }
     std::memcpy(ends.bytes.get() + (window.part == Part::kHead ? 0 : kHeadBytes), data, bytes.size());

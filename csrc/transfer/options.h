@@ -8,8 +8,8 @@
 namespace dcp_fast::transfer {
 
 struct Options {
-  int threads = 0;               // 0: as many as the storage mode wants on this machine
-  int64_t block_bytes = 1 << 20;  // the most that one request reads
+  int threads = 0;                   // 0: as many as the storage mode wants on this machine
+  int64_t block_bytes = 1 << 20;     // the most that one request reads
   int64_t staging_bytes = 32 << 20;  // the most that all threads' staging buffers take together
   io::IoMode mode = io::IoMode::kAuto;
 };

@@ -21,13 +21,13 @@ std::string text(const std::vector<int64_t>& values) {
   return result + "]";
 }
 
-// narrow_tensor_by_index (torch/distributed/_shard/_utils.py): a dimension is narrowed only if the length is smaller than it.
-// Returns the sizes after narrowing and settles `offsets`; throws Error(kSizeMismatch) where torch raises.
+// narrow_tensor_by_index (torch/distributed/_shard/_utils.py): a dimension is narrowed only if the length is smaller
+// than it. Returns the sizes after narrowing and settles `offsets`; throws Error(kSizeMismatch) where torch raises.
 std::vector<int64_t> narrow(const char* what, const std::vector<int64_t>& sizes, std::vector<int64_t>& offsets,
                             const std::vector<int64_t>& lengths) {
   if (lengths.size() > sizes.size()) {
-    throw Error(ErrorKind::kSizeMismatch, "a box of " + std::to_string(lengths.size()) + " dimensions in " + what +
-                                              " of sizes " + text(sizes));
+    throw Error(ErrorKind::kSizeMismatch,
+                "a box of " + std::to_string(lengths.size()) + " dimensions in " + what + " of sizes " + text(sizes));
   }
   std::vector<int64_t> narrowed = sizes;
   for (size_t dim = 0; dim < lengths.size(); ++dim) {
@@ -63,7 +63,9 @@ Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vec
       prepare(i, destinations.at(items_[i].destination));
     } catch (Error& error) {
       const Record& record = layouts_.records[items_[i].record];
-      error.at(layouts_.paths[record.file], record.offset, record.length);
+      error.path = layouts_.paths[record.file];
+      error.offset = record.offset;
+      error.length = record.length;
       error.record = static_cast<int64_t>(items_[i].record);
       error.item = static_cast<int64_t>(i);
       throw;
@@ -82,7 +84,8 @@ Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vec
     const Destination& destination = destinations[item.destination];
     Write write;
     if (std::find(item.lengths.begin(), item.lengths.end(), 0) == item.lengths.end() && destination.data != nullptr) {
-      const int64_t itemsize = destination.dtype == checkpoint::kUnknownDType ? 16 : checkpoint::info(destination.dtype).itemsize;
+      const int64_t itemsize =
+          destination.dtype == checkpoint::kUnknownDType ? 16 : checkpoint::info(destination.dtype).itemsize;
       write.begin = reinterpret_cast<uint64_t>(destination.data) +
                     static_cast<uint64_t>(element_offset(item.destination_offsets, destination.strides) * itemsize);
       int64_t last = 0;
@@ -133,8 +136,7 @@ void Program::prepare(size_t index, const Destination& destination) {
   }
   transfer.source = layouts_.records[item.record].offset + layout.begin +
                     element_offset(item.storage_offsets, layout.strides) * itemsize;
-  transfer.destination =
-      destination.data + element_offset(item.destination_offsets, destination.strides) * itemsize;
+  transfer.destination = destination.data + element_offset(item.destination_offsets, destination.strides) * itemsize;
   transfer.loops = std::move(loops);
 }
 

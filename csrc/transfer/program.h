@@ -32,8 +32,8 @@ struct Item {
 
 struct Transfer {
   enum class Kind {
-    kDirect,         // the engine copies it
-    kStaged,         // read natively, then placed by torch: another dtype or device, or a destination that overlaps itself
+    kDirect,  // the engine copies it
+    kStaged,  // read natively, then placed by torch: another dtype or device, or a destination that overlaps itself
     kUnknownRecord,  // torch.load must read the record
   };
   Kind kind = Kind::kDirect;

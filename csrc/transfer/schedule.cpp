@@ -11,9 +11,6 @@ namespace {
 using box::Dim;
 using box::Loops;
 
-// A copy through staging, in units of a read of the same bytes.
-constexpr int64_t kCopyShare = 2;
-
 // What reading loops[level..] costs, in bytes read.
 int64_t read_cost(const Policy& policy, const Loops& loops, size_t level) {
   if (level + 1 == loops.size()) return loops[level].size;
@@ -57,11 +54,9 @@ class Splitter {
   std::vector<Piece>& pieces_;
 };
 
-// Whether a piece is better read together with a neighbour `gap` bytes away than alone.
+// Whether a piece can be read together with a neighbour, gap included.
 bool joins(const Policy& policy, const Piece& piece, int64_t gap) {
-  if (piece.loops.size() > 1) return policy.reads_through(piece.loops, 0) && gap <= policy.request_cost;
-  const int64_t copy = policy.direct_io ? 0 : piece.loops[0].size / kCopyShare;
-  return gap + copy <= policy.request_cost;
+  return gap <= policy.request_cost && (piece.loops.size() == 1 || policy.reads_through(piece.loops, 0));
 }
 
 }  // namespace
@@ -69,10 +64,7 @@ bool joins(const Policy& policy, const Piece& piece, int64_t gap) {
 bool Policy::reads_through(const Loops& loops, size_t level) const {
   if (level + 1 >= loops.size()) return direct_io;
   for (size_t i = level; i + 1 < loops.size(); ++i) {
-    const int64_t gap = loops[i].source_stride - box::source_span(loops, i + 1);
-    const bool runs = i + 2 == loops.size();
-    const int64_t copy = runs && !direct_io ? loops.back().size / kCopyShare : 0;
-    if (gap + copy > request_cost) return false;
+    if (loops[i].source_stride - box::source_span(loops, i + 1) > request_cost) return false;
   }
   return true;
 }

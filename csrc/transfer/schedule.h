@@ -32,14 +32,14 @@ struct Schedule {
 
 // How the boxes of one file are read.
 //
-// For strided boxes no fixed over-read ratio is right: reading runs one by one costs a request each, reading through costs the
-// gaps. So each loop of a box decides by comparing its gap with what a request costs, in bytes.
+// For strided boxes no fixed over-read ratio is right: reading runs one by one costs a request each, reading through
+// costs the gaps. So each loop of a box decides by comparing its gap with what a request costs, in bytes.
 struct Policy {
   int64_t request_cost = 0;
   int64_t block_bytes = 0;
   bool direct_io = false;  // every read goes through staging
 
-  // Whether loops[level..] are read as one span, gaps included, and copied out of staging.
+  // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;
 };
 

@@ -87,7 +87,9 @@ std::vector<int32_t> assign_waves(const std::vector<Write>& writes) {
     size_t next = i + 1;
     while (next < order.size() && writes[order[next]].begin < end) end = std::max(end, writes[order[next++]].end);
     if (next - i > 1) {
-      find_conflicts(writes, {order.begin() + static_cast<std::ptrdiff_t>(i), order.begin() + static_cast<std::ptrdiff_t>(next)}, pairs);
+      find_conflicts(
+          writes, {order.begin() + static_cast<std::ptrdiff_t>(i), order.begin() + static_cast<std::ptrdiff_t>(next)},
+          pairs);
     }
     i = next;
   }

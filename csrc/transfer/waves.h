@@ -1,6 +1,6 @@
 // Destinations may share memory: tied parameters, views of one buffer, overlapping stored chunks. torch copies one item
-// after another, so the last one wins. Here items run in any order, except that an item waits, in a later wave, for every
-// earlier item that writes one of its bytes.
+// after another, so the last one wins. Here items run in any order, except that an item waits, in a later wave, for
+// every earlier item that writes one of its bytes.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ namespace dcp_fast::transfer {
 struct Write {
   uint64_t begin = 0;  // addresses: the first byte and past the last one; equal if there is none
   uint64_t end = 0;
-  size_t destination = 0;             // items of one destination are told apart by their boxes
+  size_t destination = 0;            // items of one destination are told apart by their boxes
   const int64_t* offsets = nullptr;  // of the box in its destination
   const int64_t* sizes = nullptr;
   size_t dims = 0;

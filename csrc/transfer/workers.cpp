@@ -15,7 +15,7 @@ Files::Files(const std::vector<std::string>& paths, const std::vector<io::IoMode
 
 std::shared_ptr<io::File> Files::open(size_t file) {
   Slot& slot = slots_[file];
-  const std::lock_guard<std::mutex> lock(slot.mutex);
+  const std::scoped_lock lock(slot.mutex);
   std::shared_ptr<io::File> opened = slot.file.lock();
   if (!opened) {
     opened = std::make_shared<io::File>(paths_[file]);
@@ -35,6 +35,8 @@ io::File& Worker::open(Files& files, size_t index) {
 }
 
 namespace {
+
+constexpr std::chrono::milliseconds kPollInterval(100);
 
 class Pool {
  public:
@@ -56,7 +58,7 @@ class Pool {
         threads_.emplace_back([this] { work(); });
       } catch (const std::system_error&) {
         // The system is out of threads: fewer do the same work, and none is an error.
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::scoped_lock lock(mutex_);
         running_ -= threads - i;
         if (i == 0) throw;
         return;
@@ -66,7 +68,7 @@ class Pool {
 
   void wait(const std::function<bool()>& interrupted) {
     std::unique_lock<std::mutex> lock(mutex_);
-    while (!done_.wait_for(lock, std::chrono::milliseconds(100), [this] { return running_ == 0; })) {
+    while (!done_.wait_for(lock, kPollInterval, [this] { return running_ == 0; })) {
       lock.unlock();
       const bool stop = interrupted();
       lock.lock();
@@ -85,11 +87,11 @@ class Pool {
       worker.counters = &counters_;
       for (size_t task = next_++; task < tasks_ && !cancelled_; task = next_++) body_(task, worker);
     } catch (...) {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::scoped_lock lock(mutex_);
       if (!error_) error_ = std::current_exception();
       cancelled_ = true;
     }
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::scoped_lock lock(mutex_);
     if (--running_ == 0) done_.notify_all();
   }
 
@@ -105,15 +107,28 @@ class Pool {
   std::vector<std::thread> threads_;
 };
 
+void run_here(size_t tasks, io::IoCounters& counters, const std::function<bool()>& interrupted,
+              const std::function<void(size_t, Worker&)>& body) {
+  Worker worker;
+  worker.counters = &counters;
+  auto asked = std::chrono::steady_clock::now();
+  for (size_t task = 0; task < tasks; ++task) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - asked > kPollInterval) {
+      if (interrupted()) throw Interrupted();
+      asked = now;
+    }
+    body(task, worker);
+  }
+}
+
 }  // namespace
 
 void run_parallel(size_t tasks, int threads, io::IoCounters& counters, const std::function<bool()>& interrupted,
                   const std::function<void(size_t, Worker&)>& body) {
   if (tasks == 0) return;
-  if (tasks == 1) {  // at most one block: starting a thread would cost more than the work
-    Worker worker;
-    worker.counters = &counters;
-    body(0, worker);
+  if (tasks == 1 || threads == 1) {  // a thread of its own would only wait for this one
+    run_here(tasks, counters, interrupted, body);
     return;
   }
   Pool pool(tasks, counters, body);

@@ -1,9 +1,12 @@
-// A bounded pool of threads for one stage of a load. It lives only as long as the stage: nothing is left behind that a fork
-// could break or that would spin while nothing loads.
+// A bounded pool of threads for one stage of a load. It lives only as long as the stage: nothing is left behind that a
+// fork could break or that would spin while nothing loads.
 #pragma once
+
+#include <sys/uio.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -16,7 +19,7 @@
 namespace dcp_fast::transfer {
 
 // Raised when `interrupted` asked to stop.
-struct Interrupted {};
+struct Interrupted : std::exception {};
 
 // The files of a load by index. A file is open while some worker reads it and closed when the last one has moved on, so
 // that a checkpoint of thousands of files needs no more descriptors than there are workers.
@@ -43,6 +46,7 @@ struct Worker {
   io::File& open(Files& files, size_t index);
 
   io::AlignedBuffer buffer;
+  std::vector<iovec> vectors;
   io::IoCounters* counters = nullptr;
 
  private:
