@@ -27,6 +27,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            "--fresh",  # an earlier build's cache names tools of an isolated environment that is gone
             "-S",
             str(ROOT),
             "-B",

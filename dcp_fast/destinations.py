@@ -27,15 +27,14 @@ class Destinations:
     def add(self, tensor: torch.Tensor) -> int:
         """The index of the tensor, which is kept alive from here on."""
         plain = _is_plain(tensor)
-        sizes = tuple(tensor.size())
-        strided = tensor.layout == torch.strided
+        sizes = tensor.size()
         self._column += (
             tensor.data_ptr() if plain else _address(tensor),
-            plain and tensor.device.type == "cpu",
+            plain and tensor.is_cpu,
             _CODES.get(tensor.dtype, _UNKNOWN),
             len(sizes),
             *sizes,
-            *(tensor.stride() if strided else (0,) * len(sizes)),
+            *(tensor.stride() if plain or tensor.layout is torch.strided else (0,) * len(sizes)),
         )
         self.tensors.append(tensor)
         return len(self.tensors) - 1
@@ -48,7 +47,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's elements lie in memory as they are: no subclass that reinterprets them, no lazy bits."""
     return (
         _is_plain_type(type(tensor))
-        and tensor.layout == torch.strided
+        and tensor.layout is torch.strided
         and not tensor.is_quantized
         and not tensor.is_conj()
         and not tensor.is_neg()

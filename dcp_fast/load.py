@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+import warnings
+from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint import state_dict_loader as torch_loader
 from torch.distributed.checkpoint._storage_utils import _storage_setup
+from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.planner import LoadPlanner
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _api_bc_check
 from typing_extensions import deprecated
@@ -19,11 +23,10 @@ from dcp_fast.readers import FileSystemReader
 
 __all__ = ["load", "load_state_dict"]
 
-# Bound at import: `install` may put the function below in the place of torch's.
-_torch_load = torch_loader.load
 _TorchFileSystemReader = torch_filesystem.FileSystemReader
 
 
+@_dcp_method_logger(log_exceptions=True)
 @_api_bc_check  # type: ignore[untyped-decorator]
 def load(
     state_dict: dict[str, Any],
@@ -43,24 +46,41 @@ def load(
         CheckpointException: on every rank if any rank failed; ``failures`` maps ranks to their errors, which for
             damaged checkpoints are of the classes in :mod:`dcp_fast.errors`.
     """
-    if storage_reader is None and checkpoint_id is not None:
-        storage_reader = _reader_for(checkpoint_id)
-    _torch_load(
-        state_dict,
-        checkpoint_id=checkpoint_id,
-        storage_reader=storage_reader,
-        planner=DefaultLoadPlanner() if planner is None else planner,
+    no_dist = no_dist or not dist.is_available() or not dist.is_initialized()
+    if no_dist:
+        warnings.warn(
+            "torch.distributed is disabled, unavailable or uninitialized, "
+            "assuming the intent is to load in a single process.",
+            stacklevel=3,
+        )
+    reader = cast(StorageReader, _storage_setup(storage_reader, checkpoint_id, reader=True))
+    if storage_reader is None and type(reader) is _TorchFileSystemReader:
+        assert checkpoint_id is not None
+        reader = FileSystemReader(checkpoint_id)
+
+    # All ranks load in the same order of keys. A Stateful's own state dict is loaded in place of it.
+    keys = sorted(state_dict)
+    stateful = {key for key in keys if _is_stateful(state_dict[key])}
+    loaded = {key: state_dict[key].state_dict() if key in stateful else state_dict[key] for key in keys}
+    torch_loader._load_state_dict(
+        state_dict=loaded,
+        storage_reader=reader,
         process_group=process_group,
         no_dist=no_dist,
+        planner=DefaultLoadPlanner() if planner is None else planner,
     )
+    for key in keys:
+        if key not in state_dict:
+            continue  # a load_state_dict before it removed the key
+        if key in stateful:
+            state_dict[key].load_state_dict(loaded[key])
+        else:
+            state_dict[key] = loaded[key]
 
 
-def _reader_for(checkpoint_id: str | os.PathLike[str]) -> StorageReader | None:
-    if not checkpoint_id:
-        return None  # torch has its own error for it
-    reader = _storage_setup(None, checkpoint_id, reader=True)
-    assert isinstance(reader, StorageReader)
-    return FileSystemReader(checkpoint_id) if type(reader) is _TorchFileSystemReader else reader
+def _is_stateful(value: object) -> bool:
+    # The check of a runtime protocol takes microseconds, which most values, being tensors, need not pay.
+    return type(value) is not torch.Tensor and isinstance(value, Stateful)
 
 
 @deprecated(

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list, _cr
 from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
+from dcp_fast.garbage import paused_collection
 
 __all__ = ["DefaultLoadPlanner", "create_default_local_load_plan", "create_read_items_for_chunk_list"]
 
@@ -153,7 +154,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             raise AssertionError("set_up_planner was not called with metadata")
         if self.flatten_state_dict:
             self._use_old_keys_if_stored()
-        return create_default_local_load_plan(self.state_dict, self.metadata, not self.allow_partial_load)
+        with paused_collection():
+            return create_default_local_load_plan(self.state_dict, self.metadata, not self.allow_partial_load)
 
     def _use_old_keys_if_stored(self) -> None:
         # Before torch 2.4 fewer containers were flattened. Stored keys that the state dict lacks, but has when it is

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from dcp_fast import _native
 from dcp_fast.destinations import DTYPES, Destinations
 from dcp_fast.errors import SizeMismatchError, typed_errors
+from dcp_fast.garbage import paused_collection
 from dcp_fast.report import LoadReport
 from dcp_fast.staging import StagedBox, place_staged
 from dcp_fast.storage import Storage
@@ -76,7 +77,7 @@ class PlanTransfer:
     # Layout
 
     def _read_layouts(self) -> _native.Layouts:
-        with self.report.stage("layout"):
+        with self.report.stage("layout"), paused_collection():
             storage_data = self.storage.storage_data
             files: dict[str, int] = {}
             records: dict[int, int] = {}
@@ -104,7 +105,7 @@ class PlanTransfer:
 
     def _place_at_once(self) -> None:
         """Resolve all destinations, then place all tensors in any order that gives torch's result."""
-        with self.report.stage("transfer"):
+        with self.report.stage("transfer"), paused_collection():
             destinations = Destinations()
             known: dict[tuple[str, torch.Size | None], int] = {}
             column: list[int] = []
@@ -119,7 +120,7 @@ class PlanTransfer:
                 key = (index.fqn, index.offset)
                 number = known.get(key)
                 if number is None:
-                    number = known[key] = destinations.add(find_state_dict_object(state_dict, index).detach())
+                    number = known[key] = destinations.add(find_state_dict_object(state_dict, index))
                 lengths = item.lengths
                 column += (record, number, len(lengths))
                 column += item.storage_offsets
@@ -130,7 +131,7 @@ class PlanTransfer:
                 numbers.append(number)
 
             def target(i: int) -> torch.Tensor:
-                tensor = destinations.tensors[numbers[i]]
+                tensor = destinations.tensors[numbers[i]].detach()
                 return narrow_tensor_by_index(tensor, items[i].dest_offsets, items[i].lengths)
 
             self._place(items, records, column, destinations, target)

@@ -116,7 +116,7 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
     head.seek(*offset);
     if (head.text(entries->byteorder->size) != "little") return unknown("not little-endian");
   }
-  const std::optional<PickledTensor> tensor = parse_tensor_pickle(pickle);
+  std::optional<PickledTensor> tensor = parse_tensor_pickle(pickle);
   if (!tensor) return unknown("not the pickle of a plain tensor");
 
   if (entries->storages.size() != 1) return unknown("not exactly one storage");
@@ -142,8 +142,8 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
   parsed.layout.dtype = tensor->dtype;
   parsed.layout.begin = static_cast<int64_t>(*data);
   if (*span > 0) parsed.layout.begin += tensor->storage_offset * info(tensor->dtype).itemsize;
-  parsed.layout.sizes = tensor->sizes;
-  parsed.layout.strides = tensor->strides;
+  parsed.layout.sizes = std::move(tensor->sizes);
+  parsed.layout.strides = std::move(tensor->strides);
   return parsed;
 }
 

@@ -1,7 +1,6 @@
 #include "checkpoint/tensor_pickle.h"
 
 #include <limits>
-#include <unordered_map>
 #include <utility>
 
 namespace dcp_fast::checkpoint {
@@ -13,7 +12,8 @@ struct Value {
   enum class Kind { kBool, kInt, kText, kTuple, kGlobal, kStorage, kOrderedDict, kDict, kTensor };
   Kind kind = Kind::kBool;
   int64_t number = 0;           // kInt, kBool; kStorage: elements (bytes if untyped)
-  std::string text;             // kText; kGlobal: "module name"; kStorage: the key
+  std::string_view text;        // kText; kGlobal: the name; kStorage: the key
+  std::string_view module;      // kGlobal
   DType dtype = kUnknownDType;  // kStorage (unknown if untyped), kTensor
   std::vector<Value> items;     // kTuple; kTensor: storage, sizes, strides
 };
@@ -27,10 +27,13 @@ constexpr int kMaxOpcodes = 4096;
 
 class TensorUnpickler {
  public:
-  explicit TensorUnpickler(Bytes pickle) : pickle_(pickle) {}
+  explicit TensorUnpickler(Bytes pickle) : pickle_(pickle) {
+    stack_.reserve(16);
+    memo_.reserve(16);
+  }
 
   std::optional<PickledTensor> run() {
-    for (int i = 0; i < kMaxOpcodes && stack_.size() <= kMaxStack && memo_.size() <= kMaxStack; ++i) {
+    for (int i = 0; i < kMaxOpcodes && stack_.size() <= kMaxStack; ++i) {
       const uint8_t opcode = pickle_.u8();
       if (opcode == '.') return finish();
       if (!pickle_.ok() || !step(opcode)) return std::nullopt;
@@ -49,19 +52,19 @@ class TensorUnpickler {
       case 'c': {  // GLOBAL
         const std::string_view module = pickle_.line();
         const std::string_view name = pickle_.line();
-        return push_text(Kind::kGlobal, std::string(module) + " " + std::string(name));
+        return push_global(module, name);
       }
       case 0x93: {  // STACK_GLOBAL
         if (stack_.size() < 2) return false;
         const Value name = pop();
         const Value module = pop();
         if (name.kind != Kind::kText || module.kind != Kind::kText) return false;
-        return push_text(Kind::kGlobal, module.text + " " + name.text);
+        return push_global(module.text, name.text);
       }
       case 'X':  // BINUNICODE
-        return push_text(Kind::kText, pickle_.text(pickle_.u32()));
+        return push_text(pickle_.text(pickle_.u32()));
       case 0x8c:  // SHORT_BINUNICODE
-        return push_text(Kind::kText, pickle_.text(pickle_.u8()));
+        return push_text(pickle_.text(pickle_.u8()));
       case 'K':  // BININT1
         return push_number(Kind::kInt, pickle_.u8());
       case 'M':  // BININT2
@@ -118,10 +121,18 @@ class TensorUnpickler {
     stack_.push_back(std::move(value));
     return true;
   }
-  bool push_text(Kind kind, std::string_view text) {
+  bool push_text(std::string_view text) {
     Value value;
-    value.kind = kind;
+    value.kind = Kind::kText;
     value.text = text;
+    stack_.push_back(std::move(value));
+    return true;
+  }
+  bool push_global(std::string_view module, std::string_view name) {
+    Value value;
+    value.kind = Kind::kGlobal;
+    value.text = name;
+    value.module = module;
     stack_.push_back(std::move(value));
     return true;
   }
@@ -157,14 +168,15 @@ class TensorUnpickler {
   bool memoize(uint32_t key) {
     if (stack_.empty()) return false;
     // Only leaves are ever recalled in a tensor's pickle; keeping trees would let a small file grow large.
+    if (key >= kMaxStack) return false;
+    if (key >= memo_.size()) memo_.resize(key + 1);
     const Value& top = stack_.back();
     memo_[key] = top.items.empty() ? std::optional<Value>(top) : std::nullopt;
     return true;
   }
   bool recall(uint32_t key) {
-    const auto found = memo_.find(key);
-    if (found == memo_.end() || !found->second) return false;
-    if (const std::optional<Value>& value = found->second; value.has_value()) stack_.push_back(*value);
+    if (key >= memo_.size() || !memo_[key].has_value()) return false;
+    stack_.push_back(*memo_[key]);
     return true;
   }
 
@@ -182,10 +194,9 @@ class TensorUnpickler {
     storage.kind = Kind::kStorage;
     storage.text = parts[2].text;
     storage.number = parts[4].number;
-    if (parts[1].text != "torch.storage UntypedStorage") {
-      constexpr std::string_view kPrefix = "torch ";
-      if (parts[1].text.compare(0, kPrefix.size(), kPrefix) != 0) return false;
-      storage.dtype = dtype_by_storage(std::string_view(parts[1].text).substr(kPrefix.size()));
+    if (!is_global(parts[1], "torch.storage", "UntypedStorage")) {
+      if (parts[1].module != "torch") return false;
+      storage.dtype = dtype_by_storage(parts[1].text);
       if (storage.dtype == kUnknownDType) return false;
     }
     stack_.push_back(std::move(storage));
@@ -197,13 +208,17 @@ class TensorUnpickler {
     Value arguments = pop();
     const Value function = pop();
     if (function.kind != Kind::kGlobal || arguments.kind != Kind::kTuple) return false;
-    if (function.text == "collections OrderedDict") {
+    if (is_global(function, "collections", "OrderedDict")) {
       return arguments.items.empty() && push_number(Kind::kOrderedDict, 0);
     }
-    if (function.text == "torch._utils _rebuild_tensor_v2") return rebuild_tensor(arguments.items, 6);
-    if (function.text == "torch._utils _rebuild_tensor_v3") return rebuild_tensor(arguments.items, 7);
-    if (function.text == "torch._utils _rebuild_parameter") return rebuild_parameter(arguments.items);
+    if (is_global(function, "torch._utils", "_rebuild_tensor_v2")) return rebuild_tensor(arguments.items, 6);
+    if (is_global(function, "torch._utils", "_rebuild_tensor_v3")) return rebuild_tensor(arguments.items, 7);
+    if (is_global(function, "torch._utils", "_rebuild_parameter")) return rebuild_parameter(arguments.items);
     return false;
+  }
+
+  static bool is_global(const Value& value, std::string_view module, std::string_view name) {
+    return value.kind == Kind::kGlobal && value.module == module && value.text == name;
   }
 
   // (storage, storage_offset, size, stride, requires_grad, backward_hooks[, dtype][, metadata])
@@ -217,13 +232,9 @@ class TensorUnpickler {
     }
     DType dtype = arguments[0].dtype;
     if (required == 7) {
-      constexpr std::string_view kPrefix = "torch ";
       const Value& named = arguments[6];
-      if (dtype != kUnknownDType || named.kind != Kind::kGlobal ||
-          named.text.compare(0, kPrefix.size(), kPrefix) != 0) {
-        return false;
-      }
-      dtype = dtype_by_name(std::string_view(named.text).substr(kPrefix.size()));
+      if (dtype != kUnknownDType || named.kind != Kind::kGlobal || named.module != "torch") return false;
+      dtype = dtype_by_name(named.text);
     }
     if (dtype == kUnknownDType) return false;
     Value tensor;
@@ -258,8 +269,8 @@ class TensorUnpickler {
     if (!pickle_.ok() || stack_.size() != 1 || stack_[0].kind != Kind::kTensor) return std::nullopt;
     const Value& tensor = stack_[0];
     const Value& storage = tensor.items[0];
-    const auto sizes = numbers(tensor.items[1]);
-    const auto strides = numbers(tensor.items[2]);
+    auto sizes = numbers(tensor.items[1]);
+    auto strides = numbers(tensor.items[2]);
     if (!sizes || !strides || sizes->size() != strides->size() || tensor.number < 0 || storage.number < 0) {
       return std::nullopt;
     }
@@ -270,15 +281,15 @@ class TensorUnpickler {
     result.storage_key = storage.text;
     result.storage_bytes = storage.number * unit;
     result.storage_offset = tensor.number;
-    result.sizes = *sizes;
-    result.strides = *strides;
+    result.sizes = std::move(*sizes);
+    result.strides = std::move(*strides);
     return result;
   }
 
   Bytes pickle_;
   std::vector<Value> stack_;
   std::vector<size_t> marks_;
-  std::unordered_map<uint32_t, std::optional<Value>> memo_;
+  std::vector<std::optional<Value>> memo_;
 };
 
 }  // namespace

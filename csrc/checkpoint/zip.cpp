@@ -141,6 +141,7 @@ ZipTail parse_zip_tail(Bytes tail, uint64_t archive_size) {
     result.needed = needed;
     return result;
   }
+  result.directory.entries.reserve(end->entries);
   Bytes directory(tail.data() + (tail.size() - needed), end->directory_size);
   for (uint64_t i = 0; i < end->entries; ++i) {
     const std::optional<ZipEntry> entry = parse_directory_entry(directory);

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from dcp_fast import _native
+from dcp_fast.garbage import paused_collection
 from dcp_fast.report import LoadReport, publish
 from dcp_fast.storage import Storage
 from dcp_fast.transfer import PlanTransfer
@@ -73,7 +74,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``."""
         self._report = LoadReport()
-        with self._report.stage("metadata"):
+        with self._report.stage("metadata"), paused_collection():
             metadata = super().read_metadata(*args, **kwargs)
         self._planning_started = time.perf_counter()
         return metadata

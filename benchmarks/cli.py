@@ -1,0 +1,101 @@
+"""The command line of ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import fresh, measure, peers, plot, results
+from benchmarks.contenders import why_dcp_fast_is_missing
+from benchmarks.workloads import all_workloads
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    workloads = all_workloads(options.scale)
+    if options.list:
+        for workload in workloads.values():
+            temperatures = ", ".join(temperature.value for temperature in workload.targets)
+            print(f"{workload.name:16}{workload.title} ({temperatures})")
+        return 0
+    chosen = options.workloads.split(",") if options.workloads else list(workloads)
+    if unknown := [name for name in chosen if name not in workloads]:
+        parser.error(f"unknown workloads: {', '.join(unknown)}; known are {', '.join(workloads)}")
+
+    started = time.monotonic()
+    missing = why_dcp_fast_is_missing()
+    if missing is not None:
+        _say(f"dcp_fast skipped: {missing}")
+    found, skipped = peers.importable()
+    if any(workloads[name].peers for name in chosen):
+        for line in skipped:
+            _say(line)
+    run_options = measure.Options(options.data, options.rounds, with_dcp_fast=missing is None, peers=found)
+    entrants = ["torch"] if missing is not None else ["torch", "dcp_fast"]
+    measurements: list[measure.Measurement] = []
+    first_loads: list[fresh.FirstLoads] = []
+    for name in chosen:
+        workload = workloads[name]
+        try:
+            measurements += measure.run(workload, run_options, _say)
+        except measure.VerificationError as error:
+            _say(f"FAILED: {error}")
+            return 1
+        rounds = workload.fresh_rounds if options.fresh_rounds is None else options.fresh_rounds
+        if workload.fresh_rounds and rounds:
+            first_loads.append(fresh.measure(workload, options.data, entrants, rounds, _say))
+
+    rows = [row for measurement in measurements for row in results.rows_of(measurement)]
+    tables = [
+        results.load_table(rows),
+        results.peer_table(measurements),
+        results.fresh_table(first_loads) if first_loads else None,
+    ]
+    for text in tables:
+        if text is not None:
+            _say(f"\n{text}")
+    parameters = {
+        "workloads": chosen,
+        "scale": options.scale,
+        "rounds": options.rounds,
+        "fresh_rounds": options.fresh_rounds,
+    }
+    json_path, plot_path = options.out / "results.json", options.out / "results.png"
+    results.write_json(json_path, parameters, measurements, rows, first_loads)
+    failure = plot.draw(plot_path, rows)
+    _say(f"\nwritten: {json_path}" + (f" and {plot_path}" if failure is None else f"; {failure}"))
+    _say(f"took {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time dcp_fast against torch DCP.")
+    parser.add_argument("--workloads", metavar="A,B", help="only these (default: all, see --list)")
+    parser.add_argument("--rounds", type=_positive_int, help="timed rounds (default: each workload's own, 3 or 5)")
+    parser.add_argument(
+        "--fresh-rounds",
+        type=int,
+        metavar="N",
+        help="loads in fresh processes (default: 3, or 0 for small)",
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the data; 1.0 is 1.9 GB a checkpoint")
+    parser.add_argument("--data", type=Path, default=HERE / "data", help="where checkpoints are kept between runs")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="where results.json and results.png go")
+    parser.add_argument("--list", action="store_true", help="list the workloads and stop")
+    return parser
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

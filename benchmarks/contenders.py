@@ -1,0 +1,122 @@
+"""The loaders under comparison, each as a function that loads once into given tensors and says how long it took."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+REPORT_FIELDS = (
+    "bytes_needed",
+    "bytes_read",
+    "read_amplification",
+    "requests",
+    "records",
+    "fallback_records",
+    "seconds",
+    "total_seconds",
+    "gigabytes_per_second",
+)
+# Stages of a LoadReport that torch's loader does inside ``read_data``.
+READ_DATA_STAGES = ("layout", "transfer", "commit")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed load."""
+
+    seconds: float
+    read_data_seconds: float | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    run: Callable[[], Sample]
+    # A ceiling may read into buffers of its own; then there is nothing to compare with torch.
+    fills_destinations: bool = True
+
+
+def torch_contender(checkpoint: Path, state: dict[str, torch.Tensor]) -> Contender:
+    return Contender("torch", lambda: load_with_torch(checkpoint, state))
+
+
+def dcp_fast_contender(checkpoint: Path, state: dict[str, torch.Tensor]) -> Contender:
+    return Contender("dcp_fast", lambda: load_with_dcp_fast(checkpoint, state))
+
+
+def load_with_torch(checkpoint: Path, state: dict[str, torch.Tensor]) -> Sample:
+    start = time.perf_counter()
+    reader = FileSystemReader(checkpoint)
+    read_data = _time_read_data(reader)
+    with _no_dist_is_meant():
+        load(dict(state), storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
+    return Sample(time.perf_counter() - start, sum(read_data))
+
+
+def load_with_dcp_fast(checkpoint: Path, state: dict[str, torch.Tensor]) -> Sample:
+    # Imported late: without a built extension the other contenders still run.
+    import dcp_fast
+
+    start = time.perf_counter()
+    reader = dcp_fast.FileSystemReader(checkpoint)
+    read_data = _time_read_data(reader)
+    with _no_dist_is_meant():
+        dcp_fast.load(dict(state), storage_reader=reader, planner=dcp_fast.DefaultLoadPlanner(), no_dist=True)
+    seconds = time.perf_counter() - start
+    report = {name: getattr(dcp_fast.last_report(), name, None) for name in REPORT_FIELDS}
+    stages = report["seconds"] or {}
+    # A load that does not go through ``read_data`` tells the same from its stages.
+    alone = sum(read_data) if read_data else sum(stages.get(stage, 0.0) for stage in READ_DATA_STAGES)
+    return Sample(seconds, alone, report)
+
+
+def why_dcp_fast_is_missing() -> str | None:
+    """None where dcp_fast can be used, else the reason why not."""
+    try:
+        import dcp_fast
+
+        missing = [name for name in ("load", "FileSystemReader", "last_report") if not hasattr(dcp_fast, name)]
+    except ImportError as error:
+        return str(error)
+    return f"it lacks {', '.join(missing)}" if missing else None
+
+
+def _time_read_data(reader: StorageReader) -> list[float]:
+    """Make the reader note how long each ``read_data`` takes.
+
+    The method is replaced on the object and not in a subclass, so that the reader's type stays what loaders expect.
+    """
+    seconds: list[float] = []
+    original = reader.read_data
+
+    def read_data(plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        start = time.perf_counter()
+        future = original(plan, planner)
+        future.wait()
+        seconds.append(time.perf_counter() - start)
+        return future
+
+    reader.read_data = read_data  # type: ignore[method-assign]
+    return seconds
+
+
+@contextmanager
+def _no_dist_is_meant() -> Iterator[None]:
+    """Silence the warning that a load without a process group is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield

@@ -1,0 +1,110 @@
+"""The first load of a process: how long it takes, and its peak of host memory above the destinations.
+
+This is what a job that resumes sees. In a process that has loaded before, torch's temporary tensors land in memory
+that was touched then, which makes later loads a good deal faster than the first.
+
+    python -m benchmarks.fresh CHECKPOINT WORKLOAD SCALE CONTENDER
+
+is one such process; it prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks import checkpoints, contenders, destinations, page_cache
+from benchmarks.workloads import MIB, Temperature, Workload, all_workloads
+
+ALLOWED_BEYOND_STAGING = 32 * MIB
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class FirstLoad:
+    """One load that was the only one of its process."""
+
+    contender: str
+    seconds: float
+    peak_bytes: int
+    # Where the kernel cannot reset the high-water mark, an earlier peak may show instead of the load's.
+    peak_is_exact: bool
+    # The memory that the contender may use by its own settings.
+    staging_bytes: int | None
+
+
+@dataclass(frozen=True)
+class FirstLoads:
+    """All first loads of one workload."""
+
+    workload: Workload
+    loads: list[FirstLoad]
+
+    def seconds(self, contender: str) -> float | None:
+        found = [load.seconds for load in self.loads if load.contender == contender]
+        return statistics.median(found) if found else None
+
+    def peak_bytes(self, contender: str) -> int | None:
+        return max((load.peak_bytes for load in self.loads if load.contender == contender), default=None)
+
+    def allowed_bytes(self) -> int | None:
+        staging = [load.staging_bytes for load in self.loads if load.staging_bytes is not None]
+        return staging[0] + ALLOWED_BEYOND_STAGING if staging else None
+
+
+def measure(workload: Workload, data: Path, entrants: list[str], rounds: int, say: Callable[[str], None]) -> FirstLoads:
+    """Run every contender in processes of its own, in turn."""
+    checkpoint = checkpoints.ensure(workload.checkpoint, data)
+    loads: list[FirstLoad] = []
+    for _ in range(rounds):
+        page_cache.populate(checkpoints.files_of(checkpoint))
+        for contender in entrants:
+            arguments = [str(checkpoint.resolve()), workload.name, str(workload.checkpoint.scale), contender]
+            command = [sys.executable, "-m", "benchmarks.fresh", *arguments]
+            # Standard error is left alone: when the process fails, its traceback is what one needs to see.
+            done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+            loads.append(FirstLoad(**json.loads(done.stdout)))
+    result = FirstLoads(workload, loads)
+    found = (f"{name} {result.seconds(name):.3f} s" for name in entrants)
+    say(f"  {Temperature.WARM.value}, first load of a process: {', '.join(found)}")
+    return result
+
+
+def _load_here(checkpoint: Path, workload: Workload, contender: str) -> FirstLoad:
+    state = destinations.allocate(workload.checkpoint.shapes(), workload.wanted).state
+    staging_bytes = None
+    if contender == "dcp_fast":
+        import dcp_fast
+
+        staging_bytes = dcp_fast.FileSystemReader(checkpoint).staging_bytes
+    load = contenders.load_with_torch if contender == "torch" else contenders.load_with_dcp_fast
+    exact = _reset_high_water_mark()
+    before = _status_bytes("VmRSS")
+    sample = load(checkpoint, state)
+    return FirstLoad(contender, sample.seconds, _status_bytes("VmHWM") - before, exact, staging_bytes)
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    _checkpoint, _workload, _scale, _contender = sys.argv[1:]
+    _result = _load_here(Path(_checkpoint), all_workloads(float(_scale))[_workload], _contender)
+    print(json.dumps(asdict(_result)))

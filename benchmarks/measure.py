@@ -1,0 +1,160 @@
+"""Runs one workload: allocate, verify every contender against torch, tune the ceilings, time interleaved rounds."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import ceilings, checkpoints, contenders, destinations, page_cache, peers
+from benchmarks.contenders import Contender, Sample
+from benchmarks.workloads import Temperature, Workload
+
+Say = Callable[[str], None]
+# More than stray pages left in the cache means that the file system ignores the request to drop them.
+COLD_ENOUGH = 0.05
+
+
+class VerificationError(Exception):
+    """A contender loaded something else than torch did."""
+
+
+@dataclass
+class Measurement:
+    """All timings of one workload at one temperature."""
+
+    workload: Workload
+    temperature: Temperature
+    samples: dict[str, list[Sample]]
+    ceiling: ceilings.Ceiling | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def median(self, contender: str) -> float | None:
+        samples = self.samples.get(contender)
+        return statistics.median(sample.seconds for sample in samples) if samples else None
+
+    def read_data_median(self, contender: str) -> float | None:
+        samples = self.samples.get(contender)
+        return statistics.median(sample.read_data_seconds or 0.0 for sample in samples) if samples else None
+
+    def report(self) -> dict[str, object]:
+        """What dcp_fast reported of its last load; the counts in it are the same in every round."""
+        samples = self.samples.get("dcp_fast")
+        return samples[-1].report if samples else {}
+
+
+@dataclass(frozen=True)
+class Options:
+    data: Path
+    rounds: int | None
+    with_dcp_fast: bool
+    peers: list[str]
+
+
+def run(workload: Workload, options: Options, say: Say) -> list[Measurement]:
+    say(f"{workload.name}: {workload.title}")
+    checkpoint = checkpoints.ensure(workload.checkpoint, options.data)
+    paths = checkpoints.files_of(checkpoint)
+    wanted = destinations.allocate(workload.checkpoint.shapes(), workload.wanted)
+    loaders = [contenders.torch_contender(checkpoint, wanted.state)]
+    if options.with_dcp_fast:
+        loaders.append(contenders.dcp_fast_contender(checkpoint, wanted.state))
+    rivals = _peer_contenders(workload, options, checkpoint, wanted) if workload.peers else []
+
+    page_cache.populate(paths)
+    _verify(loaders + rivals, wanted)
+
+    measurements = []
+    for temperature in workload.targets:
+        # Peers and the limit of the memory are a matter of the warm load; a cold one is held against the disk.
+        warm = temperature is Temperature.WARM
+        notes = []
+        if warm:
+            page_cache.populate(paths)
+            ceiling = _pread_ceiling(workload, checkpoint, wanted)
+        else:
+            page_cache.evict(paths)
+            left = page_cache.cached_fraction(paths)
+            if left is not None and left > COLD_ENOUGH:
+                notes.append(f"not cold: {left:.0%} of the pages stay cached")
+            ceiling = ceilings.direct_ceiling(paths, lambda: page_cache.evict(paths))
+            if ceiling is None:
+                notes.append("no ceiling: the file system refuses O_DIRECT")
+        entrants = loaders + (rivals if warm else [])
+        if ceiling is not None:
+            entrants.append(ceiling.contender)
+            say(f"  {temperature.value} ceiling {ceiling}")
+        samples = _interleave(entrants, temperature, paths, options.rounds or workload.rounds)
+        measurement = Measurement(workload, temperature, samples, ceiling, notes)
+        measurements.append(measurement)
+        for line in notes:
+            say(f"  {line}")
+        times = (f"{name} {measurement.median(name):.3f} s" for name in samples)
+        say(f"  {temperature.value}: {', '.join(times)}")
+    return measurements
+
+
+def _pread_ceiling(workload: Workload, checkpoint: Path, wanted: destinations.Destinations) -> ceilings.Ceiling | None:
+    # Finding the payloads of tens of thousands of records takes longer than is worth it, and for records of a few
+    # kilobytes a read of each is no ceiling: a loader that joins neighbours is faster.
+    if workload.checkpoint.kind == "small":
+        return None
+    ceiling = ceilings.pread_ceiling(checkpoint, wanted)
+    if ceiling is not None:
+        expected = _digests_after(contenders.torch_contender(checkpoint, wanted.state), wanted)
+        _compare(ceiling.contender, expected, wanted)
+    return ceiling
+
+
+def _peer_contenders(
+    workload: Workload, options: Options, checkpoint: Path, wanted: destinations.Destinations
+) -> list[Contender]:
+    if not options.peers:
+        return []
+    path = options.data / f"{workload.checkpoint.directory_name()}.safetensors"
+    if not path.exists():
+        contenders.load_with_torch(checkpoint, wanted.state)
+        peers.write_safetensors(path, wanted.local)
+    page_cache.populate([path])
+    return [peers.peer_contender(name, path, wanted.local) for name in options.peers]
+
+
+def _verify(entrants: list[Contender], wanted: destinations.Destinations) -> None:
+    """Hold what every contender loads against what the first one, torch, does. It warms all of them up as well."""
+    oracle, *others = entrants
+    expected = _digests_after(oracle, wanted)
+    for contender in others:
+        _compare(contender, expected, wanted)
+
+
+def _compare(contender: Contender, expected: dict[str, str], wanted: destinations.Destinations) -> None:
+    loaded = _digests_after(contender, wanted)
+    differing = [name for name, digest in expected.items() if loaded[name] != digest]
+    if differing:
+        raise VerificationError(f"{contender.name} loads {len(differing)} tensors differently, first: {differing[0]}")
+
+
+def _digests_after(contender: Contender, wanted: destinations.Destinations) -> dict[str, str]:
+    wanted.poison()
+    contender.run()
+    return wanted.digests()
+
+
+def _interleave(
+    entrants: list[Contender], temperature: Temperature, paths: list[Path], rounds: int
+) -> dict[str, list[Sample]]:
+    """Time all contenders in every round, so that the machine's slow and fast spells hit them alike."""
+    samples: dict[str, list[Sample]] = {contender.name: [] for contender in entrants}
+    for index in range(rounds):
+        if temperature is Temperature.WARM:
+            page_cache.populate(paths)
+        # Each round begins with another contender, so that none always follows the same one.
+        start = index % len(entrants)
+        for contender in entrants[start:] + entrants[:start]:
+            if temperature is Temperature.COLD:
+                page_cache.evict(paths)
+            gc.collect()
+            samples[contender.name].append(contender.run())
+    return samples

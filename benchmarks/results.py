@@ -1,0 +1,253 @@
+"""Turns measurements into table rows, verdicts on the targets, and JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fresh import FirstLoads
+from benchmarks.measure import Measurement
+from benchmarks.peers import PEERS
+from benchmarks.workloads import MIB, Metric, Target, Temperature
+
+PACKAGES = ("torch", "numpy", "dcp_fast", "safetensors", "runai-model-streamer", "fastsafetensors")
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. What was not measured, or has no meaning for the workload, is None."""
+
+    label: str
+    cache: str
+    torch: float | None
+    dcp_fast: float | None
+    ceiling_name: str | None
+    ceiling: float | None
+    amplification: float | None
+    requests: int | None
+    records: int | None
+    gigabytes: float
+    targets: tuple[Target, ...]
+
+    @property
+    def speedup(self) -> float | None:
+        return self.torch / self.dcp_fast if self.torch and self.dcp_fast else None
+
+    @property
+    def of_ceiling(self) -> float | None:
+        return self.ceiling / self.dcp_fast if self.ceiling and self.dcp_fast else None
+
+    def value(self, metric: Metric) -> float | None:
+        if metric is Metric.OF_CEILING:
+            return self.of_ceiling
+        if metric is Metric.AMPLIFICATION:
+            return self.amplification
+        if metric is Metric.READS_PER_RECORD:
+            return self.requests / self.records if self.requests is not None and self.records else None
+        return self.speedup
+
+    def verdict(self) -> str:
+        """One word for each target, in their order."""
+        words = []
+        for target in self.targets:
+            value = self.value(target.metric)
+            words.append(_word(value is not None and target.metric.holds(value, target.bound), value))
+        return ", ".join(words)
+
+    def cells(self) -> list[str]:
+        return [
+            self.label,
+            self.cache,
+            _number(self.torch, ".3f"),
+            _number(self.dcp_fast, ".3f"),
+            _number(self.speedup, ".1f", "x"),
+            f"{self.ceiling:.3f} {self.ceiling_name}" if self.ceiling is not None else NONE,
+            _number(self.of_ceiling, ".2f"),
+            _number(self.amplification, ".3f"),
+            _number(self.requests, "d"),
+            ", ".join(map(str, self.targets)),
+            self.verdict(),
+        ]
+
+
+HEADINGS = (
+    "workload",
+    "cache",
+    "torch s",
+    "dcp_fast s",
+    "ratio",
+    "ceiling s",
+    "of ceiling",
+    "read/needed",
+    "reads",
+    "target",
+    "met",
+)
+
+
+def rows_of(measurement: Measurement) -> list[Row]:
+    """The row of a measurement; and one for ``read_data`` alone where that has a target of its own."""
+    workload = measurement.workload
+    targets = workload.targets[measurement.temperature]
+    report = measurement.report()
+    ceiling = measurement.ceiling.contender.name if measurement.ceiling else None
+    common: dict[str, Any] = {
+        "cache": measurement.temperature.value,
+        "amplification": report.get("read_amplification"),
+        "requests": report.get("requests"),
+        "records": report.get("records"),
+        "gigabytes": workload.bytes_needed() / 1e9,
+    }
+    rows = [
+        Row(
+            label=workload.name,
+            torch=measurement.median("torch"),
+            dcp_fast=measurement.median("dcp_fast"),
+            ceiling_name=ceiling,
+            ceiling=measurement.median(ceiling) if ceiling else None,
+            targets=tuple(target for target in targets if target.metric is not Metric.READ_DATA_SPEEDUP),
+            **common,
+        )
+    ]
+    if alone := tuple(target for target in targets if target.metric is Metric.READ_DATA_SPEEDUP):
+        rows.append(
+            Row(
+                label=f"{workload.name} (read_data)",
+                torch=measurement.read_data_median("torch"),
+                dcp_fast=measurement.read_data_median("dcp_fast"),
+                ceiling_name=None,
+                ceiling=None,
+                targets=alone,
+                **common,
+            )
+        )
+    return rows
+
+
+def load_table(rows: Sequence[Row]) -> str:
+    return table(HEADINGS, [row.cells() for row in rows])
+
+
+def peer_table(measurements: Sequence[Measurement]) -> str | None:
+    lines = []
+    for measurement in measurements:
+        ours = measurement.median("dcp_fast")
+        for name in PEERS:
+            if (median := measurement.median(name)) is None:
+                continue
+            speed = measurement.workload.bytes_needed() / 1e9 / median
+            ratio = median / ours if ours else None
+            lines.append([measurement.workload.name, name, f"{median:.3f}", f"{speed:.1f}", _number(ratio, ".1f", "x")])
+    return table(("workload", "peer", "s", "GB/s", "dcp_fast is faster by"), lines) if lines else None
+
+
+def fresh_table(fresh: Sequence[FirstLoads]) -> str:
+    """First loads, held against the same speedup as later ones and against the memory that staging allows."""
+    lines = []
+    for first in fresh:
+        theirs, ours, peak = first.seconds("torch"), first.seconds("dcp_fast"), first.peak_bytes("dcp_fast")
+        ratio = theirs / ours if theirs and ours else None
+        allowed = first.allowed_bytes()
+        targets = [t for t in first.workload.targets[Temperature.WARM] if t.metric is Metric.SPEEDUP]
+        words = [_word(ratio is not None and t.metric.holds(ratio, t.bound), ratio) for t in targets]
+        words.append(_word(peak is not None and allowed is not None and peak <= allowed, peak))
+        torch_peak = first.peak_bytes("torch")
+        lines.append(
+            [
+                first.workload.name,
+                _number(theirs, ".3f"),
+                _number(ours, ".3f"),
+                _number(ratio, ".1f", "x"),
+                _number(torch_peak / MIB if torch_peak is not None else None, ".0f"),
+                _number(peak / MIB if peak is not None else None, ".0f"),
+                ", ".join([*map(str, targets), f"<={allowed // MIB} MiB" if allowed is not None else NONE]),
+                ", ".join(words),
+            ]
+        )
+    headings = ("first load", "torch s", "dcp_fast s", "ratio", "torch MiB", "dcp_fast MiB", "target", "met")
+    return table(headings, lines)
+
+
+def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (headings, rule, *lines)
+    )
+
+
+def write_json(
+    path: Path,
+    parameters: dict[str, Any],
+    measurements: Sequence[Measurement],
+    rows: Sequence[Row],
+    fresh: Sequence[FirstLoads],
+) -> None:
+    document = {
+        "parameters": parameters,
+        "machine": _machine(),
+        "versions": _versions(),
+        "measurements": [_measurement_as_json(measurement) for measurement in measurements],
+        "table": [dict(zip(HEADINGS, row.cells(), strict=True)) for row in rows],
+        "first_loads": [
+            {"workload": first.workload.name, "loads": [asdict(load) for load in first.loads]} for first in fresh
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2, default=str) + "\n")
+
+
+def _measurement_as_json(measurement: Measurement) -> dict[str, Any]:
+    workload, ceiling = measurement.workload, measurement.ceiling
+    return {
+        "workload": workload.name,
+        "title": workload.title,
+        "checkpoint": asdict(workload.checkpoint),
+        "wanted": asdict(workload.wanted),
+        "temperature": measurement.temperature.value,
+        "bytes_needed": workload.bytes_needed(),
+        "seconds": {name: [s.seconds for s in samples] for name, samples in measurement.samples.items()},
+        "read_data_seconds": {
+            name: [s.read_data_seconds for s in samples]
+            for name, samples in measurement.samples.items()
+            if samples[0].read_data_seconds is not None
+        },
+        "reports": [sample.report for sample in measurement.samples.get("dcp_fast", [])],
+        "ceiling": None if ceiling is None else {"best": str(ceiling.best), "tried": ceiling.tried},
+        "notes": measurement.notes,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return NONE if value is None else f"{value:{form}}{unit}"
+
+
+def _word(met: bool, value: float | None) -> str:
+    return NONE if value is None else "yes" if met else "NO"

@@ -1,0 +1,136 @@
+"""What is measured, and what each measurement has to reach."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.checkpoints import CheckpointSpec
+from benchmarks.destinations import Wanted
+
+MIB = 1 << 20
+
+
+class Temperature(enum.Enum):
+    """Whether the checkpoint is in the page cache when a load begins."""
+
+    WARM = "warm"
+    COLD = "cold"
+
+
+class Metric(enum.Enum):
+    """A figure that a target bounds; the value is how a target on it reads."""
+
+    SPEEDUP = ">={:g}x torch"
+    OF_CEILING = ">={:.2f} of ceiling"
+    READ_DATA_SPEEDUP = ">={:g}x torch's read_data"
+    AMPLIFICATION = "<={:.2f} read/needed"
+    READS_PER_RECORD = "<=1 read per {:g} records"
+
+    def holds(self, value: float, bound: float) -> bool:
+        if self is Metric.AMPLIFICATION:
+            return value <= bound
+        if self is Metric.READS_PER_RECORD:
+            return value <= 1 / bound
+        return value >= bound
+
+
+@dataclass(frozen=True)
+class Target:
+    metric: Metric
+    bound: float
+
+    def __str__(self) -> str:
+        return self.metric.value.format(self.bound)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One checkpoint, what one rank wants of it, and the targets for each temperature that it is loaded at."""
+
+    name: str
+    title: str
+    checkpoint: CheckpointSpec
+    wanted: Wanted
+    targets: dict[Temperature, tuple[Target, ...]]
+    rounds: int = 5
+    # How many fresh processes load it as their first; 0 leaves that out.
+    fresh_rounds: int = 3
+    peers: bool = False
+
+    def bytes_needed(self) -> int:
+        """Payload bytes that the rank cannot do without, in the stored dtype."""
+        return self.checkpoint.payload_bytes() // self.wanted.ranks
+
+
+def all_workloads(scale: float) -> dict[str, Workload]:
+    by_one = CheckpointSpec("transformer", ranks=1, scale=scale)
+    by_eight = CheckpointSpec("transformer", ranks=8, scale=scale)
+    small = CheckpointSpec("small", ranks=2, scale=scale)
+    warm, cold = Temperature.WARM, Temperature.COLD
+    workloads = [
+        Workload(
+            "same",
+            "written by 1 rank, loaded with the same sharding",
+            by_one,
+            Wanted(),
+            {
+                warm: (Target(Metric.SPEEDUP, 10), Target(Metric.OF_CEILING, 0.90)),
+                cold: (Target(Metric.SPEEDUP, 2), Target(Metric.OF_CEILING, 0.85)),
+            },
+            peers=True,
+        ),
+        Workload(
+            "rows8",
+            "written by 1 rank, this rank wants 1/8 of the rows",
+            by_one,
+            Wanted(dim=0, ranks=8),
+            {warm: (Target(Metric.SPEEDUP, 50), Target(Metric.AMPLIFICATION, 1.02))},
+        ),
+        Workload(
+            "cols8",
+            "written by 1 rank, this rank wants 1/8 of the columns",
+            by_one,
+            Wanted(dim=1, ranks=8),
+            {warm: (Target(Metric.SPEEDUP, 10),)},
+        ),
+        Workload(
+            "rows8_to_cols2",
+            "written by 8 ranks by rows, this rank of 2 wants columns",
+            by_eight,
+            Wanted(dim=1, ranks=2),
+            {warm: (Target(Metric.SPEEDUP, 11),)},
+        ),
+        Workload(
+            "whole8",
+            "written by 8 ranks by rows, read whole",
+            by_eight,
+            Wanted(),
+            {warm: (Target(Metric.SPEEDUP, 10),)},
+        ),
+        Workload(
+            "small",
+            "20,000 tensors of 4 KB in two chunks each, read whole",
+            small,
+            Wanted(),
+            {
+                warm: (
+                    Target(Metric.SPEEDUP, 8),
+                    Target(Metric.READ_DATA_SPEEDUP, 40),
+                    Target(Metric.READS_PER_RECORD, 64),
+                )
+            },
+            rounds=3,
+            fresh_rounds=0,  # these tensors reuse their memory from the first one on
+        ),
+        Workload(
+            "convert",
+            "fp32 written by 1 rank, loaded into bf16 tensors",
+            by_one,
+            Wanted(dtype=torch.bfloat16),
+            {warm: (Target(Metric.SPEEDUP, 5),)},
+        ),
+    ]
+    return {workload.name: workload for workload in workloads}
