@@ -108,15 +108,20 @@ def _place(
     for box, offsets, lengths in parts:
         _append(batch, box, offsets, lengths, memory)
     stats = _native.Program(layouts, array("q", batch.items), array("q", batch.slots)).run(0, options)
+    targets: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
     for target, staged in batch.copies:
         if target.device.type != "cpu" or target.numel() <= _SERIAL_ELEMENTS:
-            target.copy_(staged)
+            targets.append(target)
+            sources.append(staged)
             continue
         if target.is_contiguous():
             target, staged = target.view(-1), staged.view(-1)
         step = max(1, _SERIAL_ELEMENTS * target.size(0) // target.numel())
-        for target_part, staged_part in zip(torch.split(target, step), torch.split(staged, step), strict=True):
-            target_part.copy_(staged_part)
+        targets += torch.split(target, step)
+        sources += torch.split(staged, step)
+    # copy_ for each pair, in one call: the threads would otherwise spend their time passing the interpreter lock around.
+    torch._foreach_copy_(targets, sources)
     return stats
 
 
