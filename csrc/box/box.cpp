@@ -58,9 +58,10 @@ void copy_tiled(std::byte* destination, const std::byte* source, const Dim& oute
 
 Loops collapse(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
                const std::vector<int64_t>& destination_strides, int64_t itemsize) {
+  // First: an empty tensor's strides may be anything, and too large to compute with.
+  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return {};
   Loops sorted;
   for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] == 0) return {};
     if (sizes[i] > 1) sorted.push_back({sizes[i], source_strides[i] * itemsize, destination_strides[i] * itemsize});
   }
   std::stable_sort(sorted.begin(), sorted.end(),

@@ -1,6 +1,7 @@
 #include "box/overlap.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <utility>
@@ -9,6 +10,13 @@ namespace dcp_fast::box {
 
 namespace {
 
+// Where a chunk ends, also for absurd metadata.
+int64_t end_of(const Chunks& chunks, size_t chunk, size_t dim) {
+  int64_t end = 0;
+  const bool overflows = __builtin_add_overflow(chunks.offsets(chunk)[dim], chunks.sizes(chunk)[dim], &end);
+  return overflows ? std::numeric_limits<int64_t>::max() : end;
+}
+
 size_t longest_dim(const Chunks& wanted, const Chunks& stored) {
   size_t longest = 0;
   int64_t longest_extent = 0;
@@ -16,7 +24,7 @@ size_t longest_dim(const Chunks& wanted, const Chunks& stored) {
     int64_t extent = 0;
     for (const Chunks* chunks : {&wanted, &stored}) {
       for (size_t i = 0; i < chunks->count; ++i) {
-        const int64_t end = chunks->offsets(i)[dim] + chunks->sizes(i)[dim];
+        const int64_t end = end_of(*chunks, i, dim);
         if (end > extent) extent = end;
       }
     }
@@ -40,8 +48,7 @@ std::vector<size_t> sorted_by_start(const Chunks& chunks, size_t dim) {
 
 bool overlap(const Chunks& wanted, size_t w, const Chunks& stored, size_t s) {
   for (size_t dim = 0; dim < wanted.dims; ++dim) {
-    if (wanted.offsets(w)[dim] >= stored.offsets(s)[dim] + stored.sizes(s)[dim] ||
-        stored.offsets(s)[dim] >= wanted.offsets(w)[dim] + wanted.sizes(w)[dim]) {
+    if (wanted.offsets(w)[dim] >= end_of(stored, s, dim) || stored.offsets(s)[dim] >= end_of(wanted, w, dim)) {
       return false;
     }
   }
@@ -61,8 +68,7 @@ void append(Overlaps& overlaps, const Chunks& wanted, size_t w, const Chunks& st
     rows.push_back(std::max<int64_t>(0, stored_offsets[dim] - wanted_offsets[dim]));
   }
   for (size_t dim = 0; dim < wanted.dims; ++dim) {
-    const int64_t end =
-        std::min(wanted_offsets[dim] + wanted.sizes(w)[dim], stored_offsets[dim] + stored.sizes(s)[dim]);
+    const int64_t end = std::min(end_of(wanted, w, dim), end_of(stored, s, dim));
     rows.push_back(end - std::max(wanted_offsets[dim], stored_offsets[dim]));
   }
   ++overlaps.count;
@@ -76,8 +82,7 @@ Overlaps find_overlaps(const Chunks& wanted, const Chunks& stored) {
   const size_t dim = longest_dim(wanted, stored);
   const auto bounds = [dim](const Chunks& chunks, size_t i) {
     if (chunks.dims == 0) return std::pair<int64_t, int64_t>(0, 1);
-    const int64_t start = chunks.offsets(i)[dim];
-    return std::pair<int64_t, int64_t>(start, start + chunks.sizes(i)[dim]);
+    return std::pair<int64_t, int64_t>(chunks.offsets(i)[dim], end_of(chunks, i, dim));
   };
   const std::vector<size_t> stored_order = sorted_by_start(stored, dim);
   // A line sweeps along the longest dimension; `active` holds the stored chunks that it may cross, by their end.

@@ -44,9 +44,12 @@ struct Entries {
 
 std::optional<Entries> sort_entries(const ZipDirectory& directory) {
   Entries entries;
+  if (directory.entries.empty()) return std::nullopt;
+  const std::string_view first = directory.entries[0].name;
+  const std::string_view folder = first.substr(0, first.find('/') + 1);
   for (const ZipEntry& entry : directory.entries) {
     const size_t slash = entry.name.find('/');
-    if (slash == std::string_view::npos) return std::nullopt;
+    if (slash == std::string_view::npos || entry.name.substr(0, slash + 1) != folder) return std::nullopt;
     const std::string_view name = entry.name.substr(slash + 1);
     if (name == "data.pkl") {
       if (entries.pickle != nullptr) return std::nullopt;
@@ -65,9 +68,10 @@ std::optional<Entries> sort_entries(const ZipDirectory& directory) {
 
 // Bytes from the storage's start to past the tensor's last element; nullopt if that overflows.
 std::optional<int64_t> storage_span(const PickledTensor& tensor) {
+  // First: an empty tensor's offset and strides may be anything.
+  if (std::find(tensor.sizes.begin(), tensor.sizes.end(), 0) != tensor.sizes.end()) return 0;
   int64_t last = tensor.storage_offset;
   for (size_t i = 0; i < tensor.sizes.size(); ++i) {
-    if (tensor.sizes[i] == 0) return 0;
     int64_t extent = 0;
     if (__builtin_mul_overflow(tensor.sizes[i] - 1, tensor.strides[i], &extent) ||
         __builtin_add_overflow(last, extent, &last)) {
@@ -95,9 +99,12 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
   uint64_t head_needed = 0;
   const auto need = [&head_needed, &head](const ZipEntry& entry, uint64_t data_bytes) {
     const std::optional<uint64_t> data = local_data_offset(head, entry);
-    // Without its header the size of the header's extra field is a guess: torch pads to the storage alignment.
-    const uint64_t end = data ? *data + data_bytes : local_header_end(entry) + 4 * kHeadBytes + data_bytes;
-    if (!data ? local_header_end(entry) > head.size() : end > head.size()) head_needed = std::max(head_needed, end);
+    if (local_header_end(entry) > head.size()) {
+      // Without the header the size of its extra field is a guess: torch pads to the storage alignment.
+      head_needed = std::max(head_needed, local_header_end(entry) + (data_bytes > 0 ? 4 * kHeadBytes + data_bytes : 0));
+    } else if (data && data_bytes > 0 && *data + data_bytes > head.size()) {
+      head_needed = std::max(head_needed, *data + data_bytes);
+    }
   };
   need(*entries->pickle, entries->pickle->size);
   if (entries->byteorder != nullptr) need(*entries->byteorder, entries->byteorder->size);

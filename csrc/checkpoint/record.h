@@ -18,7 +18,7 @@ namespace dcp_fast::checkpoint {
 inline constexpr int64_t kHeadBytes = 1024;
 inline constexpr int64_t kTailBytes = 768;
 // More than this at either end is not from torch.save.
-inline constexpr int64_t kMaxWindowBytes = 64 << 10;
+inline constexpr int64_t kMaxWindowBytes = 1 << 20;
 
 struct TensorLayout {
   DType dtype = kUnknownDType;

@@ -69,6 +69,8 @@ class TaskRunner {
         read_runs(policy, file, worker, *piece);
       }
     } catch (Error& error) {
+      const Piece* end = piece + task.pieces;
+      while (piece + 1 != end && (piece + 1)->source <= error.offset) ++piece;
       error.item = static_cast<int64_t>(piece->item);
       error.record = static_cast<int64_t>(program_.items()[piece->item].record);
       throw;
@@ -136,15 +138,15 @@ Stats run_wave(const Program& program, int32_t wave, const Options& options, con
   }
 
   Stats stats;
-  std::vector<Copy> copies;
+  std::vector<Piece> boxes;
   for (size_t i = 0; i < program.items().size(); ++i) {
     const Transfer& transfer = program.transfers()[i];
     if (transfer.kind != Transfer::Kind::kDirect || transfer.wave != wave || transfer.loops.empty()) continue;
     const size_t file = layouts.records[program.items()[i].record].file;
-    copies.push_back({file, {transfer.source, transfer.destination, i, transfer.loops}});
+    boxes.push_back({file, transfer.source, transfer.destination, i, transfer.loops});
     stats.bytes_placed += box::volume(transfer.loops);
   }
-  const Schedule schedule = make_schedule(std::move(copies), policies);
+  const Schedule schedule = make_schedule(boxes, policies);
   TaskRunner runner(program, schedule, policies);
   io::IoCounters counters;
   run_parallel(schedule.tasks.size(), settled.threads, counters, interrupted,

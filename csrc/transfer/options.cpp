@@ -22,9 +22,9 @@ Settled settle(const Options& options, bool any_direct) {
   Settled settled;
   settled.threads = std::min(threads, kMaxThreads);
   settled.block_bytes = std::max(options.block_bytes, kMinBlock);
-  const int64_t share = options.staging_bytes / settled.threads - kSlack;
+  const int64_t share = std::max<int64_t>(options.staging_bytes, 0) / settled.threads - kSlack;
   settled.block_bytes = std::max(kMinBlock, std::min(settled.block_bytes, share));
-  const int64_t affordable = options.staging_bytes / (settled.block_bytes + kSlack);
+  const int64_t affordable = std::max<int64_t>(options.staging_bytes, 0) / (settled.block_bytes + kSlack);
   settled.threads = static_cast<int>(std::clamp<int64_t>(affordable, 1, settled.threads));
   return settled;
 }

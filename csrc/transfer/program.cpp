@@ -72,6 +72,13 @@ Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vec
     }
   }
 
+  // Different boxes of such a destination may share bytes: only their addresses tell.
+  std::vector<bool> overlapping;
+  overlapping.reserve(destinations.size());
+  for (const Destination& destination : destinations) {
+    overlapping.push_back(overlaps_itself(destination.sizes, destination.strides));
+  }
+
   std::vector<size_t> order(items_.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(), [this](size_t a, size_t b) {
@@ -92,7 +99,7 @@ Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vec
       for (size_t dim = 0; dim < item.lengths.size(); ++dim) last += (item.lengths[dim] - 1) * destination.strides[dim];
       write.end = write.begin + static_cast<uint64_t>((last + 1) * itemsize);
     }
-    write.destination = item.destination;
+    write.destination = overlapping[item.destination] ? destinations.size() + i : item.destination;
     write.offsets = item.destination_offsets.data();
     write.sizes = item.lengths.data();
     write.dims = item.lengths.size();
@@ -130,6 +137,7 @@ void Program::prepare(size_t index, const Destination& destination) {
   }
   const int64_t itemsize = checkpoint::info(layout.dtype).itemsize;
   box::Loops loops = box::collapse(item.lengths, layout.strides, destination.strides, itemsize);
+  if (loops.empty()) return;
   if (!box::source_is_disjoint(loops)) {
     transfer.kind = Transfer::Kind::kUnknownRecord;  // an expanded tensor: torch knows how to read it
     return;

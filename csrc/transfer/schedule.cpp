@@ -69,30 +69,27 @@ bool Policy::reads_through(const Loops& loops, size_t level) const {
   return true;
 }
 
-Schedule make_schedule(std::vector<Copy> copies, const std::vector<Policy>& policies) {
-  std::sort(copies.begin(), copies.end(), [](const Copy& a, const Copy& b) {
-    return std::tie(a.file, a.piece.source) < std::tie(b.file, b.piece.source);
-  });
+Schedule make_schedule(const std::vector<Piece>& boxes, const std::vector<Policy>& policies) {
   Schedule schedule;
-  for (const Copy& copy : copies) {
-    const Policy& policy = policies[copy.file];
-    const size_t first = schedule.pieces.size();
-    Splitter(policy, schedule.pieces).split(copy.piece);
-    for (size_t i = first; i < schedule.pieces.size(); ++i) {
-      const Piece& piece = schedule.pieces[i];
-      if (!schedule.tasks.empty() && schedule.tasks.back().file == copy.file) {
-        Task& last = schedule.tasks.back();
-        const Piece& begin = schedule.pieces[last.first_piece];
-        const Piece& before = schedule.pieces[i - 1];
-        const int64_t gap = piece.source - (before.source + box::source_span(before.loops));
-        const int64_t span = piece.source + box::source_span(piece.loops) - begin.source;
-        if (gap >= 0 && span <= policy.block_bytes && joins(policy, piece, gap) && joins(policy, before, gap)) {
-          ++last.pieces;
-          continue;
-        }
+  std::vector<Piece>& pieces = schedule.pieces;
+  for (const Piece& box : boxes) Splitter(policies[box.file], pieces).split(box);
+  std::sort(pieces.begin(), pieces.end(),
+            [](const Piece& a, const Piece& b) { return std::tie(a.file, a.source) < std::tie(b.file, b.source); });
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const Piece& piece = pieces[i];
+    const Policy& policy = policies[piece.file];
+    if (!schedule.tasks.empty() && schedule.tasks.back().file == piece.file) {
+      Task& last = schedule.tasks.back();
+      const Piece& before = pieces[i - 1];
+      const int64_t gap = piece.source - (before.source + box::source_span(before.loops));
+      const int64_t span = piece.source + box::source_span(piece.loops) - pieces[last.first_piece].source;
+      // Boxes that interleave (a negative gap) are read one after another.
+      if (gap >= 0 && span <= policy.block_bytes && joins(policy, piece, gap) && joins(policy, before, gap)) {
+        ++last.pieces;
+        continue;
       }
-      schedule.tasks.push_back({copy.file, i, 1});
     }
+    schedule.tasks.push_back({piece.file, i, 1});
   }
   return schedule;
 }

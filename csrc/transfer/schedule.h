@@ -12,6 +12,7 @@ namespace dcp_fast::transfer {
 
 // A part of a box that is small enough for one task.
 struct Piece {
+  size_t file = 0;
   int64_t source = 0;  // of the first byte, in the file
   std::byte* destination = nullptr;
   size_t item = 0;  // for error messages
@@ -43,13 +44,7 @@ struct Policy {
   bool reads_through(const box::Loops& loops, size_t level) const;
 };
 
-// A copy of one box within one file.
-struct Copy {
-  size_t file = 0;
-  Piece piece;
-};
-
-// Splits copies into pieces of at most a block and joins small neighbours. Tasks ascend by file and offset.
-Schedule make_schedule(std::vector<Copy> copies, const std::vector<Policy>& policies);
+// Splits boxes into pieces of at most a block and joins small neighbours. Tasks ascend by file and offset.
+Schedule make_schedule(const std::vector<Piece>& boxes, const std::vector<Policy>& policies);
 
 }  // namespace dcp_fast::transfer

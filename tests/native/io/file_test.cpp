@@ -1,0 +1,142 @@
+#include "io/file.h"
+
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <filesystem>
+#include <functional>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "doctest/doctest.h"
+#include "error.h"
+#include "faults.h"
+#include "io/file_reading.h"
+#include "random.h"
+#include "temp_dir.h"
+
+using namespace dcp_fast;
+using namespace dcp_fast::testing;
+using io::AlignedBuffer;
+using io::FaultFunction;
+using io::FaultySystemCalls;
+using io::File;
+using io::IoCounters;
+using io::IoMode;
+
+TEST_CASE("what is not a readable regular file is an error with path and errno, never a hang") {
+  const TempDir dir;
+  check_errno(dir.path("missing"), ENOENT);
+  check_errno(dir.path(""), EISDIR);
+  const std::string pipe = dir.path("pipe");
+  REQUIRE(::mkfifo(pipe.c_str(), 0600) == 0);
+  check_errno(pipe, EINVAL);
+  check_errno("/dev/null", EINVAL);
+  check_errno(dir.write("plain", "x") + "/below", ENOTDIR);
+}
+
+TEST_CASE("ranges are read exactly, and past the end is truncated") {
+  const TempDir dir;
+  const std::string bytes = Random(50).bytes(10000);
+  const File file(dir.write("file", bytes));
+  CHECK(file.size() == 10000);
+  CHECK(read(file, 10000, 0) == bytes);
+  CHECK(read(file, 100, 9900) == bytes.substr(9900));
+  CHECK(read(file, 0, 10000) == "");
+  struct Range {
+    size_t size;
+    int64_t offset;
+  };
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  for (const Range& range : {Range{1, 10000}, Range{0, 10001}, Range{10001, 0}, Range{101, 9900}, Range{1, -1},
+                             Range{1, kMost}, Range{SIZE_MAX, 0}, Range{SIZE_MAX, 5000}, Range{8, kMost - 3}}) {
+    AlignedBuffer buffer;
+    IoCounters counters;
+    for (const bool staged : {false, true}) {
+      const auto error = error_of([&] {
+        char none = 0;
+        if (staged) {
+          file.read_staged(buffer, range.size, range.offset, counters);
+        } else {
+          file.read_exactly(&none, range.size, range.offset, counters);
+        }
+      });
+      REQUIRE(error.has_value());
+      CHECK(error->kind == ErrorKind::kTruncated);
+      CHECK(error->path == file.path());
+      CHECK(error->offset == range.offset);
+      CHECK(counters.requests == 0);
+    }
+  }
+}
+
+TEST_CASE("a file that shrinks while it is open is truncated, in every mode") {
+  const TempDir dir;
+  for (const IoMode mode : {IoMode::kCached, IoMode::kDirect}) {
+    File file(dir.write("file", std::string(20000, 'x')));
+    file.choose_mode(mode, 0, file.size());
+    std::filesystem::resize_file(file.path(), 5000);
+    AlignedBuffer buffer;
+    IoCounters counters;
+    const auto error = error_of([&] { file.read_staged(buffer, 15000, 3000, counters); });
+    REQUIRE(error.has_value());
+    CHECK(error->kind == ErrorKind::kTruncated);
+    CHECK(error->path == file.path());
+    CHECK(error->offset == 5000);
+    CHECK(error->length == 13000);
+  }
+}
+
+TEST_CASE("direct reads of any range equal cached ones") {
+  const TempDir dir;
+  Random random(51);
+  for (const size_t size : {1, 4095, 4096, 4097, 300001}) {
+    const std::string bytes = random.bytes(size);
+    File file(dir.write("file", bytes));
+    const IoMode mode = file.choose_mode(IoMode::kDirect, 0, file.size());
+    CHECK((mode == IoMode::kDirect || mode == IoMode::kCached));  // where the file system has no direct I/O
+    AlignedBuffer buffer;
+    for (int i = 0; i < 200; ++i) {
+      const size_t offset = random.below(size + 1);
+      const size_t length = random.below(std::min<size_t>(size - offset, random.chance(50) ? 5000 : size) + 1);
+      REQUIRE(read_staged(file, buffer, length, static_cast<int64_t>(offset)) == bytes.substr(offset, length));
+    }
+  }
+}
+
+TEST_CASE("the mode follows what the page cache holds") {
+  const TempDir dir;
+  File file(dir.write("file", std::string(1 << 20, 'x')));
+  CHECK(file.choose_mode(IoMode::kCached, 0, file.size()) == IoMode::kCached);
+  CHECK(file.choose_mode(IoMode::kAuto, 0, 0) == IoMode::kCached);
+  CHECK(file.choose_mode(IoMode::kAuto, 100, 101) == IoMode::kCached);
+  CHECK(file.choose_mode(IoMode::kAuto, 0, file.size()) == IoMode::kCached);  // just written
+  const bool direct = file.choose_mode(IoMode::kDirect, 0, file.size()) == IoMode::kDirect;
+  {
+    FaultySystemCalls cold(fault(FaultFunction::kPreadNowait, 0, EAGAIN, 1000));
+    const ScopedCalls scope(cold);
+    CHECK(file.choose_mode(IoMode::kAuto, 0, file.size()) == (direct ? IoMode::kDirect : IoMode::kCached));
+    CHECK(cold.calls() > 4);
+    CHECK(cold.calls() <= 17);
+  }
+  FaultySystemCalls cannot_tell(fault(FaultFunction::kPreadNowait, 0, EOPNOTSUPP, 1000));
+  const ScopedCalls scope(cannot_tell);
+  CHECK(file.choose_mode(IoMode::kAuto, 0, file.size()) == IoMode::kCached);
+  CHECK(cannot_tell.calls() == 1);
+}
+
+TEST_CASE("a staging buffer is aligned, grows, and refuses sizes that overflow") {
+  AlignedBuffer buffer;
+  std::byte* small = buffer.reserve(1);
+  CHECK(reinterpret_cast<uintptr_t>(small) % io::kDirectAlignment == 0);
+  small[io::kDirectAlignment - 1] = std::byte{1};
+  CHECK(buffer.reserve(4096) == small);
+  std::byte* large = buffer.reserve((4 << 20) + 1);
+  large[4 << 20] = std::byte{1};
+  CHECK(buffer.reserve(1) == large);
+  CHECK_THROWS_AS(buffer.reserve(SIZE_MAX), std::bad_alloc);
+  CHECK_THROWS_AS(buffer.reserve(SIZE_MAX / 2), std::bad_alloc);
+  buffer.reserve(1)[0] = std::byte{1};
+}

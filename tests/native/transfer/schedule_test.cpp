@@ -1,0 +1,185 @@
+#include "transfer/schedule.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "doctest/doctest.h"
+#include "strided.h"
+
+using namespace dcp_fast;
+using namespace dcp_fast::testing;
+using transfer::make_schedule;
+using transfer::Piece;
+using transfer::Policy;
+using transfer::Schedule;
+using transfer::Task;
+
+namespace {
+
+constexpr int64_t kBlock = 4096;
+
+std::vector<Policy> policies_for(Random& random, size_t files) {
+  std::vector<Policy> policies;
+  for (size_t i = 0; i < files; ++i) {
+    const int64_t cost = random.pick(std::vector<int64_t>{1, 16, 100, 1000, 100000});
+    policies.push_back({cost, random.pick(std::vector<int64_t>{64, 500, kBlock, 100000}), random.chance(50)});
+  }
+  return policies;
+}
+
+// Which source byte of which file each destination byte gets, and how often it is written.
+struct Trace {
+  explicit Trace(const std::string& memory)
+      : base(reinterpret_cast<const std::byte*>(memory.data())), times(memory.size(), 0), sources(memory.size()) {}
+
+  void add(size_t file, const box::Loops& loops, size_t level, int64_t source, const std::byte* destination) {
+    if (level == loops.size()) {
+      const auto at = static_cast<size_t>(destination - base);
+      ++times[at];
+      sources[at] = {file, source};
+      return;
+    }
+    for (int64_t i = 0; i < loops[level].size; ++i) {
+      add(file, loops, level + 1, source + i * loops[level].source_stride,
+          destination + i * loops[level].destination_stride);
+    }
+  }
+
+  const std::byte* base;
+  std::vector<int> times;
+  std::vector<std::pair<size_t, int64_t>> sources;
+};
+
+// The largest span that the engine would read in one request for a piece: see TaskRunner::read in engine.cpp.
+int64_t largest_read(const Policy& policy, const box::Loops& loops, size_t level = 0) {
+  if (policy.reads_through(loops, level)) return box::source_span(loops, level);
+  return level + 1 == loops.size() ? loops[level].size : largest_read(policy, loops, level + 1);
+}
+
+int64_t end_of(const Piece& piece) { return piece.source + box::source_span(piece.loops); }
+
+// Boxes anywhere in a few files, with destinations one after another in `memory`.
+std::vector<Piece> random_boxes(Random& random, std::string& memory, size_t files) {
+  std::vector<Piece> boxes(random.below(6));
+  std::vector<int64_t> starts;
+  int64_t next = 0;
+  for (Piece& box : boxes) {
+    const Ints sizes = random_sizes(random, random.below(4), 1, random.chance(20) ? 12 : 6);
+    const int64_t itemsize = random.between(1, 8);
+    const Ints strides = random_strides(random, sizes);
+    box.file = random.below(files);
+    box.source = random.between(0, 3000);
+    box.item = starts.size();
+    box.loops = box::collapse(sizes, random_strides(random, sizes), strides, itemsize);
+    starts.push_back(next);
+    next += span_of(sizes, strides) * itemsize;
+  }
+  memory.assign(static_cast<size_t>(next), '#');
+  auto* base = reinterpret_cast<std::byte*>(memory.data());
+  for (size_t i = 0; i < boxes.size(); ++i) boxes[i].destination = base + starts[i];
+  return boxes;
+}
+
+}  // namespace
+
+TEST_CASE("pieces partition the boxes, stay within a block, and tasks partition the pieces") {
+  Random random(80);
+  std::string memory;
+  for (int i = 0; i < 1200; ++i) {
+    const size_t files = random.below(3) + 1;
+    const auto policies = policies_for(random, files);
+    const auto boxes = random_boxes(random, memory, files);
+    const Schedule schedule = make_schedule(boxes, policies);
+    size_t next = 0;
+    Trace actual(memory);
+    for (const Task& task : schedule.tasks) {
+      REQUIRE(task.first_piece == next);
+      REQUIRE(task.pieces > 0);
+      next += task.pieces;
+      const Policy& policy = policies[task.file];
+      for (size_t p = task.first_piece; p < next; ++p) {
+        const Piece& piece = schedule.pieces[p];
+        REQUIRE(!piece.loops.empty());
+        REQUIRE(boxes[piece.item].file == task.file);
+        REQUIRE(largest_read(policy, piece.loops) <= policy.block_bytes);
+        actual.add(task.file, piece.loops, 0, piece.source, piece.destination);
+        if (task.pieces == 1) continue;
+        // Joined pieces come in one request: in order, apart, and all of them in one block.
+        const Piece& first = schedule.pieces[task.first_piece];
+        if (p > task.first_piece) REQUIRE(piece.source >= end_of(schedule.pieces[p - 1]));
+        REQUIRE(end_of(piece) - first.source <= policy.block_bytes);
+        if (p > task.first_piece) REQUIRE(piece.source - end_of(schedule.pieces[p - 1]) <= policy.request_cost);
+      }
+    }
+    REQUIRE(next == schedule.pieces.size());
+    Trace expected(memory);
+    for (const Piece& box : boxes) {
+      if (box.loops.empty()) continue;
+      expected.add(box.file, box.loops, 0, box.source, box.destination);
+    }
+    REQUIRE((actual.times == expected.times));  // once each: the boxes of a load do not share destinations here
+    REQUIRE((actual.sources == expected.sources));
+  }
+}
+
+TEST_CASE("tasks ascend by file and offset") {
+  Random random(81);
+  std::string memory;
+  for (int i = 0; i < 500; ++i) {
+    const auto policies = policies_for(random, 3);
+    const Schedule schedule = make_schedule(random_boxes(random, memory, 3), policies);
+    for (size_t t = 1; t < schedule.tasks.size(); ++t) {
+      const Task& before = schedule.tasks[t - 1];
+      const Task& task = schedule.tasks[t];
+      const bool ascends = before.file < task.file ||
+                           (before.file == task.file &&
+                            schedule.pieces[before.first_piece].source <= schedule.pieces[task.first_piece].source);
+      REQUIRE(ascends);
+    }
+  }
+}
+
+TEST_CASE("small neighbours are joined") {
+  for (const bool direct : {false, true}) {
+    const Policy policy{8192, 1 << 20, direct};
+    std::vector<Piece> boxes;
+    for (int64_t i = 0; i < 256; ++i) {
+      Piece box;
+      box.source = 1000 + i * (4096 + 1500);  // 4 KiB of payload, and the ends of two archives between
+      box.item = static_cast<size_t>(i);
+      box.loops = {{4096, 1, 1}};
+      boxes.push_back(box);
+    }
+    Random(82).shuffle(boxes);
+    const Schedule schedule = make_schedule(boxes, {policy});
+    CHECK(schedule.tasks.size() <= 3);
+    for (size_t t = 0; t + 1 < schedule.tasks.size(); ++t) CHECK(schedule.tasks[t].pieces >= 64);
+  }
+}
+
+TEST_CASE("large contiguous boxes are read straight into place, block by block") {
+  std::vector<Piece> boxes(1);
+  boxes[0].loops = {{10 * kBlock + 5, 1, 1}};
+  const Schedule schedule = make_schedule(boxes, {{16, kBlock, false}});
+  REQUIRE(schedule.tasks.size() == 11);
+  for (const Task& task : schedule.tasks) CHECK(task.pieces == 1);
+  CHECK(schedule.pieces.back().source == 10 * kBlock);
+  CHECK(schedule.pieces.back().loops == box::Loops{{5, 1, 1}});
+}
+
+TEST_CASE("a read goes through gaps only where they are cheaper than a request") {
+  const Policy policy{1000, 1 << 20, false};
+  CHECK_FALSE(policy.reads_through({{4096, 1, 1}}, 0));
+  CHECK(Policy{1000, 1 << 20, true}.reads_through({{4096, 1, 1}}, 0));
+  CHECK(policy.reads_through({{10, 1100, 100}, {100, 1, 1}}, 0));
+  CHECK_FALSE(policy.reads_through({{10, 1101, 100}, {100, 1, 1}}, 0));
+  const box::Loops far_groups = {{3, 100000, 1000}, {10, 200, 100}, {100, 1, 1}};
+  CHECK_FALSE(policy.reads_through(far_groups, 0));
+  CHECK(policy.reads_through(far_groups, 1));
+}
+
+TEST_CASE("nothing makes an empty schedule") {
+  CHECK(make_schedule({}, {}).tasks.empty());
+  CHECK(make_schedule(std::vector<Piece>(3), {{1, kBlock, false}}).tasks.empty());
+}

@@ -1,0 +1,174 @@
+#include "transfer/workers.h"
+
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "doctest/doctest.h"
+#include "error.h"
+#include "faults.h"
+#include "temp_dir.h"
+
+using namespace dcp_fast;
+using namespace dcp_fast::testing;
+using io::FaultySystemCalls;
+using transfer::Files;
+using transfer::run_parallel;
+using transfer::Worker;
+
+namespace {
+
+bool never() { return false; }
+void nap(int milliseconds) { std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds)); }
+
+}  // namespace
+
+TEST_CASE("every task runs exactly once, on no more threads than asked") {
+  for (const size_t tasks : {size_t{0}, size_t{1}, size_t{2}, size_t{7}, size_t{1000}}) {
+    for (const int threads : {1, 2, 5, 64}) {
+      std::vector<std::atomic<int>> runs(tasks);
+      std::mutex mutex;
+      std::set<std::thread::id> ids;
+      std::atomic<int> at_once{0};
+      std::atomic<int> most{0};
+      io::IoCounters counters;
+      run_parallel(tasks, threads, counters, never, [&](size_t task, Worker& worker) {
+        const int now = ++at_once;
+        for (int seen = most; now > seen && !most.compare_exchange_weak(seen, now);) {
+        }
+        ++runs[task];
+        worker.counters->requests += 1;
+        {
+          const std::lock_guard<std::mutex> lock(mutex);
+          ids.insert(std::this_thread::get_id());
+        }
+        --at_once;
+      });
+      for (const auto& count : runs) REQUIRE(count == 1);
+      REQUIRE(counters.requests == static_cast<int64_t>(tasks));
+      REQUIRE(ids.size() <= static_cast<size_t>(threads));
+      REQUIRE(most <= threads);
+    }
+  }
+}
+
+TEST_CASE("one thread takes tasks in ascending order") {
+  io::IoCounters counters;
+  std::vector<size_t> order;
+  run_parallel(100, 1, counters, never, [&](size_t task, Worker&) { order.push_back(task); });
+  for (size_t i = 0; i < order.size(); ++i) REQUIRE(order[i] == i);
+  CHECK(order.size() == 100);
+}
+
+TEST_CASE("the first exception cancels what has not started and is thrown as it was") {
+  for (const int threads : {1, 4}) {
+    for (const size_t failing : {size_t{0}, size_t{5}, size_t{99}}) {
+      io::IoCounters counters;
+      std::atomic<int> runs{0};
+      try {
+        run_parallel(100, threads, counters, never, [&](size_t task, Worker&) {
+          ++runs;
+          if (task == failing) {
+            Error error(ErrorKind::kIo, "broken");
+            error.error_number = static_cast<int>(task);
+            throw error;
+          }
+          if (task > failing) nap(5);
+        });
+        FAIL("no error");
+      } catch (const Error& error) {
+        CHECK(error.error_number == static_cast<int>(failing));
+      }
+      CHECK(runs >= static_cast<int>(failing) + 1);
+      if (failing < 50) CHECK(runs < 100);
+    }
+  }
+  io::IoCounters counters;
+  const auto body = [](size_t, Worker&) { throw std::bad_alloc(); };
+  CHECK_THROWS_AS(run_parallel(1, 4, counters, never, body), std::bad_alloc);
+  CHECK_THROWS_AS(run_parallel(50, 4, counters, never, body), std::bad_alloc);
+}
+
+TEST_CASE("of several exceptions the first one counts") {
+  io::IoCounters counters;
+  const auto body = [](size_t task, Worker&) {
+    if (task > 0) nap(50);
+    throw std::runtime_error(std::to_string(task));
+  };
+  CHECK_THROWS_WITH_AS(run_parallel(2, 2, counters, never, body), "0", std::runtime_error);
+}
+
+TEST_CASE("an interruption cancels within a second") {
+  io::IoCounters counters;
+  std::atomic<int> runs{0};
+  const auto start = std::chrono::steady_clock::now();
+  CHECK_THROWS_AS(run_parallel(
+                      10000, 2, counters, [] { return true; },
+                      [&](size_t, Worker&) {
+                        ++runs;
+                        nap(10);
+                      }),
+                  transfer::Interrupted);
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
+  CHECK(runs < 1000);
+  const int after = runs;
+  nap(50);
+  CHECK(runs == after);  // nothing is left behind
+}
+
+TEST_CASE("interrupted is asked on the calling thread") {
+  io::IoCounters counters;
+  const auto caller = std::this_thread::get_id();
+  int asked = 0;
+  run_parallel(
+      8, 2, counters,
+      [&] {
+        ++asked;
+        CHECK(std::this_thread::get_id() == caller);
+        return false;
+      },
+      [&](size_t, Worker&) { nap(70); });
+  CHECK(asked >= 1);
+  CHECK(asked <= 12);
+}
+
+TEST_CASE("an exception of interrupted itself gets through") {
+  io::IoCounters counters;
+  const auto interrupted = []() -> bool { throw std::runtime_error("signal"); };
+  CHECK_THROWS_AS(run_parallel(1000, 2, counters, interrupted, [](size_t, Worker&) { nap(5); }), std::runtime_error);
+}
+
+TEST_CASE("workers share a file while they read it and close it when all have moved on") {
+  const TempDir dir;
+  const std::vector<std::string> paths = {dir.write("a", "aaaa"), dir.write("b", "bb"), dir.path("missing")};
+  const std::vector<io::IoMode> modes(paths.size(), io::IoMode::kCached);
+  FaultySystemCalls opens(fault(io::FaultFunction::kOpen, -1, 0));
+  FaultySystemCalls closes(fault(io::FaultFunction::kClose, -1, 0));
+  Files files(paths, modes);
+  {
+    const ScopedCalls scope(opens);
+    Worker one;
+    Worker two;
+    CHECK(&one.open(files, 0) == &two.open(files, 0));
+    CHECK(&one.open(files, 0) == &one.open(files, 0));
+    CHECK(opens.calls() == 1);
+    CHECK(one.open(files, 1).size() == 2);
+    CHECK(two.open(files, 0).size() == 4);
+    CHECK(opens.calls() == 2);
+    CHECK_THROWS_AS(one.open(files, 2), Error);
+    CHECK_THROWS_AS(one.open(files, 2), Error);  // not remembered as open
+    CHECK(one.open(files, 1).path() == paths[1]);
+  }
+  const ScopedCalls scope(closes);
+  Worker worker;
+  for (int i = 0; i < 5; ++i) {
+    worker.open(files, 0);
+    worker.open(files, 1);
+  }
+  CHECK(closes.calls() == 9);
+}
