@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -75,6 +76,8 @@ const char* kind_name(ErrorKind kind) {
       return "truncated";
     case ErrorKind::kCorrupt:
       return "corrupt";
+    case ErrorKind::kCorruptPickle:
+      return "corrupt_pickle";
     case ErrorKind::kSizeMismatch:
       return "size_mismatch";
   }
@@ -97,7 +100,18 @@ auto without_gil(const Function& function) {
   }
 }
 
-Layouts read_layouts(std::vector<std::string> paths, const py::buffer& record_column, const Options& options) {
+// A path as Python's os functions pass it to the system: any bytes but NUL.
+std::string system_path(const py::str& path) {
+  PyObject* encoded = nullptr;
+  if (PyUnicode_FSConverter(path.ptr(), &encoded) == 0) throw py::error_already_set();  // ValueError for a NUL
+  return py::reinterpret_steal<py::bytes>(encoded);
+}
+
+Layouts read_layouts(const std::vector<py::str>& python_paths, const py::buffer& record_column,
+                     const Options& options) {
+  std::vector<std::string> paths;
+  paths.reserve(python_paths.size());
+  for (const py::str& path : python_paths) paths.push_back(system_path(path));
   Column column(record_column);
   std::vector<Record> records;
   while (!column.done()) {
@@ -154,18 +168,30 @@ std::vector<size_t> items_of(const Program& program, Transfer::Kind kind, int32_
   return indices;
 }
 
-py::bytes read_range(const std::string& path, int64_t offset, int64_t length) {
+py::bytes read_range(const py::str& python_path, int64_t offset, int64_t length) {
+  const std::string path = system_path(python_path);
   if (offset < 0 || length < 0) throw py::value_error("negative offset or length");
-  io::File file = io::File(path);
+  const io::File file = [&path] {
+    const py::gil_scoped_release release;
+    return io::File(path);
+  }();
   if (offset > file.size() || length > file.size() - offset) {
     throw Error(ErrorKind::kTruncated, "the file is only " + std::to_string(file.size()) + " bytes long", path, offset,
                 length);
   }
-  py::bytes bytes(nullptr, static_cast<size_t>(length));
-  void* data = PyBytes_AS_STRING(bytes.ptr());
+  const auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, length));
+  if (!bytes) throw py::error_already_set();  // MemoryError
+  char* data = PyBytes_AS_STRING(bytes.ptr());
+  // In blocks, so that Ctrl-C need not wait for all of a large entry.
+  constexpr int64_t kBlock = 256 << 10;
+  const auto blocks = static_cast<size_t>((length + kBlock - 1) / kBlock);
   io::IoCounters counters;
   without_gil([&] {
-    file.read_exactly(data, static_cast<size_t>(length), offset, counters);
+    transfer::run_parallel(blocks, 1, counters, interrupted, [&](size_t block, const transfer::Worker&) {
+      const int64_t begin = static_cast<int64_t>(block) * kBlock;
+      const auto size = static_cast<size_t>(std::min(kBlock, length - begin));
+      file.read_exactly(data + begin, size, offset + begin, counters);
+    });
     return 0;
   });
   return bytes;
@@ -275,6 +301,7 @@ PYBIND11_MODULE(_native, module) {
       .def("threads", [](const Layouts& layouts,
                          const Options& options) { return transfer::settle(options, layouts.any_direct()).threads; })
       .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
+      .def("strides", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.strides; })
       .def("unknown",
            [](const Layouts& layouts) {
              py::dict reasons;
@@ -298,6 +325,11 @@ PYBIND11_MODULE(_native, module) {
            py::keep_alive<1, 2>())
       .def_property_readonly("waves", &Program::waves)
       .def_property_readonly("bytes_needed", &Program::bytes_needed)
+      .def("box",
+           [](const Program& program, size_t index) {
+             const Item& item = program.items().at(index);
+             return py::make_tuple(item.storage_offsets, item.lengths);
+           })
       .def("staged",
            [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kStaged, wave); })
       .def("unknown",

@@ -10,10 +10,11 @@
 namespace dcp_fast {
 
 enum class ErrorKind {
-  kIo,            // a system call failed; `error_number` is its errno
-  kTruncated,     // the file ends before the bytes that the metadata promises
-  kCorrupt,       // the bytes contradict themselves or the metadata
-  kSizeMismatch,  // a box does not fit its stored tensor or its destination
+  kIo,             // a system call failed; `error_number` is its errno
+  kTruncated,      // the file ends before the bytes that the metadata promises
+  kCorrupt,        // the bytes contradict themselves or the metadata
+  kCorruptPickle,  // likewise the description of a tensor within its record
+  kSizeMismatch,   // a box does not fit its stored tensor or its destination
 };
 
 struct Error : std::runtime_error {

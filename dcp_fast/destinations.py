@@ -8,7 +8,7 @@ import torch
 
 from dcp_fast import _native
 
-__all__ = ["DTYPES", "Destinations"]
+__all__ = ["DTYPES", "Destinations", "is_plain"]
 
 # Native dtype codes by torch.dtype, and back. A name that this torch does not have never matches a tensor of it.
 DTYPES: list[torch.dtype | None] = [getattr(torch, name, None) for name in _native.DTYPES]
@@ -22,14 +22,19 @@ class Destinations:
 
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []
+        # Without an address nobody can tell which destinations share memory.
+        self.all_have_addresses = True
         self._column: list[int] = []
 
     def add(self, tensor: torch.Tensor) -> int:
         """The index of the tensor, which is kept alive from here on."""
-        plain = _is_plain(tensor)
+        plain = is_plain(tensor)
         sizes = tensor.size()
+        address = tensor.data_ptr() if plain else _address(tensor)
+        if address == 0 and tensor.numel() > 0:
+            self.all_have_addresses = False
         self._column += (
-            tensor.data_ptr() if plain else _address(tensor),
+            address,
             plain and tensor.is_cpu,
             _CODES.get(tensor.dtype, _UNKNOWN),
             len(sizes),
@@ -43,7 +48,7 @@ class Destinations:
         return array("q", self._column)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's elements lie in memory as they are: no subclass that reinterprets them, no lazy bits."""
     return (
         _is_plain_type(type(tensor))

@@ -16,11 +16,14 @@ __all__ = [
     "FileAccessError",
     "FileMissingError",
     "FilePermissionError",
+    "FileTimeoutError",
     "LoadError",
+    "NotADirectoryInPathError",
     "NotAFileError",
     "OutOfMemoryError",
     "SizeMismatchError",
     "TruncatedFileError",
+    "UnknownTransformError",
 ]
 
 
@@ -83,8 +86,15 @@ class CorruptPickleError(CorruptCheckpointError, pickle.UnpicklingError):
     """The description of a tensor within a record cannot be read, or asks for what is not allowed there."""
 
 
-class SizeMismatchError(LoadError, AssertionError):
-    """A box that the plan asks for does not fit the stored tensor or its destination."""
+class UnknownTransformError(CorruptCheckpointError, ValueError):
+    """A transform was applied to an entry that is not known here."""
+
+
+class SizeMismatchError(LoadError, AssertionError, RuntimeError, IndexError):
+    """A box that the plan asks for does not fit the stored tensor or its destination.
+
+    Depending on how it does not fit, torch raises one type or another; this is all of them.
+    """
 
 
 class OutOfMemoryError(LoadError, MemoryError):
@@ -117,6 +127,14 @@ class NotAFileError(FileAccessError, IsADirectoryError):
     """A directory stands where the metadata names a file."""
 
 
+class NotADirectoryInPathError(FileAccessError, NotADirectoryError):
+    """A file stands where the metadata names a directory."""
+
+
+class FileTimeoutError(FileAccessError, TimeoutError):
+    """A network file system did not answer."""
+
+
 class FilePermissionError(FileAccessError, PermissionError):
     """A file may not be read."""
 
@@ -124,6 +142,8 @@ class FilePermissionError(FileAccessError, PermissionError):
 _BY_ERRNO: dict[int, type[LoadError]] = {
     errno.ENOENT: FileMissingError,
     errno.EISDIR: NotAFileError,
+    errno.ENOTDIR: NotADirectoryInPathError,
+    errno.ETIMEDOUT: FileTimeoutError,
     errno.EACCES: FilePermissionError,
     errno.EPERM: FilePermissionError,
     errno.ENOMEM: OutOfMemoryError,
@@ -131,6 +151,7 @@ _BY_ERRNO: dict[int, type[LoadError]] = {
 _BY_KIND: dict[str, type[LoadError]] = {
     "truncated": TruncatedFileError,
     "corrupt": CorruptCheckpointError,
+    "corrupt_pickle": CorruptPickleError,
     "size_mismatch": SizeMismatchError,
 }
 

@@ -23,7 +23,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import _create_chunk_list, _create_read_items
+from torch.distributed.checkpoint.planner_helpers import (
+    _create_chunk_list,
+    _create_read_items,
+)
+from torch.distributed.checkpoint.planner_helpers import (
+    create_read_items_for_chunk_list as _torch_create_read_items,
+)
 from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
@@ -60,7 +66,11 @@ def create_read_items_for_chunk_list(
     if not local_chunks or not stored:
         return []
     dims = len(local_chunks[0].offsets)
-    rows = _native.find_overlaps(dims, _flatten(local_chunks), len(local_chunks), _flatten(stored), len(stored))
+    wanted_values, stored_values = _flatten(local_chunks), _flatten(stored)
+    if len(wanted_values) != 2 * dims * len(local_chunks) or len(stored_values) != 2 * dims * len(stored):
+        # Chunks of different dimensions: torch has its own way with them.
+        return _torch_create_read_items(fqn, checkpoint_md, local_chunks)
+    rows = _native.find_overlaps(dims, wanted_values, len(local_chunks), stored_values, len(stored))
     items = []
     width = 2 + 3 * dims
     for at in range(0, len(rows), width):

@@ -13,6 +13,7 @@ import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from dcp_fast import _native
+from dcp_fast.destinations import is_plain
 
 __all__ = ["StagedBox", "place_staged"]
 
@@ -31,6 +32,7 @@ class StagedBox:
     dtype: torch.dtype
     storage_offsets: Sequence[int]
     lengths: Sequence[int]
+    strides: Sequence[int]  # of the stored tensor
     target: torch.Tensor  # of sizes `lengths`
 
 
@@ -65,6 +67,8 @@ def place_staged(
         What was read, batch by batch.
     """
     # Streams are a matter of the calling thread: copies to a device stay on it.
+    for box in boxes:
+        _check_internal_overlap(box.target)
     on_host = all(box.target.device.type == "cpu" for box in boxes)
     threads = layouts.threads(options) if on_host else 1
     capacity = max(min(options.block_bytes, memory_bytes // threads), 16 * _ALIGNMENT)
@@ -107,21 +111,29 @@ def _place(
     batch = _Batch()
     for box, offsets, lengths in parts:
         _append(batch, box, offsets, lengths, memory)
-    stats = _native.Program(layouts, array("q", batch.items), array("q", batch.slots)).run(0, options)
+    program = _native.Program(layouts, array("q", batch.items), array("q", batch.slots))
+    stats = program.run(0, options)
+    # Staged copies of known dtype are all direct: what was left out would be placed from memory that nobody filled.
+    assert not program.staged(0)
+    assert not program.unknown(0)
     targets: list[torch.Tensor] = []
     sources: list[torch.Tensor] = []
     for target, staged in batch.copies:
-        if target.device.type != "cpu" or target.numel() <= _SERIAL_ELEMENTS:
+        if not is_plain(target) or not target.is_cpu:
+            target.copy_(staged)
+            continue
+        if target.numel() <= _SERIAL_ELEMENTS:
             targets.append(target)
             sources.append(staged)
             continue
-        if target.is_contiguous():
+        if target.is_contiguous() and staged.is_contiguous():
             target, staged = target.view(-1), staged.view(-1)
         step = max(1, _SERIAL_ELEMENTS * target.size(0) // target.numel())
         targets += torch.split(target, step)
         sources += torch.split(staged, step)
-    # copy_ for each pair, in one call: the threads would otherwise spend their time passing the interpreter lock around.
-    torch._foreach_copy_(targets, sources)
+    # copy_ for each pair, in one call: else the threads spend their time passing the interpreter lock around.
+    if targets:
+        torch._foreach_copy_(targets, sources)
     return stats
 
 
@@ -142,6 +154,17 @@ def _batches(boxes: Sequence[StagedBox], capacity: int) -> Iterator[list[_Part]]
         yield parts
 
 
+def _check_internal_overlap(target: torch.Tensor) -> None:
+    """Raise where copy_ would: in pieces it might not notice."""
+    if target.layout is torch.strided and any(
+        size > 1 and stride == 0 for size, stride in zip(target.size(), target.stride(), strict=True)
+    ):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+            "Please clone() the tensor before performing the operation."
+        )
+
+
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -150,7 +173,11 @@ def _append(
     batch: _Batch, box: StagedBox, offsets: tuple[int, ...], lengths: tuple[int, ...], memory: torch.Tensor
 ) -> None:
     size = prod(lengths) * box.dtype.itemsize
-    staged = memory[batch.used : batch.used + size].view(box.dtype).view(lengths)
+    # In the order of the stored strides: torch's copy then takes the same path as from the stored tensor itself, to the
+    # last bit of a NaN, and the bytes are read as they lie.
+    order = sorted(range(len(lengths)), key=lambda dim: -box.strides[dim])
+    staged = memory[batch.used : batch.used + size].view(box.dtype).view([lengths[dim] for dim in order])
+    staged = staged.permute([order.index(dim) for dim in range(len(lengths))])
     batch.used += _aligned(size)
     dims = len(lengths)
     source = [start + offset for start, offset in zip(box.storage_offsets, offsets, strict=True)]

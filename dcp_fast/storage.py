@@ -18,7 +18,15 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 
 from dcp_fast import _native
-from dcp_fast.errors import CorruptCheckpointError, CorruptPickleError, LoadError, OutOfMemoryError, typed_errors
+from dcp_fast.errors import (
+    CorruptCheckpointError,
+    CorruptPickleError,
+    LoadError,
+    OutOfMemoryError,
+    TruncatedFileError,
+    UnknownTransformError,
+    typed_errors,
+)
 from dcp_fast.report import LoadReport
 
 __all__ = ["Storage"]
@@ -53,22 +61,30 @@ class Storage:
         """The bytes of an entry, transforms undone."""
         info = self.storage_data[item.storage_index]
         path = self.path(info.relative_path)
-        with typed_errors([item.storage_index.fqn]):
-            try:
+        try:
+            with typed_errors():
                 raw = _native.read_range(path, info.offset, info.length)
-            except MemoryError as error:
-                raise self._error(OutOfMemoryError, "out of memory for a record", item) from error
+        except LoadError as error:
+            where = (info.offset, info.length) if error.offset is None else (error.offset, error.length)
+            raise type(error)(
+                error.reason, error.path or path, item.storage_index.fqn, *where, error.error_number
+            ) from None
         self._report.requests += 1
         self._report.bytes_read += info.length
         # Entries that older versions of torch wrote may lack the field.
         descriptors = info.transform_descriptors or ()
-        stream = self._transforms.transform_load_stream(item, descriptors, cast(IO[bytes], io.BytesIO(raw)))
+        try:
+            stream = self._transforms.transform_load_stream(item, descriptors, cast(IO[bytes], io.BytesIO(raw)))
+        except ValueError as error:
+            raise self.error(UnknownTransformError, str(error), item) from error
         if isinstance(stream, io.BytesIO):
             return stream
         try:
             return io.BytesIO(stream.read(-1))
+        except MemoryError as error:
+            raise self.error(OutOfMemoryError, f"out of memory to undo {list(descriptors)}", item) from error
         except Exception as error:
-            raise self._error(CorruptCheckpointError, f"cannot undo {list(descriptors)}: {error}", item) from error
+            raise self.error(CorruptCheckpointError, f"cannot undo {list(descriptors)}: {error}", item) from error
 
     def load_tensor(self, item: ReadItem) -> torch.Tensor:
         """The stored tensor of an item, read by ``torch.load(weights_only=True)``."""
@@ -78,15 +94,18 @@ class Storage:
         except LoadError:
             raise
         except pickle.UnpicklingError as error:
-            raise self._error(CorruptPickleError, str(error), item) from error
+            raise self.error(CorruptPickleError, str(error), item) from error
+        except EOFError as error:
+            raise self.error(TruncatedFileError, f"the record ends early: {error}", item) from error
         except MemoryError as error:
-            raise self._error(OutOfMemoryError, "out of memory for a record", item) from error
+            raise self.error(OutOfMemoryError, "out of memory for a record", item) from error
         except Exception as error:
-            raise self._error(CorruptCheckpointError, f"{type(error).__name__}: {error}", item) from error
+            raise self.error(CorruptCheckpointError, f"{type(error).__name__}: {error}", item) from error
         if not isinstance(tensor, torch.Tensor):
-            raise self._error(CorruptCheckpointError, f"a {type(tensor).__name__} where a tensor belongs", item)
+            raise self.error(CorruptCheckpointError, f"a {type(tensor).__name__} where a tensor belongs", item)
         return tensor
 
-    def _error(self, cls: type[LoadError], reason: str, item: ReadItem) -> LoadError:
+    def error(self, cls: type[LoadError], reason: str, item: ReadItem) -> LoadError:
+        """An error that names the entry of an item."""
         info: Any = self.storage_data[item.storage_index]
         return cls(reason, self.path(info.relative_path), item.storage_index.fqn, info.offset, info.length)

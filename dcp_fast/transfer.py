@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.utils import find_state_dict_object
+from torch.serialization import LoadEndianness, get_default_load_endianness
 
 from dcp_fast import _native
 from dcp_fast.destinations import DTYPES, Destinations
@@ -23,14 +25,17 @@ from dcp_fast.storage import Storage
 
 __all__ = ["PlanTransfer"]
 
-_HOOKS = ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
+# As they are at import: whoever patches torch's class has hooks too.
+_DEFAULT_HOOKS = {
+    name: getattr(DefaultLoadPlanner, name)
+    for name in ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
+}
 
 
 def has_default_hooks(planner: LoadPlanner) -> bool:
     """Whether a planner resolves tensors as torch's DefaultLoadPlanner does, so that all can be resolved at once."""
     return isinstance(planner, DefaultLoadPlanner) and all(
-        name not in vars(planner) and getattr(type(planner), name) is getattr(DefaultLoadPlanner, name)
-        for name in _HOOKS
+        name not in vars(planner) and getattr(type(planner), name) is hook for name, hook in _DEFAULT_HOOKS.items()
     )
 
 
@@ -69,9 +74,7 @@ class PlanTransfer:
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
         with typed_errors(self.record_fqns):
-            if has_default_hooks(self.planner):
-                self._place_at_once()
-            else:
+            if not (has_default_hooks(self.planner) and self._place_at_once()):
                 self._place_one_by_one()
 
     # Layout
@@ -79,6 +82,8 @@ class PlanTransfer:
     def _read_layouts(self) -> _native.Layouts:
         with self.report.stage("layout"), paused_collection():
             storage_data = self.storage.storage_data
+            # The engine moves little-endian bytes as they are; where that may be wrong, torch swaps them.
+            big_endian = sys.byteorder == "big" or get_default_load_endianness() == LoadEndianness.BIG
             files: dict[str, int] = {}
             records: dict[int, int] = {}
             column: list[int] = []
@@ -88,7 +93,7 @@ class PlanTransfer:
                 if record is None:
                     record = records[id(info)] = len(self.record_fqns)
                     file = files.setdefault(info.relative_path, len(files))
-                    opaque = item.type == LoadItemType.BYTE_IO or bool(info.transform_descriptors)
+                    opaque = big_endian or item.type == LoadItemType.BYTE_IO or bool(info.transform_descriptors)
                     column += (file, info.offset, info.length, opaque)
                     self.record_fqns.append(item.storage_index.fqn)
                     self.record_files.append(file)
@@ -103,11 +108,15 @@ class PlanTransfer:
 
     # Placement
 
-    def _place_at_once(self) -> None:
-        """Resolve all destinations, then place all tensors in any order that gives torch's result."""
+    def _place_at_once(self) -> bool:
+        """Resolve all destinations, then place all tensors in any order that gives torch's result.
+
+        Returns:
+            False, with nothing done, if no such order can be told.
+        """
         with self.report.stage("transfer"), paused_collection():
             destinations = Destinations()
-            known: dict[tuple[str, torch.Size | None], int] = {}
+            known: dict[tuple[str, torch.Size | None, int | None], int] = {}
             column: list[int] = []
             items: list[ReadItem] = []
             records: list[int] = []
@@ -117,7 +126,7 @@ class PlanTransfer:
                 if item.type == LoadItemType.BYTE_IO:
                     continue
                 index: MetadataIndex = item.dest_index
-                key = (index.fqn, index.offset)
+                key = (index.fqn, index.offset, index.index)
                 number = known.get(key)
                 if number is None:
                     number = known[key] = destinations.add(find_state_dict_object(state_dict, index))
@@ -130,6 +139,9 @@ class PlanTransfer:
                 records.append(record)
                 numbers.append(number)
 
+            if not destinations.all_have_addresses:
+                return False
+
             def target(i: int) -> torch.Tensor:
                 tensor = destinations.tensors[numbers[i]].detach()
                 return narrow_tensor_by_index(tensor, items[i].dest_offsets, items[i].lengths)
@@ -139,6 +151,7 @@ class PlanTransfer:
             for item in self.items:
                 if item.type == LoadItemType.BYTE_IO:
                     self._load_bytes(item)
+        return True
 
     def _place_one_by_one(self) -> None:
         """For planners with hooks: resolve, place and commit each item before the next, in torch's order."""
@@ -157,10 +170,10 @@ class PlanTransfer:
                 self.planner.commit_tensor(item, tensor)
 
     def _place_item(self, item: ReadItem, record: int, tensor: torch.Tensor) -> None:
-        if tensor.size() != item.lengths:
-            raise SizeMismatchError(
-                f"req {item.storage_index} mismatch sizes {tensor.size()} vs {item.lengths}", fqn=item.dest_index.fqn
-            )
+        # Here the destination is the box itself, so nothing of it may be left out.
+        if any(length < size for length, size in zip(item.lengths, tensor.size(), strict=False)):
+            reason = f"req {item.storage_index} mismatch sizes {tensor.size()} vs {item.lengths}"
+            raise self.storage.error(SizeMismatchError, reason, item)
         dims = len(item.lengths)
         column = [record, 0, dims, *item.storage_offsets, *(0,) * dims, *item.lengths]
         destinations = Destinations()
@@ -181,17 +194,19 @@ class PlanTransfer:
             self._count(program.run(wave, self.options))
             staged = program.staged(wave)
             if staged:
-                self._place_staged([self._staged_box(items[i], records[i], target(i)) for i in staged])
+                self._place_staged([self._staged_box(items[i], records[i], *program.box(i), target(i)) for i in staged])
             self._place_unknown([(items[i], records[i], target(i)) for i in program.unknown(wave)])
         # What copy_ does: autograd must notice that these tensors are no longer what was saved for backward.
         increment_version(destinations.tensors)
 
-    def _staged_box(self, item: ReadItem, record: int, target: torch.Tensor) -> StagedBox:
+    def _staged_box(
+        self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
+    ) -> StagedBox:
         code = self.layouts.dtype(record)
         dtype = DTYPES[code]
         if dtype is None:
             raise TypeError(f"this torch has no dtype {_native.DTYPES[code]}, which {item.storage_index} is stored in")
-        return StagedBox(record, code, dtype, item.storage_offsets, item.lengths, target)
+        return StagedBox(record, code, dtype, storage_offsets, lengths, self.layouts.strides(record), target)
 
     def _place_staged(self, boxes: list[StagedBox]) -> None:
         self.report.staged_items += len(boxes)
@@ -206,12 +221,13 @@ class PlanTransfer:
                 loaded = None  # before the next one is read: only one is ever in memory
                 loaded = (record, self.storage.load_tensor(item))
                 self.report.fallback_records += 1
-            source = narrow_tensor_by_index(loaded[1], item.storage_offsets, item.lengths)
+            try:
+                source = narrow_tensor_by_index(loaded[1], item.storage_offsets, item.lengths)
+            except (RuntimeError, IndexError) as error:
+                raise self.storage.error(SizeMismatchError, str(error), item) from error
             if target.size() != source.size():
-                raise SizeMismatchError(
-                    f"req {item.storage_index} mismatch sizes {target.size()} vs {source.size()}",
-                    fqn=item.dest_index.fqn,
-                )
+                reason = f"req {item.storage_index} mismatch sizes {target.size()} vs {source.size()}"
+                raise self.storage.error(SizeMismatchError, reason, item)
             target.copy_(source)
             self.report.bytes_needed += source.numel() * source.element_size()
 

@@ -66,6 +66,17 @@ std::optional<Entries> sort_entries(const ZipDirectory& directory) {
   return entries.pickle != nullptr ? std::optional<Entries>(entries) : std::nullopt;
 }
 
+// Whether an entry's data ends where the next entry begins, but for the data descriptor: only the local header tells
+// where the data begins, and damage to it would shift the tensor.
+bool fills_its_place(const ZipDirectory& directory, const ZipEntry& entry, uint64_t data) {
+  uint64_t next = directory.begin;
+  for (const ZipEntry& other : directory.entries) {
+    if (other.header_offset > entry.header_offset) next = std::min(next, other.header_offset);
+  }
+  const uint64_t descriptor = !entry.has_descriptor ? 0 : entry.size < 0xFFFFFFFF ? 16 : 24;
+  return data + entry.size + descriptor == next;
+}
+
 // Bytes from the storage's start to past the tensor's last element; nullopt if that overflows.
 std::optional<int64_t> storage_span(const PickledTensor& tensor) {
   // First: an empty tensor's offset and strides may be anything.
@@ -115,7 +126,9 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
   if (!pickle_offset || *pickle_offset + entries->pickle->size > head.size()) return unknown("no header for data.pkl");
   const Bytes pickle(head.data() + *pickle_offset, entries->pickle->size);
   if (entries->pickle->crc32 != 0 && crc32(pickle.data(), pickle.size()) != entries->pickle->crc32) {
-    return corrupt("the checksum of data.pkl is wrong");
+    ParsedRecord parsed = corrupt("the checksum of data.pkl is wrong");
+    parsed.status = Status::kCorruptPickle;
+    return parsed;
   }
   if (entries->byteorder != nullptr) {
     const std::optional<uint64_t> offset = local_data_offset(head, *entries->byteorder);
@@ -140,6 +153,9 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
   if (!data) return corrupt("the local header of the storage is damaged");
   if (*data > zip.directory.begin || storage.size > zip.directory.begin - *data) {
     return corrupt("the storage reaches past its archive");
+  }
+  if (!fills_its_place(zip.directory, storage, *data)) {
+    return corrupt("the local header of the storage points to another place than the directory");
   }
   const std::optional<int64_t> span = storage_span(*tensor);
   if (!span || *span > tensor->storage_bytes) return corrupt("the tensor reaches past its storage");

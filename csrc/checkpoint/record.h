@@ -29,10 +29,11 @@ struct TensorLayout {
 
 struct ParsedRecord {
   enum class Status {
-    kTensor,     // `layout` holds it
-    kUnknown,    // torch.load must decide what it is; `reason` says why
-    kCorrupt,    // the record contradicts itself; `reason` says how
-    kNeedsMore,  // parse again with `head` and `tail` first and last bytes
+    kTensor,         // `layout` holds it
+    kUnknown,        // torch.load must decide what it is; `reason` says why
+    kCorrupt,        // the record contradicts itself; `reason` says how
+    kCorruptPickle,  // likewise its description of the tensor
+    kNeedsMore,      // parse again with `head` and `tail` first and last bytes
   };
   Status status = Status::kUnknown;
   std::string reason;

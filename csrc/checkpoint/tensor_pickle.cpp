@@ -44,27 +44,15 @@ class TensorUnpickler {
  private:
   bool step(uint8_t opcode) {
     switch (opcode) {
-      case 0x80:  // PROTO
-        return pickle_.u8() <= 5;
-      case 0x95:  // FRAME
-        pickle_.skip(8);
-        return true;
-      case 'c': {  // GLOBAL
+      case 0x80:                   // PROTO
+        return pickle_.u8() <= 3;  // as torch.load(weights_only=True)
+      case 'c': {                  // GLOBAL
         const std::string_view module = pickle_.line();
         const std::string_view name = pickle_.line();
         return push_global(module, name);
       }
-      case 0x93: {  // STACK_GLOBAL
-        if (stack_.size() < 2) return false;
-        const Value name = pop();
-        const Value module = pop();
-        if (name.kind != Kind::kText || module.kind != Kind::kText) return false;
-        return push_global(module.text, name.text);
-      }
       case 'X':  // BINUNICODE
         return push_text(pickle_.text(pickle_.u32()));
-      case 0x8c:  // SHORT_BINUNICODE
-        return push_text(pickle_.text(pickle_.u8()));
       case 'K':  // BININT1
         return push_number(Kind::kInt, pickle_.u8());
       case 'M':  // BININT2
@@ -94,8 +82,6 @@ class TensorUnpickler {
         return memoize(pickle_.u8());
       case 'r':  // LONG_BINPUT
         return memoize(pickle_.u32());
-      case 0x94:  // MEMOIZE
-        return memoize(static_cast<uint32_t>(memo_.size()));
       case 'h':  // BINGET
         return recall(pickle_.u8());
       case 'j':  // LONG_BINGET

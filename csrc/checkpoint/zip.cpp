@@ -18,6 +18,7 @@ constexpr size_t kZip64EndSize = 56;
 constexpr size_t kZip64LocatorSize = 20;
 constexpr uint16_t kZip64Extra = 1;
 constexpr uint16_t kEncrypted = 1;
+constexpr uint16_t kDescriptor = 8;
 constexpr uint64_t kMaxEntries = 64;  // torch.save of one tensor writes seven
 
 struct End {
@@ -104,6 +105,7 @@ std::optional<ZipEntry> parse_directory_entry(Bytes& directory) {
   directory.skip(8);  // disk and attributes
   entry.header_offset = directory.u32();
   entry.name = directory.text(name_size);
+  entry.has_descriptor = (flags & kDescriptor) != 0;
   const size_t extra_position = directory.position();
   directory.skip(extra_size);
   directory.skip(comment_size);

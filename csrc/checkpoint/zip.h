@@ -17,6 +17,7 @@ struct ZipEntry {
   uint32_t crc32 = 0;  // 0 where the writer was told not to compute it
   uint64_t size = 0;   // bytes, stored without compression
   uint64_t header_offset = 0;
+  bool has_descriptor = false;  // checksum and sizes follow the data
 };
 
 struct ZipDirectory {

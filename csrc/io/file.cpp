@@ -25,23 +25,20 @@ constexpr int kProbes = 16;
   throw Error(error);
 }
 
-int open_retrying(const std::string& path, int flags) {
-  for (;;) {
-    const int fd = system_calls().open(path.c_str(), flags);
-    if (fd >= 0 || errno != EINTR) return fd;
-  }
-}
-
 // The kernel's limit on vectors in one call (IOV_MAX).
 constexpr size_t kMaxVectors = 1024;
 
-// Calls `read` until no signal interrupts it: -1 and errno, or the bytes that came.
-template <typename Read>
-ssize_t retrying(const Read& read) {
+// Makes a system call until no signal interrupts it.
+template <typename Call>
+auto retrying(const Call& call) {
   for (;;) {
-    const ssize_t got = read();
-    if (got >= 0 || errno != EINTR) return got;
+    const auto result = call();
+    if (result >= 0 || errno != EINTR) return result;
   }
+}
+
+int open_retrying(const std::string& path, int flags) {
+  return retrying([&] { return system_calls().open(path.c_str(), flags); });
 }
 
 // Drops the first `bytes` of the vectors that start at `first`, and returns the first that is left.
@@ -62,7 +59,7 @@ File::File(std::string path) : path_(std::move(path)) {
   if (fd_ < 0) throw_errno(errno, "cannot open", path_, -1, -1);
   struct stat status{};
   int error_number = 0;
-  if (system_calls().fstat(fd_, &status) != 0) {
+  if (retrying([&] { return system_calls().fstat(fd_, &status); }) != 0) {
     error_number = errno;
   } else if (S_ISDIR(status.st_mode)) {
     error_number = EISDIR;

@@ -72,7 +72,13 @@ class TaskRunner {
       const Piece* end = piece + task.pieces;
       while (piece + 1 != end && (piece + 1)->source <= error.offset) ++piece;
       error.item = static_cast<int64_t>(piece->item);
-      error.record = static_cast<int64_t>(program_.items()[piece->item].record);
+      const size_t index = program_.items()[piece->item].record;
+      error.record = static_cast<int64_t>(index);
+      if (error.offset < 0) {  // the file could not be opened
+        const Record& record = program_.layouts().records[index];
+        error.offset = record.offset;
+        error.length = record.length;
+      }
       throw;
     }
   }

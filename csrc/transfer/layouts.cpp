@@ -48,7 +48,7 @@ struct Ends {
 
 Error about_record(Error error, const Layouts& layouts, size_t record) {
   if (error.record < 0) error.record = static_cast<int64_t>(record);
-  if (error.path.empty()) {
+  if (error.offset < 0) {
     const Record& where = layouts.records[record];
     error.path = layouts.paths[where.file];
     error.offset = where.offset;
@@ -149,6 +149,9 @@ void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, const Worker&
   }
   if (parsed.status == ParsedRecord::Status::kCorrupt) {
     throw about_record(Error(ErrorKind::kCorrupt, parsed.reason), layouts, index);
+  }
+  if (parsed.status == ParsedRecord::Status::kCorruptPickle) {
+    throw about_record(Error(ErrorKind::kCorruptPickle, parsed.reason), layouts, index);
   }
   layouts.parsed[index] = std::move(parsed);
 }

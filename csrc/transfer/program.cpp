@@ -130,18 +130,18 @@ void Program::prepare(size_t index, const Destination& destination) {
   }
   bytes_needed_ += std::accumulate(item.lengths.begin(), item.lengths.end(), checkpoint::info(layout.dtype).itemsize,
                                    std::multiplies<>());
+  const int64_t itemsize = checkpoint::info(layout.dtype).itemsize;
+  if (!box::source_is_disjoint(box::collapse(item.lengths, layout.strides, layout.strides, itemsize))) {
+    transfer.kind = Transfer::Kind::kUnknownRecord;  // an expanded tensor: torch knows how to read it
+    return;
+  }
   if (!destination.writable_by_host || destination.dtype != layout.dtype ||
       overlaps_itself(item.lengths, destination.strides)) {
     transfer.kind = Transfer::Kind::kStaged;
     return;
   }
-  const int64_t itemsize = checkpoint::info(layout.dtype).itemsize;
   box::Loops loops = box::collapse(item.lengths, layout.strides, destination.strides, itemsize);
   if (loops.empty()) return;
-  if (!box::source_is_disjoint(loops)) {
-    transfer.kind = Transfer::Kind::kUnknownRecord;  // an expanded tensor: torch knows how to read it
-    return;
-  }
   transfer.source = layouts_.records[item.record].offset + layout.begin +
                     element_offset(item.storage_offsets, layout.strides) * itemsize;
   transfer.destination = destination.data + element_offset(item.destination_offsets, destination.strides) * itemsize;

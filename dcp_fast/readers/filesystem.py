@@ -86,10 +86,18 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
             self._planning_started = 0.0
         return super().prepare_local_plan(plan)
 
+    def _reads_plain_files(self) -> bool:
+        # Whoever puts another file system, view or transform below torch's reader deals in Python streams.
+        return (
+            type(self.fs) is torch_filesystem.FileSystem
+            and type(self.transforms) is torch_filesystem._StorageReaderTransforms
+            and type(self)._slice_file is torch_filesystem.FileSystemReader._slice_file
+            and "_slice_file" not in vars(self)
+        )
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load all items of the plan; the future is done when this returns."""
-        if type(self.fs) is not torch_filesystem.FileSystem:
-            # Somebody put another file system below us, which only knows Python streams.
+        if not self._reads_plain_files():
             return super().read_data(plan, planner)
         report = self._report
         self._report = LoadReport()

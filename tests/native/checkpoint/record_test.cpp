@@ -133,7 +133,17 @@ TEST_CASE("records that contradict themselves are corrupt, and say how") {
   };
   std::string record = good;
   record[find(record, "FloatStorage") + 1] ^= 1;
-  corrupt(record, "checksum of data.pkl");
+  const ParsedRecord pickle = parse(record);
+  CHECK(pickle.status == Status::kCorruptPickle);
+  CHECK(pickle.reason.find("checksum of data.pkl") != std::string::npos);
+
+  // The padding of the payload's local header says where the payload begins.
+  for (const int shift : {-16, -8, -1, 1, 4, 8, 16, 24, 64}) {
+    record = good;
+    const size_t extra_size = find(record, "archive/data/0") - 2;
+    record[extra_size] = static_cast<char>(record[extra_size] + shift);
+    corrupt(record, "the local header of the storage points to another place");
+  }
 
   corrupt(tensor_record(kSpec, std::string(31, 's')), "32 bytes of storage, the archive holds 31");
   corrupt(tensor_record(kSpec, std::string(33, 's')), "32 bytes of storage, the archive holds 33");

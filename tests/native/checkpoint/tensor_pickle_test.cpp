@@ -83,13 +83,14 @@ const TensorSpec kSpec{0, {2, 3}, {3, 1}, 0, 6};
 
 }  // namespace
 
-TEST_CASE("every dtype, by storage class or by name, with both sets of opcodes") {
+TEST_CASE("every dtype, by storage class or by name") {
   for (size_t dtype = 0; dtype < checkpoint::kDTypes.size(); ++dtype) {
     TensorSpec spec = kSpec;
     spec.dtype = static_cast<DType>(dtype);
     CAPTURE(checkpoint::info(spec.dtype).name);
     check_parsed(parse(tensor_pickle(spec)), spec);
-    check_parsed(parse(tensor_pickle_4(spec)), spec);
+    // torch.load(weights_only=True) refuses the opcodes of protocol 4, and has the last word.
+    CHECK_FALSE(parse(tensor_pickle_4(spec)).has_value());
     CHECK(checkpoint::dtype_by_name(checkpoint::info(spec.dtype).name) == spec.dtype);
     CHECK(checkpoint::info(spec.dtype).itemsize > 0);
   }
@@ -103,7 +104,6 @@ TEST_CASE("random tensors and parameters are read back") {
   for (int i = 0; i < 3000; ++i) {
     const TensorSpec spec = random_spec(random);
     check_parsed(parse(tensor_pickle(spec)), spec);
-    if (!spec.parameter) check_parsed(parse(tensor_pickle_4(spec)), spec);
   }
 }
 

@@ -1,0 +1,219 @@
+"""Random checkpoints and random state dicts to load them into, each made from a seed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import DTYPES, Entry, ShardedBuffer, fill, write_checkpoint
+
+__all__ = ["Case", "make_case"]
+
+# No conversion between these is undefined for the values that `values` makes, NaN aside (see `convertible`).
+CONVERSIONS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8]
+
+
+@dataclass
+class Case:
+    """A checkpoint on disk, and how to load it."""
+
+    path: Path
+    make: Callable[[], dict[str, Any]]
+    options: dict[str, Any]
+    description: list[str] = field(default_factory=list)
+
+
+def make_case(path: Path, seed: int) -> Case:
+    """Write the checkpoint of a seed; the case is the same wherever and whenever it is made."""
+    rng = random.Random(seed)
+    entries: dict[str, Entry] = {}
+    builders: list[tuple[str, Callable[[Arena], Any]]] = []
+    description: list[str] = []
+    files = rng.choice([1, 1, 2, 5])
+    for number in range(rng.randint(1, 7)):
+        fqn = rng.choice([f"k{number}", f"nested.k{number}", f"nested.deep.k{number}"])
+        if rng.random() < 0.12:
+            value = rng.choice([1, "text", None, (1, 2), {"set"}, list(range(50)), 2.5])
+            entries[fqn] = Entry(value=value, file=f"__{rng.randrange(files)}_0.distcp")
+            builders.append((fqn, lambda arena: 0))
+            description.append(f"{fqn}: bytes")
+            continue
+        entry, stored = random_entry(rng, files)
+        entries[fqn] = entry
+        builder, wanted = random_destination(rng, entry)
+        builders.append((fqn, builder))
+        description.append(f"{fqn}: {tuple(entry.size)} {entry.dtype} {stored} -> {wanted}")
+    if rng.random() < 0.15:
+        entries["extra"] = Entry.of(torch.ones(3))
+    rng.shuffle(builders)
+    arena_seed = rng.random()
+    aliased = rng.random() < 0.3
+
+    def make() -> dict[str, Any]:
+        arena = Arena(random.Random(arena_seed), aliased)
+        state: dict[str, Any] = {}
+        for fqn, builder in builders:
+            *parents, name = fqn.split(".")
+            inner = state
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[name] = builder(arena)
+        return state
+
+    options = random_options(rng)
+    description.append(f"aliased={aliased} options={options}")
+    return Case(write_checkpoint(path, entries), make, options, description)
+
+
+def random_options(rng: random.Random) -> dict[str, Any]:
+    options: dict[str, Any] = {"io": rng.choice(["auto", "cached", "direct"])}
+    if rng.random() < 0.5:
+        options["threads"] = rng.choice([1, 2, 3, 64])
+    if rng.random() < 0.5:
+        options["block_bytes"] = rng.choice([1, 64 << 10, 100_001, 1 << 30])
+    if rng.random() < 0.5:
+        options["staging_bytes"] = rng.choice([1, 300, 4096, 300_000, 1 << 26])
+    return options
+
+
+def random_size(rng: random.Random) -> tuple[int, ...]:
+    dims = rng.choice([0, 1, 1, 2, 2, 2, 3, 3, 4, 5])
+    if dims <= 2 and rng.random() < 0.15:
+        return tuple(rng.choice([200, 333, 512]) for _ in range(dims))
+    return tuple(rng.choice([0, 1, 2, 3, 5, 8, 13]) if rng.random() < 0.95 else 40 for _ in range(dims))
+
+
+# The stored side
+
+
+def values(rng: random.Random, sizes: Sequence[int], dtype: torch.dtype, convertible: bool) -> torch.Tensor:
+    if not convertible:
+        return fill(sizes, dtype, rng.randrange(1 << 30))
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    return torch.randint(-100, 100, torch.Size(sizes), generator=generator).to(dtype)
+
+
+def random_entry(rng: random.Random, files: int) -> tuple[Entry, str]:
+    convertible = rng.random() < 0.5
+    dtype = rng.choice(CONVERSIONS if convertible else DTYPES)
+    size = random_size(rng)
+    # A stored chunk is known by its offsets: of two at the same place torch's metadata keeps the last.
+    chunks = list(dict(random_boxes(rng, size)).items())
+    parts = []
+    layouts = []
+    for offsets, sizes in chunks:
+        layout, part = random_layout(rng, values(rng, sizes, dtype, convertible))
+        parts.append((offsets, part))
+        layouts.append(layout)
+    file = "__%d_0.distcp" if rng.random() < 0.3 else f"__{rng.randrange(files)}_0.distcp"
+    # torch.load cannot read legacy records of the types that came after that format.
+    legacy = rng.random() < 0.05 and dtype in CONVERSIONS
+    entry = Entry(size, dtype, parts, file=file, legacy=legacy)
+    entry.value = convertible
+    return entry, f"{len(chunks)} chunks {sorted(set(layouts))}{' legacy' if legacy else ''}"
+
+
+def random_boxes(rng: random.Random, size: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Offsets and sizes: a grid, perhaps with gaps, empty chunks, and chunks that overlap it."""
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]
+    for length in size:
+        edges = [0, *sorted(rng.randint(0, length) for _ in range(rng.choice([0, 0, 1, 2, 3]))), length]
+        pieces = list(itertools.pairwise(edges))
+        boxes = [((*at, a), (*sizes, b - a)) for at, sizes in boxes for a, b in pieces]
+    if len(boxes) > 24:
+        boxes = rng.sample(boxes, 24)
+    if rng.random() < 0.2:
+        boxes = rng.sample(boxes, rng.randint(1, len(boxes)))
+    while rng.random() < 0.2:
+        at = tuple(rng.randint(0, length) for length in size)
+        boxes.append((at, tuple(rng.randint(0, length - a) for a, length in zip(at, size, strict=True))))
+    if rng.random() < 0.5:
+        rng.shuffle(boxes)
+    return boxes
+
+
+def random_layout(rng: random.Random, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """The same values, lying in memory in another way."""
+    kind = rng.choice(["contiguous", "contiguous", "permuted", "padded", "strided", "expanded", "conj", "neg"])
+    if kind == "contiguous" or tensor.dim() == 0:
+        return "contiguous", tensor
+    if kind == "expanded":
+        dim = rng.randrange(tensor.dim())
+        return kind, tensor.narrow(dim, 0, min(1, tensor.shape[dim])).expand(tensor.shape)
+    if kind == "conj":
+        return (kind, tensor.conj()) if tensor.is_complex() else ("contiguous", tensor)
+    if kind == "neg":
+        negatable = tensor.dtype in {torch.float32, torch.float64, torch.int32, torch.complex64}
+        return (kind, torch._neg_view(tensor)) if negatable else ("contiguous", tensor)
+    order = rng.sample(range(tensor.dim()), tensor.dim())
+    target = empty(rng, tensor.shape, tensor.dtype, kind, order)
+    # Not copy_, which some types lack: a view of bytes would need contiguous memory.
+    return kind, target.copy_(tensor)
+
+
+def empty(
+    rng: random.Random,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    kind: str,
+    order: list[int],
+    arena: Arena | None = None,
+) -> torch.Tensor:
+    """A tensor of zeros whose elements lie in memory in some way."""
+    inner = [sizes[dim] for dim in order]
+    steps = [rng.choice([1, 1, 2, 3]) if kind == "strided" else 1 for _ in inner]
+    before = [rng.randint(0, 2) if kind != "permuted" else 0 for _ in inner]
+    after = [rng.randint(0, 2) if kind != "permuted" else 0 for _ in inner]
+    whole = [b + n * s + a for b, n, s, a in zip(before, inner, steps, after, strict=True)]
+    base = arena.take(whole, dtype) if arena else torch.zeros(whole, dtype=dtype)
+    for dim, (start, length, step) in enumerate(zip(before, inner, steps, strict=True)):
+        base = base[(slice(None),) * dim + (slice(start, start + length * step, step),)]
+    return base.permute([order.index(dim) for dim in range(len(order))])
+
+
+# The destination
+
+
+class Arena:
+    """Where destinations get their memory: each its own, or all the same so that they overlap."""
+
+    def __init__(self, rng: random.Random, aliased: bool) -> None:
+        self.rng = rng
+        self.memory = torch.zeros(1 << 22, dtype=torch.uint8) if aliased else None
+
+    def take(self, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(sizes) * dtype.itemsize
+        if self.memory is None or self.rng.random() < 0.3 or size + 4096 > self.memory.numel() or dtype == torch.bool:
+            return torch.zeros(torch.Size(sizes), dtype=dtype)
+        start = self.rng.randint(0, 40) * 16
+        return self.memory[start : start + size].view(dtype).view(torch.Size(sizes))
+
+
+def random_destination(rng: random.Random, entry: Entry) -> tuple[Callable[[Arena], Any], str]:
+    dtype = rng.choice(CONVERSIONS) if entry.value and rng.random() < 0.4 else entry.dtype
+    seed = rng.random()
+    if rng.random() < 0.5 or not entry.size:
+        kind = rng.choice(["contiguous", "permuted", "padded", "strided", "parameter"])
+        return lambda arena: destination(random.Random(seed), entry.size, dtype, kind, arena), f"{dtype} {kind}"
+    boxes = random_boxes(rng, tuple(entry.size))
+    kinds = [rng.choice(["contiguous", "permuted", "padded", "strided"]) for _ in boxes]
+
+    def build(arena: Arena) -> ShardedBuffer:
+        inner = random.Random(seed)
+        shards = [destination(inner, sizes, dtype, kind, arena) for (_, sizes), kind in zip(boxes, kinds, strict=True)]
+        return ShardedBuffer.make(entry.size, [at for at, _ in boxes], shards)
+
+    return build, f"{dtype} {boxes}"
+
+
+def destination(rng: random.Random, sizes: Sequence[int], dtype: torch.dtype, kind: str, arena: Arena) -> torch.Tensor:
+    if kind == "parameter" and dtype.is_floating_point:
+        return torch.nn.Parameter(torch.zeros(torch.Size(sizes), dtype=dtype))
+    order = rng.sample(range(len(sizes)), len(sizes)) if kind in {"permuted", "strided"} else list(range(len(sizes)))
+    return empty(rng, sizes, dtype, "permuted" if kind in {"contiguous", "parameter"} else kind, order, arena)

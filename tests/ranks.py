@@ -1,0 +1,94 @@
+"""Real gloo ranks in processes of their own, with a time limit so that nothing hangs."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["RankError", "Ranks"]
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+class RankError(Exception):
+    """A rank raised, died or did not answer in time; the message has its traceback."""
+
+
+class Ranks:
+    """A pool of rank processes that are started when they are first needed and then reused."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[SpawnProcess, Connection]] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 90.0) -> list[Any]:
+        """What ``function(*args)`` returns on each rank of a new process group of ``world_size`` ranks."""
+        while len(self._workers) < world_size:
+            ours, theirs = _SPAWN.Pipe()
+            process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+        store = os.path.join(tempfile.gettempdir(), f"dcp_fast_{uuid.uuid4().hex}")
+        for rank in range(world_size):
+            self._workers[rank][1].send((function, args, rank, world_size, store))
+        deadline = time.monotonic() + timeout
+        results: list[Any] = []
+        errors: list[str] = []
+        for rank in range(world_size):
+            connection = self._workers[rank][1]
+            try:
+                if not connection.poll(max(0.0, deadline - time.monotonic())):
+                    raise EOFError(f"no answer in {timeout} s")
+                done, result = connection.recv()
+            except (EOFError, OSError) as error:
+                errors.append(f"rank {rank}: {type(error).__name__}: {error}")
+                continue
+            if done:
+                results.append(result)
+            else:
+                errors.append(f"rank {rank}: {result}")
+        if os.path.exists(store):
+            os.unlink(store)
+        if errors:
+            self.close()  # the others may be stuck in a collective call
+            raise RankError("\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, rank, world_size, store = connection.recv()
+        except EOFError:
+            return
+        try:
+            limit = datetime.timedelta(seconds=60)
+            address = f"file://{store}"
+            dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size, timeout=limit)
+            try:
+                reply = (True, function(*args))
+            finally:
+                dist.destroy_process_group()
+            connection.send(reply)
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
