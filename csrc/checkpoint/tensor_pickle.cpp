@@ -9,8 +9,8 @@ namespace {
 
 // A value on the unpickler's stack.
 struct Value {
-  enum class Kind { kBool, kInt, kText, kTuple, kGlobal, kStorage, kOrderedDict, kDict, kTensor };
-  Kind kind = Kind::kBool;
+  enum class Kind { kNothing, kBool, kInt, kText, kTuple, kGlobal, kStorage, kOrderedDict, kDict, kTensor };
+  Kind kind = Kind::kNothing;
   int64_t number = 0;           // kInt, kBool; kStorage: elements (bytes if untyped)
   std::string_view text;        // kText; kGlobal: the name; kStorage: the key
   std::string_view module;      // kGlobal
@@ -157,12 +157,12 @@ class TensorUnpickler {
     if (key >= kMaxStack) return false;
     if (key >= memo_.size()) memo_.resize(key + 1);
     const Value& top = stack_.back();
-    memo_[key] = top.items.empty() ? std::optional<Value>(top) : std::nullopt;
+    memo_[key] = top.items.empty() ? top : Value();
     return true;
   }
   bool recall(uint32_t key) {
-    if (key >= memo_.size() || !memo_[key].has_value()) return false;
-    stack_.push_back(*memo_[key]);
+    if (key >= memo_.size() || memo_[key].kind == Kind::kNothing) return false;
+    stack_.push_back(memo_[key]);
     return true;
   }
 
@@ -275,7 +275,7 @@ class TensorUnpickler {
   Bytes pickle_;
   std::vector<Value> stack_;
   std::vector<size_t> marks_;
-  std::vector<std::optional<Value>> memo_;
+  std::vector<Value> memo_;
 };
 
 }  // namespace
