@@ -10,6 +10,7 @@ from dcp_fast.errors import (
     LoadError,
     NotADirectoryInPathError,
     NotAFileError,
+    OptimizerStateError,
     OutOfMemoryError,
     SizeMismatchError,
     TruncatedFileError,
@@ -17,6 +18,7 @@ from dcp_fast.errors import (
 )
 from dcp_fast.install import install, uninstall
 from dcp_fast.load import load, load_state_dict
+from dcp_fast.optimizer import load_sharded_optimizer_state_dict
 from dcp_fast.planner import DefaultLoadPlanner, create_read_items_for_chunk_list
 from dcp_fast.readers import FileSystemReader
 from dcp_fast.report import LoadReport, last_report
@@ -34,6 +36,7 @@ __all__ = [
     "LoadReport",
     "NotADirectoryInPathError",
     "NotAFileError",
+    "OptimizerStateError",
     "OutOfMemoryError",
     "SizeMismatchError",
     "TruncatedFileError",
@@ -42,6 +45,7 @@ __all__ = [
     "install",
     "last_report",
     "load",
+    "load_sharded_optimizer_state_dict",
     "load_state_dict",
     "uninstall",
 ]

@@ -20,6 +20,7 @@ __all__ = [
     "LoadError",
     "NotADirectoryInPathError",
     "NotAFileError",
+    "OptimizerStateError",
     "OutOfMemoryError",
     "SizeMismatchError",
     "TruncatedFileError",
@@ -94,6 +95,13 @@ class SizeMismatchError(LoadError, AssertionError, RuntimeError, IndexError):
     """A box that the plan asks for does not fit the stored tensor or its destination.
 
     Depending on how it does not fit, torch raises one type or another; this is all of them.
+    """
+
+
+class OptimizerStateError(LoadError, AssertionError, ValueError, KeyError, TypeError):
+    """The optimizer state that was asked for is not in the checkpoint, or does not fit the model.
+
+    Depending on what is wrong, torch raises one type or another where it raises at all; this is all of them.
     """
 
 

@@ -7,9 +7,10 @@ import sys
 import threading
 from types import TracebackType
 
-from torch.distributed.checkpoint import default_planner, filesystem, planner_helpers, state_dict_loader
+from torch.distributed.checkpoint import default_planner, filesystem, optimizer, planner_helpers, state_dict_loader
 
 from dcp_fast import load as fast_load
+from dcp_fast import optimizer as fast_optimizer
 from dcp_fast import planner as fast_planner
 from dcp_fast.readers import FileSystemReader
 
@@ -23,6 +24,7 @@ _REPLACEMENTS: dict[int, tuple[object, object]] = {
         (default_planner.DefaultLoadPlanner, fast_planner.DefaultLoadPlanner),
         (state_dict_loader.load, fast_load.load),
         (state_dict_loader.load_state_dict, fast_load.load_state_dict),
+        (optimizer.load_sharded_optimizer_state_dict, fast_optimizer.load_sharded_optimizer_state_dict),
         (planner_helpers.create_read_items_for_chunk_list, fast_planner.create_read_items_for_chunk_list),
         (default_planner.create_default_local_load_plan, fast_planner.create_default_local_load_plan),
     )
@@ -61,7 +63,7 @@ def install() -> Installation:
     """
     global _replaced
     # These bind torch's classes when they are first imported; later, their bases would be ours for good.
-    for name in ("_fsspec_filesystem", "format_utils", "hf_storage", "optimizer"):
+    for name in ("_fsspec_filesystem", "format_utils", "hf_storage"):
         try:
             importlib.import_module(f"torch.distributed.checkpoint.{name}")
         except ImportError:

@@ -1,0 +1,189 @@
+"""What optimizer state is loaded into: tensors sharded as torch's loader or as the model's parameters are.
+
+Only this rank's shard of a tensor is ever allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch._utils import _get_device_module
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as ShardProperties
+from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.optimizer import _gen_rank_device
+from torch.distributed.distributed_c10d import _get_pg_default_device
+from torch.distributed.tensor import DTensor
+
+from dcp_fast.errors import OptimizerStateError
+from dcp_fast.optimizer.sliced import SlicedShardedTensor
+
+__all__ = ["ParameterSlice", "like_parameter", "sharded_by_rows", "slices_of_parameters", "whole"]
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """This rank's tensor-parallel slice of a parameter, and the data-parallel ranks that it is sharded over.
+
+    Attributes:
+        offsets: of the slice in the parameter, in elements.
+        sizes: of the slice; 0 along the split dimensions on a rank that has no slice.
+        parameter_size: of the whole parameter.
+        group: the data-parallel ranks.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: torch.Size
+    parameter_size: torch.Size
+    group: dist.ProcessGroup
+
+
+def slices_of_parameters(model_state_dict: Mapping[str, Any]) -> dict[str, ParameterSlice]:
+    """Derive the 2-D layout (FSDP + TP) from the state dict of an FSDP model; empty if it has none.
+
+    In that layout a tensor-parallel parameter is a nested ShardedTensor: the outer one's shard is this rank's
+    tensor-parallel slice, and the inner one, the tensor of that shard, is sharded over the data-parallel ranks.
+
+    Raises:
+        OptimizerStateError: for more than one local shard of a nested ShardedTensor, and for nested DTensors.
+    """
+    slices: dict[str, ParameterSlice] = {}
+    for fqn, value in model_state_dict.items():
+        inner = _inner_of(fqn, value)
+        if inner is not None:
+            place = value.local_shards()[0].metadata
+            slices[fqn] = ParameterSlice(
+                tuple(place.shard_offsets), torch.Size(place.shard_sizes), value.size(), inner._process_group
+            )
+    if slices:
+        slices |= _empty_slices(model_state_dict, next(iter(slices.values())).group)
+    return slices
+
+
+def _inner_of(fqn: str, value: object) -> ShardedTensor | None:
+    if type(value) is DTensor and isinstance(value._local_tensor, (DTensor, ShardedTensor)):
+        raise OptimizerStateError("cannot handle a nested DTensor", fqn=fqn)
+    if type(value) is not ShardedTensor or not value.local_shards():
+        return None
+    inner = value.local_shards()[0].tensor
+    if type(inner) is DTensor:
+        raise OptimizerStateError("cannot handle a DTensor nested inside a ShardedTensor", fqn=fqn)
+    if type(inner) is not ShardedTensor:
+        return None
+    if len(value.local_shards()) != 1:
+        raise OptimizerStateError("cannot handle a nested ShardedTensor with more than one local shard", fqn=fqn)
+    return inner
+
+
+def _empty_slices(model_state_dict: Mapping[str, Any], group: dist.ProcessGroup) -> dict[str, ParameterSlice]:
+    """Parameters of which this rank has no tensor-parallel slice: sharded, but not over the data-parallel ranks."""
+    data_parallel = dist.get_process_group_ranks(group)
+    slices = {}
+    for fqn, value in model_state_dict.items():
+        if type(value) is not ShardedTensor or value.local_shards():
+            continue
+        if dist.get_process_group_ranks(value._process_group) == data_parallel:
+            continue
+        size = value.size()
+        shards = value.metadata().shards_metadata
+        split = [any(shard.shard_sizes[dim] != size[dim] for shard in shards) for dim in range(len(size))]
+        sizes = torch.Size(0 if is_split else length for is_split, length in zip(split, size, strict=True))
+        slices[fqn] = ParameterSlice((0,) * len(size), sizes, size, group)
+    return slices
+
+
+def whole(entry: TensorStorageMetadata, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """A plain tensor of the whole size, on the device that the group works with."""
+    return _allocate(entry, entry.size, _device(_get_pg_default_device(group).type))
+
+
+def sharded_by_rows(
+    entry: TensorStorageMetadata, group: dist.ProcessGroup | None, part: ParameterSlice | None = None
+) -> torch.Tensor:
+    """A ShardedTensor in equal chunks of rows, as torch's load_sharded_optimizer_state_dict makes it.
+
+    Args:
+        entry: the stored tensor.
+        group: the ranks that it is sharded over; None for all. Ranks past the last row then hold no shard; those of a
+            group hold an empty one.
+        part: shards this slice of the stored tensor instead of all of it.
+    """
+    device_type = _get_pg_default_device(group).type
+    ranks = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
+    placements = [f"rank:{rank}/{_gen_rank_device(rank, device_type)}" for rank in ranks]
+    properties = ShardProperties(
+        dtype=entry.properties.dtype,
+        layout=entry.properties.layout,
+        requires_grad=entry.properties.requires_grad,
+        memory_format=entry.properties.memory_format,
+        pin_memory=entry.properties.pin_memory,
+    )
+    size = entry.size if part is None else part.sizes
+    spec = ChunkShardingSpec(dim=0, placements=cast(list[Any], placements))
+    metadata = spec.build_metadata(torch.Size(size), properties)
+    if group is None and size[0] > 0:
+        metadata.shards_metadata = [shard for shard in metadata.shards_metadata if shard.shard_sizes[0] > 0]
+    shards = []
+    for shard in metadata.shards_metadata:
+        placement = cast(Any, shard.placement)
+        if placement.rank() == dist.get_rank():
+            shards.append(LocalShard(_allocate(entry, shard.shard_sizes, placement.device()), shard))
+    made = ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=group)
+    return made if part is None else SlicedShardedTensor(made, part.offsets, entry.size)
+
+
+def like_parameter(entry: TensorStorageMetadata, parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor with the sharding, device and strides of a parameter, and the stored dtype.
+
+    The parameter may be a DTensor, a ShardedTensor that is not nested, or a plain tensor.
+    """
+    if isinstance(parameter, DTensor):
+        return DTensor.from_local(
+            _empty_like(entry, parameter.to_local()),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.size(),
+            stride=parameter.stride(),
+        )
+    if isinstance(parameter, ShardedTensor):
+        like = parameter.metadata()
+        properties = ShardProperties(dtype=entry.properties.dtype)
+        metadata = ShardedTensorMetadata(like.shards_metadata, like.size, properties)
+        shards = [LocalShard(_empty_like(entry, s.tensor), s.metadata) for s in parameter.local_shards()]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            shards, metadata, process_group=parameter._process_group
+        )
+    return _empty_like(entry, parameter)
+
+
+def _empty_like(entry: TensorStorageMetadata, tensor: torch.Tensor) -> torch.Tensor:
+    device = tensor.device
+    if device.type == "meta":
+        device = _device(_get_pg_default_device().type)
+    return torch.empty_like(tensor.detach(), dtype=entry.properties.dtype, device=device)
+
+
+def _device(device_type: str) -> torch.device:
+    if device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(device_type, _get_device_module(device_type).current_device())
+
+
+def _allocate(entry: TensorStorageMetadata, size: Sequence[int], device: torch.device) -> torch.Tensor:
+    properties = entry.properties
+    return torch.empty(
+        size,
+        dtype=properties.dtype,
+        layout=properties.layout,
+        requires_grad=properties.requires_grad,
+        pin_memory=properties.pin_memory,
+        device=device,
+    )
