@@ -165,8 +165,13 @@ _BY_KIND: dict[str, type[LoadError]] = {
 
 
 @contextmanager
-def typed_errors(fqns: Sequence[str] = ()) -> Iterator[None]:
-    """Turn errors of the native engine into the classes above; `fqns` names the records by index."""
+def typed_errors(fqns: Sequence[str] = (), checkpoint: str | os.PathLike[str] = "") -> Iterator[None]:
+    """Turn errors of the native engine into the classes above.
+
+    Args:
+        fqns: names the records by index.
+        checkpoint: named where memory ran out for no file in particular.
+    """
     try:
         yield
     except _native.NativeError as error:
@@ -183,4 +188,4 @@ def typed_errors(fqns: Sequence[str] = ()) -> Iterator[None]:
     except MemoryError as error:
         if isinstance(error, LoadError):
             raise
-        raise OutOfMemoryError("out of memory while loading") from error
+        raise OutOfMemoryError(str(error) or "out of memory while loading", os.fspath(checkpoint)) from error

@@ -13,6 +13,7 @@ from dcp_fast import load as fast_load
 from dcp_fast import optimizer as fast_optimizer
 from dcp_fast import planner as fast_planner
 from dcp_fast.readers import FileSystemReader
+from dcp_fast.stand_in import standing_for
 
 __all__ = ["Installation", "install", "uninstall"]
 
@@ -56,7 +57,8 @@ def install() -> Installation:
 
     Replaces ``FileSystemReader``, ``DefaultLoadPlanner``, ``load``, ``load_state_dict`` and two planning functions in
     every loaded module that has torch's under some name, so that code which imported them before is served too. Readers
-    and planners that exist already stay what they are. A second call changes nothing.
+    and planners that exist already stay what they are, and type checks that name torch's classes still hold for them
+    and for what was derived from those. A second call changes nothing.
 
     Returns:
         A context manager that uninstalls at its end, unless dcp_fast had been installed before.
@@ -72,6 +74,11 @@ def install() -> Installation:
         if _replaced is not None:
             return Installation(changed=False)
         _replaced = []
+        standing_for.update(
+            (replacement, original)
+            for original, replacement in _REPLACEMENTS.values()
+            if isinstance(original, type) and isinstance(replacement, type)
+        )
         for module_name, module in list(sys.modules.items()):
             if module is None or module_name.partition(".")[0] == "dcp_fast":
                 continue
@@ -102,4 +109,5 @@ def uninstall() -> None:
                 for name, value in list(vars(module).items()):
                     if id(value) in ours:
                         setattr(module, name, ours[id(value)])
+        standing_for.clear()
         _replaced = None

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _api_bc_check
 from typing_extensions import deprecated
 
+from dcp_fast.garbage import paused_collection
 from dcp_fast.planner import DefaultLoadPlanner
 from dcp_fast.readers import FileSystemReader
 
@@ -58,24 +59,30 @@ def load(
         assert checkpoint_id is not None
         reader = FileSystemReader(checkpoint_id)
 
-    # All ranks load in the same order of keys. A Stateful's own state dict is loaded in place of it.
+    # All ranks load in the same order of keys. A Stateful's own state dict is loaded in place of it. What a Stateful
+    # removes from the state dict meanwhile is skipped, as in torch.
     keys = sorted(state_dict)
-    stateful = {key for key in keys if _is_stateful(state_dict[key])}
-    loaded = {key: state_dict[key].state_dict() if key in stateful else state_dict[key] for key in keys}
-    torch_loader._load_state_dict(
-        state_dict=loaded,
-        storage_reader=reader,
-        process_group=process_group,
-        no_dist=no_dist,
-        planner=DefaultLoadPlanner() if planner is None else planner,
-    )
+    loaded: dict[str, Any] = {}
     for key in keys:
-        if key not in state_dict:
-            continue  # a load_state_dict before it removed the key
-        if key in stateful:
-            state_dict[key].load_state_dict(loaded[key])
-        else:
-            state_dict[key] = loaded[key]
+        if key in state_dict:
+            value = state_dict[key]
+            loaded[key] = value.state_dict() if _is_stateful(value) else value
+    # Metadata, plan and columns are gone before the collector looks at them.
+    with paused_collection():
+        torch_loader._load_state_dict(
+            state_dict=loaded,
+            storage_reader=reader,
+            process_group=process_group,
+            no_dist=no_dist,
+            planner=DefaultLoadPlanner() if planner is None else planner,
+        )
+    for key in keys:
+        if key in state_dict:
+            value = state_dict[key]
+            if _is_stateful(value):
+                value.load_state_dict(loaded[key])
+            else:
+                state_dict[key] = loaded[key]
 
 
 def _is_stateful(value: object) -> bool:

@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
 from dcp_fast.garbage import paused_collection
+from dcp_fast.stand_in import StandIn
 
 __all__ = ["DefaultLoadPlanner", "create_default_local_load_plan", "create_read_items_for_chunk_list"]
 
@@ -66,8 +67,8 @@ def create_read_items_for_chunk_list(
     if not local_chunks or not stored:
         return []
     dims = len(local_chunks[0].offsets)
-    wanted_values, stored_values = _flatten(local_chunks), _flatten(stored)
-    if len(wanted_values) != 2 * dims * len(local_chunks) or len(stored_values) != 2 * dims * len(stored):
+    wanted_values, stored_values = _flatten(local_chunks, dims), _flatten(stored, dims)
+    if wanted_values is None or stored_values is None:
         # Chunks of different dimensions: torch has its own way with them.
         return _torch_create_read_items(fqn, checkpoint_md, local_chunks)
     rows = _native.find_overlaps(dims, wanted_values, len(local_chunks), stored_values, len(stored))
@@ -89,11 +90,15 @@ def create_read_items_for_chunk_list(
     return items
 
 
-def _flatten(chunks: Sequence[ChunkStorageMetadata]) -> list[int]:
+def _flatten(chunks: Sequence[ChunkStorageMetadata], dims: int) -> list[int] | None:
+    """Offsets and sizes of all chunks in a row; None if any has other than ``dims`` dimensions."""
     values: list[int] = []
     for chunk in chunks:
-        values += chunk.offsets
-        values += chunk.sizes
+        offsets, sizes = chunk.offsets, chunk.sizes
+        if len(offsets) != dims or len(sizes) != dims:
+            return None
+        values += offsets
+        values += sizes
     return values
 
 
@@ -151,7 +156,7 @@ def _check_size(fqn: str, entry: STORAGE_TYPES, value: Any) -> None:
         raise ValueError(f"Size mismatch between saved {entry.size} and current: {size} for {fqn}")
 
 
-class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
+class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=StandIn):
     """Drop-in for ``torch.distributed.checkpoint.DefaultLoadPlanner`` that works with any ``StorageReader``.
 
     Takes the same arguments. Subclasses may override what torch's may: a reader calls ``resolve_tensor``,

@@ -87,12 +87,17 @@ _last: LoadReport | None = None
 
 
 def last_report() -> LoadReport | None:
-    """The report of the last load that ended in this process, also of one that failed; None before the first."""
+    """The report of the load that began last in this process, also of one that failed; None before the first."""
     return _last
+
+
+def begin(report: LoadReport) -> None:
+    """Make a report the last one while its load goes on."""
+    global _last
+    _last = report
 
 
 def publish(report: LoadReport) -> None:
     """Make a report the last one and log it."""
-    global _last
-    _last = report
+    begin(report)
     logger.info("%s", report)

@@ -80,7 +80,11 @@ def place_staged(
     stats: list[_native.Stats] = []
 
     def work() -> None:
-        memory = torch.empty(capacity, dtype=torch.uint8)
+        try:
+            # The caller may have made another device the default one.
+            memory = torch.empty(capacity, dtype=torch.uint8, device="cpu")
+        except RuntimeError as error:  # what torch's allocator raises
+            raise MemoryError(f"{capacity} bytes of staging memory could not be had") from error
         try:
             with torch.inference_mode(inference):
                 while not stop.is_set():
@@ -97,8 +101,16 @@ def place_staged(
         work()
         return stats
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="dcp_fast") as executor:
+        workers = []
         try:
-            for worker in [executor.submit(work) for _ in range(threads)]:
+            for _ in range(threads):
+                try:
+                    workers.append(executor.submit(work))
+                except RuntimeError:  # the system is out of threads: fewer do the same work
+                    break
+            if not workers:
+                work()
+            for worker in workers:
                 worker.result()
         finally:
             stop.set()  # after Ctrl-C in this thread the others end with the block that they are at

@@ -100,7 +100,9 @@ class Storage:
         except MemoryError as error:
             raise self.error(OutOfMemoryError, "out of memory for a record", item) from error
         except Exception as error:
-            raise self.error(CorruptCheckpointError, f"{type(error).__name__}: {error}", item) from error
+            # What torch's allocator raises on the CPU is a RuntimeError like any other.
+            cls = OutOfMemoryError if "DefaultCPUAllocator" in str(error) else CorruptCheckpointError
+            raise self.error(cls, f"{type(error).__name__}: {error}", item) from error
         if not isinstance(tensor, torch.Tensor):
             raise self.error(CorruptCheckpointError, f"a {type(tensor).__name__} where a tensor belongs", item)
         return tensor

@@ -28,15 +28,35 @@ __all__ = ["PlanTransfer"]
 # As they are at import: whoever patches torch's class has hooks too.
 _DEFAULT_HOOKS = {
     name: getattr(DefaultLoadPlanner, name)
-    for name in ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor")
+    for name in ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor", "load_bytes")
 }
 
 
 def has_default_hooks(planner: LoadPlanner) -> bool:
-    """Whether a planner resolves tensors as torch's DefaultLoadPlanner does, so that all can be resolved at once."""
+    """Whether a planner does with items what torch's DefaultLoadPlanner does, so that their order is free."""
     return isinstance(planner, DefaultLoadPlanner) and all(
         name not in vars(planner) and getattr(type(planner), name) is hook for name, hook in _DEFAULT_HOOKS.items()
     )
+
+
+def _box(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """Offsets in the stored tensor and in the destination, and lengths, all of as many dimensions.
+
+    narrow_tensor_by_index, with which torch takes a box out of a tensor, walks offsets and lengths in parallel as far
+    as both go.
+    """
+    storage_offsets, dest_offsets, lengths = item.storage_offsets, item.dest_offsets, item.lengths
+    dims = len(lengths)
+    if len(storage_offsets) == dims and len(dest_offsets) == dims:
+        return storage_offsets, dest_offsets, lengths
+    stored_dims, dest_dims = min(len(storage_offsets), dims), min(len(dest_offsets), dims)
+    if stored_dims != dest_dims:
+        raise SizeMismatchError(
+            f"an item has {len(storage_offsets)} storage offsets, {len(dest_offsets)} destination offsets and {dims} "
+            "lengths",
+            fqn=item.storage_index.fqn,
+        )
+    return storage_offsets[:stored_dims], dest_offsets[:stored_dims], lengths[:stored_dims]
 
 
 class PlanTransfer:
@@ -73,7 +93,7 @@ class PlanTransfer:
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
-        with typed_errors(self.record_fqns):
+        with typed_errors(self.record_fqns, self.storage.root):
             if not (has_default_hooks(self.planner) and self._place_at_once()):
                 self._place_one_by_one()
 
@@ -84,22 +104,21 @@ class PlanTransfer:
             storage_data = self.storage.storage_data
             # The engine moves little-endian bytes as they are; where that may be wrong, torch swaps them.
             big_endian = sys.byteorder == "big" or get_default_load_endianness() == LoadEndianness.BIG
+            # All are kept until records are told apart by identity: a mapping may make them as they are asked for.
+            infos = [storage_data[item.storage_index] for item in self.items]
+            numbers: dict[int, int] = {}
+            self.item_records = [numbers.setdefault(id(info), len(numbers)) for info in infos]
             files: dict[str, int] = {}
-            records: dict[int, int] = {}
             column: list[int] = []
-            for item in self.items:
-                info = storage_data[item.storage_index]
-                record = records.get(id(info))
-                if record is None:
-                    record = records[id(info)] = len(self.record_fqns)
+            for item, info, record in zip(self.items, infos, self.item_records, strict=True):
+                if record == len(self.record_fqns):  # its first item
                     file = files.setdefault(info.relative_path, len(files))
                     opaque = big_endian or item.type == LoadItemType.BYTE_IO or bool(info.transform_descriptors)
                     column += (file, info.offset, info.length, opaque)
                     self.record_fqns.append(item.storage_index.fqn)
                     self.record_files.append(file)
-                self.item_records.append(record)
             paths = [self.storage.path(name) for name in files]
-            with typed_errors(self.record_fqns):
+            with typed_errors(self.record_fqns, self.storage.root):
                 layouts = _native.read_layouts(paths, array("q", column), self.options)
         self.report.records = len(layouts)
         self.report.requests += layouts.requests
@@ -119,22 +138,21 @@ class PlanTransfer:
             known: dict[tuple[str, torch.Size | None, int | None], int] = {}
             column: list[int] = []
             items: list[ReadItem] = []
+            byte_items: list[ReadItem] = []
             records: list[int] = []
             numbers: list[int] = []  # index of each item's destination
             state_dict = self.planner.state_dict  # type: ignore[attr-defined]
             for item, record in zip(self.items, self.item_records, strict=True):
                 if item.type == LoadItemType.BYTE_IO:
+                    byte_items.append(item)
                     continue
                 index: MetadataIndex = item.dest_index
                 key = (index.fqn, index.offset, index.index)
                 number = known.get(key)
                 if number is None:
                     number = known[key] = destinations.add(find_state_dict_object(state_dict, index))
-                lengths = item.lengths
-                column += (record, number, len(lengths))
-                column += item.storage_offsets
-                column += item.dest_offsets
-                column += lengths
+                storage_offsets, dest_offsets, lengths = _box(item)
+                column += (record, number, len(lengths), *storage_offsets, *dest_offsets, *lengths)
                 items.append(item)
                 records.append(record)
                 numbers.append(number)
@@ -148,9 +166,8 @@ class PlanTransfer:
 
             self._place(items, records, column, destinations, target)
         with self.report.stage("commit"):
-            for item in self.items:
-                if item.type == LoadItemType.BYTE_IO:
-                    self._load_bytes(item)
+            for item in byte_items:
+                self._load_bytes(item)
         return True
 
     def _place_one_by_one(self) -> None:
@@ -174,8 +191,9 @@ class PlanTransfer:
         if any(length < size for length, size in zip(item.lengths, tensor.size(), strict=False)):
             reason = f"req {item.storage_index} mismatch sizes {tensor.size()} vs {item.lengths}"
             raise self.storage.error(SizeMismatchError, reason, item)
-        dims = len(item.lengths)
-        column = [record, 0, dims, *item.storage_offsets, *(0,) * dims, *item.lengths]
+        storage_offsets, _, lengths = _box(item)
+        dims = len(lengths)
+        column = [record, 0, dims, *storage_offsets, *(0,) * dims, *lengths]
         destinations = Destinations()
         destinations.add(tensor)
         self._place([item], [record], column, destinations, lambda _: tensor)
@@ -190,14 +208,19 @@ class PlanTransfer:
     ) -> None:
         program = _native.Program(self.layouts, array("q", column), destinations.column())
         self.report.bytes_needed += program.bytes_needed
-        for wave in range(program.waves):
-            self._count(program.run(wave, self.options))
-            staged = program.staged(wave)
-            if staged:
-                self._place_staged([self._staged_box(items[i], records[i], *program.box(i), target(i)) for i in staged])
-            self._place_unknown([(items[i], records[i], target(i)) for i in program.unknown(wave)])
-        # What copy_ does: autograd must notice that these tensors are no longer what was saved for backward.
-        increment_version(destinations.tensors)
+        try:
+            for wave in range(program.waves):
+                self._count(program.run(wave, self.options))
+                staged = [
+                    self._staged_box(items[i], records[i], *program.box(i), target(i)) for i in program.staged(wave)
+                ]
+                if staged:
+                    self._place_staged(staged)
+                self._place_unknown([(items[i], records[i], target(i)) for i in program.unknown(wave)])
+        finally:
+            # What copy_ does: autograd must notice that these tensors are no longer what was saved for backward. After
+            # an error nobody knows which of them were written.
+            increment_version(destinations.tensors)
 
     def _staged_box(
         self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor

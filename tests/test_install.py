@@ -34,6 +34,8 @@ NAMES = [
     (state_dict_loader, "DefaultLoadPlanner"),
     (importlib.import_module("torch.distributed.checkpoint._storage_utils"), "FileSystemReader"),
     (importlib.import_module("torch.distributed.checkpoint.optimizer"), "create_read_items_for_chunk_list"),
+    (dcp, "load_sharded_optimizer_state_dict"),
+    (importlib.import_module("torch.distributed.checkpoint.optimizer"), "load_sharded_optimizer_state_dict"),
     (importlib.import_module("torch.distributed.checkpoint.format_utils"), "FileSystemReader"),
 ]
 
@@ -241,3 +243,26 @@ def test_planning_functions_are_used_by_torchs_planner(tmp_path: Path, monkeypat
         state = {"t": torch.zeros(3)}
         dcp.load(state, checkpoint_id=tmp_path, planner=planner)
         assert state["t"].count_nonzero() > 0
+
+
+def test_type_checks_keep_their_meaning(tmp_path: Path) -> None:
+    reader, planner_class, base = dcp.FileSystemReader(tmp_path), dcp.DefaultLoadPlanner, dcp.FileSystemReader
+
+    class Derived(planner_class):  # type: ignore[misc,valid-type]
+        pass
+
+    huggingface = importlib.import_module("torch.distributed.checkpoint.hf_storage").HuggingFaceStorageReader
+    with dcp_fast.install():
+        assert dcp.FileSystemReader is dcp_fast.FileSystemReader
+        assert isinstance(reader, dcp.FileSystemReader)
+        assert issubclass(huggingface, dcp.FileSystemReader)
+        assert isinstance(Derived(), dcp.DefaultLoadPlanner)
+        assert not isinstance(reader, dcp.DefaultLoadPlanner)
+        assert isinstance(dcp.FileSystemReader(tmp_path), base)
+
+        class Ours(dcp.FileSystemReader):
+            pass
+
+        assert not isinstance(reader, Ours)
+    assert not isinstance(reader, dcp_fast.FileSystemReader)
+    assert not issubclass(huggingface, dcp_fast.FileSystemReader)

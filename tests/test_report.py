@@ -139,3 +139,27 @@ def test_report_of_a_reader_that_planned_twice(tmp_path: Path) -> None:
     report = dcp_fast.last_report()
     assert report is not None
     assert report.records == 1
+
+
+def test_the_last_report_is_never_of_an_earlier_load(tmp_path: Path) -> None:
+    save(tmp_path / "first", {"x": torch.ones(3)})
+    save(tmp_path / "second", {"y": torch.ones(300)})
+    load(tmp_path / "first", {"x": torch.zeros(3)})
+
+    class Python(dcp_fast.FileSystemReader):
+        """Torch's own read_data must serve it."""
+
+        def _slice_file(self, file: Any, info: Any) -> Any:
+            return super()._slice_file(file, info)
+
+    dcp_fast.load({"y": torch.zeros(300)}, storage_reader=Python(tmp_path / "second"))
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.path == str(tmp_path / "second")
+    assert report.seconds["transfer"] > 0
+    load(tmp_path / "first", {"x": torch.zeros(3)})
+    assert load_with(dcp_fast.load, {"zzz": torch.zeros(3)}, checkpoint_id=tmp_path / "second").errors
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.path == str(tmp_path / "second")
+    assert report.bytes_read == 0

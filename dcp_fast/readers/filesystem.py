@@ -14,7 +14,8 @@ from torch.futures import Future
 
 from dcp_fast import _native
 from dcp_fast.garbage import paused_collection
-from dcp_fast.report import LoadReport, publish
+from dcp_fast.report import LoadReport, begin, publish
+from dcp_fast.stand_in import StandIn
 from dcp_fast.storage import Storage
 from dcp_fast.transfer import PlanTransfer
 
@@ -23,7 +24,7 @@ __all__ = ["FileSystemReader"]
 _MODES = {"auto": _native.IoMode.AUTO, "cached": _native.IoMode.CACHED, "direct": _native.IoMode.DIRECT}
 
 
-class FileSystemReader(torch_filesystem.FileSystemReader):
+class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
     """Drop-in for ``torch.distributed.checkpoint.FileSystemReader`` that reads only the bytes that are needed.
 
     Works with any ``LoadPlanner``. Tensors land in host memory without a copy in between wherever the stored and the
@@ -73,7 +74,8 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``."""
-        self._report = LoadReport()
+        self._report = LoadReport(path=str(self.path))
+        begin(self._report)
         with self._report.stage("metadata"), paused_collection():
             metadata = super().read_metadata(*args, **kwargs)
         self._planning_started = time.perf_counter()
@@ -97,11 +99,14 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load all items of the plan; the future is done when this returns."""
-        if not self._reads_plain_files():
-            return super().read_data(plan, planner)
         report = self._report
         self._report = LoadReport()
         report.path = str(self.path)
+        if not self._reads_plain_files():
+            with report.stage("transfer"):
+                future = super().read_data(plan, planner)
+            publish(report)
+            return future
         storage = Storage(self.path, self.storage_data, self.transforms, report)
         options = _native.Options(
             threads=self.threads or 0,
@@ -113,6 +118,6 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
             PlanTransfer(plan, planner, storage, options, self.staging_bytes, report).run()
         finally:
             publish(report)
-        future: Future[None] = Future()
+        future = Future()
         future.set_result(None)
         return future
