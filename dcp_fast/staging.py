@@ -18,6 +18,10 @@ from dcp_fast.destinations import is_plain
 __all__ = ["StagedBox", "place_staged"]
 
 _ALIGNMENT = 64  # bytes: as torch aligns its own allocations
+# What one thread reads before it converts. Each batch costs some 30 us of Python, which threads pay one at a time; past
+# this size the bytes leave the last-level cache before they are converted. Measured: 1 MiB 0.36 s of CPU for 1.9 GB,
+# 2 MiB 0.32, 4 MiB 0.29, 8 MiB 0.32.
+_BATCH_BYTES = 4 << 20
 # Elements of one copy_ on the CPU: below at::internal::GRAIN_SIZE torch stays on the calling thread. Above it, it wakes
 # a team of threads for every copy, which fight the reader threads for the cores and lose more than they win.
 _SERIAL_ELEMENTS = 32768 - 64
@@ -55,7 +59,7 @@ def place_staged(
 ) -> list[_native.Stats]:
     """Read every box into staging memory and ``copy_`` it to its target.
 
-    Each thread reads a block and converts it while it is still in that core's cache.
+    Each thread reads a batch and converts it while it is still in the cache.
 
     Args:
         boxes: what to place; no two targets may share memory.
@@ -71,7 +75,7 @@ def place_staged(
         _check_internal_overlap(box.target)
     on_host = all(box.target.device.type == "cpu" for box in boxes)
     threads = layouts.threads(options) if on_host else 1
-    capacity = max(min(options.block_bytes, memory_bytes // threads), 16 * _ALIGNMENT)
+    capacity = max(min(_BATCH_BYTES, memory_bytes // threads), 16 * _ALIGNMENT)
     batches = _batches(boxes, capacity)
     one_thread = options.with_threads(1)
     inference = torch.is_inference_mode_enabled()
