@@ -25,6 +25,8 @@ from dcp_fast.storage import Storage
 
 __all__ = ["PlanTransfer"]
 
+_BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
+
 # As they are at import: whoever patches torch's class has hooks too.
 _DEFAULT_HOOKS = {
     name: getattr(DefaultLoadPlanner, name)
@@ -113,7 +115,7 @@ class PlanTransfer:
             for item, info, record in zip(self.items, infos, self.item_records, strict=True):
                 if record == len(self.record_fqns):  # its first item
                     file = files.setdefault(info.relative_path, len(files))
-                    opaque = big_endian or item.type == LoadItemType.BYTE_IO or bool(info.transform_descriptors)
+                    opaque = big_endian or item.type is _BYTE_IO or bool(info.transform_descriptors)
                     column += (file, info.offset, info.length, opaque)
                     self.record_fqns.append(item.storage_index.fqn)
                     self.record_files.append(file)
@@ -143,7 +145,7 @@ class PlanTransfer:
             numbers: list[int] = []  # index of each item's destination
             state_dict = self.planner.state_dict  # type: ignore[attr-defined]
             for item, record in zip(self.items, self.item_records, strict=True):
-                if item.type == LoadItemType.BYTE_IO:
+                if item.type is _BYTE_IO:
                     byte_items.append(item)
                     continue
                 index: MetadataIndex = item.dest_index
@@ -175,7 +177,7 @@ class PlanTransfer:
         order = sorted(range(len(self.items)), key=lambda i: self.record_files[self.item_records[i]])
         for i in order:
             item = self.items[i]
-            if item.type == LoadItemType.BYTE_IO:
+            if item.type is _BYTE_IO:
                 with self.report.stage("commit"):
                     self._load_bytes(item)
                 continue
