@@ -76,7 +76,7 @@ def pread_ceiling(checkpoint: Path, destinations: Destinations) -> Ceiling | Non
     segments = payload_segments(checkpoint, destinations)
     if segments is None:
         return None
-    return _tuned("pread", lambda setting: _read_segments(segments, setting), fills_destinations=True)
+    return _tuned("pread", lambda setting: read_segments(segments, setting), fills_destinations=True)
 
 
 def direct_ceiling(paths: list[Path], prepare: Callable[[], None]) -> Ceiling | None:
@@ -170,7 +170,8 @@ def _payload_offset(file: io.BufferedReader, offset: int, length: int) -> int:
     return offset + entry.header_offset + LOCAL_HEADER_BYTES + int(name_bytes) + int(extra_bytes)
 
 
-def _read_segments(segments: list[Segment], setting: Setting) -> float:
+def read_segments(segments: list[Segment], setting: Setting) -> float:
+    """Read all segments, and return how many seconds that took."""
     pieces = deque(piece for segment in segments for piece in segment.split(setting.block_bytes))
     paths = sorted({segment.path for segment in segments})
 

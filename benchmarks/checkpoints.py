@@ -9,9 +9,10 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,10 +22,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks import optimizer_state
+
 Shapes = dict[str, tuple[int, ...]]
 
 LAYERS = 12
 HIDDEN = 1536
+OPTIMIZER_LAYERS = 100
+OPTIMIZER_HIDDEN = 1376
 VOCABULARY = 88_064
 SMALL_TENSORS = 20_000
 # Every dimension stays a multiple of this, so that eight ranks get equal shards at any scale.
@@ -37,14 +42,18 @@ FORMAT = 1
 class CheckpointSpec:
     """All that determines the bytes of a checkpoint."""
 
-    kind: Literal["transformer", "small"]
+    kind: Literal["transformer", "small", "optimizer"]
     ranks: int
     scale: float = 1.0
 
     def shapes(self) -> Shapes:
-        return transformer_shapes(self.scale) if self.kind == "transformer" else small_shapes(self.scale)
+        """Of what is stored; of the parameters, where that is their optimizer state."""
+        made_by = {"transformer": transformer_shapes, "small": small_shapes, "optimizer": linear_shapes}
+        return made_by[self.kind](self.scale)
 
     def payload_bytes(self) -> int:
+        if self.kind == "optimizer":
+            return optimizer_state.payload_bytes(self.shapes())
         return sum(math.prod(shape) for shape in self.shapes().values()) * torch.float32.itemsize
 
     def directory_name(self) -> str:
@@ -55,12 +64,8 @@ class CheckpointSpec:
 
 def transformer_shapes(scale: float) -> Shapes:
     """73 tensors of a decoder-only transformer; at scale 1 they are 1.9 GB of fp32."""
-
-    def scaled(dimension: int) -> int:
-        return max(1, round(dimension * math.sqrt(scale) / GRANULE)) * GRANULE
-
-    hidden = scaled(HIDDEN)
-    shapes: Shapes = {"embedding.weight": (scaled(VOCABULARY), hidden)}
+    hidden = _scaled(HIDDEN, scale)
+    shapes: Shapes = {"embedding.weight": (_scaled(VOCABULARY, scale), hidden)}
     for layer in range(LAYERS):
         shapes |= {
             f"layers.{layer}.attention_norm.weight": (hidden,),
@@ -77,6 +82,19 @@ def small_shapes(scale: float) -> Shapes:
     """Many 4 KB tensors, as a mixture of experts with per-expert scales or an optimizer's small state has."""
     count = max(1, round(SMALL_TENSORS * scale))
     return {f"experts.{index}.scale": (32, 32) for index in range(count)}
+
+
+def linear_shapes(scale: float) -> Shapes:
+    """The parameters of 100 linear layers; at scale 1 their Adam state is 1.5 GB of fp32."""
+    hidden = _scaled(OPTIMIZER_HIDDEN, scale)
+    shapes: Shapes = {}
+    for layer in range(OPTIMIZER_LAYERS):
+        shapes |= {f"layers.{layer}.weight": (hidden, hidden), f"layers.{layer}.bias": (hidden,)}
+    return shapes
+
+
+def _scaled(dimension: int, scale: float) -> int:
+    return max(1, round(dimension * math.sqrt(scale) / GRANULE)) * GRANULE
 
 
 def ensure(spec: CheckpointSpec, data: Path) -> Path:
@@ -109,13 +127,22 @@ def _write_as_rank(rank: int, spec: CheckpointSpec, directory: str, rendezvous: 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // spec.ranks))
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=spec.ranks)
     try:
-        mesh = init_device_mesh("cpu", (spec.ranks,))
         generator = torch.Generator().manual_seed(1 + rank)
-        state: dict[str, DTensor] = {}
-        for name, (rows, *rest) in spec.shapes().items():
-            assert rows % spec.ranks == 0, f"{name}: {rows} rows do not divide over {spec.ranks} ranks"
-            local = torch.randn((rows // spec.ranks, *rest), generator=generator)
-            state[name] = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+        if spec.kind == "optimizer":
+            warnings.simplefilter("ignore")  # ShardedTensors are deprecated, and say so often
+            state = optimizer_state.adam_state(spec.shapes(), generator)
+        else:
+            state = _tensors_by_rows(spec, generator)
         save(state, storage_writer=FileSystemWriter(directory))
     finally:
         dist.destroy_process_group()
+
+
+def _tensors_by_rows(spec: CheckpointSpec, generator: torch.Generator) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (spec.ranks,))
+    state: dict[str, Any] = {}
+    for name, (rows, *rest) in spec.shapes().items():
+        assert rows % spec.ranks == 0, f"{name}: {rows} rows do not divide over {spec.ranks} ranks"
+        local = torch.randn((rows // spec.ranks, *rest), generator=generator)
+        state[name] = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+    return state

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import fresh, measure, peers, plot, results
+from benchmarks import fresh, measure, optimizer, peers, plot, results
 from benchmarks.contenders import why_dcp_fast_is_missing
 from benchmarks.workloads import all_workloads
 
@@ -41,14 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first_loads: list[fresh.FirstLoads] = []
     for name in chosen:
         workload = workloads[name]
+        by_ranks = workload.checkpoint.kind == "optimizer"
         try:
-            measurements += measure.run(workload, run_options, _say)
+            run = optimizer.run if by_ranks else measure.run
+            measurements += run(workload, run_options, _say)
         except measure.VerificationError as error:
             _say(f"FAILED: {error}")
             return 1
         rounds = workload.fresh_rounds if options.fresh_rounds is None else options.fresh_rounds
         if workload.fresh_rounds and rounds:
-            first_loads.append(fresh.measure(workload, options.data, entrants, rounds, _say))
+            run_first = optimizer.first_loads if by_ranks else fresh.measure
+            first_loads += run_first(workload, options.data, entrants, rounds, _say)
 
     rows = [row for measurement in measurements for row in results.rows_of(measurement)]
     tables = [
@@ -81,9 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         "--fresh-rounds",
         type=int,
         metavar="N",
-        help="loads in fresh processes (default: 3, or 0 for small)",
+        help="loads in fresh processes (default: each workload's own, 0 to 3)",
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="size of the data; 1.0 is 1.9 GB a checkpoint")
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the data; 1.0 is 1.5 to 1.9 GB a checkpoint")
     parser.add_argument("--data", type=Path, default=HERE / "data", help="where checkpoints are kept between runs")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="where results.json and results.png go")
     parser.add_argument("--list", action="store_true", help="list the workloads and stop")

@@ -77,11 +77,18 @@ def load_with_dcp_fast(checkpoint: Path, state: dict[str, torch.Tensor]) -> Samp
     with _no_dist_is_meant():
         dcp_fast.load(dict(state), storage_reader=reader, planner=dcp_fast.DefaultLoadPlanner(), no_dist=True)
     seconds = time.perf_counter() - start
-    report = {name: getattr(dcp_fast.last_report(), name, None) for name in REPORT_FIELDS}
+    report = dcp_fast_report()
     stages = report["seconds"] or {}
     # A load that does not go through ``read_data`` tells the same from its stages.
     alone = sum(read_data) if read_data else sum(stages.get(stage, 0.0) for stage in READ_DATA_STAGES)
     return Sample(seconds, alone, report)
+
+
+def dcp_fast_report() -> dict[str, Any]:
+    """What dcp_fast says of the last load of this process."""
+    import dcp_fast
+
+    return {name: getattr(dcp_fast.last_report(), name, None) for name in REPORT_FIELDS}
 
 
 def why_dcp_fast_is_missing() -> str | None:

@@ -22,6 +22,8 @@ from benchmarks import checkpoints, contenders, destinations, page_cache
 from benchmarks.workloads import MIB, Temperature, Workload, all_workloads
 
 ALLOWED_BEYOND_STAGING = 32 * MIB
+# What a rank's peak may differ by between worlds and still count as constant.
+ALLOWED_GROWTH = 4 * MIB
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -36,6 +38,8 @@ class FirstLoad:
     peak_is_exact: bool
     # The memory that the contender may use by its own settings.
     staging_bytes: int | None
+    # Where several ranks loaded: `seconds` and `peak_bytes` are the largest of them all.
+    rank_peak_bytes: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class FirstLoads:
 
     workload: Workload
     loads: list[FirstLoad]
+    # The same by the fewest ranks; no rank's peak may be larger than there.
+    smallest_world: FirstLoads | None = None
 
     def seconds(self, contender: str) -> float | None:
         found = [load.seconds for load in self.loads if load.contender == contender]
@@ -56,8 +62,16 @@ class FirstLoads:
         staging = [load.staging_bytes for load in self.loads if load.staging_bytes is not None]
         return staging[0] + ALLOWED_BEYOND_STAGING if staging else None
 
+    def growth_bytes(self) -> int | None:
+        """How much larger dcp_fast's peak is than in the smallest world."""
+        peak = self.peak_bytes("dcp_fast")
+        least = self.smallest_world.peak_bytes("dcp_fast") if self.smallest_world is not None else None
+        return peak - least if peak is not None and least is not None else None
 
-def measure(workload: Workload, data: Path, entrants: list[str], rounds: int, say: Callable[[str], None]) -> FirstLoads:
+
+def measure(
+    workload: Workload, data: Path, entrants: list[str], rounds: int, say: Callable[[str], None]
+) -> list[FirstLoads]:
     """Run every contender in processes of its own, in turn."""
     checkpoint = checkpoints.ensure(workload.checkpoint, data)
     loads: list[FirstLoad] = []
@@ -72,7 +86,7 @@ def measure(workload: Workload, data: Path, entrants: list[str], rounds: int, sa
     result = FirstLoads(workload, loads)
     found = (f"{name} {result.seconds(name):.3f} s" for name in entrants)
     say(f"  {Temperature.WARM.value}, first load of a process: {', '.join(found)}")
-    return result
+    return [result]
 
 
 def _load_here(checkpoint: Path, workload: Workload, contender: str) -> FirstLoad:
@@ -83,13 +97,13 @@ def _load_here(checkpoint: Path, workload: Workload, contender: str) -> FirstLoa
 
         staging_bytes = dcp_fast.FileSystemReader(checkpoint).staging_bytes
     load = contenders.load_with_torch if contender == "torch" else contenders.load_with_dcp_fast
-    exact = _reset_high_water_mark()
-    before = _status_bytes("VmRSS")
+    exact = reset_high_water_mark()
+    before = status_bytes("VmRSS")
     sample = load(checkpoint, state)
-    return FirstLoad(contender, sample.seconds, _status_bytes("VmHWM") - before, exact, staging_bytes)
+    return FirstLoad(contender, sample.seconds, status_bytes("VmHWM") - before, exact, staging_bytes)
 
 
-def _reset_high_water_mark() -> bool:
+def reset_high_water_mark() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -97,7 +111,7 @@ def _reset_high_water_mark() -> bool:
     return True
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fresh import FirstLoads
+from benchmarks.fresh import ALLOWED_GROWTH, FirstLoads
 from benchmarks.measure import Measurement
 from benchmarks.peers import PEERS
 from benchmarks.workloads import MIB, Metric, Target, Temperature
@@ -34,6 +34,7 @@ class Row:
     amplification: float | None
     requests: int | None
     records: int | None
+    metadata_reads: int | None
     gigabytes: float
     targets: tuple[Target, ...]
 
@@ -52,6 +53,8 @@ class Row:
             return self.amplification
         if metric is Metric.READS_PER_RECORD:
             return self.requests / self.records if self.requests is not None and self.records else None
+        if metric is Metric.METADATA_READS:
+            return self.metadata_reads
         return self.speedup
 
     def verdict(self) -> str:
@@ -104,6 +107,7 @@ def rows_of(measurement: Measurement) -> list[Row]:
         "amplification": report.get("read_amplification"),
         "requests": report.get("requests"),
         "records": report.get("records"),
+        "metadata_reads": report.get("metadata_reads"),
         "gigabytes": workload.bytes_needed() / 1e9,
     }
     rows = [
@@ -159,6 +163,11 @@ def fresh_table(fresh: Sequence[FirstLoads]) -> str:
         targets = [t for t in first.workload.targets[Temperature.WARM] if t.metric is Metric.SPEEDUP]
         words = [_word(ratio is not None and t.metric.holds(ratio, t.bound), ratio) for t in targets]
         words.append(_word(peak is not None and allowed is not None and peak <= allowed, peak))
+        bounds = [*map(str, targets), f"<={allowed // MIB} MiB" if allowed is not None else NONE]
+        if first.smallest_world is not None:
+            growth = first.growth_bytes()
+            bounds.append(f"grows <={ALLOWED_GROWTH // MIB} MiB")
+            words.append(_word(growth is not None and growth <= ALLOWED_GROWTH, growth))
         torch_peak = first.peak_bytes("torch")
         lines.append(
             [
@@ -168,7 +177,7 @@ def fresh_table(fresh: Sequence[FirstLoads]) -> str:
                 _number(ratio, ".1f", "x"),
                 _number(torch_peak / MIB if torch_peak is not None else None, ".0f"),
                 _number(peak / MIB if peak is not None else None, ".0f"),
-                ", ".join([*map(str, targets), f"<={allowed // MIB} MiB" if allowed is not None else NONE]),
+                ", ".join(bounds),
                 ", ".join(words),
             ]
         )

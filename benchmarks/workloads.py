@@ -28,9 +28,10 @@ class Metric(enum.Enum):
     READ_DATA_SPEEDUP = ">={:g}x torch's read_data"
     AMPLIFICATION = "<={:.2f} read/needed"
     READS_PER_RECORD = "<=1 read per {:g} records"
+    METADATA_READS = "<={:g} metadata read"
 
     def holds(self, value: float, bound: float) -> bool:
-        if self is Metric.AMPLIFICATION:
+        if self in (Metric.AMPLIFICATION, Metric.METADATA_READS):
             return value <= bound
         if self is Metric.READS_PER_RECORD:
             return value <= 1 / bound
@@ -131,6 +132,14 @@ def all_workloads(scale: float) -> dict[str, Workload]:
             by_one,
             Wanted(dtype=torch.bfloat16),
             {warm: (Target(Metric.SPEEDUP, 5),)},
+        ),
+        Workload(
+            "optimizer",
+            "Adam state of 100 layers written by 4 ranks, loaded by 2",
+            CheckpointSpec("optimizer", ranks=4, scale=scale),
+            Wanted(dim=0, ranks=2),
+            {warm: (Target(Metric.SPEEDUP, 5), Target(Metric.METADATA_READS, 1))},
+            fresh_rounds=1,  # a round is 14 processes, and it is their peaks that count, which hardly vary
         ),
     ]
     return {workload.name: workload for workload in workloads}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
@@ -151,7 +152,10 @@ def _volume(sizes: Any) -> int:
 def _check_size(fqn: str, entry: STORAGE_TYPES, value: Any) -> None:
     if not isinstance(entry, TensorStorageMetadata) or getattr(value, "size", None) is None:
         return
-    size = torch.Size(value.global_shape) if _is_checkpointable_tensor(value) else value.size()
+    if isinstance(value, ShardedTensor):
+        size = value.metadata().size  # what size() returns after a detour through torch's dispatcher
+    else:
+        size = torch.Size(value.global_shape) if _is_checkpointable_tensor(value) else value.size()
     if entry.size != size:
         raise ValueError(f"Size mismatch between saved {entry.size} and current: {size} for {fqn}")
 

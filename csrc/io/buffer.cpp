@@ -2,12 +2,27 @@
 
 #include <sys/mman.h>
 
+#include <cstdint>
 #include <new>
 
 namespace dcp_fast::io {
 
 namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
+}  // namespace
+
+void advise_huge_pages(void* begin, size_t size) {
+#ifdef MADV_HUGEPAGE
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (address + size) / kHugePage * kHugePage;
+  if (first < last) {
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): rounded up from `begin`
+    static_cast<void>(::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
+  }
+#else
+  static_cast<void>(begin), static_cast<void>(size);
+#endif
 }
 
 AlignedBuffer::~AlignedBuffer() {
@@ -23,10 +38,7 @@ std::byte* AlignedBuffer::reserve(size_t size) {
   if (rounded < size) throw std::bad_alloc();
   void* memory = ::mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  // Page faults cost more than the copy itself; a refusal only costs speed.
-  if (rounded >= kHugePage) static_cast<void>(::madvise(memory, rounded, MADV_HUGEPAGE));
-#endif
+  advise_huge_pages(memory, rounded);  // page faults cost more than the copy itself
   data_ = static_cast<std::byte*>(memory);
   capacity_ = rounded;
   return data_;

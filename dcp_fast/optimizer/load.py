@@ -7,7 +7,6 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint import state_dict_loader as torch_loader
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
@@ -17,11 +16,11 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from dcp_fast.errors import OptimizerStateError
+from dcp_fast.garbage import paused_collection
 from dcp_fast.optimizer.destinations import (
+    RowSharding,
     like_parameter,
-    sharded_by_rows,
     slices_of_parameters,
-    whole,
 )
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
 from dcp_fast.planner import DefaultLoadPlanner
@@ -32,6 +31,7 @@ __all__ = ["load_sharded_optimizer_state_dict"]
 _Path = tuple[Any, ...]
 
 
+@paused_collection()
 def load_sharded_optimizer_state_dict(
     model_state_dict: dict[str, Any],
     optimizer_key: str,
@@ -132,7 +132,8 @@ def _destinations(
     entries = _entries(metadata, optimizer_key)
     slices = slices_of_parameters(model_state_dict)
     # As in torch: state of parameters without a slice is sharded over the data-parallel ranks of those that have one.
-    group = next(reversed(slices.values())).group if slices else None
+    shardings = {part.group: RowSharding(part.group) for part in slices.values()}
+    by_rows = next(reversed(shardings.values())) if shardings else RowSharding(None)
     state_dict: dict[str, Any] = {}
     strangers = set()
     for key, (path, entry) in entries.items():
@@ -142,16 +143,16 @@ def _destinations(
         fqn, name = _parameter_of(path)
         if like == "model" and fqn is not None and fqn not in slices:
             if fqn in model_state_dict:
-                state_dict[key] = _like_model(key, entry, name, model_state_dict[fqn], group)
+                state_dict[key] = _like_model(key, entry, name, model_state_dict[fqn], by_rows)
             else:
                 strangers.add(fqn)
         elif entry.size.numel() == 1 or (like == "model" and fqn is None):
-            state_dict[key] = whole(entry, group)
+            state_dict[key] = by_rows.whole(entry)
         else:
             part = slices.get(fqn) if fqn is not None else None
-            if group is not None and fqn is not None:
+            if slices and fqn is not None:
                 _check_size(key, entry, model_state_dict.get(fqn))
-            state_dict[key] = sharded_by_rows(entry, group if part is None else part.group, part)
+            state_dict[key] = by_rows.sharded(entry) if part is None else shardings[part.group].sharded(entry, part)
     if strangers:
         raise OptimizerStateError(
             f"the checkpoint has optimizer state of {len(strangers)} parameters that the model's state dict lacks, so "
@@ -193,20 +194,20 @@ def _parameter_of(path: _Path) -> tuple[str | None, str]:
 
 
 def _like_model(
-    key: str, entry: TensorStorageMetadata, name: str, parameter: Any, group: dist.ProcessGroup | None
+    key: str, entry: TensorStorageMetadata, name: str, parameter: Any, by_rows: RowSharding
 ) -> torch.Tensor:
     # Optimizers of torch count steps in a plain tensor of no dimensions, also for a parameter of none.
     is_step = name == "step" and not entry.size
     if isinstance(parameter, torch.Tensor) and entry.size == parameter.size() and not is_step:
         return like_parameter(entry, parameter)
     if entry.size.numel() == 1:
-        return whole(entry, group)
+        return by_rows.whole(entry)
     _check_size(key, entry, parameter)
     raise OptimizerStateError(f"state of a {type(parameter).__name__}, which has no sharding", fqn=key)
 
 
 def _check_size(key: str, entry: TensorStorageMetadata, parameter: Any) -> None:
-    size = parameter.size() if isinstance(parameter, (torch.Tensor, ShardedTensor)) else None
+    size = parameter.size() if isinstance(parameter, torch.Tensor) else None
     if size is not None and entry.size != size:
         raise OptimizerStateError(f"Size mismatch between saved {entry.size} and current: {size} for {key}", fqn=key)
 
