@@ -55,10 +55,11 @@ class Installation:
 def install() -> Installation:
     """Make ``torch.distributed.checkpoint`` itself use dcp_fast.
 
-    Replaces ``FileSystemReader``, ``DefaultLoadPlanner``, ``load``, ``load_state_dict`` and two planning functions in
-    every loaded module that has torch's under some name, so that code which imported them before is served too. Readers
-    and planners that exist already stay what they are, and type checks that name torch's classes still hold for them
-    and for what was derived from those. A second call changes nothing.
+    Replaces ``FileSystemReader``, ``DefaultLoadPlanner``, ``load``, ``load_state_dict``,
+    ``load_sharded_optimizer_state_dict`` and two planning functions in every loaded module that has torch's under some
+    name, so that code which imported them before is served too. Readers and planners that exist already stay what they
+    are, and type checks that name torch's classes still hold for them and for what was derived from those. A second
+    call changes nothing.
 
     Returns:
         A context manager that uninstalls at its end, unless dcp_fast had been installed before.

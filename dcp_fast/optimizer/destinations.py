@@ -95,7 +95,7 @@ def _empty_slices(model_state_dict: Mapping[str, Any], group: dist.ProcessGroup)
         size = value.size()
         shards = value.metadata().shards_metadata
         split = [any(shard.shard_sizes[dim] != size[dim] for shard in shards) for dim in range(len(size))]
-        if not any(split):  # another rank has it all
+        if split and not any(split):  # another rank has it all
             split[0] = True
         sizes = torch.Size(0 if is_split else length for is_split, length in zip(split, size, strict=True))
         slices[fqn] = ParameterSlice((0,) * len(size), sizes, size, group)
@@ -172,10 +172,8 @@ def like_parameter(entry: TensorStorageMetadata, parameter: torch.Tensor) -> tor
 
 
 def _empty_like(entry: TensorStorageMetadata, tensor: torch.Tensor) -> torch.Tensor:
-    device = tensor.device
-    if device.type == "meta":
-        device = _device(_get_pg_default_device().type)
-    return _with_huge_pages(torch.empty_like(tensor.detach(), dtype=entry.properties.dtype, device=device))
+    # Of a parameter on the meta device too: planners replace such tensors by real ones.
+    return _with_huge_pages(torch.empty_like(tensor.detach(), dtype=entry.properties.dtype))
 
 
 def _device(device_type: str) -> torch.device:

@@ -60,8 +60,9 @@ def load_sharded_optimizer_state_dict(
             the 2-D layout over the data-parallel ranks, whichever these are. ``"model"`` returns each state tensor
             with the sharding of its parameter: a DTensor with its mesh and placements for a DTensor, a ShardedTensor
             with its shards for a ShardedTensor. Use it for models whose state dict has DTensors (FSDP2, FSDP on a
-            device mesh, HSDP, FSDP2 + TP), and for FSDP on a process group of some ranks. A nested ShardedTensor's
-            state is sharded as without it.
+            device mesh, HSDP, FSDP2 + TP), and for FSDP on process groups of some ranks, where every rank must have a
+            model. State that is neither of its parameter's size nor a single element (factored state, for one) is an
+            error: how it was sharded is not stored. A nested ShardedTensor's state is sharded as without it.
 
     Returns:
         ``{optimizer_key: the nested optimizer state dict}``. Tensors of one element are plain tensors.
