@@ -162,9 +162,8 @@ std::unique_ptr<Program> make_program(const Layouts& layouts, const py::buffer& 
 
 std::vector<size_t> items_of(const Program& program, Transfer::Kind kind, int32_t wave) {
   std::vector<size_t> indices;
-  for (size_t i = 0; i < program.transfers().size(); ++i) {
-    const Transfer& transfer = program.transfers()[i];
-    if (transfer.kind == kind && transfer.wave == wave) indices.push_back(i);
+  for (const size_t i : program.items_of(wave)) {
+    if (program.transfers()[i].kind == kind) indices.push_back(i);
   }
   return indices;
 }

@@ -2,7 +2,9 @@
 // bindings.cpp hands it to Python, where dcp_fast/errors.py turns it into a typed exception that names the FQN.
 #pragma once
 
+#include <cerrno>
 #include <cstdint>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -10,7 +12,7 @@
 namespace dcp_fast {
 
 enum class ErrorKind {
-  kIo,             // a system call failed; `error_number` is its errno
+  kIo,             // a system call failed, or memory ran out; `error_number` is its errno
   kTruncated,      // the file ends before the bytes that the metadata promises
   kCorrupt,        // the bytes contradict themselves or the metadata
   kCorruptPickle,  // likewise the description of a tensor within its record
@@ -35,5 +37,22 @@ struct Error : std::runtime_error {
   int64_t record = -1;  // index into the records of the load, -1 where none is known
   int64_t item = -1;    // index into the items of the load, -1 where none is known
 };
+
+// Calls `work`. Memory that it cannot have is an error of the system like any other, so that callers add where.
+template <typename Work>
+void with_memory_errors(const Work& work) {
+  const auto error = [] {
+    Error result(ErrorKind::kIo, "out of memory");
+    result.error_number = ENOMEM;
+    return result;
+  };
+  try {
+    work();
+  } catch (const std::bad_alloc&) {
+    throw error();
+  } catch (const std::length_error&) {  // a container asked for more than there could ever be
+    throw error();
+  }
+}
 
 }  // namespace dcp_fast

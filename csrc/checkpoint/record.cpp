@@ -66,15 +66,38 @@ std::optional<Entries> sort_entries(const ZipDirectory& directory) {
   return entries.pickle != nullptr ? std::optional<Entries>(entries) : std::nullopt;
 }
 
-// Whether an entry's data ends where the next entry begins, but for the data descriptor: only the local header tells
-// where the data begins, and damage to it would shift the tensor.
-bool fills_its_place(const ZipDirectory& directory, const ZipEntry& entry, uint64_t data) {
+uint64_t next_header(const ZipDirectory& directory, const ZipEntry& entry) {
   uint64_t next = directory.begin;
   for (const ZipEntry& other : directory.entries) {
     if (other.header_offset > entry.header_offset) next = std::min(next, other.header_offset);
   }
-  const uint64_t descriptor = !entry.has_descriptor ? 0 : entry.size < 0xFFFFFFFF ? 16 : 24;
-  return data + entry.size + descriptor == next;
+  return next;
+}
+
+// The last bytes before `end`, from whichever window holds them; empty if neither does.
+Bytes bytes_before(uint64_t end, uint64_t count, const Bytes& head, const Bytes& tail, uint64_t length) {
+  count = std::min(count, end);
+  if (end <= head.size()) return {head.data() + (end - count), count};
+  const uint64_t tail_begin = length - tail.size();
+  if (end - count >= tail_begin) return {tail.data() + (end - count - tail_begin), count};
+  return {};
+}
+
+enum class Place { kFilled, kWrong, kNeedsTail };
+
+// Whether an entry's data ends where the next entry begins, but for the data descriptor: only the local header tells
+// where the data begins, and damage to it would shift the tensor. As other zip writers than torch's may choose among
+// descriptors of several sizes, for them the descriptor itself must confirm its size.
+Place check_place(const Bytes& head, const Bytes& tail, uint64_t length, const ZipEntry& entry, uint64_t data,
+                  uint64_t next) {
+  const uint64_t end = data + entry.size;
+  if (end > next || next - end > kMaxDescriptor) return Place::kWrong;
+  const uint64_t gap = next - end;
+  if (!entry.has_descriptor) return gap == 0 ? Place::kFilled : Place::kWrong;
+  if (gap == torch_descriptor_size(entry) && is_padded_by_torch(head, entry)) return Place::kFilled;
+  const Bytes bytes = bytes_before(next, kMaxDescriptor, head, tail, length);
+  if (bytes.size() == 0) return Place::kNeedsTail;
+  return find_descriptor(bytes, entry) == gap ? Place::kFilled : Place::kWrong;
 }
 
 // Bytes from the storage's start to past the tensor's last element; nullopt if that overflows.
@@ -110,9 +133,10 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
   uint64_t head_needed = 0;
   const auto need = [&head_needed, &head](const ZipEntry& entry, uint64_t data_bytes) {
     const std::optional<uint64_t> data = local_data_offset(head, entry);
-    if (local_header_end(entry) > head.size()) {
+    if (local_header_end(entry) + kExtraHeads > head.size()) {
       // Without the header the size of its extra field is a guess: torch pads to the storage alignment.
-      head_needed = std::max(head_needed, local_header_end(entry) + (data_bytes > 0 ? 4 * kHeadBytes + data_bytes : 0));
+      head_needed = std::max(
+          head_needed, local_header_end(entry) + kExtraHeads + (data_bytes > 0 ? 4 * kHeadBytes + data_bytes : 0));
     } else if (data && data_bytes > 0 && *data + data_bytes > head.size()) {
       head_needed = std::max(head_needed, *data + data_bytes);
     }
@@ -154,7 +178,10 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
   if (*data > zip.directory.begin || storage.size > zip.directory.begin - *data) {
     return corrupt("the storage reaches past its archive");
   }
-  if (!fills_its_place(zip.directory, storage, *data)) {
+  const uint64_t next = next_header(zip.directory, storage);
+  const Place place = check_place(head, tail, size, storage, *data, next);
+  if (place == Place::kNeedsTail) return needs_more(head, tail, 0, size - next + kMaxDescriptor, length);
+  if (place == Place::kWrong) {
     return corrupt("the local header of the storage points to another place than the directory");
   }
   const std::optional<int64_t> span = storage_span(*tensor);

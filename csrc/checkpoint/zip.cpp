@@ -9,6 +9,7 @@ namespace {
 
 constexpr uint32_t kLocalHeader = 0x04034b50;
 constexpr uint32_t kDirectoryEntry = 0x02014b50;
+constexpr uint32_t kDescriptorSignature = 0x08074b50;
 constexpr uint32_t kEnd = 0x06054b50;
 constexpr uint32_t kZip64End = 0x06064b50;
 constexpr uint32_t kZip64Locator = 0x07064b50;
@@ -17,6 +18,7 @@ constexpr size_t kEndSize = 22;
 constexpr size_t kZip64EndSize = 56;
 constexpr size_t kZip64LocatorSize = 20;
 constexpr uint16_t kZip64Extra = 1;
+constexpr uint16_t kTorchPadding = 'F' | 'B' << 8;
 constexpr uint16_t kEncrypted = 1;
 constexpr uint16_t kDescriptor = 8;
 constexpr uint64_t kMaxEntries = 64;  // torch.save of one tensor writes seven
@@ -174,6 +176,44 @@ std::optional<uint64_t> local_data_offset(Bytes head, const ZipEntry& entry) {
   const bool same_name = head.text(name_size) == entry.name;
   if (!head.ok() || !same_name || method != 0 || (flags & kEncrypted) != 0) return std::nullopt;
   return local_header_end(entry) + extra_size;
+}
+
+bool is_padded_by_torch(Bytes head, const ZipEntry& entry) {
+  head.seek(entry.header_offset + kLocalHeaderSize - 2);
+  const uint16_t extra_size = head.u16();
+  head.skip(entry.name.size());
+  uint64_t left = extra_size;
+  while (head.ok() && left >= 4) {
+    const uint16_t id = head.u16();
+    const uint64_t size = 4 + uint64_t{head.u16()};
+    if (id == kTorchPadding) return head.ok() && size == left;
+    if (size > left) return false;
+    left -= size;
+    head.skip(size - 4);
+  }
+  return false;
+}
+
+uint64_t torch_descriptor_size(const ZipEntry& entry) {
+  if (!entry.has_descriptor) return 0;
+  return entry.size < 0xFFFFFFFF ? 16 : 24;
+}
+
+std::optional<uint64_t> find_descriptor(Bytes bytes, const ZipEntry& entry) {
+  // With signature first: without it, the rest of the same descriptor fits too.
+  for (const bool signature : {true, false}) {
+    for (const bool wide : {true, false}) {
+      const uint64_t size = (signature ? 4U : 0U) + 4 + (wide ? 16 : 8);
+      if (size > bytes.size()) continue;
+      Bytes descriptor(bytes.data() + (bytes.size() - size), size);
+      if (signature && descriptor.u32() != kDescriptorSignature) continue;
+      if (descriptor.u32() != entry.crc32) continue;
+      const uint64_t compressed = wide ? descriptor.u64() : descriptor.u32();
+      const uint64_t uncompressed = wide ? descriptor.u64() : descriptor.u32();
+      if (compressed == entry.size && uncompressed == entry.size) return size;
+    }
+  }
+  return std::nullopt;
 }
 
 uint32_t crc32(const std::byte* data, size_t size) {

@@ -43,6 +43,21 @@ std::optional<uint64_t> local_data_offset(Bytes head, const ZipEntry& entry);
 // The bytes of the archive's start that local_data_offset needs for this entry.
 uint64_t local_header_end(const ZipEntry& entry);
 
+// What is_padded_by_torch needs beyond that.
+inline constexpr uint64_t kExtraHeads = 4 + 16 + 4;
+
+// Whether the extra field of an entry's local header ends in the padding that torch.save writes. The padding has a
+// length of its own, which vouches for that of the extra field, and so for local_data_offset.
+bool is_padded_by_torch(Bytes head, const ZipEntry& entry);
+
+// The size of the data descriptor that torch.save writes for an entry.
+uint64_t torch_descriptor_size(const ZipEntry& entry);
+inline constexpr uint64_t kMaxDescriptor = 24;
+
+// The size of the data descriptor at the end of `bytes`, the last ones before the next header. The format allows four,
+// with or without signature and with sizes of 32 or 64 bits; only one can fit the entry. nullopt if none does.
+std::optional<uint64_t> find_descriptor(Bytes bytes, const ZipEntry& entry);
+
 // CRC-32 as zip uses it (reflected polynomial 0xEDB88320).
 uint32_t crc32(const std::byte* data, size_t size);
 

@@ -61,21 +61,24 @@ class TaskRunner {
   void run(const Task& task, Worker& worker) {
     const Piece* piece = &schedule_.pieces[task.first_piece];
     try {
-      const io::File& file = worker.open(files_, task.file);
-      const Policy& policy = policies_[task.file];
-      if (task.pieces > 1 || policy.reads_through(piece->loops, 0)) {
-        read_through(policy, file, worker, piece, task.pieces);
-      } else {
-        read_runs(policy, file, worker, *piece);
-      }
+      with_memory_errors([&] {
+        const io::File& file = worker.open(files_, task.file);
+        const Policy& policy = policies_[task.file];
+        if (task.pieces > 1 || policy.reads_through(piece->loops, 0)) {
+          read_through(policy, file, worker, piece, task.pieces);
+        } else {
+          read_runs(policy, file, worker, *piece);
+        }
+      });
     } catch (Error& error) {
       const Piece* end = piece + task.pieces;
       while (piece + 1 != end && (piece + 1)->source <= error.offset) ++piece;
       error.item = static_cast<int64_t>(piece->item);
       const size_t index = program_.items()[piece->item].record;
       error.record = static_cast<int64_t>(index);
-      if (error.offset < 0) {  // the file could not be opened
+      if (error.offset < 0) {  // the file could not be opened, or there was no memory
         const Record& record = program_.layouts().records[index];
+        error.path = program_.layouts().paths[record.file];
         error.offset = record.offset;
         error.length = record.length;
       }
@@ -116,6 +119,7 @@ class TaskRunner {
     inner.loops.erase(inner.loops.begin());
     const bool through = policy.reads_through(inner.loops, 0);
     for (int64_t i = 0; i < outer.size; ++i) {
+      worker.stop_if_cancelled();
       inner.source = piece.source + i * outer.source_stride;
       inner.destination = piece.destination + i * outer.destination_stride;
       if (through) {
@@ -145,9 +149,9 @@ Stats run_wave(const Program& program, int32_t wave, const Options& options, con
 
   Stats stats;
   std::vector<Piece> boxes;
-  for (size_t i = 0; i < program.items().size(); ++i) {
+  for (const size_t i : program.items_of(wave)) {
     const Transfer& transfer = program.transfers()[i];
-    if (transfer.kind != Transfer::Kind::kDirect || transfer.wave != wave || transfer.loops.empty()) continue;
+    if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
     const size_t file = layouts.records[program.items()[i].record].file;
     boxes.push_back({file, transfer.source, transfer.destination, i, transfer.loops});
     stats.bytes_placed += box::volume(transfer.loops);

@@ -171,13 +171,16 @@ class LayoutReader {
     const Span& span = spans_[span_index];
     size_t record = windows_[span.first_window].record;
     try {
-      const io::File& file = worker.open(files_, span.file);
-      const std::byte* data =
-          file.read_staged(worker.buffer, static_cast<size_t>(span.end - span.begin), span.begin, *worker.counters);
-      for (size_t i = span.first_window; i < span.first_window + span.windows; ++i) {
-        record = windows_[i].record;
-        take(windows_[i], data + (windows_[i].begin - span.begin), worker, file);
-      }
+      with_memory_errors([&] {
+        const io::File& file = worker.open(files_, span.file);
+        const std::byte* data =
+            file.read_staged(worker.buffer, static_cast<size_t>(span.end - span.begin), span.begin, *worker.counters);
+        for (size_t i = span.first_window; i < span.first_window + span.windows; ++i) {
+          worker.stop_if_cancelled();  // a record may ask for more reads
+          record = windows_[i].record;
+          take(windows_[i], data + (windows_[i].begin - span.begin), worker, file);
+        }
+      });
     } catch (Error& error) {
       throw about_record(error, layouts_, record);
     }

@@ -106,9 +106,12 @@ Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vec
     writes.push_back(write);
   }
   const std::vector<int32_t> waves = assign_waves(writes);
+  items_by_wave_.resize(1);
   for (size_t i = 0; i < order.size(); ++i) {
     transfers_[order[i]].wave = waves[i];
-    waves_ = std::max(waves_, waves[i] + 1);
+    const auto wave = static_cast<size_t>(waves[i]);
+    if (wave >= items_by_wave_.size()) items_by_wave_.resize(wave + 1);
+    items_by_wave_[wave].push_back(order[i]);
   }
 }
 
@@ -128,13 +131,12 @@ void Program::prepare(size_t index, const Destination& destination) {
     throw Error(ErrorKind::kSizeMismatch, "mismatch sizes " + text(item.lengths) + " of the destination vs " +
                                               text(source_lengths) + " of the stored tensor");
   }
-  bytes_needed_ += std::accumulate(item.lengths.begin(), item.lengths.end(), checkpoint::info(layout.dtype).itemsize,
-                                   std::multiplies<>());
   const int64_t itemsize = checkpoint::info(layout.dtype).itemsize;
   if (!box::source_is_disjoint(box::collapse(item.lengths, layout.strides, layout.strides, itemsize))) {
     transfer.kind = Transfer::Kind::kUnknownRecord;  // an expanded tensor: torch knows how to read it
     return;
   }
+  bytes_needed_ += std::accumulate(item.lengths.begin(), item.lengths.end(), itemsize, std::multiplies<>());
   if (!destination.writable_by_host || destination.dtype != layout.dtype ||
       overlaps_itself(item.lengths, destination.strides)) {
     transfer.kind = Transfer::Kind::kStaged;

@@ -52,8 +52,10 @@ class Program {
   const Layouts& layouts() const { return layouts_; }
   const std::vector<Item>& items() const { return items_; }
   const std::vector<Transfer>& transfers() const { return transfers_; }
-  int32_t waves() const { return waves_; }
-  // Payload bytes of all boxes whose layout is known.
+  int32_t waves() const { return static_cast<int32_t>(items_by_wave_.size()); }
+  // Indices in torch's order. Throws std::out_of_range.
+  const std::vector<size_t>& items_of(int32_t wave) const { return items_by_wave_.at(static_cast<size_t>(wave)); }
+  // Payload bytes of all boxes that are read natively.
   int64_t bytes_needed() const { return bytes_needed_; }
 
  private:
@@ -62,7 +64,7 @@ class Program {
   const Layouts& layouts_;
   std::vector<Item> items_;
   std::vector<Transfer> transfers_;
-  int32_t waves_ = 1;
+  std::vector<std::vector<size_t>> items_by_wave_;
   int64_t bytes_needed_ = 0;
 };
 

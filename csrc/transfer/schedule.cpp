@@ -11,12 +11,16 @@ namespace {
 using box::Dim;
 using box::Loops;
 
-// What reading loops[level..] costs, in bytes read.
+bool is_one_request(const Policy& policy, const Loops& loops, size_t level) {
+  return level + 1 == loops.size() || policy.reads_through(loops, level);
+}
+
+// What reading loops[level..] costs, in bytes read. The request counts where it is one of many: a box of small runs far
+// apart is as much work as a large one, and as much is worth sharing among threads.
 int64_t read_cost(const Policy& policy, const Loops& loops, size_t level) {
-  if (level + 1 == loops.size()) return loops[level].size;
-  if (policy.reads_through(loops, level)) return box::source_span(loops, level);
-  const bool runs = level + 2 == loops.size();
-  return loops[level].size * (read_cost(policy, loops, level + 1) + (runs ? policy.request_cost : 0));
+  if (is_one_request(policy, loops, level)) return box::source_span(loops, level);
+  const bool requests = is_one_request(policy, loops, level + 1);
+  return loops[level].size * (read_cost(policy, loops, level + 1) + (requests ? policy.request_cost : 0));
 }
 
 class Splitter {
@@ -31,9 +35,8 @@ class Splitter {
       return;
     }
     const bool contiguous = piece.loops.size() == 1;
-    const int64_t step = contiguous ? 1
-                                    : std::max(read_cost(policy_, piece.loops, 1),
-                                               policy_.reads_through(piece.loops, 0) ? outer.source_stride : 0);
+    const int64_t step =
+        is_one_request(policy_, piece.loops, 0) ? outer.source_stride : read_cost(policy_, piece.loops, 0) / outer.size;
     const int64_t group = std::max<int64_t>(1, policy_.block_bytes / step);
     for (int64_t begin = 0; begin < outer.size; begin += group) {
       Piece part = piece;

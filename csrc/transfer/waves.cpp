@@ -1,7 +1,9 @@
 #include "transfer/waves.h"
 
 #include <algorithm>
-#include <numeric>
+#include <iterator>
+#include <map>
+#include <optional>
 #include <utility>
 
 namespace dcp_fast::transfer {
@@ -24,16 +26,21 @@ bool conflict(const Write& a, const Write& b) {
   return a.begin < b.end && b.begin < a.end;
 }
 
-// Compares every write with those after it that start, by `start`, before it ends, by `end`.
+// Compares every write with those after it that start, by `start`, before it ends, by `end`. nullopt past the limits.
 template <typename Start, typename End>
-void sweep(const std::vector<Write>& writes, std::vector<size_t> members, const Start& start, const End& end,
-           std::vector<Pair>& pairs) {
+std::optional<std::vector<Pair>> sweep(const std::vector<Write>& writes, std::vector<size_t> members,
+                                       const ConflictLimits& limits, const Start& start, const End& end) {
+  std::vector<Pair> pairs;
+  size_t comparisons = limits.comparisons * members.size();
+  const size_t most_pairs = limits.conflicts * members.size();
   std::sort(members.begin(), members.end(), [&](size_t a, size_t b) { return start(writes[a]) < start(writes[b]); });
   for (size_t i = 0; i < members.size(); ++i) {
     for (size_t j = i + 1; j < members.size() && start(writes[members[j]]) < end(writes[members[i]]); ++j) {
+      if (comparisons-- == 0 || pairs.size() > most_pairs) return std::nullopt;
       if (conflict(writes[members[i]], writes[members[j]])) pairs.emplace_back(std::minmax(members[i], members[j]));
     }
   }
+  return pairs;
 }
 
 // The dimension along which the boxes start at the most different places.
@@ -54,8 +61,9 @@ size_t widest_dim(const std::vector<Write>& writes, const std::vector<size_t>& m
   return widest;
 }
 
-// Conflicts among writes whose address ranges overlap.
-void find_conflicts(const std::vector<Write>& writes, const std::vector<size_t>& members, std::vector<Pair>& pairs) {
+// Conflicts among writes whose address ranges overlap; nullopt past the limits.
+std::optional<std::vector<Pair>> find_conflicts(const std::vector<Write>& writes, const std::vector<size_t>& members,
+                                                const ConflictLimits& limits) {
   const size_t destination = writes[members[0]].destination;
   const bool one = std::all_of(members.begin(), members.end(),
                                [&](size_t member) { return writes[member].destination == destination; });
@@ -65,38 +73,76 @@ void find_conflicts(const std::vector<Write>& writes, const std::vector<size_t>&
     if (writes[members[0]].dims > 0) {
       const auto start = [dim](const Write& write) { return write.offsets[dim]; };
       const auto end = [dim](const Write& write) { return write.offsets[dim] + write.sizes[dim]; };
-      return sweep(writes, members, start, end, pairs);
+      return sweep(writes, members, limits, start, end);
     }
   }
-  sweep(
-      writes, members, [](const Write& write) { return write.begin; }, [](const Write& write) { return write.end; },
-      pairs);
+  return sweep(
+      writes, members, limits, [](const Write& write) { return write.begin; },
+      [](const Write& write) { return write.end; });
+}
+
+// The first wave in which each address may be written again, by the start of its range.
+class AddressWaves {
+ public:
+  // The wave of the next write, which waits for all earlier ones of its range.
+  int32_t add(const Write& write) {
+    const auto end = split(write.end);
+    const auto begin = split(write.begin);
+    int32_t wave = 0;
+    for (auto range = begin; range != end; ++range) wave = std::max(wave, range->second);
+    // Each range is looked at once and then gone: n writes make no more than 2n of them.
+    begin->second = wave + 1;
+    ranges_.erase(std::next(begin), end);
+    return wave;
+  }
+
+ private:
+  using Ranges = std::map<uint64_t, int32_t>;
+
+  Ranges::iterator split(uint64_t address) {
+    const auto next = ranges_.upper_bound(address);
+    const auto range = std::prev(next);
+    return range->first == address ? range : ranges_.emplace_hint(next, address, range->second);
+  }
+
+  Ranges ranges_{{0, 0}};
+};
+
+// For writes whose address ranges overlap, in ascending order.
+void assign_group(const std::vector<Write>& writes, const std::vector<size_t>& members, const ConflictLimits& limits,
+                  std::vector<int32_t>& waves) {
+  std::optional<std::vector<Pair>> pairs = find_conflicts(writes, members, limits);
+  if (!pairs) {
+    AddressWaves addresses;
+    for (const size_t member : members) waves[member] = addresses.add(writes[member]);
+    return;
+  }
+  // By the later write: the waves of all earlier ones are final when it is reached.
+  std::sort(pairs->begin(), pairs->end(), [](const Pair& a, const Pair& b) { return a.second < b.second; });
+  for (const auto& [earlier, later] : *pairs) waves[later] = std::max(waves[later], waves[earlier] + 1);
 }
 
 }  // namespace
 
-std::vector<int32_t> assign_waves(const std::vector<Write>& writes) {
+std::vector<int32_t> assign_waves(const std::vector<Write>& writes, const ConflictLimits& limits) {
   std::vector<size_t> order;
   for (size_t i = 0; i < writes.size(); ++i) {
     if (writes[i].begin < writes[i].end) order.push_back(i);
   }
   std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return writes[a].begin < writes[b].begin; });
-  std::vector<Pair> pairs;
+  std::vector<int32_t> waves(writes.size(), 0);
   for (size_t i = 0; i < order.size();) {
     uint64_t end = writes[order[i]].end;
     size_t next = i + 1;
     while (next < order.size() && writes[order[next]].begin < end) end = std::max(end, writes[order[next++]].end);
     if (next - i > 1) {
-      find_conflicts(
-          writes, {order.begin() + static_cast<std::ptrdiff_t>(i), order.begin() + static_cast<std::ptrdiff_t>(next)},
-          pairs);
+      std::vector<size_t> members(order.begin() + static_cast<std::ptrdiff_t>(i),
+                                  order.begin() + static_cast<std::ptrdiff_t>(next));
+      std::sort(members.begin(), members.end());
+      assign_group(writes, members, limits, waves);
     }
     i = next;
   }
-  std::vector<int32_t> waves(writes.size(), 0);
-  // By the later write: the waves of all earlier ones are final when it is reached.
-  std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) { return a.second < b.second; });
-  for (const auto& [earlier, later] : pairs) waves[later] = std::max(waves[later], waves[earlier] + 1);
   return waves;
 }
 

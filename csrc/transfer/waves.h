@@ -19,7 +19,15 @@ struct Write {
   size_t dims = 0;
 };
 
-// The wave of each write, counted from 0.
-std::vector<int32_t> assign_waves(const std::vector<Write>& writes);
+// How much may be spent, for each write, on telling which boxes conflict. Thousands of aliases of one buffer would
+// otherwise take quadratic time and memory; tiles of a tensor compare with about the root of their number.
+struct ConflictLimits {
+  size_t comparisons = 512;
+  size_t conflicts = 32;
+};
+
+// The wave of each write, counted from 0. Past the limits writes also wait for those whose address ranges, but not
+// boxes, overlap theirs.
+std::vector<int32_t> assign_waves(const std::vector<Write>& writes, const ConflictLimits& limits = {});
 
 }  // namespace dcp_fast::transfer

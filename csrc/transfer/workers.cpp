@@ -50,20 +50,20 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  void start(int threads) {
+  // Returns how many threads there are: where the system is out of them, fewer do the same work.
+  int start(int threads) {
     threads_.reserve(static_cast<size_t>(threads));
     running_ = threads;
     for (int i = 0; i < threads; ++i) {
       try {
         threads_.emplace_back([this] { work(); });
       } catch (const std::system_error&) {
-        // The system is out of threads: fewer do the same work, and none is an error.
         const std::scoped_lock lock(mutex_);
         running_ -= threads - i;
-        if (i == 0) throw;
-        return;
+        return i;
       }
     }
+    return threads;
   }
 
   void wait(const std::function<bool()>& interrupted) {
@@ -85,6 +85,7 @@ class Pool {
     try {
       Worker worker;
       worker.counters = &counters_;
+      worker.cancelled = [this] { return cancelled_.load(std::memory_order_relaxed); };
       for (size_t task = next_++; task < tasks_ && !cancelled_; task = next_++) body_(task, worker);
     } catch (...) {
       const std::scoped_lock lock(mutex_);
@@ -112,12 +113,14 @@ void run_here(size_t tasks, io::IoCounters& counters, const std::function<bool()
   Worker worker;
   worker.counters = &counters;
   auto asked = std::chrono::steady_clock::now();
-  for (size_t task = 0; task < tasks; ++task) {
+  worker.cancelled = [&] {
     const auto now = std::chrono::steady_clock::now();
-    if (now - asked > kPollInterval) {
-      if (interrupted()) throw Interrupted();
-      asked = now;
-    }
+    if (now - asked <= kPollInterval) return false;
+    asked = now;
+    return interrupted();
+  };
+  for (size_t task = 0; task < tasks; ++task) {
+    worker.stop_if_cancelled();
     body(task, worker);
   }
 }
@@ -127,13 +130,13 @@ void run_here(size_t tasks, io::IoCounters& counters, const std::function<bool()
 void run_parallel(size_t tasks, int threads, io::IoCounters& counters, const std::function<bool()>& interrupted,
                   const std::function<void(size_t, Worker&)>& body) {
   if (tasks == 0) return;
-  if (tasks == 1 || threads == 1) {  // a thread of its own would only wait for this one
-    run_here(tasks, counters, interrupted, body);
-    return;
+  if (tasks > 1 && threads > 1) {  // else a thread of its own would only wait for another one
+    Pool pool(tasks, counters, body);
+    if (pool.start(static_cast<int>(std::min<size_t>(tasks, static_cast<size_t>(threads)))) > 0) {
+      return pool.wait(interrupted);
+    }
   }
-  Pool pool(tasks, counters, body);
-  pool.start(static_cast<int>(std::min<size_t>(tasks, static_cast<size_t>(threads))));
-  pool.wait(interrupted);
+  run_here(tasks, counters, interrupted, body);
 }
 
 }  // namespace dcp_fast::transfer

@@ -45,6 +45,12 @@ class Files {
 struct Worker {
   io::File& open(Files& files, size_t index);
 
+  // For long tasks, between their requests. Throws Interrupted if the work is to stop.
+  void stop_if_cancelled() const {
+    if (cancelled()) throw Interrupted();
+  }
+
+  std::function<bool()> cancelled;
   io::AlignedBuffer buffer;
   std::vector<iovec> vectors;
   io::IoCounters* counters = nullptr;
@@ -55,8 +61,9 @@ struct Worker {
 };
 
 // Runs body(task, worker) for every task in [0, tasks), in ascending order as workers come free, on at most `threads`
-// threads, and returns when all are done. The first exception cancels what has not started and is thrown here;
-// `interrupted`, called on this thread ten times a second, cancels likewise and throws Interrupted.
+// threads, and returns when all are done. The first exception cancels what has not started, and tasks that ask their
+// worker, and is thrown here; `interrupted`, called on this thread ten times a second, cancels likewise and throws
+// Interrupted. Where the system has no thread to give, the calling one does the work.
 void run_parallel(size_t tasks, int threads, io::IoCounters& counters, const std::function<bool()>& interrupted,
                   const std::function<void(size_t, Worker&)>& body);
 

@@ -158,24 +158,30 @@ std::string Archive::finish() const {
     const size_t header = bytes.size();
     const size_t unpadded = header + 30 + entry.name.size() + 4;
     const size_t padding = (alignment - unpadded % alignment) % alignment;
+    const uint64_t flags = descriptor > 0 ? 0x808 : 0x800;  // UTF-8 names, sizes in a data descriptor
     append(bytes, 0x04034b50, 4);
     append(bytes, 0, 2);
-    append(bytes, 0x808, 2);  // UTF-8 names, sizes in a data descriptor
+    append(bytes, flags, 2);
     for (int i = 0; i < 9; ++i) append(bytes, 0, 2);
     append(bytes, entry.name.size(), 2);
-    append(bytes, padding + 4, 2);
-    bytes += entry.name + "FB";
-    append(bytes, padding, 2);
-    bytes.append(padding, 'Z');
+    append(bytes, padded ? padding + 4 : 0, 2);
+    bytes += entry.name;
+    if (padded) {
+      bytes += "FB";
+      append(bytes, padding, 2);
+      bytes.append(padding, 'Z');
+    }
     bytes += entry.data;
-    append(bytes, 0x08074b50, 4);
-    append(bytes, crc, 4);
-    append(bytes, entry.data.size(), 4);
-    append(bytes, entry.data.size(), 4);
+    if (descriptor == 16 || descriptor == 24) append(bytes, 0x08074b50, 4);
+    if (descriptor > 0) {
+      append(bytes, crc, 4);
+      append(bytes, entry.data.size(), descriptor < 20 ? 4 : 8);
+      append(bytes, entry.data.size(), descriptor < 20 ? 4 : 8);
+    }
 
     append(directory, 0x02014b50, 4);
     append(directory, 0, 4);
-    append(directory, 0x808, 2);
+    append(directory, flags, 2);
     append(directory, 0, 6);
     append(directory, crc, 4);
     append(directory, entry.data.size(), 4);

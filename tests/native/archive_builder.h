@@ -51,9 +51,11 @@ int64_t itemsize(const TensorSpec& spec);
 
 class Archive {
  public:
-  size_t alignment = 64;  // of every entry's data
-  bool zip64_end = true;  // torch.save writes the zip64 end records always
-  bool checksums = true;  // false: torch.serialization.set_crc32_options(False)
+  size_t alignment = 64;   // of every entry's data
+  bool zip64_end = true;   // torch.save writes the zip64 end records always
+  bool checksums = true;   // false: torch.serialization.set_crc32_options(False)
+  size_t descriptor = 16;  // bytes: 12, 16, 20 or 24, or 0 for none. torch.save writes 16, with a signature.
+  bool padded = true;      // false: no padding to the alignment, as other zip writers
   std::string root = "archive";
 
   void add(const std::string& name, const std::string& data);

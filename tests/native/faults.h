@@ -16,6 +16,18 @@ class ScopedCalls {
   ScopedCalls& operator=(const ScopedCalls&) = delete;
 };
 
+// Reads that throw, as where a buffer for them could not be had.
+template <typename Exception>
+class ThrowingReads final : public io::SystemCalls {
+ public:
+  explicit ThrowingReads(Exception exception) : exception_(std::move(exception)) {}
+  ssize_t pread(int /*fd*/, void* /*buffer*/, size_t /*size*/, off_t /*offset*/) override { throw exception_; }
+  ssize_t preadv(int /*fd*/, const iovec* /*vectors*/, int /*count*/, off_t /*offset*/) override { throw exception_; }
+
+ private:
+  Exception exception_;
+};
+
 inline io::Fault fault(io::FaultFunction function, int64_t nth, int error_number, int64_t repeat = 1,
                        size_t short_bytes = 1) {
   io::Fault result;

@@ -169,6 +169,52 @@ TEST_CASE("records that contradict themselves are corrupt, and say how") {
   corrupt(record, "local header of the storage");
 }
 
+TEST_CASE("data descriptors of all sizes that the format allows are read, and none lets damage shift the tensor") {
+  for (const size_t descriptor : {0, 12, 16, 20, 24}) {
+    for (const bool padded : {true, false}) {
+      for (const bool far : {false, true}) {  // whether the descriptor lies outside of the first windows
+        CAPTURE(descriptor);
+        CAPTURE(padded);
+        CAPTURE(far);
+        TensorSpec spec = kSpec;
+        spec.storage_elements = far ? 1000 : 8;
+        std::string storage(static_cast<size_t>(spec.storage_elements * 4), '\0');  // zeros: an empty extra field
+        storage[4] = '!';
+        Archive archive;
+        archive.descriptor = descriptor;
+        archive.padded = padded;
+        archive.add("data.pkl", tensor_pickle(spec));
+        archive.add("data/0", storage);
+        archive.add("version", std::string(far ? 2000 : 2, '3'));
+        const std::string good = archive.finish();
+        const ParsedRecord parsed = parse(good);
+        REQUIRE(parsed.reason == "");
+        REQUIRE(parsed.status == Status::kTensor);
+        CHECK(good[static_cast<size_t>(parsed.layout.begin)] == '!');
+        const size_t extra_size = find(good, "archive/data/0") - 2;
+        for (int shift = -32; shift <= 32; ++shift) {
+          if (shift == 0) continue;
+          std::string record = good;
+          const int size = static_cast<uint8_t>(good[extra_size]) + shift;
+          record[extra_size] = static_cast<char>(size);
+          record[extra_size + 1] = static_cast<char>(good[extra_size + 1] + (size < 0 ? -1 : size >> 8));
+          CAPTURE(shift);
+          REQUIRE(parse(record).status == Status::kCorrupt);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a data descriptor that no window of sensible size reaches is left to torch.load") {
+  Archive archive;
+  archive.padded = false;
+  archive.add("data.pkl", tensor_pickle(kSpec));
+  archive.add("data/0", storage_for(kSpec));
+  archive.add("version", std::string(2 << 20, '3'));
+  CHECK(parse(archive.finish(), 300, checkpoint::kTailBytes).status == Status::kUnknown);
+}
+
 TEST_CASE("sizes that overflow without strides to match are never a tensor of that size on trust") {
   TensorSpec spec = kSpec;
   spec.sizes = {int64_t{1} << 40, int64_t{1} << 40};

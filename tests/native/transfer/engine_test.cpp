@@ -4,7 +4,9 @@
 #include <cerrno>
 #include <chrono>
 #include <filesystem>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <thread>
 
@@ -242,7 +244,29 @@ TEST_CASE("a file that was cut between layout and load is truncated") {
   CHECK(error->path == columns.files.paths[0]);
 }
 
-TEST_CASE("an interruption stops a slow load within a second") {
+TEST_CASE("memory that a task cannot have is an error with item, record, path and range") {
+  Columns columns;
+  const Layouts layouts = columns.files.layouts(columns.options);
+  const Program program(layouts, columns.items, columns.destinations);
+  const auto check = [&](io::SystemCalls& calls) {
+    const ScopedCalls scope(calls);
+    const auto error = error_of(program, columns.options);
+    REQUIRE(error.has_value());
+    CHECK(error->kind == ErrorKind::kIo);
+    CHECK(error->error_number == ENOMEM);
+    CHECK(error->item == 0);
+    CHECK(error->record == 0);
+    CHECK(error->path == columns.files.paths[0]);
+    CHECK(error->offset == columns.files.records[0].offset);
+    CHECK(error->length == columns.files.records[0].length);
+  };
+  ThrowingReads no_memory{std::bad_alloc()};
+  check(no_memory);
+  ThrowingReads too_long{std::length_error("vector")};
+  check(too_long);
+}
+
+TEST_CASE("an interruption stops a slow load within a second, also between the requests of one task") {
   class Slow final : public io::SystemCalls {
    public:
     ssize_t pread(int fd, void* buffer, size_t size, off_t offset) override {
@@ -261,11 +285,17 @@ TEST_CASE("an interruption stops a slow load within a second") {
   };
   Columns columns;
   const Layouts layouts = columns.files.layouts(columns.options);
-  const Program program(layouts, columns.items, columns.destinations);
-  Slow slow;
-  const ScopedCalls scope(slow);
-  const auto start = std::chrono::steady_clock::now();
-  CHECK_THROWS_AS(transfer::run_wave(program, 0, columns.options, [] { return true; }), transfer::Interrupted);
-  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
-  CHECK(slow.calls < 256);
+  for (const bool one_task : {false, true}) {
+    if (one_task) {
+      columns.items[0].lengths = {100, 1};
+      columns.options.block_bytes = 1 << 20;
+    }
+    const Program program(layouts, columns.items, columns.destinations);
+    Slow slow;
+    const ScopedCalls scope(slow);
+    const auto start = std::chrono::steady_clock::now();
+    CHECK_THROWS_AS(transfer::run_wave(program, 0, columns.options, [] { return true; }), transfer::Interrupted);
+    CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
+    CHECK(slow.calls < (one_task ? 50 : 256));
+  }
 }

@@ -3,7 +3,9 @@
 #include <cerrno>
 #include <chrono>
 #include <filesystem>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "checkpoint_files.h"
@@ -221,6 +223,27 @@ TEST_CASE("a missing file and every failing call are errors with path, record an
   CHECK(error->error_number == ENOENT);
   CHECK(error->path == files.paths[1]);
   CHECK(error->record >= 0);
+}
+
+TEST_CASE("memory that a layout cannot have is an error with record, path and range") {
+  CheckpointFiles files(2);
+  add_vector(files, 1, 10);
+  files.write();
+  const auto check = [&](io::SystemCalls& calls) {
+    const ScopedCalls scope(calls);
+    const auto error = error_of(files, options_of(io::IoMode::kCached));
+    REQUIRE(error.has_value());
+    CHECK(error->kind == ErrorKind::kIo);
+    CHECK(error->error_number == ENOMEM);
+    CHECK(error->record == 0);
+    CHECK(error->path == files.paths[1]);
+    CHECK(error->offset == files.records[0].offset);
+    CHECK(error->length == files.records[0].length);
+  };
+  ThrowingReads no_memory{std::bad_alloc()};
+  check(no_memory);
+  ThrowingReads too_long{std::length_error("vector")};
+  check(too_long);
 }
 
 TEST_CASE("no records and no files are nothing to read") {

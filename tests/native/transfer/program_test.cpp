@@ -1,6 +1,7 @@
 #include "transfer/program.h"
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "checkpoint_files.h"
@@ -162,6 +163,9 @@ TEST_CASE("what the engine cannot place itself is staged or left to torch") {
   CHECK(kind(layouts, item, destination_of(memory, {4, 6}, {0, 1})) == Kind::kStaged);
   CHECK(kind(layouts, item, destination_of(memory, {4, 6}, {3, 1})) == Kind::kStaged);
   CHECK(kind(layouts_of({{4, 6}}, {{0, 1}}), item, destination_of(memory, {4, 6}, {6, 1})) == Kind::kUnknownRecord);
+  // Whoever reads it counts its bytes.
+  const Layouts expanded = layouts_of({{4, 6}}, {{0, 1}});
+  CHECK(Program(expanded, {item}, {destination_of(memory, {4, 6}, {6, 1})}).bytes_needed() == 0);
   Layouts unknown = layouts_of({{4, 6}});
   unknown.parsed[0].status = checkpoint::ParsedRecord::Status::kUnknown;
   const Program program(unknown, {item}, {destination_of(memory, {4, 6}, {6, 1})});
@@ -182,6 +186,10 @@ TEST_CASE("later items of one place wait, in torch's order of files") {
   CHECK(program.waves() == 2);
   CHECK(program.transfers()[0].wave == 1);  // torch reads file by file
   CHECK(program.transfers()[1].wave == 0);
+  CHECK(program.items_of(0) == std::vector<size_t>{1});
+  CHECK(program.items_of(1) == std::vector<size_t>{0});
+  CHECK_THROWS_AS(program.items_of(2), std::out_of_range);
+  CHECK_THROWS_AS(program.items_of(-1), std::out_of_range);
   const Program apart(layouts, {item_of({0}, {0}, {2}, 0), item_of({0}, {2}, {2}, 1)}, {destination});
   CHECK(apart.waves() == 1);
 }

@@ -57,6 +57,11 @@ int64_t largest_read(const Policy& policy, const box::Loops& loops, size_t level
   return level + 1 == loops.size() ? loops[level].size : largest_read(policy, loops, level + 1);
 }
 
+int64_t requests_for(const Policy& policy, const box::Loops& loops, size_t level = 0) {
+  if (level + 1 == loops.size() || policy.reads_through(loops, level)) return 1;
+  return loops[level].size * requests_for(policy, loops, level + 1);
+}
+
 int64_t end_of(const Piece& piece) { return piece.source + box::source_span(piece.loops); }
 
 // Boxes anywhere in a few files, with destinations one after another in `memory`.
@@ -103,6 +108,8 @@ TEST_CASE("pieces partition the boxes, stay within a block, and tasks partition 
         REQUIRE(!piece.loops.empty());
         REQUIRE(boxes[piece.item].file == task.file);
         REQUIRE(largest_read(policy, piece.loops) <= policy.block_bytes);
+        const int64_t requests = requests_for(policy, piece.loops);
+        if (requests > 1) REQUIRE(requests * policy.request_cost <= policy.block_bytes);
         actual.add(task.file, piece.loops, 0, piece.source, piece.destination);
         if (task.pieces == 1) continue;
         // Joined pieces come in one request: in order, apart, and all of them in one block.
@@ -177,6 +184,30 @@ TEST_CASE("a read goes through gaps only where they are cheaper than a request")
   const box::Loops far_groups = {{3, 100000, 1000}, {10, 200, 100}, {100, 1, 1}};
   CHECK_FALSE(policy.reads_through(far_groups, 0));
   CHECK(policy.reads_through(far_groups, 1));
+}
+
+TEST_CASE("a box of small runs far apart is many tasks of few requests") {
+  const auto most_requests = [](const Policy& policy, const box::Loops& loops) {
+    std::vector<Piece> boxes(1);
+    boxes[0].loops = loops;
+    const Schedule schedule = make_schedule(boxes, {policy});
+    int64_t most = 0;
+    for (const Piece& piece : schedule.pieces) most = std::max(most, requests_for(policy, piece.loops));
+    CHECK(schedule.tasks.size() == schedule.pieces.size());
+    return most;
+  };
+  const Policy cached{8 << 10, 1 << 20, false};
+  const Policy direct{256 << 10, 1 << 20, true};
+  const box::Loops column = {{6000, 300 << 10, 4}, {4, 1, 1}};
+  CHECK(most_requests(cached, column) == 127);
+  CHECK(most_requests(direct, column) == 3);
+  // The same where one request brings a few runs, and where a loop of loops does not.
+  const box::Loops groups = {{6000, 300 << 10, 40}, {10, 1000, 4}, {4, 1, 1}};
+  CHECK(most_requests(cached, groups) < 127);
+  CHECK(most_requests(cached, groups) > 50);
+  const box::Loops planes = {{60, 30 << 20, 400}, {100, 300 << 10, 4}, {4, 1, 1}};
+  CHECK(most_requests(cached, planes) == 100);
+  CHECK(most_requests(direct, planes) == 3);
 }
 
 TEST_CASE("nothing makes an empty schedule") {

@@ -11,6 +11,7 @@
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
 using transfer::assign_waves;
+using transfer::ConflictLimits;
 using transfer::Write;
 
 namespace {
@@ -83,7 +84,9 @@ TEST_CASE("any order within the waves gives what one item after another gives") 
         box.offsets.push_back(random.between(0, size - box.sizes.back()));
       }
     }
-    const std::vector<int32_t> waves = assign_waves(writes_of(tensors, boxes));
+    // By boxes, by addresses alone, and by whichever suffices for each group of neighbours.
+    const auto limits = random.pick(std::vector<ConflictLimits>{{}, {0, 0}, {3, 1}});
+    const std::vector<int32_t> waves = assign_waves(writes_of(tensors, boxes), limits);
     REQUIRE(waves.size() == boxes.size());
     std::vector<size_t> order(boxes.size());
     std::iota(order.begin(), order.end(), size_t{0});
@@ -149,4 +152,26 @@ TEST_CASE("many disjoint boxes take little time") {
   }
   for (const int32_t wave : assign_waves(writes_of(tensors, boxes))) REQUIRE(wave == 0);
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(5));
+}
+
+TEST_CASE("thousands of aliases take little time and memory, and come one after another") {
+  const auto start = std::chrono::steady_clock::now();
+  constexpr size_t kAliases = 50000;
+  std::vector<Tensor> tensors(kAliases, Tensor{0, {4}, {1}});
+  std::vector<Box> boxes;
+  for (size_t i = 0; i < kAliases; ++i) boxes.push_back({i, {0}, {4}});
+  std::vector<int32_t> waves = assign_waves(writes_of(tensors, boxes));
+  for (size_t i = 0; i < kAliases; ++i) REQUIRE(waves[i] == static_cast<int32_t>(i));
+  // The same of one tensor, in windows that overlap only in part.
+  tensors = {{0, {2 * static_cast<int64_t>(kAliases)}, {1}}};
+  for (size_t i = 0; i < kAliases; ++i) boxes[i] = {0, {static_cast<int64_t>(i)}, {static_cast<int64_t>(kAliases)}};
+  waves = assign_waves(writes_of(tensors, boxes));
+  for (size_t i = 0; i < kAliases; ++i) REQUIRE(waves[i] == static_cast<int32_t>(i));
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(5));
+}
+
+TEST_CASE("where addresses must do, writes far apart are still one wave") {
+  const std::vector<Tensor> tensors = {{0, {4}, {1}}, {2, {4}, {1}}, {10, {4}, {1}}, {5, {6}, {1}}};
+  const std::vector<Box> boxes = {{0, {0}, {4}}, {2, {0}, {4}}, {1, {0}, {4}}, {3, {0}, {6}}, {0, {0}, {2}}};
+  CHECK(assign_waves(writes_of(tensors, boxes), {0, 0}) == std::vector<int32_t>{0, 0, 1, 2, 1});
 }

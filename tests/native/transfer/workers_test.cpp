@@ -1,5 +1,7 @@
 #include "transfer/workers.h"
 
+#include <pthread.h>
+
 #include <atomic>
 #include <chrono>
 #include <mutex>
@@ -25,6 +27,26 @@ namespace {
 
 bool never() { return false; }
 void nap(int milliseconds) { std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds)); }
+
+// As long as it lives, threads ask for stacks larger than the address space: none can be started.
+class NoThreads {
+ public:
+  NoThreads() {
+    pthread_getattr_default_np(&before_);
+    pthread_attr_t attributes;
+    pthread_getattr_default_np(&attributes);
+    works =
+        pthread_attr_setstacksize(&attributes, size_t{1} << 48) == 0 && pthread_setattr_default_np(&attributes) == 0;
+  }
+  ~NoThreads() { pthread_setattr_default_np(&before_); }
+  NoThreads(const NoThreads&) = delete;
+  NoThreads& operator=(const NoThreads&) = delete;
+
+  bool works = false;
+
+ private:
+  pthread_attr_t before_{};
+};
 
 }  // namespace
 
@@ -135,6 +157,41 @@ TEST_CASE("interrupted is asked on the calling thread") {
       [&](size_t, Worker&) { nap(70); });
   CHECK(asked >= 1);
   CHECK(asked <= 12);
+}
+
+TEST_CASE("a task that asks is cancelled within a second, by an interruption and by another task's error") {
+  const auto start = std::chrono::steady_clock::now();
+  const auto work_on = [](size_t, const Worker& worker) {
+    for (;;) {
+      worker.stop_if_cancelled();
+      nap(1);
+    }
+  };
+  for (const int threads : {1, 3}) {
+    io::IoCounters counters;
+    CHECK_THROWS_AS(run_parallel(3, threads, counters, [] { return true; }, work_on), transfer::Interrupted);
+  }
+  io::IoCounters counters;
+  const auto one_fails = [&](size_t task, const Worker& worker) {
+    if (task == 2) throw std::runtime_error("broken");
+    work_on(task, worker);
+  };
+  CHECK_THROWS_WITH_AS(run_parallel(3, 3, counters, never, one_fails), "broken", std::runtime_error);
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(3));
+}
+
+TEST_CASE("without any threads to be had the calling one does the work") {
+  io::IoCounters counters;
+  std::set<std::thread::id> ids;
+  const auto body = [&ids](size_t, const Worker&) { ids.insert(std::this_thread::get_id()); };
+  {
+    const NoThreads none;
+    REQUIRE(none.works);
+    CHECK_THROWS_AS(std::thread([] {}).join(), std::system_error);
+    run_parallel(10, 4, counters, never, body);
+    CHECK(ids == std::set<std::thread::id>{std::this_thread::get_id()});
+  }
+  std::thread([] {}).join();
 }
 
 TEST_CASE("an exception of interrupted itself gets through") {
