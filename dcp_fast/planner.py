@@ -152,12 +152,17 @@ def _volume(sizes: Any) -> int:
 def _check_size(fqn: str, entry: STORAGE_TYPES, value: Any) -> None:
     if not isinstance(entry, TensorStorageMetadata) or getattr(value, "size", None) is None:
         return
-    if isinstance(value, ShardedTensor):
-        size = value.metadata().size  # what size() returns after a detour through torch's dispatcher
-    else:
-        size = torch.Size(value.global_shape) if _is_checkpointable_tensor(value) else value.size()
+    size = global_size(value)
     if entry.size != size:
         raise ValueError(f"Size mismatch between saved {entry.size} and current: {size} for {fqn}")
+
+
+def global_size(value: Any) -> torch.Size:
+    """The size of the global tensor that a value of a state dict is, or is a part of."""
+    if isinstance(value, ShardedTensor):
+        return value.metadata().size  # what size() returns too, after a detour and with a warning
+    size: torch.Size = torch.Size(value.global_shape) if _is_checkpointable_tensor(value) else value.size()
+    return size
 
 
 class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=StandIn):

@@ -19,12 +19,13 @@ from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.optimizer import _gen_rank_device
-from torch.distributed.distributed_c10d import _get_pg_default_device
+from torch.distributed.distributed_c10d import _get_object_coll_device
 from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
 from dcp_fast.errors import OptimizerStateError
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
+from dcp_fast.planner import global_size
 
 __all__ = ["ParameterSlice", "RowSharding", "like_parameter", "slices_of_parameters"]
 
@@ -61,7 +62,7 @@ def slices_of_parameters(model_state_dict: Mapping[str, Any]) -> dict[str, Param
         if inner is not None:
             place = value.local_shards()[0].metadata
             slices[fqn] = ParameterSlice(
-                tuple(place.shard_offsets), torch.Size(place.shard_sizes), value.size(), inner._process_group
+                tuple(place.shard_offsets), torch.Size(place.shard_sizes), global_size(value), inner._process_group
             )
     if slices:
         slices |= _empty_slices(model_state_dict, next(iter(slices.values())).group)
@@ -92,7 +93,7 @@ def _empty_slices(model_state_dict: Mapping[str, Any], group: dist.ProcessGroup)
             continue
         if dist.get_process_group_ranks(value._process_group) == data_parallel:
             continue
-        size = value.size()
+        size = global_size(value)
         shards = value.metadata().shards_metadata
         split = [any(shard.shard_sizes[dim] != size[dim] for shard in shards) for dim in range(len(size))]
         if split and not any(split):  # another rank has it all
@@ -110,7 +111,7 @@ class RowSharding:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        device_type = _get_pg_default_device(group).type
+        device_type = _get_object_coll_device(group)  # what torch's function asks for by a name that is deprecated
         ranks = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
         placements: list[Any] = [f"rank:{rank}/{_gen_rank_device(rank, device_type)}" for rank in ranks]
         self._group = group

@@ -23,7 +23,7 @@ from dcp_fast.optimizer.destinations import (
     slices_of_parameters,
 )
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
-from dcp_fast.planner import DefaultLoadPlanner
+from dcp_fast.planner import DefaultLoadPlanner, global_size
 
 __all__ = ["load_sharded_optimizer_state_dict"]
 
@@ -60,9 +60,10 @@ def load_sharded_optimizer_state_dict(
             the 2-D layout over the data-parallel ranks, whichever these are. ``"model"`` returns each state tensor
             with the sharding of its parameter: a DTensor with its mesh and placements for a DTensor, a ShardedTensor
             with its shards for a ShardedTensor. Use it for models whose state dict has DTensors (FSDP2, FSDP on a
-            device mesh, HSDP, FSDP2 + TP), and for FSDP on process groups of some ranks, where every rank must have a
-            model. State that is neither of its parameter's size nor a single element (factored state, for one) is an
-            error: how it was sharded is not stored. A nested ShardedTensor's state is sharded as without it.
+            device mesh, HSDP, FSDP2 + TP), and for FSDP on process groups of some ranks; a rank without a model passes
+            an empty state dict and gets no state of parameters. State that is neither of its parameter's size nor a
+            single element (factored state, for one) is an error: how it was sharded is not stored. A nested
+            ShardedTensor's state is sharded as without it.
 
     Returns:
         ``{optimizer_key: the nested optimizer state dict}``. Tensors of one element are plain tensors.
@@ -145,7 +146,7 @@ def _destinations(
         if like == "model" and fqn is not None and fqn not in slices:
             if fqn in model_state_dict:
                 state_dict[key] = _like_model(key, entry, name, model_state_dict[fqn], by_rows)
-            else:
+            elif model_state_dict:  # else this rank has no model, and needs no state
                 strangers.add(fqn)
         elif entry.size.numel() == 1 or (like == "model" and fqn is None):
             state_dict[key] = by_rows.whole(entry)
@@ -199,7 +200,7 @@ def _like_model(
 ) -> torch.Tensor:
     # Optimizers of torch count steps in a plain tensor of no dimensions, also for a parameter of none.
     is_step = name == "step" and not entry.size
-    if isinstance(parameter, torch.Tensor) and entry.size == parameter.size() and not is_step:
+    if isinstance(parameter, torch.Tensor) and entry.size == global_size(parameter) and not is_step:
         return like_parameter(entry, parameter)
     if entry.size.numel() == 1:
         return by_rows.whole(entry)
@@ -208,9 +209,9 @@ def _like_model(
 
 
 def _check_size(key: str, entry: TensorStorageMetadata, parameter: Any) -> None:
-    size = parameter.size() if isinstance(parameter, torch.Tensor) else None
-    if size is not None and entry.size != size:
-        raise OptimizerStateError(f"Size mismatch between saved {entry.size} and current: {size} for {key}", fqn=key)
+    if isinstance(parameter, torch.Tensor) and entry.size != global_size(parameter):
+        reason = f"Size mismatch between saved {entry.size} and current: {global_size(parameter)} for {key}"
+        raise OptimizerStateError(reason, fqn=key)
 
 
 def _listed(names: set[Any]) -> str:
