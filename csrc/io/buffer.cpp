@@ -8,18 +8,18 @@
 namespace dcp_fast::io {
 
 namespace {
-constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kPage = 4096;
+constexpr size_t kWorthwhile = size_t{256} << 10;  // below, a large page would mostly hold what belongs to others
 }  // namespace
 
 void advise_huge_pages(void* begin, size_t size) {
 #ifdef MADV_HUGEPAGE
-  const auto address = reinterpret_cast<uintptr_t>(begin);
-  const uintptr_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (address + size) / kHugePage * kHugePage;
-  if (first < last) {
-    // NOLINTNEXTLINE(performance-no-int-to-ptr): rounded up from `begin`
-    static_cast<void>(::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
-  }
+  if (size < kWorthwhile) return;
+  // Rounded outwards: neighbouring allocations then form one range, in which large pages may lie across both.
+  const uintptr_t first = reinterpret_cast<uintptr_t>(begin) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + size + kPage - 1) / kPage * kPage;
+  // NOLINTNEXTLINE(performance-no-int-to-ptr)
+  static_cast<void>(::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
 #else
   static_cast<void>(begin), static_cast<void>(size);
 #endif
