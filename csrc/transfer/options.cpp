@@ -8,7 +8,7 @@ namespace dcp_fast::transfer {
 namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kMaxDefaultThreads = 16;
-constexpr int kDirectThreads = 8;  // outstanding requests that keep a disk busy, whatever the number of cores
+constexpr int kDirectThreads = 4;  // outstanding requests that keep a disk busy, whatever the number of cores
 constexpr int64_t kMinBlock = 64 << 10;
 constexpr int64_t kSlack = 2 * static_cast<int64_t>(io::kDirectAlignment);
 }  // namespace

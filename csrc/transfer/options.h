@@ -8,8 +8,10 @@
 namespace dcp_fast::transfer {
 
 struct Options {
-  int threads = 0;                   // 0: as many as the storage mode wants on this machine
-  int64_t block_bytes = 1 << 20;     // the most that one request reads
+  int threads = 0;  // 0: as many as the storage mode wants on this machine
+  // The most that one request reads. Through the page cache 1, 2 and 4 MiB are alike; past it, a virtual disk took 1.00
+  // s for 1.9 GB in 8 threads of 1 MiB and 0.80 s in 4 threads of 4 MiB.
+  int64_t block_bytes = 4 << 20;
   int64_t staging_bytes = 32 << 20;  // the most that all threads' staging buffers take together
   io::IoMode mode = io::IoMode::kAuto;
 };

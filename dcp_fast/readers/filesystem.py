@@ -33,7 +33,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
     Args:
         path: directory of the checkpoint.
         _extension_registry: as torch's, for stream transforms.
-        threads: reader threads; default one per core (at most 16), and at least 8 where storage is read directly.
+        threads: reader threads; default one per core (at most 16), and at least 4 where storage is read directly.
         block_bytes: the most that one request reads. At least 64 KiB.
         staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. A single
             record that only ``torch.load`` can read takes its own size on top.
@@ -50,7 +50,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         _extension_registry: ExtensionRegistry | None = None,
         *,
         threads: int | None = None,
-        block_bytes: int = 1 << 20,
+        block_bytes: int = 4 << 20,
         staging_bytes: int = 32 << 20,
         io: Literal["auto", "cached", "direct"] = "auto",
     ) -> None:

@@ -57,9 +57,9 @@ TEST_CASE("extreme options settle") {
 
 TEST_CASE("the defaults allow parallel work") {
   Options options;
-  CHECK(settle(options, true).threads >= 8);
+  CHECK(settle(options, true).threads >= 4);
   CHECK(settle(options, false).threads >= 1);
-  CHECK(settle(options, false).block_bytes == options.block_bytes);
+  CHECK(settle(options, false).block_bytes >= 1 << 20);  // also where many cores share the staging memory
   options.threads = 3;
   CHECK(settle(options, true).threads == 3);
   options.staging_bytes = 0;
