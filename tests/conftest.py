@@ -37,3 +37,15 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def fresh_ranks() -> Iterator[Ranks]:
+    """The same for one test alone.
+
+    torch caches how to redistribute DTensors, and for a mesh that equals an earlier one it goes by that one's process
+    groups, although they are gone ("Could not resolve the process group").
+    """
+    pool = Ranks()
+    yield pool
+    pool.close()

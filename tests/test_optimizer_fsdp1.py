@@ -204,16 +204,16 @@ def cases(
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
-def test_other_number_of_ranks(ranks: Ranks, tmp_path: Path, before: int, after: int) -> None:
+def test_other_number_of_ranks(fresh_ranks: Ranks, tmp_path: Path, before: int, after: int) -> None:
     saves, resumes = cases([ORIG, FLAT, MESH, FLAT_MESH], [load_by_torch, load_like_model])
     resumes += [(layout, layout, "adam", load_damaged) for layout in (ORIG, MESH)]
     # A checkpoint does not depend on how the model was wrapped.
     resumes += [(ORIG, MESH, "adam", load_like_model), (FLAT_MESH, FLAT, "sgd", load_default)]
-    check_saved(ranks.run(before, run, tmp_path, saves, []), saves)
-    check_resumed(ranks.run(after, run, tmp_path, [], resumes), resumes)
+    check_saved(fresh_ranks.run(before, run, tmp_path, saves, []), saves)
+    check_resumed(fresh_ranks.run(after, run, tmp_path, [], resumes), resumes)
 
 
-def test_parameters_sharded_over_some_ranks(ranks: Ranks, tmp_path: Path) -> None:
+def test_parameters_sharded_over_some_ranks(fresh_ranks: Ranks, tmp_path: Path) -> None:
     saves = list(itertools.product([ORIG, HSDP22], KINDS))
     resumes = []
     for kind in KINDS:
@@ -221,7 +221,7 @@ def test_parameters_sharded_over_some_ranks(ranks: Ranks, tmp_path: Path) -> Non
         resumes += [(ORIG, layout, kind, load_like_model) for layout in (HSDP22, HSDP41, PAIRS)]
         resumes += [(HSDP22, HSDP14, kind, load_by_torch)]  # all ranks after all
         resumes += [(HSDP22, layout, kind, load_by_torch_in_vain) for layout in (HSDP22, HSDP41, PAIRS)]
-    results = ranks.run(4, run, tmp_path, saves, resumes)
+    results = fresh_ranks.run(4, run, tmp_path, saves, resumes)
     check_saved(results, saves)
     check_resumed(results, resumes)
 
@@ -247,9 +247,9 @@ def part_of_the_ranks(path: Path) -> tuple[str, list[str]]:
     return str(sizes), sorted(shards)
 
 
-def test_ranks_without_the_model(ranks: Ranks, tmp_path: Path) -> None:
+def test_ranks_without_the_model(fresh_ranks: Ranks, tmp_path: Path) -> None:
     sizes = str([[2, 10], [2, 10], [2, 10], [1, 10]])
-    results = ranks.run(4, part_of_the_ranks, tmp_path)
+    results = fresh_ranks.run(4, part_of_the_ranks, tmp_path)
     assert [size for size, _ in results] == [sizes] * 4
     first, second = ["[2, 10]", "[4, 10]", "[5, 8]", "[5, 8]"], ["[1, 10]", "[3, 10]", "[5, 8]", "[5, 8]"]
     assert [shards for _, shards in results] == [[], first, second, []]

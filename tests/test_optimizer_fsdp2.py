@@ -231,27 +231,27 @@ def prove(ranks: Ranks, path: Path, before: int, source: Layout, after: dict[int
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
-def test_other_number_of_ranks(ranks: Ranks, tmp_path: Path, before: int, after: int) -> None:
-    prove(ranks, tmp_path, before, Layout((before,)), {after: [Layout((after,))]})
+def test_other_number_of_ranks(fresh_ranks: Ranks, tmp_path: Path, before: int, after: int) -> None:
+    prove(fresh_ranks, tmp_path, before, Layout((before,)), {after: [Layout((after,))]})
 
 
-def test_hsdp(ranks: Ranks, tmp_path: Path) -> None:
-    prove(ranks, tmp_path, 4, hsdp(2, 2), {4: [hsdp(4, 1), hsdp(1, 4), Layout((4,))]})
+def test_hsdp(fresh_ranks: Ranks, tmp_path: Path) -> None:
+    prove(fresh_ranks, tmp_path, 4, hsdp(2, 2), {4: [hsdp(4, 1), hsdp(1, 4), Layout((4,))]})
 
 
-def test_tensor_parallel(ranks: Ranks, tmp_path: Path) -> None:
+def test_tensor_parallel(fresh_ranks: Ranks, tmp_path: Path) -> None:
     source = tensor_parallel(2, 2)
-    for placements in ranks.run(4, placements_of, source):
+    for placements in fresh_ranks.run(4, placements_of, source):
         # Of 10 rows two tensor-parallel ranks have 5 each, and of these their data-parallel ranks 3 and 2.
         assert placements["up.weight"] == placements["up.bias"] == "(_StridedShard(dim=0, sf=2), Shard(dim=0))"
         assert placements["down.weight"] == "(Shard(dim=0), Shard(dim=1))"
         assert placements["odd"] == "(Shard(dim=0),)"
     layouts = {4: [tensor_parallel(4, 1), tensor_parallel(1, 4), Layout((4,))], 2: [tensor_parallel(2, 1)]}
-    prove(ranks, tmp_path, 4, source, layouts)
+    prove(fresh_ranks, tmp_path, 4, source, layouts)
 
 
-def test_to_tensor_parallel(ranks: Ranks, tmp_path: Path) -> None:
-    prove(ranks, tmp_path, 2, Layout((2,)), {4: [tensor_parallel(2, 2)]})
+def test_to_tensor_parallel(fresh_ranks: Ranks, tmp_path: Path) -> None:
+    prove(fresh_ranks, tmp_path, 2, Layout((2,)), {4: [tensor_parallel(2, 2)]})
 
 
 def placements_of(layout: Layout) -> dict[str, str]:
