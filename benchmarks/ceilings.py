@@ -42,14 +42,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """A ceiling with the setting that was best here, and what the other settings took."""
+    """Plain reads, with the setting that was best here, and what the other settings took."""
 
-    contender: Contender
+    name: str
     best: Setting
     tried: dict[str, float]
 
     def __str__(self) -> str:
-        return f"{self.contender.name}: {self.best} (best of {len(self.tried)} settings)"
+        return f"{self.name}: {self.best} (best of {len(self.tried)} settings)"
+
+
+@dataclass(frozen=True)
+class TunedCeiling(Ceiling):
+    """A ceiling that can take part in the rounds of this process."""
+
+    contender: Contender
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def candidate_settings() -> list[Setting]:
     return [Setting(count, block) for count in threads for block in (4 * MIB, 16 * MIB)]
 
 
-def pread_ceiling(checkpoint: Path, destinations: Destinations) -> Ceiling | None:
+def pread_ceiling(checkpoint: Path, destinations: Destinations) -> TunedCeiling | None:
     """None where what is wanted is not contiguous in the files, so that no plain read can fetch just that."""
     segments = payload_segments(checkpoint, destinations)
     if segments is None:
@@ -79,7 +86,7 @@ def pread_ceiling(checkpoint: Path, destinations: Destinations) -> Ceiling | Non
     return _tuned("pread", lambda setting: read_segments(segments, setting), fills_destinations=True)
 
 
-def direct_ceiling(paths: list[Path], prepare: Callable[[], None]) -> Ceiling | None:
+def direct_ceiling(paths: list[Path], prepare: Callable[[], None]) -> TunedCeiling | None:
     """None where the file system refuses O_DIRECT. ``prepare`` evicts the files before each reading."""
     try:
         with _opened(paths, os.O_DIRECT):
@@ -215,12 +222,12 @@ def _read_direct(paths: list[Path], setting: Setting, buffers: list[mmap.mmap]) 
     return time.perf_counter() - start
 
 
-def _tuned(name: str, run: Callable[[Setting], float], *, fills_destinations: bool) -> Ceiling:
+def _tuned(name: str, run: Callable[[Setting], float], *, fills_destinations: bool) -> TunedCeiling:
     """Try every setting twice, and keep the one with the best time."""
     tried = {setting: min(run(setting) for _ in range(2)) for setting in candidate_settings()}
     best = min(tried, key=lambda setting: tried[setting])
     contender = Contender(name, lambda: Sample(run(best)), fills_destinations)
-    return Ceiling(contender, best, {str(setting): seconds for setting, seconds in tried.items()})
+    return TunedCeiling(name, best, {str(setting): seconds for setting, seconds in tried.items()}, contender)
 
 
 def _read_fully(fd: int, offset: int, memory: memoryview) -> None:

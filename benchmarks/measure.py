@@ -96,7 +96,9 @@ def run(workload: Workload, options: Options, say: Say) -> list[Measurement]:
     return measurements
 
 
-def _pread_ceiling(workload: Workload, checkpoint: Path, wanted: destinations.Destinations) -> ceilings.Ceiling | None:
+def _pread_ceiling(
+    workload: Workload, checkpoint: Path, wanted: destinations.Destinations
+) -> ceilings.TunedCeiling | None:
     # Finding the payloads of tens of thousands of records takes longer than is worth it, and for records of a few
     # kilobytes a read of each is no ceiling: a loader that joins neighbours is faster.
     if workload.checkpoint.kind == "small":

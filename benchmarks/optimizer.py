@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import checkpoints, page_cache
 from benchmarks.ceilings import Ceiling
-from benchmarks.contenders import Contender, Sample
+from benchmarks.contenders import Sample
 from benchmarks.fresh import FirstLoad, FirstLoads
 from benchmarks.measure import Measurement, Options, Say, VerificationError
 from benchmarks.optimizer_ranks import CEILING, RankLoad, Task, ceiling_setting, run_ranks
@@ -50,17 +50,12 @@ def run(workload: Workload, options: Options, say: Say) -> list[Measurement]:
         f"processor time of a rank's call: {', '.join(cpu)}",
     ]
     setting = ceiling_setting(workload.wanted.ranks)
-    ceiling = Ceiling(Contender(CEILING, _by_ranks_only, fills_destinations=False), setting, {})
-    measurement = Measurement(workload, Temperature.WARM, samples, ceiling, notes)
+    measurement = Measurement(workload, Temperature.WARM, samples, Ceiling(CEILING, setting, {}), notes)
     for line in notes:
         say(f"  {line}")
     times = (f"{name} {measurement.median(name):.3f} s" for name in samples)
     say(f"  {Temperature.WARM.value}: {', '.join(times)}")
     return [measurement]
-
-
-def _by_ranks_only() -> Sample:
-    raise NotImplementedError("this ceiling is read by the ranks")
 
 
 def first_loads(workload: Workload, data: Path, entrants: Sequence[str], rounds: int, say: Say) -> list[FirstLoads]:

@@ -101,7 +101,7 @@ def rows_of(measurement: Measurement) -> list[Row]:
     workload = measurement.workload
     targets = workload.targets[measurement.temperature]
     report = measurement.report()
-    ceiling = measurement.ceiling.contender.name if measurement.ceiling else None
+    ceiling = measurement.ceiling.name if measurement.ceiling else None
     common: dict[str, Any] = {
         "cache": measurement.temperature.value,
         "amplification": report.get("read_amplification"),
