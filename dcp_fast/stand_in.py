@@ -5,23 +5,28 @@ from __future__ import annotations
 from abc import ABCMeta
 from typing import Any
 
+from typing_extensions import Protocol
+
 __all__ = ["StandIn", "standing_for"]
 
 # By class of dcp_fast: the class of torch whose place it has taken. Empty while dcp_fast is not installed.
 standing_for: dict[type, type] = {}
 
 
-class StandIn(ABCMeta):
+# The metaclass of protocols is a kind of ABCMeta: subclasses of ours may implement protocols as those of torch's may.
+# That of typing_extensions, which torch uses, is the more special one.
+class StandIn(type(Protocol)):  # type: ignore[misc]
     """Metaclass of the classes that :func:`dcp_fast.install` puts in the place of torch's.
 
     Code that then asks ``isinstance(reader, torch.distributed.checkpoint.FileSystemReader)`` asks about ours, but means
     torch's: objects that were made before, and subclasses that torch or a framework derived before, are still meant.
     """
 
+    # Torch's class is looked for in the list of bases. To ask it would not end: it is abstract, and asks its
+    # subclasses, ours among them.
+
     def __instancecheck__(cls, instance: Any) -> bool:
-        original = standing_for.get(cls)
-        return super().__instancecheck__(instance) or (original is not None and isinstance(instance, original))
+        return ABCMeta.__instancecheck__(cls, instance) or standing_for.get(cls) in type(instance).__mro__
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        original = standing_for.get(cls)
-        return super().__subclasscheck__(subclass) or (original is not None and issubclass(subclass, original))
+        return ABCMeta.__subclasscheck__(cls, subclass) or standing_for.get(cls) in subclass.__mro__

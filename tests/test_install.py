@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers import fill, image, save
 from torch.distributed.checkpoint import default_planner, filesystem, planner_helpers, state_dict_loader
+from torch.distributed.checkpoint.stateful import Stateful
 
 import dcp_fast
 
@@ -258,6 +259,13 @@ def test_type_checks_keep_their_meaning(tmp_path: Path) -> None:
         assert issubclass(huggingface, dcp.FileSystemReader)
         assert isinstance(Derived(), dcp.DefaultLoadPlanner)
         assert not isinstance(reader, dcp.DefaultLoadPlanner)
+        # New classes, of which torch's abstract classes have not been asked before.
+        other = type("Other", (dcp.StorageReader,), {})
+        assert not issubclass(other, dcp.FileSystemReader)
+        assert not issubclass(type("Other", (), {}), base)
+        assert not isinstance(3, dcp.StorageReader)
+        assert not isinstance(huggingface, dcp.FileSystemReader)
+        assert issubclass(type("Protocolled", (dcp.FileSystemReader, Stateful), {}), base)
         assert isinstance(dcp.FileSystemReader(tmp_path), base)
 
         class Ours(dcp.FileSystemReader):

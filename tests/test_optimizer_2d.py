@@ -24,12 +24,12 @@ from optimizer_cases import (
     load_fast,
     lookup_elsewhere,
     recording,
-    write_metadata,
 )
 from ranks import Ranks
 from torch.distributed._shard.sharded_tensor import Shard as LocalShard
 from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata, TensorProperties
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import dcp_fast
@@ -138,9 +138,10 @@ def save_state(path: Path) -> None:
                 dim = 0 if form == "rows" else tensor.dim() - 1
                 tensor = distribute_tensor(tensor, mesh, [Shard(dim)], src_data_rank=None)
             state[name] = {"momentum": tensor, "step": torch.tensor(5.0)}
-        save(
-            path / form, {KEY: {"state": state, "param_groups": [{"lr": 0.5, "betas": (1, 2)}]}, "other": torch.ones(3)}
-        )
+        # As torch has it, the third part of a path is the parameter's FQN whatever the second one is.
+        ema = {"rows": {"shadow": state["rows"]["momentum"]}}
+        groups = [{"lr": 0.5, "betas": (1, 2)}]
+        save(path / form, {KEY: {"state": state, "param_groups": groups, "ema": ema}, "other": torch.ones(3)})
 
 
 def check_result(layout: Layout, loaded: dict[str, Any], change: Any = None) -> None:
@@ -148,6 +149,8 @@ def check_result(layout: Layout, loaded: dict[str, Any], change: Any = None) -> 
     assert loaded[KEY]["param_groups"] == [{"lr": 0.5, "betas": (1, 2)}]
     state = loaded[KEY]["state"]
     assert state.keys() == {*PARAMETERS, "stranger"}
+    if change is None:
+        assert image(loaded[KEY]["ema"]["rows"]["shadow"]) == image(state["rows"]["momentum"])
     group = dist.get_process_group_ranks(layout.dp_group)
     for name in state:
         assert state[name].keys() == {"momentum", "step"}
@@ -180,8 +183,40 @@ def each_slice_holds_what_was_saved(path: Path, dp: int, tp: int, tp_major: bool
     results.append(load_fast(model, KEY, torch_reader(path / "columns"), torch_planner()))
     with pytest.raises(dcp_fast.OptimizerStateError, match=r"state of 1 parameters .*'stranger'"):
         load_fast(model, KEY, fast_reader(path / "plain"), like="model")
+    partial = dcp_fast.DefaultLoadPlanner(allow_partial_load=True)
+    like_model = load_fast(model, KEY, fast_reader(path / "columns"), partial, like="model")[KEY]
     for result in results:
         check_result(layout, result)
+    assert like_model["state"].keys() == set(PARAMETERS)
+    assert image(like_model["ema"]) == image(results[0][KEY]["ema"])
+    for name, value in like_model["state"].items():
+        if PARAMETERS[name][1] is not None:
+            assert image(value) == image(results[2][KEY]["state"][name])
+            continue
+        assert value["momentum"].metadata().shards_metadata == model[name].metadata().shards_metadata
+        for shard in value["momentum"].local_shards():
+            assert image(shard.tensor) == image(layout.expected(name, stored(name))[1])
+
+
+def some_ranks_have_no_slice(path: Path) -> None:
+    """The data-parallel ranks are then told by parameters that are not tensor-parallel, or not at all."""
+    layout = Layout(2, 2, True)
+    alone = {"one_holder": layout.parameter("one_holder")}
+    beside = alone | {"replicated": layout.parameter("replicated")}
+    # Over all ranks, so that in the 2-D layout some hold nothing of it: that does not make it tensor-parallel.
+    over_all = by_rows(torch.zeros(1, 3))
+    loaded = load_fast(beside, KEY, fast_reader(path / "plain"))[KEY]["state"]
+    both = load_fast({**beside, "single_row": over_all}, KEY, fast_reader(path / "rows"))[KEY]["state"]
+    kind: Any = CheckpointException if layout.my_tp == 0 else dcp_fast.OptimizerStateError
+    with pytest.raises(kind, match="" if layout.my_tp == 0 else "data-parallel ranks cannot be told: one_holder"):
+        load_fast(alone, KEY, fast_reader(path / "plain"))
+    group = dist.get_process_group_ranks(layout.dp_group)
+    for state in (loaded, both):
+        for name in ("one_holder", "replicated", "single_row"):
+            value = state[name]["momentum"]
+            assert dist.get_process_group_ranks(value._process_group) == group, name
+            (shard,) = value.local_shards()
+            assert image(shard.tensor) == image(layout.expected(name, stored(name))[1]), name
 
 
 def planners_see_the_stored_tensors(path: Path, dp: int, tp: int, tp_major: bool) -> None:
@@ -212,8 +247,8 @@ def check_items(layout: Layout, items: list[Any]) -> None:
     """The hooks see indices of the stored tensors: global offsets, of which the parts that are read are a partition."""
     found: dict[str, int] = {}
     for item in items:
-        _, _, name, kind = item.dest_index.fqn.split(".")
-        if kind == "momentum" and name != "element":
+        _, part, name, kind = item.dest_index.fqn.split(".")
+        if part == "state" and kind == "momentum" and name != "element":
             offsets, expected = layout.expected(name, stored(name))
             assert list(item.dest_index.offset) == offsets
             at = [sum(pair) for pair in zip(item.dest_index.offset, item.dest_offsets, strict=True)]
@@ -248,13 +283,17 @@ def test_slices_of_saved_tensors(ranks: Ranks, shared: Path, dp: int, tp: int, t
     check(ranks, dp * tp, [functools.partial(each_slice_holds_what_was_saved, dp=dp, tp=tp, tp_major=tp_major)], shared)
 
 
+def test_ranks_without_any_slice(ranks: Ranks, shared: Path) -> None:
+    check(ranks, 4, [some_ranks_have_no_slice], shared)
+
+
 @pytest.mark.parametrize(("dp", "tp"), [(2, 2), (2, 3)], ids=str)
 def test_planners(ranks: Ranks, shared: Path, dp: int, tp: int) -> None:
     check(ranks, dp * tp, [functools.partial(planners_see_the_stored_tensors, dp=dp, tp=tp, tp_major=True)], shared)
 
 
 def test_memory(ranks: Ranks, tmp_path: Path) -> None:
-    write_metadata(tmp_path, {f"{KEY}.state.w.exp_avg": (1 << 17, 8)})
+    save(tmp_path, {KEY: {"state": {"w": {"exp_avg": torch.zeros(1 << 17, 8)}}}})
     check(ranks, 4, [only_the_shard_is_allocated], tmp_path)
 
 

@@ -93,6 +93,16 @@ def test_state_without_a_parameter(path: Path) -> None:
     fails(path, "state of 1 parameters that the model's state dict lacks.* 'w'", {"v": torch.ones(4, 3)}, like="model")
 
 
+def test_state_without_a_parameter_is_left_out_of_a_partial_load(path: Path) -> None:
+    planner = dcp_fast.DefaultLoadPlanner(allow_partial_load=True)
+    assert "state" not in load_fast({"v": torch.ones(4, 3)}, KEY, fast_reader(path), planner, like="model").get(KEY, {})
+
+
+def test_state_that_is_not_stored_whole(tmp_path: Path, gloo: None) -> None:
+    write_metadata(tmp_path, {"optimizer.state.w.exp_avg": (4, 3)})
+    fails(tmp_path, "only 0 of the 12 elements of a state tensor; FQN 'optimizer.state.w.exp_avg'")
+
+
 def test_parameter_without_state_is_no_error(path: Path) -> None:
     model = {"w": torch.ones(4, 3), "frozen": torch.ones(2)}
     assert load_fast(model, KEY, fast_reader(path), like="model")[KEY]["state"].keys() == {"w"}
@@ -161,6 +171,29 @@ class FailingReader(dcp_fast.FileSystemReader):
         return super().read_metadata(*args, **kwargs)
 
 
+class NotPicklableError(Exception):
+    """Pickles, but cannot be unpickled."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} at {where}")
+
+
+class BadlyFailingReader(dcp_fast.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if dist.get_rank() == 1:
+            raise NotPicklableError("denied", "bucket")
+        return super().read_metadata(*args, **kwargs)
+
+
+def exception_that_cannot_be_sent(path: Path) -> None:
+    with pytest.raises((NotPicklableError, CheckpointException)) as info:
+        load_fast({}, KEY, BadlyFailingReader(path / "one"))
+    if dist.get_rank() == 1:
+        assert type(info.value) is NotPicklableError
+    else:
+        assert "NotPicklableError('denied at bucket')" in str(info.value)
+
+
 def reader_fails_on_one_rank(path: Path) -> None:
     expect(lambda: load_fast({}, KEY, FailingReader(path / "one")), OSError, 2)
 
@@ -209,5 +242,10 @@ def works_afterwards(path: Path) -> None:
 
 def test_a_failure_of_one_rank_reaches_all(ranks: Ranks, tmp_path: Path) -> None:
     save(tmp_path / "one", {KEY: {"state": {"w": {"exp_avg": torch.ones(4, 3)}}, "param_groups": [1]}})
-    scenarios = [reader_fails_on_one_rank, model_fails_on_one_rank, argument_fails_on_one_rank]
+    scenarios = [
+        exception_that_cannot_be_sent,
+        reader_fails_on_one_rank,
+        model_fails_on_one_rank,
+        argument_fails_on_one_rank,
+    ]
     check(ranks, 4, [*scenarios, load_fails_on_one_rank, fails_on_every_rank, works_afterwards], tmp_path)

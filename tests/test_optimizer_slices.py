@@ -15,7 +15,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from dcp_fast.optimizer.destinations import slices_of_parameters
+from dcp_fast.optimizer.destinations import data_parallel_group, empty_slices, may_lack_slices, slices_of_parameters
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -94,8 +94,16 @@ def slices_on_two_ranks(path: Path) -> None:
         "beside": by_rows(torch.zeros(3, 3), mine),
     }
     slices = slices_of_parameters(model)
-    assert list(slices) == ["columns", "second"]
     first = dist.get_rank() == 0
+    assert list(slices) == (["columns"] if first else ["columns", "second"])
+    assert may_lack_slices(model, slices) == first
+    group = data_parallel_group(model, slices, ["columns", "second"])
+    assert group is mine
+    # A rank without slices goes by what is not tensor-parallel.
+    assert data_parallel_group(model, {}, ["columns", "second"]) is mine
+    assert data_parallel_group(model, {}, []) is None
+    slices |= empty_slices(model, ["columns", "second"], group)
+    assert list(slices) == ["columns", "second"]
     assert (slices["columns"].offsets, slices["columns"].sizes) == (((0, 0), (2, 3)) if first else ((0, 3), (2, 4)))
     assert slices["second"].offsets == (0, 0)
     assert slices["second"].sizes == ((0, 2) if first else (5, 2))

@@ -9,7 +9,9 @@ namespace dcp_fast::io {
 
 namespace {
 constexpr size_t kPage = 4096;
-constexpr size_t kWorthwhile = size_t{256} << 10;  // below, a large page would mostly hold what belongs to others
+// Below, a large page would mostly hold what belongs to others. Each range may also split a mapping of the process in
+// three, and there may only be some tens of thousands of them.
+constexpr size_t kWorthwhile = size_t{2} << 20;
 }  // namespace
 
 void advise_huge_pages(void* begin, size_t size) {

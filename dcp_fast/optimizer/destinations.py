@@ -5,7 +5,7 @@ Only this rank's shard of a tensor is ever allocated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +27,19 @@ from dcp_fast.errors import OptimizerStateError
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
 from dcp_fast.planner import global_size
 
-__all__ = ["ParameterSlice", "RowSharding", "like_parameter", "slices_of_parameters"]
+__all__ = [
+    "ParameterSlice",
+    "RowSharding",
+    "data_parallel_group",
+    "empty_slices",
+    "like_parameter",
+    "may_lack_slices",
+    "slices_of_parameters",
+]
+
+
+# The attributes that make a plain tensor a CheckpointableTensor, a part of a global one (torch 2.14).
+_PARTS_OF_CHECKPOINTABLE = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class ParameterSlice:
 
 
 def slices_of_parameters(model_state_dict: Mapping[str, Any]) -> dict[str, ParameterSlice]:
-    """Derive the 2-D layout (FSDP + TP) from the state dict of an FSDP model; empty if it has none.
+    """This rank's slices in the 2-D layout (FSDP + TP), from the state dict of an FSDP model; empty in any other.
 
     In that layout a tensor-parallel parameter is a nested ShardedTensor: the outer one's shard is this rank's
     tensor-parallel slice, and the inner one, the tensor of that shard, is sharded over the data-parallel ranks.
@@ -64,8 +76,67 @@ def slices_of_parameters(model_state_dict: Mapping[str, Any]) -> dict[str, Param
             slices[fqn] = ParameterSlice(
                 tuple(place.shard_offsets), torch.Size(place.shard_sizes), global_size(value), inner._process_group
             )
+    return slices
+
+
+def may_lack_slices(model_state_dict: Mapping[str, Any], slices: Mapping[str, ParameterSlice]) -> bool:
+    """Whether only other ranks can tell which of this rank's ShardedTensors are tensor-parallel.
+
+    One without a local shard does not show whether it is nested. Over the data-parallel ranks it is not.
+    """
+    if not slices:
+        return True
+    data_parallel = {tuple(dist.get_process_group_ranks(part.group)) for part in slices.values()}
+    return any(
+        tuple(dist.get_process_group_ranks(value._process_group)) not in data_parallel
+        for value in model_state_dict.values()
+        if type(value) is ShardedTensor and not value.local_shards()
+    )
+
+
+def data_parallel_group(
+    model_state_dict: Mapping[str, Any], slices: Mapping[str, ParameterSlice], tensor_parallel: Collection[str]
+) -> dist.ProcessGroup | None:
+    """The ranks that state of parameters without a slice is sharded over; None for all.
+
+    As in torch it is the data-parallel group of the last parameter that has a slice. A rank without any slice goes by
+    its parameters that are not tensor-parallel, for they are sharded over the same ranks.
+
+    Args:
+        model_state_dict: of this rank.
+        slices: of this rank.
+        tensor_parallel: FQNs of the parameters of which any rank has a slice.
+    """
     if slices:
-        slices |= _empty_slices(model_state_dict, next(iter(slices.values())).group)
+        return list(slices.values())[-1].group
+    if not tensor_parallel or not model_state_dict:
+        return None
+    for fqn, value in model_state_dict.items():
+        if type(value) is ShardedTensor and fqn not in tensor_parallel:
+            group: dist.ProcessGroup = value._process_group
+            return group
+    raise OptimizerStateError(
+        "this rank has no slice of any tensor-parallel parameter and no other parameter, so that its data-parallel "
+        f"ranks cannot be told: {', '.join(sorted(model_state_dict)[:20])}"
+    )
+
+
+def empty_slices(
+    model_state_dict: Mapping[str, Any], tensor_parallel: Collection[str], group: dist.ProcessGroup | None
+) -> dict[str, ParameterSlice]:
+    """Slices without elements, for the tensor-parallel parameters of which this rank holds nothing."""
+    slices = {}
+    for fqn in tensor_parallel:
+        value = model_state_dict.get(fqn)
+        if type(value) is not ShardedTensor or value.local_shards() or group is None:
+            continue
+        size = global_size(value)
+        shards = value.metadata().shards_metadata
+        split = [any(shard.shard_sizes[dim] != size[dim] for shard in shards) for dim in range(len(size))]
+        if split and not any(split):  # another rank has it all
+            split[0] = True
+        sizes = torch.Size(0 if is_split else length for is_split, length in zip(split, size, strict=True))
+        slices[fqn] = ParameterSlice((0,) * len(size), sizes, size, group)
     return slices
 
 
@@ -82,25 +153,6 @@ def _inner_of(fqn: str, value: object) -> ShardedTensor | None:
     if len(value.local_shards()) != 1:
         raise OptimizerStateError("cannot handle a nested ShardedTensor with more than one local shard", fqn=fqn)
     return inner
-
-
-def _empty_slices(model_state_dict: Mapping[str, Any], group: dist.ProcessGroup) -> dict[str, ParameterSlice]:
-    """Parameters of which this rank has no tensor-parallel slice: sharded, but not over the data-parallel ranks."""
-    data_parallel = dist.get_process_group_ranks(group)
-    slices = {}
-    for fqn, value in model_state_dict.items():
-        if type(value) is not ShardedTensor or value.local_shards():
-            continue
-        if dist.get_process_group_ranks(value._process_group) == data_parallel:
-            continue
-        size = global_size(value)
-        shards = value.metadata().shards_metadata
-        split = [any(shard.shard_sizes[dim] != size[dim] for shard in shards) for dim in range(len(size))]
-        if split and not any(split):  # another rank has it all
-            split[0] = True
-        sizes = torch.Size(0 if is_split else length for is_split, length in zip(split, size, strict=True))
-        slices[fqn] = ParameterSlice((0,) * len(size), sizes, size, group)
-    return slices
 
 
 class RowSharding:
@@ -150,7 +202,7 @@ class RowSharding:
 def like_parameter(entry: TensorStorageMetadata, parameter: torch.Tensor) -> torch.Tensor:
     """A tensor with the sharding, device and strides of a parameter, and the stored dtype.
 
-    The parameter may be a DTensor, a ShardedTensor that is not nested, or a plain tensor.
+    The parameter may be a DTensor, a ShardedTensor that is not nested, a CheckpointableTensor or a plain tensor.
     """
     if isinstance(parameter, DTensor):
         return DTensor.from_local(
@@ -169,7 +221,11 @@ def like_parameter(entry: TensorStorageMetadata, parameter: torch.Tensor) -> tor
         return ShardedTensor._init_from_local_shards_and_global_metadata(
             shards, metadata, process_group=parameter._process_group
         )
-    return _empty_like(entry, parameter)
+    made = _empty_like(entry, parameter)
+    for name in _PARTS_OF_CHECKPOINTABLE:
+        if hasattr(parameter, name):
+            setattr(made, name, getattr(parameter, name))
+    return made
 
 
 def _empty_like(entry: TensorStorageMetadata, tensor: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+import math
+import pickle
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,11 +17,15 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from dcp_fast.errors import OptimizerStateError
+from dcp_fast.errors import LoadError, OptimizerStateError
 from dcp_fast.garbage import paused_collection
 from dcp_fast.optimizer.destinations import (
+    ParameterSlice,
     RowSharding,
+    data_parallel_group,
+    empty_slices,
     like_parameter,
+    may_lack_slices,
     slices_of_parameters,
 )
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
@@ -29,6 +35,11 @@ __all__ = ["load_sharded_optimizer_state_dict"]
 
 # A key of the flattened optimizer state, as its path in the nested one: ("optim", "state", FQN, "exp_avg").
 _Path = tuple[Any, ...]
+
+# State that torch's optimizers keep in a plain tensor of no dimensions, also for a parameter of none.
+_COUNTERS = ("step", "mu_product", "eta", "mu")
+
+T = TypeVar("T")
 
 
 @paused_collection()
@@ -42,8 +53,8 @@ def load_sharded_optimizer_state_dict(
 ) -> dict[str, Any]:
     """Drop-in for ``torch.distributed.checkpoint.load_sharded_optimizer_state_dict``.
 
-    Every rank allocates and reads only what it keeps, and reads the metadata once. All ranks of the default process
-    group must call it.
+    Every rank allocates only what it keeps, and reads the metadata once. All ranks of the default process group must
+    call it.
 
     Args:
         model_state_dict: of an FSDP model, under ``SHARDED_STATE_DICT``: it tells how parameters are sharded. In the
@@ -61,54 +72,82 @@ def load_sharded_optimizer_state_dict(
             with the sharding of its parameter: a DTensor with its mesh and placements for a DTensor, a ShardedTensor
             with its shards for a ShardedTensor. Use it for models whose state dict has DTensors (FSDP2, FSDP on a
             device mesh, HSDP, FSDP2 + TP), and for FSDP on process groups of some ranks; a rank without a model passes
-            an empty state dict and gets no state of parameters. State that is neither of its parameter's size nor a
-            single element (factored state, for one) is an error: how it was sharded is not stored. A nested
-            ShardedTensor's state is sharded as without it.
+            an empty state dict and gets no state of parameters. The parameter is the first part of a state's path that
+            is an FQN of the model. A tensor whose path has none is loaded whole on every rank. State of a parameter
+            that the model lacks is an error that names it, or left out if the planner has ``allow_partial_load``. So
+            is state that is neither of its parameter's size nor a single element (factored state, for one): how it was
+            sharded is not stored. A nested ShardedTensor's state is sharded as without ``like``.
 
     Returns:
-        ``{optimizer_key: the nested optimizer state dict}``. Tensors of one element are plain tensors.
+        ``{optimizer_key: the nested optimizer state dict}``. Without ``like``, tensors of one element are plain.
 
     Raises:
-        OptimizerStateError: the key or the paths of nested keys are not in the checkpoint, or the state does not fit
-            the model. A parameter without state is no error, and without ``like="model"`` neither is state without a
-            parameter. Whatever the storage reader raises for the metadata is raised as it is.
+        OptimizerStateError: the key or the paths of nested keys are not in the checkpoint, parts of a state tensor are
+            not, or the state does not fit the model. A parameter without state is no error, and without
+            ``like="model"`` neither is state without a parameter. Whatever the storage reader raises for the metadata
+            is raised as it is.
         CheckpointException: on every rank, if any rank failed later; and on the ranks that did not fail themselves if
             another one failed before.
     """
-    no_dist = not dist.is_initialized()
-    prepared: tuple[Metadata, dict[str, Any]] | None = None
-    error: Exception | None = None
+    metadata, slices = None, {}
 
-    def prepare() -> None:
-        nonlocal prepared, error
-        try:
-            storage_reader.reset()
-            metadata = storage_reader.read_metadata()
-            prepared = metadata, _destinations(model_state_dict, optimizer_key, metadata, like)
-        except Exception as caught:
-            error = caught
-            raise
+    def look() -> tuple[bool, bool]:
+        nonlocal metadata, slices
+        if like not in (None, "model"):
+            raise ValueError(f'like must be None or "model", got {like!r}')
+        storage_reader.reset()
+        metadata = storage_reader.read_metadata()
+        slices = slices_of_parameters(model_state_dict)
+        return bool(slices), may_lack_slices(model_state_dict, slices)
 
-    try:
-        # A rank that failed alone must not leave the others waiting for it in the collective calls of the load.
-        _DistWrapper(None, not no_dist, 0).all_gather("prepare", prepare)
-    except CheckpointException:
-        if error is None:
-            raise
-    if error is not None:
-        raise error
-    assert prepared is not None
-    metadata, state_dict = prepared
+    state_dict: dict[str, Any] = {}
+    looks = _on_all_ranks("read metadata", look)
+    assert metadata is not None
+    tensor_parallel: set[str] = set()
+    if any(has_slices for has_slices, _ in looks):
+        tensor_parallel = set(slices)
+        if any(lacks for _, lacks in looks):
+            tensor_parallel.update(*_on_all_ranks("find slices", lambda: list(slices)))
+    destinations = _Destinations(model_state_dict, like, slices, tensor_parallel, planner)
+    _on_all_ranks("allocate", lambda: state_dict.update(destinations.of(_entries(metadata, optimizer_key))))
     torch_loader._load_state_dict(
         state_dict,
         cast(StorageReader, _MetadataReadBefore(storage_reader, metadata)),
-        no_dist=no_dist,
+        no_dist=not dist.is_initialized(),
         planner=DefaultLoadPlanner() if planner is None else planner,
     )
     for key, value in state_dict.items():
         if isinstance(value, SlicedShardedTensor):
             state_dict[key] = value.sharded
     return unflatten_state_dict(state_dict, cast(Any, metadata.planner_data))
+
+
+def _on_all_ranks(step: str, function: Callable[[], T]) -> list[T]:
+    """What a function returns on each rank.
+
+    A rank that fails alone must not leave the others waiting for it in the collective calls of the load: it raises its
+    own error, the others a CheckpointException.
+    """
+    error: Exception | None = None
+
+    def call() -> T:
+        nonlocal error
+        try:
+            return function()
+        except Exception as caught:
+            error = caught
+            try:
+                pickle.loads(pickle.dumps(caught))
+            except Exception:  # it could not be sent to the others
+                raise LoadError(repr(caught)) from caught
+            raise
+
+    try:
+        return _DistWrapper(None, dist.is_initialized(), 0).all_gather(step, call)
+    except CheckpointException:
+        if error is None:
+            raise
+        raise error from None
 
 
 class _MetadataReadBefore:
@@ -125,42 +164,86 @@ class _MetadataReadBefore:
         return getattr(self._reader, name)
 
 
-def _destinations(
-    model_state_dict: Mapping[str, Any], optimizer_key: str, metadata: Metadata, like: Literal["model"] | None
-) -> dict[str, Any]:
-    """The flat state dict to load into: a tensor, or a placeholder for a bytes entry, for each key of the optimizer."""
-    if like not in (None, "model"):
-        raise ValueError(f'like must be None or "model", got {like!r}')
-    entries = _entries(metadata, optimizer_key)
-    slices = slices_of_parameters(model_state_dict)
-    # As in torch: state of parameters without a slice is sharded over the data-parallel ranks of those that have one.
-    shardings = {part.group: RowSharding(part.group) for part in slices.values()}
-    by_rows = next(reversed(shardings.values())) if shardings else RowSharding(None)
-    state_dict: dict[str, Any] = {}
-    strangers = set()
-    for key, (path, entry) in entries.items():
-        if isinstance(entry, BytesStorageMetadata):
-            state_dict[key] = "<bytes_io>"
-            continue
-        fqn, name = _parameter_of(path)
-        if like == "model" and fqn is not None and fqn not in slices:
-            if fqn in model_state_dict:
-                state_dict[key] = _like_model(key, entry, name, model_state_dict[fqn], by_rows)
-            elif model_state_dict:  # else this rank has no model, and needs no state
-                strangers.add(fqn)
-        elif entry.size.numel() == 1 or (like == "model" and fqn is None):
-            state_dict[key] = by_rows.whole(entry)
-        else:
-            part = slices.get(fqn) if fqn is not None else None
-            if slices and fqn is not None:
-                _check_size(key, entry, model_state_dict.get(fqn))
-            state_dict[key] = by_rows.sharded(entry) if part is None else shardings[part.group].sharded(entry, part)
-    if strangers:
-        raise OptimizerStateError(
-            f"the checkpoint has optimizer state of {len(strangers)} parameters that the model's state dict lacks, so "
-            f"that their sharding cannot be told: {_listed(strangers)}"
-        )
-    return state_dict
+class _Destinations:
+    """Makes the flat state dict to load into: a tensor, or a placeholder for a bytes entry, for each key.
+
+    Args:
+        model_state_dict, like, planner: of load_sharded_optimizer_state_dict.
+        slices: of this rank's parameters.
+        tensor_parallel: FQNs of the parameters of which any rank has a slice.
+    """
+
+    def __init__(
+        self,
+        model_state_dict: Mapping[str, Any],
+        like: Literal["model"] | None,
+        slices: Mapping[str, ParameterSlice],
+        tensor_parallel: Collection[str],
+        planner: LoadPlanner | None,
+    ) -> None:
+        self._model = model_state_dict
+        self._like = like
+        self._slices = dict(slices)
+        self._tensor_parallel = tensor_parallel
+        self._partial = bool(getattr(planner, "allow_partial_load", False))
+
+    def of(self, entries: Mapping[str, tuple[_Path, STORAGE_TYPES]]) -> dict[str, Any]:
+        group = data_parallel_group(self._model, self._slices, self._tensor_parallel)
+        self._slices |= empty_slices(self._model, self._tensor_parallel, group)
+        self._rows = RowSharding(group)
+        self._rows_of_slices = {part.group: RowSharding(part.group) for part in self._slices.values()}
+        state_dict: dict[str, Any] = {}
+        strangers = set()
+        for key, (path, entry) in entries.items():
+            if isinstance(entry, BytesStorageMetadata):
+                state_dict[key] = "<bytes_io>"
+                continue
+            fqn = self._parameter_of(path)
+            if self._like == "model" and fqn is not None and fqn not in self._slices:
+                if fqn in self._model:
+                    state_dict[key] = self._like_model(key, path, entry, self._model[fqn])
+                elif self._model:  # else this rank has no model, and needs no state
+                    strangers.add(fqn)
+            elif entry.size.numel() == 1 or (self._like == "model" and fqn is None):
+                state_dict[key] = self._rows.whole(entry)
+            else:
+                state_dict[key] = self._by_rows(key, entry, fqn)
+        if strangers and not self._partial:
+            raise OptimizerStateError(
+                f"the checkpoint has optimizer state of {len(strangers)} parameters that the model's state dict lacks, "
+                f"so that their sharding cannot be told: {_listed(strangers)}; a planner with allow_partial_load "
+                "leaves them out"
+            )
+        return state_dict
+
+    def _parameter_of(self, path: _Path) -> str | None:
+        """The FQN of the parameter that a state belongs to; None if it belongs to none."""
+        if self._like is None:
+            return str(path[2]) if len(path) > 2 else None  # torch's rule, for tensor-parallel parameters
+        # get_optimizer_state_dict with flatten_optimizer_state_dict: ("optim", "state.FQN.exp_avg").
+        if len(path) == 2 and str(path[1]).startswith("state."):
+            return str(path[1]).removeprefix("state.").rpartition(".")[0]
+        for part in path[1:]:
+            if isinstance(part, str) and part in self._model:
+                return part
+        after = path.index("state") + 1 if "state" in path else len(path)
+        return str(path[after]) if after < len(path) - 1 else None
+
+    def _like_model(self, key: str, path: _Path, entry: TensorStorageMetadata, parameter: Any) -> torch.Tensor:
+        name = str(path[-1]).rpartition(".")[2]
+        is_counter = name in _COUNTERS and not entry.size
+        if isinstance(parameter, torch.Tensor) and entry.size == global_size(parameter) and not is_counter:
+            return like_parameter(entry, parameter)
+        if entry.size.numel() == 1:
+            return self._rows.whole(entry)
+        _check_size(key, entry, parameter)
+        raise OptimizerStateError(f"state of a {type(parameter).__name__}, which has no sharding", fqn=key)
+
+    def _by_rows(self, key: str, entry: TensorStorageMetadata, fqn: str | None) -> torch.Tensor:
+        if self._slices and fqn is not None:
+            _check_size(key, entry, self._model.get(fqn))
+        part = self._slices.get(fqn) if fqn is not None else None
+        return self._rows.sharded(entry) if part is None else self._rows_of_slices[part.group].sharded(entry, part)
 
 
 def _entries(metadata: Metadata, optimizer_key: str) -> dict[str, tuple[_Path, STORAGE_TYPES]]:
@@ -178,34 +261,20 @@ def _entries(metadata: Metadata, optimizer_key: str) -> dict[str, tuple[_Path, S
         path = paths[key]
         keys.add(path[0])
         if path[0] == optimizer_key:
+            _check_complete(key, entry)
             entries[key] = path, entry
     if not entries:
         raise OptimizerStateError(f"the checkpoint has no key {optimizer_key!r}; it has {_listed(keys)}")
     return entries
 
 
-def _parameter_of(path: _Path) -> tuple[str | None, str]:
-    """The FQN of the parameter that a state belongs to, None if it belongs to none, and the name of the state."""
-    if len(path) > 3 and path[1] == "state":
-        return str(path[2]), str(path[-1])
-    # get_optimizer_state_dict with flatten_optimizer_state_dict: ("optim", "state.FQN.exp_avg").
-    if len(path) == 2 and str(path[1]).startswith("state."):
-        fqn, _, name = str(path[1]).removeprefix("state.").rpartition(".")
-        return fqn, name
-    return None, str(path[-1])
-
-
-def _like_model(
-    key: str, entry: TensorStorageMetadata, name: str, parameter: Any, by_rows: RowSharding
-) -> torch.Tensor:
-    # Optimizers of torch count steps in a plain tensor of no dimensions, also for a parameter of none.
-    is_step = name == "step" and not entry.size
-    if isinstance(parameter, torch.Tensor) and entry.size == global_size(parameter) and not is_step:
-        return like_parameter(entry, parameter)
-    if entry.size.numel() == 1:
-        return by_rows.whole(entry)
-    _check_size(key, entry, parameter)
-    raise OptimizerStateError(f"state of a {type(parameter).__name__}, which has no sharding", fqn=key)
+def _check_complete(key: str, entry: STORAGE_TYPES) -> None:
+    """Raise if parts of a tensor are stored nowhere: the memory that they would be left in was never written."""
+    if isinstance(entry, TensorStorageMetadata):
+        stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+        if stored < math.prod(entry.size):
+            reason = f"the checkpoint has only {stored} of the {math.prod(entry.size)} elements of a state tensor"
+            raise OptimizerStateError(reason, fqn=key)
 
 
 def _check_size(key: str, entry: TensorStorageMetadata, parameter: Any) -> None:
