@@ -13,7 +13,6 @@
 #include "box/overlap.h"
 #include "checkpoint/dtype.h"
 #include "error.h"
-#include "io/buffer.h"
 #include "io/fault_injection.h"
 #include "transfer/engine.h"
 #include "transfer/layouts.h"
@@ -343,12 +342,6 @@ PYBIND11_MODULE(_native, module) {
 
   module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"),
              "Exactly `length` bytes of a file. Nothing is allocated before the file's size is checked.");
-  module.def(
-      "advise_huge_pages",
-      [](uintptr_t address, size_t size) {
-        io::advise_huge_pages(reinterpret_cast<void*>(address), size);  // NOLINT(performance-no-int-to-ptr)
-      },
-      py::arg("address"), py::arg("size"), "See csrc/io/buffer.h.");
   module.def("find_overlaps", &find_overlaps, py::arg("dims"), py::arg("wanted"), py::arg("wanted_count"),
              py::arg("stored"), py::arg("stored_count"),
              "Rows of wanted index, stored index, stored offsets, wanted offsets, lengths; see csrc/box/overlap.h.");

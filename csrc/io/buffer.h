@@ -8,9 +8,6 @@ namespace dcp_fast::io {
 // What O_DIRECT asks of file offsets, lengths and addresses on every common file system and block device.
 inline constexpr size_t kDirectAlignment = 4096;
 
-// Asks for large pages where a range has room for them. It is a hint: a refusal only costs speed.
-void advise_huge_pages(void* begin, size_t size);
-
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;

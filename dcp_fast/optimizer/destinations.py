@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.optimizer import _gen_rank_device
 from torch.distributed.distributed_c10d import _get_object_coll_device
 from torch.distributed.tensor import DTensor
 
-from dcp_fast import _native
 from dcp_fast.errors import OptimizerStateError
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
 from dcp_fast.planner import global_size
@@ -230,7 +229,7 @@ def like_parameter(entry: TensorStorageMetadata, parameter: torch.Tensor) -> tor
 
 def _empty_like(entry: TensorStorageMetadata, tensor: torch.Tensor) -> torch.Tensor:
     # Of a parameter on the meta device too: planners replace such tensors by real ones.
-    return _with_huge_pages(torch.empty_like(tensor.detach(), dtype=entry.properties.dtype))
+    return torch.empty_like(tensor.detach(), dtype=entry.properties.dtype)
 
 
 def _device(device_type: str) -> torch.device:
@@ -241,20 +240,11 @@ def _device(device_type: str) -> torch.device:
 
 def _allocate(entry: TensorStorageMetadata, size: Sequence[int], device: torch.device) -> torch.Tensor:
     properties = entry.properties
-    return _with_huge_pages(
-        torch.empty(
-            size,
-            dtype=properties.dtype,
-            layout=properties.layout,
-            requires_grad=properties.requires_grad,
-            pin_memory=properties.pin_memory,
-            device=device,
-        )
+    return torch.empty(
+        size,
+        dtype=properties.dtype,
+        layout=properties.layout,
+        requires_grad=properties.requires_grad,
+        pin_memory=properties.pin_memory,
+        device=device,
     )
-
-
-def _with_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    # Fresh memory costs more in page faults than it does to fill; in large pages these are hundreds of times fewer.
-    if tensor.is_cpu and tensor.layout is torch.strided:
-        _native.advise_huge_pages(tensor.data_ptr(), tensor.untyped_storage().nbytes())
-    return tensor
