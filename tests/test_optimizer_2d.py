@@ -198,6 +198,27 @@ def each_slice_holds_what_was_saved(path: Path, dp: int, tp: int, tp_major: bool
             assert image(shard.tensor) == image(layout.expected(name, stored(name))[1])
 
 
+def slices_of_a_grid(path: Path) -> None:
+    """Four tensor-parallel ranks in a square, so that slices have offsets in both dimensions, uneven ones."""
+    alone = [dist.new_group([rank]) for rank in range(4)][dist.get_rank()]
+    full = stored("rows")  # 10 by 7
+    metadata = [
+        ShardMetadata([top, left], [height, width], f"rank:{2 * (top > 0) + (left > 0)}/cpu")
+        for top, height in ((0, 4), (4, 6))
+        for left, width in ((0, 5), (5, 2))
+    ]
+    mine = metadata[dist.get_rank()]
+    inner = by_rows(torch.zeros(mine.shard_sizes), alone)
+    whole = ShardedTensorMetadata(metadata, full.size(), TensorProperties())
+    outer = ShardedTensor._init_from_local_shards_and_global_metadata([LocalShard(inner, mine)], whole)
+    for form in ("plain", "rows", "columns"):
+        loaded = load_fast({"rows": outer}, KEY, fast_reader(path / form))[KEY]["state"]["rows"]["momentum"]
+        (top, left), (height, width) = mine.shard_offsets, mine.shard_sizes
+        assert list(loaded.size()) == [height, width]
+        expected = full[top : top + height, left : left + width].clone(memory_format=torch.contiguous_format)
+        assert image(loaded.local_shards()[0].tensor) == image(expected)
+
+
 def some_ranks_have_no_slice(path: Path) -> None:
     """The data-parallel ranks are then told by parameters that are not tensor-parallel, or not at all."""
     layout = Layout(2, 2, True)
@@ -281,6 +302,10 @@ def shared(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("dp", "tp"), [(2, 2), (2, 3), (3, 2)], ids=str)
 def test_slices_of_saved_tensors(ranks: Ranks, shared: Path, dp: int, tp: int, tp_major: bool) -> None:
     check(ranks, dp * tp, [functools.partial(each_slice_holds_what_was_saved, dp=dp, tp=tp, tp_major=tp_major)], shared)
+
+
+def test_slices_with_offsets_in_both_dimensions(ranks: Ranks, shared: Path) -> None:
+    check(ranks, 4, [slices_of_a_grid], shared)
 
 
 def test_ranks_without_any_slice(ranks: Ranks, shared: Path) -> None:
