@@ -195,7 +195,7 @@ class RowSharding:
             if placement.rank() == self._rank:
                 shards.append(LocalShard(_allocate(entry, shard.shard_sizes, placement.device()), shard))
         made = ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=self._group)
-        return made if part is None else SlicedShardedTensor(made, part.offsets, entry.size)
+        return made if part is None else SlicedShardedTensor(made, part.offsets, part.parameter_size)
 
 
 def like_parameter(entry: TensorStorageMetadata, parameter: torch.Tensor) -> torch.Tensor:

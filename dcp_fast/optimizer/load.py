@@ -108,8 +108,12 @@ def load_sharded_optimizer_state_dict(
         tensor_parallel = set(slices)
         if any(lacks for _, lacks in looks):
             tensor_parallel.update(*_on_all_ranks("find slices", lambda: list(slices)))
-    destinations = _Destinations(model_state_dict, like, slices, tensor_parallel, planner)
-    _on_all_ranks("allocate", lambda: state_dict.update(destinations.of(_entries(metadata, optimizer_key))))
+
+    def allocate() -> None:
+        destinations = _Destinations(model_state_dict, like, slices, tensor_parallel, planner)
+        state_dict.update(destinations.of(_entries(metadata, optimizer_key)))
+
+    _on_all_ranks("allocate", allocate)
     torch_loader._load_state_dict(
         state_dict,
         cast(StorageReader, _MetadataReadBefore(storage_reader, metadata)),
@@ -183,15 +187,13 @@ class _Destinations:
     ) -> None:
         self._model = model_state_dict
         self._like = like
-        self._slices = dict(slices)
-        self._tensor_parallel = tensor_parallel
         self._partial = bool(getattr(planner, "allow_partial_load", False))
+        group = data_parallel_group(model_state_dict, slices, tensor_parallel)
+        self._slices = {**slices, **empty_slices(model_state_dict, tensor_parallel, group)}
+        self._rows = RowSharding(group)
+        self._rows_of_slices = {each: RowSharding(each) for each in {part.group for part in self._slices.values()}}
 
     def of(self, entries: Mapping[str, tuple[_Path, STORAGE_TYPES]]) -> dict[str, Any]:
-        group = data_parallel_group(self._model, self._slices, self._tensor_parallel)
-        self._slices |= empty_slices(self._model, self._tensor_parallel, group)
-        self._rows = RowSharding(group)
-        self._rows_of_slices = {part.group: RowSharding(part.group) for part in self._slices.values()}
         state_dict: dict[str, Any] = {}
         strangers = set()
         for key, (path, entry) in entries.items():
