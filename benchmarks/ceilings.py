@@ -13,12 +13,13 @@ import struct
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
@@ -37,7 +38,7 @@ class Setting:
     block_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.threads} threads x {self.block_bytes // MIB} MiB"
+        return f"{self.threads} {'thread' if self.threads == 1 else 'threads'} x {self.block_bytes // MIB} MiB"
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,22 @@ class TunedCeiling(Ceiling):
 
 @dataclass(frozen=True)
 class Segment:
-    """A contiguous byte range of a file, and where in memory it belongs."""
+    """A contiguous byte range of a file, and the tensor in whose bytes it belongs at ``start``."""
 
     path: Path
     offset: int
-    memory: memoryview
+    length: int
+    tensor: str
+    start: int
 
     def split(self, block_bytes: int) -> Iterator[Segment]:
-        for start in range(0, len(self.memory), block_bytes):
-            yield Segment(self.path, self.offset + start, self.memory[start : start + block_bytes])
+        for start in range(0, self.length, block_bytes):
+            length = min(block_bytes, self.length - start)
+            yield Segment(self.path, self.offset + start, length, self.tensor, self.start + start)
+
+
+# The memory that a segment is read into, by the thread of this number.
+MemoryOf = Callable[[Segment, int], memoryview]
 
 
 def candidate_settings() -> list[Setting]:
@@ -79,11 +87,17 @@ def candidate_settings() -> list[Setting]:
 
 
 def pread_ceiling(checkpoint: Path, destinations: Destinations) -> TunedCeiling | None:
-    """None where what is wanted is not contiguous in the files, so that no plain read can fetch just that."""
+    """None where what is wanted is not contiguous in the files, or stored as a dtype of another size."""
     segments = payload_segments(checkpoint, destinations)
-    if segments is None:
+    if segments is None or sum(segment.length for segment in segments) != destinations.nbytes:
         return None
-    return _tuned("pread", lambda setting: read_segments(segments, setting), fills_destinations=True)
+    memory_of = into_tensors(destinations.local)
+    return tuned(
+        "pread",
+        lambda setting: read_segments(segments, setting, memory_of),
+        candidate_settings(),
+        fills_destinations=True,
+    )
 
 
 def direct_ceiling(paths: list[Path], prepare: Callable[[], None]) -> TunedCeiling | None:
@@ -102,11 +116,14 @@ def direct_ceiling(paths: list[Path], prepare: Callable[[], None]) -> TunedCeili
         prepare()
         return _read_direct(paths, setting, buffers)
 
-    return _tuned("direct", run, fills_destinations=False)
+    return tuned("direct", run, settings, fills_destinations=False)
 
 
 def payload_segments(checkpoint: Path, destinations: Destinations) -> list[Segment] | None:
-    """Where the wanted rows of every stored chunk lie, from each record's zip directory."""
+    """Where the wanted rows of every stored chunk lie, from each record's zip directory; in their stored dtype.
+
+    None where what is wanted is not contiguous in the files.
+    """
     metadata = FileSystemReader(checkpoint).read_metadata()
     segments: list[Segment] = []
     with ExitStack() as stack:
@@ -114,11 +131,8 @@ def payload_segments(checkpoint: Path, destinations: Destinations) -> list[Segme
         for name, local in destinations.local.items():
             stored = metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata)
-            if stored.properties.dtype != local.dtype:
-                return None
             (wanted,) = _create_chunk_list(destinations.state[name])
-            memory = bytes_of(local)
-            row = local.nbytes // local.shape[0]
+            row = local.numel() // local.shape[0] * stored.properties.dtype.itemsize
             for chunk in stored.chunks:
                 if chunk.sizes[1:] != wanted.sizes[1:] or chunk.offsets[1:] != wanted.offsets[1:]:
                     return None
@@ -130,9 +144,9 @@ def payload_segments(checkpoint: Path, destinations: Destinations) -> list[Segme
                 if info.relative_path not in files:
                     files[info.relative_path] = stack.enter_context((checkpoint / info.relative_path).open("rb"))
                 payload = _payload_offset(files[info.relative_path], info.offset, info.length)
-                target = memory[(first - wanted.offsets[0]) * row : (last - wanted.offsets[0]) * row]
                 offset = payload + (first - chunk.offsets[0]) * row
-                segments.append(Segment(checkpoint / info.relative_path, offset, target))
+                start, length = (first - wanted.offsets[0]) * row, (last - first) * row
+                segments.append(Segment(checkpoint / info.relative_path, offset, length, name, start))
     return segments
 
 
@@ -177,7 +191,13 @@ def _payload_offset(file: io.BufferedReader, offset: int, length: int) -> int:
     return offset + entry.header_offset + LOCAL_HEADER_BYTES + int(name_bytes) + int(extra_bytes)
 
 
-def read_segments(segments: list[Segment], setting: Setting) -> float:
+def into_tensors(tensors: dict[str, torch.Tensor]) -> MemoryOf:
+    """Straight into the tensors that want the segments."""
+    memory = {name: bytes_of(tensor) for name, tensor in tensors.items()}
+    return lambda segment, _: memory[segment.tensor][segment.start : segment.start + segment.length]
+
+
+def read_segments(segments: list[Segment], setting: Setting, memory_of: MemoryOf) -> float:
     """Read all segments, and return how many seconds that took."""
     pieces = deque(piece for segment in segments for piece in segment.split(setting.block_bytes))
     paths = sorted({segment.path for segment in segments})
@@ -185,13 +205,13 @@ def read_segments(segments: list[Segment], setting: Setting) -> float:
     start = time.perf_counter()
     with _opened(paths, 0) as fds:
 
-        def worker(_: int) -> None:
+        def worker(index: int) -> None:
             while True:
                 try:
                     piece = pieces.popleft()
                 except IndexError:
                     return
-                _read_fully(fds[piece.path], piece.offset, piece.memory)
+                _read_fully(fds[piece.path], piece.offset, memory_of(piece, index))
 
         _on_threads(setting.threads, worker)
     return time.perf_counter() - start
@@ -222,9 +242,11 @@ def _read_direct(paths: list[Path], setting: Setting, buffers: list[mmap.mmap]) 
     return time.perf_counter() - start
 
 
-def _tuned(name: str, run: Callable[[Setting], float], *, fills_destinations: bool) -> TunedCeiling:
+def tuned(
+    name: str, run: Callable[[Setting], float], settings: Sequence[Setting], *, fills_destinations: bool
+) -> TunedCeiling:
     """Try every setting twice, and keep the one with the best time."""
-    tried = {setting: min(run(setting) for _ in range(2)) for setting in candidate_settings()}
+    tried = {setting: min(run(setting) for _ in range(2)) for setting in settings}
     best = min(tried, key=lambda setting: tried[setting])
     contender = Contender(name, lambda: Sample(run(best)), fills_destinations)
     return TunedCeiling(name, best, {str(setting): seconds for setting, seconds in tried.items()}, contender)

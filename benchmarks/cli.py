@@ -7,17 +7,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import fresh, measure, optimizer, peers, plot, results
+from benchmarks import fresh, gpus, measure, optimizer, peers, plot, results
 from benchmarks.contenders import why_dcp_fast_is_missing
-from benchmarks.workloads import all_workloads
+from benchmarks.workloads import Place, workloads_of
 
 HERE = Path(__file__).resolve().parent
+# What `main` returns where nothing could be measured.
+NOT_RUN = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    workloads = all_workloads(options.scale)
+    place = Place.GPU if options.gpu else Place.HOST
+    if place is Place.GPU and (reason := gpus.why_there_is_none()) is not None and not options.list:
+        _say(f"not run: {reason}")
+        return NOT_RUN
+    workloads = workloads_of(place, options.scale, gpus.names())
     if options.list:
         for workload in workloads.values():
             temperatures = ", ".join(temperature.value for temperature in workload.targets)
@@ -28,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown workloads: {', '.join(unknown)}; known are {', '.join(workloads)}")
 
     started = time.monotonic()
+    models = gpus.models() if place is Place.GPU else []
+    if models:
+        _say(f"into the memory of: {', '.join(models)}")
     missing = why_dcp_fast_is_missing()
     if missing is not None:
         _say(f"dcp_fast skipped: {missing}")
@@ -56,8 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [row for measurement in measurements for row in results.rows_of(measurement)]
     tables = [
         results.load_table(rows),
+        results.gpu_table(measurements) if place is Place.GPU else None,
         results.peer_table(measurements),
         results.fresh_table(first_loads) if first_loads else None,
+        results.gpu_memory_table(first_loads) if first_loads and place is Place.GPU else None,
     ]
     for text in tables:
         if text is not None:
@@ -67,8 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "scale": options.scale,
         "rounds": options.rounds,
         "fresh_rounds": options.fresh_rounds,
+        "gpus": models,
     }
-    json_path, plot_path = options.out / "results.json", options.out / "results.png"
+    name = "gpu_results" if place is Place.GPU else "results"
+    json_path, plot_path = options.out / f"{name}.json", options.out / f"{name}.png"
     results.write_json(json_path, parameters, measurements, rows, first_loads)
     failure = plot.draw(plot_path, rows)
     _say(f"\nwritten: {json_path}" + (f" and {plot_path}" if failure is None else f"; {failure}"))
@@ -78,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time dcp_fast against torch DCP.")
+    parser.add_argument("--gpu", action="store_true", help="load into GPU memory instead of host memory")
     parser.add_argument("--workloads", metavar="A,B", help="only these (default: all, see --list)")
     parser.add_argument("--rounds", type=_positive_int, help="timed rounds (default: each workload's own, 3 or 5)")
     parser.add_argument(
@@ -88,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="size of the data; 1.0 is 1.5 to 1.9 GB a checkpoint")
     parser.add_argument("--data", type=Path, default=HERE / "data", help="where checkpoints are kept between runs")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="where results.json and results.png go")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="where the results' JSON and plot go")
     parser.add_argument("--list", action="store_true", help="list the workloads and stop")
     return parser
 

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from benchmarks import gpus
+
 REPORT_FIELDS = (
     "bytes_needed",
     "bytes_read",
@@ -28,6 +30,13 @@ REPORT_FIELDS = (
     "seconds",
     "total_seconds",
     "gigabytes_per_second",
+    "bytes_to_device",
+    "device_copies",
+    "launches",
+    "overlap_efficiency",
+    "wait_seconds",
+    "pinned_bytes",
+    "device_staging_bytes",
 )
 # Stages of a LoadReport that torch's loader does inside ``read_data``.
 READ_DATA_STAGES = ("layout", "transfer", "commit")
@@ -64,6 +73,7 @@ def load_with_torch(checkpoint: Path, state: dict[str, torch.Tensor]) -> Sample:
     read_data = _time_read_data(reader)
     with _no_dist_is_meant():
         load(dict(state), storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
+    gpus.wait_for(gpus.of(state.values()))
     return Sample(time.perf_counter() - start, sum(read_data))
 
 
@@ -76,6 +86,7 @@ def load_with_dcp_fast(checkpoint: Path, state: dict[str, torch.Tensor]) -> Samp
     read_data = _time_read_data(reader)
     with _no_dist_is_meant():
         dcp_fast.load(dict(state), storage_reader=reader, planner=dcp_fast.DefaultLoadPlanner(), no_dist=True)
+    gpus.wait_for(gpus.of(state.values()))
     seconds = time.perf_counter() - start
     report = dcp_fast_report()
     stages = report["seconds"] or {}

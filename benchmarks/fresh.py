@@ -1,9 +1,9 @@
-"""The first load of a process: how long it takes, and its peak of host memory above the destinations.
+"""The first load of a process: how long it takes, and its peaks of host and GPU memory above the destinations.
 
 This is what a job that resumes sees. In a process that has loaded before, torch's temporary tensors land in memory
 that was touched then, which makes later loads a good deal faster than the first.
 
-    python -m benchmarks.fresh CHECKPOINT WORKLOAD SCALE CONTENDER
+    python -m benchmarks.fresh CHECKPOINT PLACE WORKLOAD SCALE CONTENDER
 
 is one such process; it prints one JSON object.
 """
@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import checkpoints, contenders, destinations, page_cache
-from benchmarks.workloads import MIB, Temperature, Workload, all_workloads
+from benchmarks import checkpoints, contenders, destinations, gpus, page_cache
+from benchmarks.workloads import MIB, Place, Temperature, Workload, workloads_of
 
 ALLOWED_BEYOND_STAGING = 32 * MIB
 # What a rank's peak may differ by between worlds and still count as constant.
@@ -38,6 +38,9 @@ class FirstLoad:
     peak_is_exact: bool
     # The memory that the contender may use by its own settings.
     staging_bytes: int | None
+    # Of the GPU that needed most. Neither loader gives memory back to the driver before its load ends.
+    gpu_peak_bytes: int | None = None
+    gpu_staging_bytes: int | None = None
     # Where several ranks loaded: `seconds` and `peak_bytes` are the largest of them all.
     rank_peak_bytes: list[int] | None = None
 
@@ -58,8 +61,16 @@ class FirstLoads:
     def peak_bytes(self, contender: str) -> int | None:
         return max((load.peak_bytes for load in self.loads if load.contender == contender), default=None)
 
+    def gpu_peak_bytes(self, contender: str) -> int | None:
+        peaks = [load.gpu_peak_bytes for load in self.loads if load.contender == contender]
+        return max((peak for peak in peaks if peak is not None), default=None)
+
     def allowed_bytes(self) -> int | None:
         staging = [load.staging_bytes for load in self.loads if load.staging_bytes is not None]
+        return staging[0] + ALLOWED_BEYOND_STAGING if staging else None
+
+    def allowed_gpu_bytes(self) -> int | None:
+        staging = [load.gpu_staging_bytes for load in self.loads if load.gpu_staging_bytes is not None]
         return staging[0] + ALLOWED_BEYOND_STAGING if staging else None
 
     def growth_bytes(self) -> int | None:
@@ -78,7 +89,14 @@ def measure(
     for _ in range(rounds):
         page_cache.populate(checkpoints.files_of(checkpoint))
         for contender in entrants:
-            arguments = [str(checkpoint.resolve()), workload.name, str(workload.checkpoint.scale), contender]
+            place = Place.HOST if workload.wanted.devices == ("cpu",) else Place.GPU
+            arguments = [
+                str(checkpoint.resolve()),
+                place.value,
+                workload.name,
+                str(workload.checkpoint.scale),
+                contender,
+            ]
             command = [sys.executable, "-m", "benchmarks.fresh", *arguments]
             # Standard error is left alone: when the process fails, its traceback is what one needs to see.
             done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
@@ -90,17 +108,25 @@ def measure(
 
 
 def _load_here(checkpoint: Path, workload: Workload, contender: str) -> FirstLoad:
-    state = destinations.allocate(workload.checkpoint.shapes(), workload.wanted).state
-    staging_bytes = None
+    wanted = destinations.allocate(workload.checkpoint.shapes(), workload.wanted)
+    staging_bytes = gpu_staging_bytes = None
     if contender == "dcp_fast":
         import dcp_fast
 
-        staging_bytes = dcp_fast.FileSystemReader(checkpoint).staging_bytes
+        reader = dcp_fast.FileSystemReader(checkpoint)
+        staging_bytes = reader.staging_bytes
+        if wanted.gpus:
+            staging_bytes += reader.pinned_bytes
+            gpu_staging_bytes = reader.device_staging_bytes
     load = contenders.load_with_torch if contender == "torch" else contenders.load_with_dcp_fast
     exact = reset_high_water_mark()
+    gpu_before = gpus.used_bytes(wanted.gpus)
     before = status_bytes("VmRSS")
-    sample = load(checkpoint, state)
-    return FirstLoad(contender, sample.seconds, status_bytes("VmHWM") - before, exact, staging_bytes)
+    sample = load(checkpoint, wanted.state)
+    peak = status_bytes("VmHWM") - before
+    gpu_after = gpus.used_bytes(wanted.gpus)
+    gpu_peak = max((gpu_after[device] - gpu_before[device] for device in gpu_before), default=None)
+    return FirstLoad(contender, sample.seconds, peak, exact, staging_bytes, gpu_peak, gpu_staging_bytes)
 
 
 def reset_high_water_mark() -> bool:
@@ -119,6 +145,7 @@ def status_bytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    _checkpoint, _workload, _scale, _contender = sys.argv[1:]
-    _result = _load_here(Path(_checkpoint), all_workloads(float(_scale))[_workload], _contender)
+    _checkpoint, _place, _workload, _scale, _contender = sys.argv[1:]
+    _known = workloads_of(Place(_place), float(_scale), gpus.names())
+    _result = _load_here(Path(_checkpoint), _known[_workload], _contender)
     print(json.dumps(asdict(_result)))

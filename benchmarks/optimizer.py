@@ -50,7 +50,7 @@ def run(workload: Workload, options: Options, say: Say) -> list[Measurement]:
         f"processor time of a rank's call: {', '.join(cpu)}",
     ]
     setting = ceiling_setting(workload.wanted.ranks)
-    measurement = Measurement(workload, Temperature.WARM, samples, Ceiling(CEILING, setting, {}), notes)
+    measurement = Measurement(workload, Temperature.WARM, samples, [Ceiling(CEILING, setting, {})], notes)
     for line in notes:
         say(f"  {line}")
     times = (f"{name} {measurement.median(name):.3f} s" for name in samples)

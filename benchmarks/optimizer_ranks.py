@@ -165,9 +165,11 @@ def _read_plainly(task: Task, model: dict[str, Any]) -> tuple[dict[str, Any], Ra
             wanted.state[key], wanted.local[key] = parameter, tensor
     segments = ceilings.payload_segments(task.checkpoint, wanted)
     assert segments is not None, "ranks want whole rows, which are contiguous in the files"
+    memory_of = ceilings.into_tensors(wanted.local)
     dist.barrier()
     start_cpu = time.process_time()
-    seconds = ceilings.read_segments(segments, ceiling_setting(dist.get_world_size()))
+    setting = ceiling_setting(dist.get_world_size())
+    seconds = ceilings.read_segments(segments, setting, memory_of)
     return result, {"seconds": seconds, "cpu_seconds": time.process_time() - start_cpu, "metadata_reads": 0}
 
 

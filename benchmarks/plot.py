@@ -44,7 +44,11 @@ def draw(path: Path, rows: Sequence[Row]) -> str | None:
     axes.margins(x=0.18)
     axes.set_xlabel("GB/s of the bytes this rank needs (median, log scale)")
     axes.spines[["top", "right"]].set_visible(False)
-    labels = {"torch": "torch DCP", "dcp_fast": "dcp_fast, and how much faster than torch", "ceiling": "plain reads"}
+    labels = {
+        "torch": "torch DCP",
+        "dcp_fast": "dcp_fast, and how much faster than torch",
+        "ceiling": "plain reads or copies",
+    }
     handles = [Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in labels]
     figure.legend(handles, list(labels.values()), loc="outside upper center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

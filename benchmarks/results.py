@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fresh import ALLOWED_GROWTH, FirstLoads
+from benchmarks.gpu_ceilings import PINNED_COPY, PINNED_READ
 from benchmarks.measure import Measurement
 from benchmarks.peers import PEERS
 from benchmarks.workloads import MIB, Metric, Target, Temperature
@@ -35,6 +36,8 @@ class Row:
     requests: int | None
     records: int | None
     metadata_reads: int | None
+    # Bytes copied to GPUs for each byte needed.
+    copied: float | None
     gigabytes: float
     targets: tuple[Target, ...]
 
@@ -55,6 +58,8 @@ class Row:
             return self.requests / self.records if self.requests is not None and self.records else None
         if metric is Metric.METADATA_READS:
             return self.metadata_reads
+        if metric is Metric.COPIED:
+            return self.copied
         return self.speedup
 
     def verdict(self) -> str:
@@ -101,13 +106,15 @@ def rows_of(measurement: Measurement) -> list[Row]:
     workload = measurement.workload
     targets = workload.targets[measurement.temperature]
     report = measurement.report()
-    ceiling = measurement.ceiling.name if measurement.ceiling else None
+    ceiling = measurement.lowest_ceiling()
+    copied = report.get("bytes_to_device")
     common: dict[str, Any] = {
         "cache": measurement.temperature.value,
         "amplification": report.get("read_amplification"),
         "requests": report.get("requests"),
         "records": report.get("records"),
         "metadata_reads": report.get("metadata_reads"),
+        "copied": copied / workload.bytes_needed() if copied is not None else None,
         "gigabytes": workload.bytes_needed() / 1e9,
     }
     rows = [
@@ -153,6 +160,43 @@ def peer_table(measurements: Sequence[Measurement]) -> str | None:
     return table(("workload", "peer", "s", "GB/s", "dcp_fast is faster by"), lines) if lines else None
 
 
+def gpu_table(measurements: Sequence[Measurement]) -> str:
+    """What dcp_fast's last load copied and waited for, and the ceilings of both halves of its way."""
+    lines = []
+    for measurement in measurements:
+        report = measurement.report()
+        copied, waits = report.get("bytes_to_device"), report.get("wait_seconds") or {}
+        lines.append(
+            [
+                measurement.workload.name,
+                measurement.temperature.value,
+                _number(measurement.median(PINNED_READ) or measurement.median("direct"), ".3f"),
+                _number(measurement.median(PINNED_COPY), ".3f"),
+                _number(copied / MIB if copied is not None else None, ".0f"),
+                _number(copied / measurement.workload.bytes_needed() if copied is not None else None, ".3f"),
+                _number(report.get("device_copies"), "d"),
+                _number(report.get("launches"), "d"),
+                _number(report.get("overlap_efficiency"), ".2f"),
+                *(_number(waits.get(stage), ".3f") for stage in ("disk", "slot", "device")),
+            ]
+        )
+    headings = (
+        "to GPUs",
+        "cache",
+        "read s",
+        "copy s",
+        "MiB copied",
+        "copied/needed",
+        "copies",
+        "launches",
+        "overlap",
+        "disk wait s",
+        "slot wait s",
+        "device wait s",
+    )
+    return table(headings, lines)
+
+
 def fresh_table(fresh: Sequence[FirstLoads]) -> str:
     """First loads, held against the same speedup as later ones and against the memory that staging allows."""
     lines = []
@@ -183,6 +227,23 @@ def fresh_table(fresh: Sequence[FirstLoads]) -> str:
         )
     headings = ("first load", "torch s", "dcp_fast s", "ratio", "torch MiB", "dcp_fast MiB", "target", "met")
     return table(headings, lines)
+
+
+def gpu_memory_table(fresh: Sequence[FirstLoads]) -> str:
+    """GPU memory of first loads above the destinations, held against the staging that is allowed there."""
+    lines = []
+    for first in fresh:
+        peaks = first.gpu_peak_bytes("torch"), first.gpu_peak_bytes("dcp_fast")
+        ours, allowed = peaks[1], first.allowed_gpu_bytes()
+        lines.append(
+            [
+                first.workload.name,
+                *(_number(peak / MIB if peak is not None else None, ".0f") for peak in peaks),
+                f"<={allowed // MIB} MiB" if allowed is not None else NONE,
+                _word(ours is not None and allowed is not None and ours <= allowed, ours),
+            ]
+        )
+    return table(("GPU memory", "torch MiB", "dcp_fast MiB", "target", "met"), lines)
 
 
 def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -216,7 +277,7 @@ def write_json(
 
 
 def _measurement_as_json(measurement: Measurement) -> dict[str, Any]:
-    workload, ceiling = measurement.workload, measurement.ceiling
+    workload = measurement.workload
     return {
         "workload": workload.name,
         "title": workload.title,
@@ -231,7 +292,7 @@ def _measurement_as_json(measurement: Measurement) -> dict[str, Any]:
             if samples[0].read_data_seconds is not None
         },
         "reports": [sample.report for sample in measurement.samples.get("dcp_fast", [])],
-        "ceiling": None if ceiling is None else {"best": str(ceiling.best), "tried": ceiling.tried},
+        "ceilings": {c.name: {"best": str(c.best), "tried": c.tried} for c in measurement.ceilings},
         "notes": measurement.notes,
     }
 

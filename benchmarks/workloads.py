@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +21,13 @@ class Temperature(enum.Enum):
     COLD = "cold"
 
 
+class Place(enum.Enum):
+    """Where the destinations of the workloads lie."""
+
+    HOST = "host"
+    GPU = "gpu"
+
+
 class Metric(enum.Enum):
     """A figure that a target bounds; the value is how a target on it reads."""
 
@@ -29,8 +37,11 @@ class Metric(enum.Enum):
     AMPLIFICATION = "<={:.2f} read/needed"
     READS_PER_RECORD = "<=1 read per {:g} records"
     METADATA_READS = "<={:g} metadata read"
+    COPIED = "<={:.2f} copied/needed"
 
     def holds(self, value: float, bound: float) -> bool:
+        if self is Metric.COPIED:
+            return round(value, 2) <= bound  # descriptors of boxes are copied as well
         if self in (Metric.AMPLIFICATION, Metric.METADATA_READS):
             return value <= bound
         if self is Metric.READS_PER_RECORD:
@@ -66,7 +77,43 @@ class Workload:
         return self.checkpoint.payload_bytes() // self.wanted.ranks
 
 
-def all_workloads(scale: float) -> dict[str, Workload]:
+def workloads_of(place: Place, scale: float, gpus: Sequence[str]) -> dict[str, Workload]:
+    """All workloads for a place. With several GPUs there is one that loads to all of them."""
+    return _for_host(scale) if place is Place.HOST else _for_gpus(scale, gpus)
+
+
+def _for_gpus(scale: float, gpus: Sequence[str]) -> dict[str, Workload]:
+    """The workloads for the host, but for those with several real ranks, with targets of their own."""
+    warm, cold = Temperature.WARM, Temperature.COLD
+    whole, sliced = Target(Metric.COPIED, 1.00), Target(Metric.COPIED, 1.05)
+    targets: dict[str, dict[Temperature, tuple[Target, ...]]] = {
+        "same": {warm: (whole,), cold: (whole,)},
+        "rows8": {warm: (whole, Target(Metric.AMPLIFICATION, 1.02))},
+        "cols8": {warm: (sliced,)},
+        "rows8_to_cols2": {warm: (sliced,)},
+        "whole8": {warm: (whole,)},
+        "small": {warm: ()},
+        "convert": {warm: ()},
+    }
+    on_host = _for_host(scale)
+    first = tuple(gpus[:1])
+    workloads = {
+        name: replace(on_host[name], targets=bounds, wanted=replace(on_host[name].wanted, devices=first), peers=False)
+        for name, bounds in targets.items()
+    }
+    if len(gpus) > 1:
+        same = workloads["same"]
+        workloads["spread"] = replace(
+            same,
+            name="spread",
+            title=f"written by 1 rank, its tensors spread over {len(gpus)} GPUs",
+            targets={warm: (whole,)},
+            wanted=replace(same.wanted, devices=tuple(gpus)),
+        )
+    return workloads
+
+
+def _for_host(scale: float) -> dict[str, Workload]:
     by_one = CheckpointSpec("transformer", ranks=1, scale=scale)
     by_eight = CheckpointSpec("transformer", ranks=8, scale=scale)
     small = CheckpointSpec("small", ranks=2, scale=scale)

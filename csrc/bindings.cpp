@@ -5,15 +5,21 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
+#include <limits>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "box/overlap.h"
 #include "checkpoint/dtype.h"
+#include "cuda/staging.h"
 #include "error.h"
 #include "io/fault_injection.h"
+#include "trace/recorder.h"
 #include "transfer/engine.h"
 #include "transfer/layouts.h"
 #include "transfer/options.h"
@@ -80,6 +86,10 @@ const char* kind_name(ErrorKind kind) {
       return "corrupt_pickle";
     case ErrorKind::kSizeMismatch:
       return "size_mismatch";
+    case ErrorKind::kCuda:
+      return "cuda";
+    case ErrorKind::kCudaOutOfMemory:
+      return "cuda_out_of_memory";
   }
   return "corrupt";
 }
@@ -133,7 +143,10 @@ std::unique_ptr<Program> make_program(const Layouts& layouts, const py::buffer& 
   while (!rows.done()) {
     Destination destination;
     destination.data = reinterpret_cast<std::byte*>(rows.next());  // NOLINT(performance-no-int-to-ptr)
-    destination.writable_by_host = rows.next() != 0;
+    const int64_t device = rows.next();
+    if (device < transfer::kElsewhere || device > std::numeric_limits<int>::max())
+      throw py::index_error("no such device");
+    destination.device = static_cast<int>(device);
     const int64_t dtype = rows.next();
     if (dtype < checkpoint::kUnknownDType || dtype >= static_cast<int64_t>(checkpoint::kDTypes.size())) {
       throw py::index_error("no such dtype");
@@ -167,7 +180,7 @@ std::vector<size_t> items_of(const Program& program, Transfer::Kind kind, int32_
   return indices;
 }
 
-py::bytes read_range(const py::str& python_path, int64_t offset, int64_t length) {
+py::tuple read_range(const py::str& python_path, int64_t offset, int64_t length, const Options& options) {
   const std::string path = system_path(python_path);
   if (offset < 0 || length < 0) throw py::value_error("negative offset or length");
   const io::File file = [&path] {
@@ -184,7 +197,7 @@ py::bytes read_range(const py::str& python_path, int64_t offset, int64_t length)
   // In blocks, so that Ctrl-C need not wait for all of a large entry.
   constexpr int64_t kBlock = 256 << 10;
   const auto blocks = static_cast<size_t>((length + kBlock - 1) / kBlock);
-  io::IoCounters counters;
+  io::IoCounters counters = options.counters();
   without_gil([&] {
     transfer::run_parallel(blocks, 1, counters, interrupted, [&](size_t block, const transfer::Worker&) {
       const int64_t begin = static_cast<int64_t>(block) * kBlock;
@@ -193,7 +206,7 @@ py::bytes read_range(const py::str& python_path, int64_t offset, int64_t length)
     });
     return 0;
   });
-  return bytes;
+  return py::make_tuple(bytes, counters.requests.load());
 }
 
 box::Chunks make_chunks(std::vector<int64_t> values, size_t dims, size_t count) {
@@ -206,6 +219,58 @@ std::vector<int64_t> find_overlaps(size_t dims, std::vector<int64_t> wanted, siz
   return box::find_overlaps(make_chunks(std::move(wanted), dims, wanted_count),
                             make_chunks(std::move(stored), dims, stored_count))
       .rows;
+}
+
+using StreamsByDevice = std::map<int, uint64_t>;  // torch's current streams, as handles
+
+std::map<int, cuda::StreamHandle> stream_handles(const StreamsByDevice& streams) {
+  std::map<int, cuda::StreamHandle> handles;
+  // NOLINTNEXTLINE(performance-no-int-to-ptr)
+  for (const auto& [device, stream] : streams) handles[device] = reinterpret_cast<cuda::StreamHandle>(stream);
+  return handles;
+}
+
+// Waits until devices have done all that torch's streams have now, and all that slots were submitted for.
+void synchronize(cuda::Staging& staging, const StreamsByDevice& streams) {
+  const py::gil_scoped_release release;
+  for (const auto& [device, stream] : stream_handles(streams)) staging.device(device).synchronize(stream);
+  staging.wait_for_slots();
+}
+
+// What holds GPU memory waits for the GPU before it goes.
+struct WithoutGil {
+  void operator()(cuda::Staging* staging) const {
+    const py::gil_scoped_release release;
+    delete staging;
+  }
+};
+
+double seconds(io::ReadClock::Duration duration) { return std::chrono::duration<double>(duration).count(); }
+
+// Without a track, the event goes to that of the calling thread.
+void add_event(trace::Recorder& recorder, const std::optional<std::string>& track, const std::string& name,
+               int64_t begin, int64_t end, std::optional<int64_t> bytes) {
+  const trace::Track chosen = track ? recorder.track(*track) : recorder.thread_track();
+  trace::Arguments arguments;
+  arguments.bytes = bytes.value_or(trace::kNone);
+  recorder.add(chosen, recorder.keep(name), begin, end, arguments);
+}
+
+py::list events_of(const trace::Recorder& recorder) {
+  const auto optional = [](int64_t value) { return value == trace::kNone ? py::object(py::none()) : py::int_(value); };
+  const std::vector<trace::Event> events = recorder.events();
+  const std::vector<std::string> tracks = recorder.tracks();
+  py::list result;
+  for (const trace::Event& event : events) {
+    const trace::Arguments& arguments = event.arguments;
+    py::object path = py::none();
+    if (arguments.path != nullptr) {
+      path = py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(arguments.path->c_str()));
+    }
+    result.append(py::make_tuple(tracks[event.track], event.name, event.begin, event.end, optional(arguments.bytes),
+                                 path, optional(arguments.offset)));
+  }
+  return result;
 }
 
 // Installs faults while it is entered: `with FaultInjection("pread", nth=3, error_number=errno.EIO):`.
@@ -282,12 +347,29 @@ PYBIND11_MODULE(_native, module) {
       .value("CACHED", io::IoMode::kCached)
       .value("DIRECT", io::IoMode::kDirect);
 
+  py::class_<trace::Recorder, std::shared_ptr<trace::Recorder>>(module, "TraceRecorder")
+      .def(py::init<>())
+      .def("now", &trace::Recorder::now, "Nanoseconds since the recorder was made.")
+      .def("add", &add_event, py::arg("track"), py::arg("name"), py::arg("begin"), py::arg("end"),
+           py::arg("bytes") = py::none())
+      .def("events", &events_of, "Tuples of track, name, begin, end, bytes, path, offset; None where unknown.");
+
   py::class_<Options>(module, "Options")
-      .def(py::init([](int threads, int64_t block_bytes, int64_t staging_bytes, io::IoMode mode) {
-             return Options{threads, block_bytes, staging_bytes, mode};
+      .def(py::init([](int threads, int64_t block_bytes, int64_t staging_bytes, io::IoMode mode,
+                       std::shared_ptr<trace::Recorder> recorder) {
+             Options options{threads, block_bytes, staging_bytes, mode, {}, {}};
+             options.read_clock = std::make_shared<io::ReadClock>();
+             options.recorder = std::move(recorder);
+             return options;
            }),
-           py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("staging_bytes"), py::arg("mode"))
+           py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("staging_bytes"), py::arg("mode"),
+           py::arg("recorder") = nullptr)
       .def_readonly("block_bytes", &Options::block_bytes)
+      .def_readonly("recorder", &Options::recorder)
+      .def_property_readonly("reading_seconds",
+                             [](const Options& options) { return seconds(options.read_clock->reading()); })
+      .def_property_readonly("waiting_seconds",
+                             [](const Options& options) { return seconds(options.read_clock->waiting()); })
       .def("with_threads", [](Options options, int threads) {
         options.threads = threads;
         return options;
@@ -335,13 +417,36 @@ PYBIND11_MODULE(_native, module) {
            [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kUnknownRecord, wave); })
       .def(
           "run",
-          [](const Program& program, int32_t wave, const Options& options) {
-            return without_gil([&] { return transfer::run_wave(program, wave, options, interrupted); });
+          [](const Program& program, int32_t wave, const Options& options, cuda::Staging* staging,
+             const StreamsByDevice& streams) {
+            const transfer::CudaTargets targets{staging, stream_handles(streams)};
+            return without_gil([&] { return transfer::run_wave(program, wave, options, targets, interrupted); });
           },
-          py::arg("wave"), py::arg("options"));
+          py::arg("wave"), py::arg("options"), py::arg("staging") = nullptr, py::arg("streams") = StreamsByDevice());
 
-  module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"),
-             "Exactly `length` bytes of a file. Nothing is allocated before the file's size is checked.");
+  py::class_<cuda::DeviceStats>(module, "DeviceStats")
+      .def_readonly("bytes_copied", &cuda::DeviceStats::bytes_copied)
+      .def_readonly("copies", &cuda::DeviceStats::copies)
+      .def_readonly("launches", &cuda::DeviceStats::launches)
+      .def_readonly("copy_seconds", &cuda::DeviceStats::copy_seconds);
+
+  py::class_<cuda::Staging, std::unique_ptr<cuda::Staging, WithoutGil>>(module, "CudaStaging")
+      .def(py::init([](int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes) {
+             return std::unique_ptr<cuda::Staging, WithoutGil>(
+                 new cuda::Staging(pinned_bytes, device_bytes, block_bytes));
+           }),
+           py::kw_only(), py::arg("pinned_bytes"), py::arg("device_bytes"), py::arg("block_bytes"))
+      .def_property_readonly("pinned_bytes", &cuda::Staging::pinned_bytes)
+      .def_property_readonly("device_bytes", &cuda::Staging::device_bytes)
+      .def("synchronize", &synchronize, py::arg("streams"))
+      .def("drain", &cuda::Staging::drain, py::call_guard<py::gil_scoped_release>())
+      .def("busy", &cuda::Staging::busy)
+      .def("take_stats", &cuda::Staging::take_stats)
+      .def("take_slot_seconds", &cuda::Staging::take_slot_seconds);
+
+  module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"), py::arg("options"),
+             "Exactly `length` bytes of a file, and how many requests brought them. Nothing is allocated before the "
+             "file's size is checked.");
   module.def("find_overlaps", &find_overlaps, py::arg("dims"), py::arg("wanted"), py::arg("wanted_count"),
              py::arg("stored"), py::arg("stored_count"),
              "Rows of wanted index, stored index, stored offsets, wanted offsets, lengths; see csrc/box/overlap.h.");

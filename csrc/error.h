@@ -17,6 +17,8 @@ enum class ErrorKind {
   kCorrupt,        // the bytes contradict themselves or the metadata
   kCorruptPickle,  // likewise the description of a tensor within its record
   kSizeMismatch,   // a box does not fit its stored tensor or its destination
+  kCuda,           // a call of the CUDA driver failed, or work that it was given
+  kCudaOutOfMemory,
 };
 
 struct Error : std::runtime_error {

@@ -1,8 +1,11 @@
 """The fast, safe load path for torch.distributed.checkpoint. Public names are those of that module, plus our own."""
 
+from dcp_fast.cuda import release_staging
 from dcp_fast.errors import (
     CorruptCheckpointError,
     CorruptPickleError,
+    CudaError,
+    CudaOutOfMemoryError,
     FileAccessError,
     FileMissingError,
     FilePermissionError,
@@ -26,6 +29,8 @@ from dcp_fast.report import LoadReport, last_report
 __all__ = [
     "CorruptCheckpointError",
     "CorruptPickleError",
+    "CudaError",
+    "CudaOutOfMemoryError",
     "DefaultLoadPlanner",
     "FileAccessError",
     "FileMissingError",
@@ -47,5 +52,6 @@ __all__ = [
     "load",
     "load_sharded_optimizer_state_dict",
     "load_state_dict",
+    "release_staging",
     "uninstall",
 ]

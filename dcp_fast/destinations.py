@@ -7,8 +7,9 @@ from array import array
 import torch
 
 from dcp_fast import _native
+from dcp_fast.cuda import device_of
 
-__all__ = ["DTYPES", "Destinations", "is_plain"]
+__all__ = ["DTYPES", "HOST", "Destinations", "is_plain"]
 
 # Native dtype codes by torch.dtype, and back. A name that this torch does not have never matches a tensor of it.
 DTYPES: list[torch.dtype | None] = [getattr(torch, name, None) for name in _native.DTYPES]
@@ -16,12 +17,22 @@ _CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(DTYPE
 
 _UNKNOWN = -1
 
+# Where elements lie, if not on a CUDA device: see csrc/transfer/program.h.
+HOST = -1
+_ELSEWHERE = -2
+
 
 class Destinations:
-    """Tensors by index. Rows for ``_native.Program``: address, host-writable, dtype, dimensions, sizes, strides."""
+    """Tensors by index. Rows for ``_native.Program``: address, device, dtype, dimensions, sizes, strides.
+
+    Attributes:
+        tensors: what was added.
+        devices: ordinals of the CUDA devices that hold some of them.
+    """
 
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []
+        self.devices: set[int] = set()
         # Without an address nobody can tell which destinations share memory.
         self.all_have_addresses = True
         self._column: list[int] = []
@@ -35,7 +46,7 @@ class Destinations:
             self.all_have_addresses = False
         self._column += (
             address,
-            plain and tensor.is_cpu,
+            self._device(tensor) if plain else _ELSEWHERE,
             _CODES.get(tensor.dtype, _UNKNOWN),
             len(sizes),
             *sizes,
@@ -43,6 +54,15 @@ class Destinations:
         )
         self.tensors.append(tensor)
         return len(self.tensors) - 1
+
+    def _device(self, tensor: torch.Tensor) -> int:
+        if tensor.is_cpu:
+            return HOST
+        device = device_of(tensor)
+        if device is None:
+            return _ELSEWHERE
+        self.devices.add(device)
+        return device
 
     def column(self) -> array[int]:
         return array("q", self._column)

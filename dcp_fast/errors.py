@@ -8,11 +8,15 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from dcp_fast import _native
 
 __all__ = [
     "CorruptCheckpointError",
     "CorruptPickleError",
+    "CudaError",
+    "CudaOutOfMemoryError",
     "FileAccessError",
     "FileMissingError",
     "FilePermissionError",
@@ -38,7 +42,8 @@ class LoadError(Exception):
         offset, length: the byte range in the file, None if none is known.
         error_number: errno of the system call that failed, 0 if none did.
 
-    Tensors of the state dict that were not loaded before the error hold what they held before it.
+    Tensors of the state dict that were not loaded before the error hold what they held before it, wherever they lie;
+    which ones were loaded, or were being loaded, is not told. No thread and no GPU writes to them any more.
     """
 
     def __init__(
@@ -109,6 +114,14 @@ class OutOfMemoryError(LoadError, MemoryError):
     """Memory for staging or for a record could not be had."""
 
 
+class CudaError(LoadError, RuntimeError):
+    """A call of the CUDA driver failed, or work that a GPU was given. What the load wrote on the GPU is unknown."""
+
+
+class CudaOutOfMemoryError(CudaError, OutOfMemoryError, torch.OutOfMemoryError):
+    """Memory on a GPU, or pinned memory, could not be had."""
+
+
 class FileAccessError(LoadError, OSError):
     """A system call on a file failed; `errno` tells how."""
 
@@ -160,6 +173,8 @@ _BY_KIND: dict[str, type[LoadError]] = {
     "truncated": TruncatedFileError,
     "corrupt": CorruptCheckpointError,
     "corrupt_pickle": CorruptPickleError,
+    "cuda": CudaError,
+    "cuda_out_of_memory": CudaOutOfMemoryError,
     "size_mismatch": SizeMismatchError,
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -37,13 +39,17 @@ def load(
     planner: LoadPlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
+    trace: str | os.PathLike[str] | None = None,
 ) -> None:
     """Drop-in for ``torch.distributed.checkpoint.load``: same arguments, same result, same exceptions.
 
     A local ``checkpoint_id`` is read by :class:`dcp_fast.FileSystemReader`, any other by the reader that torch chooses.
     The default planner is :class:`dcp_fast.DefaultLoadPlanner`. A reader or planner that is passed is used as it is.
 
+    ``trace``, which torch's function lacks, is the argument of :class:`dcp_fast.FileSystemReader` for this load.
+
     Raises:
+        ValueError: ``trace`` was asked for, but another reader than ours is to read.
         CheckpointException: on every rank if any rank failed; ``failures`` maps ranks to their errors, which for
             damaged checkpoints are of the classes in :mod:`dcp_fast.errors`.
     """
@@ -58,6 +64,10 @@ def load(
     if storage_reader is None and type(reader) is _TorchFileSystemReader:
         assert checkpoint_id is not None
         reader = FileSystemReader(checkpoint_id)
+    # By its bases: isinstance() also says yes to torch's readers while ours stand in their place.
+    if trace is not None and FileSystemReader not in type(reader).__mro__:
+        raise ValueError(f"trace needs a dcp_fast.FileSystemReader, got a {type(reader).__name__}")
+    tracing = nullcontext() if trace is None else _tracing(cast(FileSystemReader, reader), os.fsdecode(trace))
 
     # All ranks load in the same order of keys. A Stateful's own state dict is loaded in place of it. What a Stateful
     # removes from the state dict meanwhile is skipped, as in torch.
@@ -68,7 +78,7 @@ def load(
             value = state_dict[key]
             loaded[key] = value.state_dict() if _is_stateful(value) else value
     # Metadata, plan and columns are gone before the collector looks at them.
-    with paused_collection():
+    with paused_collection(), tracing:
         torch_loader._load_state_dict(
             state_dict=loaded,
             storage_reader=reader,
@@ -83,6 +93,15 @@ def load(
                 value.load_state_dict(loaded[key])
             else:
                 state_dict[key] = loaded[key]
+
+
+@contextmanager
+def _tracing(reader: FileSystemReader, path: str) -> Iterator[None]:
+    before, reader.trace = reader.trace, path
+    try:
+        yield
+    finally:
+        reader.trace = before
 
 
 def _is_stateful(value: object) -> bool:

@@ -7,12 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
+
+from dcp_fast.trace import Timeline
 
 __all__ = ["LoadReport", "last_report"]
 
 logger = logging.getLogger("dcp_fast")
 
 STAGES = ("metadata", "planning", "layout", "transfer", "commit")
+WAITS = ("disk", "slot", "device")
 
 
 @dataclass
@@ -27,8 +31,21 @@ class LoadReport:
         records: stored entries that were touched.
         fallback_records: how many of those torch.load had to read.
         staged_items: boxes that passed through staging to be placed by torch (another dtype or device).
+        bytes_to_device: bytes that were copied from the host to GPUs, descriptors of boxes included.
+        device_copies: how many copies brought them there.
+        launches: of the kernel that places boxes on a GPU.
+        pinned_bytes, device_staging_bytes: memory that these copies went through, on the host and on the GPU that held
+            most; it is kept for the next load.
+        copying_seconds: that the copies took on the GPU where they took longest. Without ``synchronize`` the last few
+            copies are not counted.
+        overlap_efficiency: how well reading and copying overlapped: the time of whichever took longer per time of both,
+            from the first read to the last copy; 0 without destinations on GPUs.
         seconds: by stage. metadata: reading `.metadata`. planning: from there to the local plan. layout: finding
             payloads. transfer: reading and placing tensors. commit: bytes entries and planner hooks.
+        reading_seconds: the time in which at least one read call was under way, in any thread; as with ``bytes_read``,
+            without the metadata file.
+        wait_seconds: what threads waited for, summed over threads, so that it may exceed the time of the load.
+            disk: read calls. slot: free pinned memory. device: copies and kernels. The last two are 0 on the CPU.
     """
 
     path: str = ""
@@ -38,7 +55,19 @@ class LoadReport:
     records: int = 0
     fallback_records: int = 0
     staged_items: int = 0
+    bytes_to_device: int = 0
+    device_copies: int = 0
+    launches: int = 0
+    pinned_bytes: int = 0
+    device_staging_bytes: int = 0
+    copying_seconds: float = 0.0
+    overlap_efficiency: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    reading_seconds: float = 0.0
+    wait_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(WAITS, 0.0))
+
+    # Not a field, and gone after the load: a report is data, to be sent and copied.
+    _timeline: ClassVar[Timeline | None] = None
 
     @property
     def read_amplification(self) -> float:
@@ -62,7 +91,18 @@ class LoadReport:
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            self.add_stage(name, start)
+
+    def trace_stages(self, timeline: Timeline) -> None:
+        """Put each stage on a timeline, until the report is published."""
+        vars(self)["_timeline"] = timeline
+
+    def add_stage(self, name: str, start: float) -> None:
+        """Add the time since ``start``, of ``time.perf_counter``, to a stage."""
+        seconds = time.perf_counter() - start
+        self.seconds[name] += seconds
+        if self._timeline is not None:
+            self._timeline.add_stage(name, seconds)
 
     def __str__(self) -> str:
         rows = [
@@ -75,8 +115,20 @@ class LoadReport:
             ("staged items", f"{self.staged_items:,}"),
             *((f"{name} (s)", f"{self.seconds[name]:.3f}") for name in STAGES),
             ("total (s)", f"{self.total_seconds:.3f}"),
+            ("reading (s)", f"{self.reading_seconds:.3f}"),
+            *((f"waiting for {name} (s, all threads)", f"{self.wait_seconds[name]:.3f}") for name in WAITS),
             ("GB/s", f"{self.gigabytes_per_second:.2f}"),
         ]
+        if self.device_copies:
+            rows += [
+                ("bytes to device", f"{self.bytes_to_device:,}"),
+                ("device copies", f"{self.device_copies:,}"),
+                ("launches", f"{self.launches:,}"),
+                ("pinned bytes", f"{self.pinned_bytes:,}"),
+                ("device staging bytes", f"{self.device_staging_bytes:,}"),
+                ("copying (s)", f"{self.copying_seconds:.3f}"),
+                ("overlap efficiency", f"{self.overlap_efficiency:.2f}"),
+            ]
         left = max(len(name) for name, _ in rows)
         right = max(len(value) for _, value in rows)
         lines = [f"load of {self.path}", *(f"  {name:<{left}}  {value:>{right}}" for name, value in rows)]
@@ -100,4 +152,5 @@ def begin(report: LoadReport) -> None:
 def publish(report: LoadReport) -> None:
     """Make a report the last one and log it."""
     begin(report)
+    vars(report).pop("_timeline", None)
     logger.info("%s", report)

@@ -1,4 +1,7 @@
-"""Staged placement: boxes that torch must place, because of their dtype or device, pass through bounded memory."""
+"""Staged placement: boxes that torch must place, because of their dtype or device, pass through bounded memory.
+
+For a GPU that memory is on the GPU: a box arrives there in the dtype in which it is stored.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from dcp_fast import _native
-from dcp_fast.destinations import is_plain
+from dcp_fast.cuda import CudaLoad, device_of
+from dcp_fast.destinations import HOST, is_plain
+from dcp_fast.errors import CudaOutOfMemoryError
+from dcp_fast.trace import span
 
 __all__ = ["StagedBox", "place_staged"]
 
@@ -55,24 +61,68 @@ class _Batch:
 
 
 def place_staged(
-    boxes: Sequence[StagedBox], layouts: _native.Layouts, options: _native.Options, memory_bytes: int
+    boxes: Sequence[StagedBox],
+    layouts: _native.Layouts,
+    options: _native.Options,
+    memory_bytes: int,
+    cuda: CudaLoad,
 ) -> list[_native.Stats]:
     """Read every box into staging memory and ``copy_`` it to its target.
-
-    Each thread reads a batch and converts it while it is still in the cache.
 
     Args:
         boxes: what to place; no two targets may share memory.
         layouts: of the records that the boxes name.
         options: for the native reads; their own staging memory comes on top of ``memory_bytes``.
-        memory_bytes: for all threads together.
+        memory_bytes: host memory for all threads together.
+        cuda: brings boxes to GPUs.
 
     Returns:
         What was read, batch by batch.
     """
-    # Streams are a matter of the calling thread: copies to a device stay on it.
+    by_device: dict[int | None, list[StagedBox]] = {}
     for box in boxes:
         _check_internal_overlap(box.target)
+        by_device.setdefault(device_of(box.target), []).append(box)
+    stats: list[_native.Stats] = []
+    for device, of_device in by_device.items():
+        if device is None:
+            stats += _place_through_host(of_device, layouts, options, memory_bytes)
+        else:
+            stats += _place_through_device(device, of_device, layouts, options, cuda)
+    return stats
+
+
+def _place_through_device(
+    device: int, boxes: list[StagedBox], layouts: _native.Layouts, options: _native.Options, cuda: CudaLoad
+) -> Iterator[_native.Stats]:
+    # The other half of it is for slots of the ring.
+    memory = _allocate(cuda.limits.device_staging_bytes // 2, torch.device("cuda", device))
+    cuda.conversion_bytes = memory.numel()
+    for parts in _batches(boxes, memory.numel()):
+        batch = _batch(parts, memory, device)
+        program = _native.Program(layouts, array("q", batch.items), array("q", batch.slots))
+        yield cuda.run(program, 0, options, [device], [memory])
+        # Ordered by torch's current stream: this waits for the copies, and the next batch's copies wait for this.
+        for target, staged in batch.copies:
+            target.copy_(staged)
+
+
+def _allocate(capacity: int, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.empty(capacity, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise CudaOutOfMemoryError(
+            f"{capacity} bytes of staging memory on {device} could not be had: {error}"
+        ) from error
+    except RuntimeError as error:  # what torch's allocator raises on the CPU
+        raise MemoryError(f"{capacity} bytes of staging memory could not be had") from error
+
+
+def _place_through_host(
+    boxes: list[StagedBox], layouts: _native.Layouts, options: _native.Options, memory_bytes: int
+) -> list[_native.Stats]:
+    """Each thread reads a batch and converts it while it is still in the cache."""
+    # Streams are a matter of the calling thread: copies to a device stay on it.
     on_host = all(box.target.device.type == "cpu" for box in boxes)
     threads = layouts.threads(options) if on_host else 1
     capacity = max(min(_BATCH_BYTES, memory_bytes // threads), 16 * _ALIGNMENT)
@@ -84,11 +134,8 @@ def place_staged(
     stats: list[_native.Stats] = []
 
     def work() -> None:
-        try:
-            # The caller may have made another device the default one.
-            memory = torch.empty(capacity, dtype=torch.uint8, device="cpu")
-        except RuntimeError as error:  # what torch's allocator raises
-            raise MemoryError(f"{capacity} bytes of staging memory could not be had") from error
+        # The caller may have made another device the default one.
+        memory = _allocate(capacity, torch.device("cpu"))
         try:
             with torch.inference_mode(inference):
                 while not stop.is_set():
@@ -124,14 +171,18 @@ def place_staged(
 def _place(
     parts: list[_Part], memory: torch.Tensor, layouts: _native.Layouts, options: _native.Options
 ) -> _native.Stats:
-    batch = _Batch()
-    for box, offsets, lengths in parts:
-        _append(batch, box, offsets, lengths, memory)
+    batch = _batch(parts, memory, HOST)
     program = _native.Program(layouts, array("q", batch.items), array("q", batch.slots))
     stats = program.run(0, options)
     # Staged copies of known dtype are all direct: what was left out would be placed from memory that nobody filled.
     assert not program.staged(0)
     assert not program.unknown(0)
+    with span(options.recorder, "convert", stats.bytes_placed):
+        _convert(batch)
+    return stats
+
+
+def _convert(batch: _Batch) -> None:
     targets: list[torch.Tensor] = []
     sources: list[torch.Tensor] = []
     for target, staged in batch.copies:
@@ -150,7 +201,13 @@ def _place(
     # copy_ for each pair, in one call: else the threads spend their time passing the interpreter lock around.
     if targets:
         torch._foreach_copy_(targets, sources)
-    return stats
+
+
+def _batch(parts: list[_Part], memory: torch.Tensor, device: int) -> _Batch:
+    batch = _Batch()
+    for box, offsets, lengths in parts:
+        _append(batch, box, offsets, lengths, memory, device)
+    return batch
 
 
 def _batches(boxes: Sequence[StagedBox], capacity: int) -> Iterator[list[_Part]]:
@@ -186,7 +243,12 @@ def _aligned(size: int) -> int:
 
 
 def _append(
-    batch: _Batch, box: StagedBox, offsets: tuple[int, ...], lengths: tuple[int, ...], memory: torch.Tensor
+    batch: _Batch,
+    box: StagedBox,
+    offsets: tuple[int, ...],
+    lengths: tuple[int, ...],
+    memory: torch.Tensor,
+    device: int,
 ) -> None:
     size = prod(lengths) * box.dtype.itemsize
     # In the order of the stored strides: torch's copy then takes the same path as from the stored tensor itself, to the
@@ -198,7 +260,7 @@ def _append(
     dims = len(lengths)
     source = [start + offset for start, offset in zip(box.storage_offsets, offsets, strict=True)]
     batch.items += (box.record, len(batch.copies), dims, *source, *(0,) * dims, *lengths)
-    batch.slots += (staged.data_ptr(), True, box.dtype_code, dims, *lengths, *staged.stride())
+    batch.slots += (staged.data_ptr(), device, box.dtype_code, dims, *lengths, *staged.stride())
     batch.copies.append((narrow_tensor_by_index(box.target, offsets, lengths), staged))
 
 

@@ -28,6 +28,7 @@ from dcp_fast.errors import (
     typed_errors,
 )
 from dcp_fast.report import LoadReport
+from dcp_fast.trace import span
 
 __all__ = ["Storage"]
 
@@ -39,6 +40,7 @@ class Storage:
         root: directory of the checkpoint.
         storage_data: as in ``Metadata``: index of an entry to its file, offset and length.
         transforms: torch's, which undo what extensions did to an entry.
+        options: of the native engine.
         report: counts what is read here.
     """
 
@@ -47,11 +49,13 @@ class Storage:
         root: str | os.PathLike[str],
         storage_data: Mapping[MetadataIndex, _StorageInfo],
         transforms: _StorageReaderTransforms,
+        options: _native.Options,
         report: LoadReport,
     ) -> None:
         self.root = root
         self.storage_data = storage_data
         self._transforms = transforms
+        self._options = options
         self._report = report
 
     def path(self, relative_path: str) -> str:
@@ -63,13 +67,13 @@ class Storage:
         path = self.path(info.relative_path)
         try:
             with typed_errors():
-                raw = _native.read_range(path, info.offset, info.length)
+                raw, requests = _native.read_range(path, info.offset, info.length, self._options)
         except LoadError as error:
             where = (info.offset, info.length) if error.offset is None else (error.offset, error.length)
             raise type(error)(
                 error.reason, error.path or path, item.storage_index.fqn, *where, error.error_number
             ) from None
-        self._report.requests += 1
+        self._report.requests += requests
         self._report.bytes_read += info.length
         # Entries that older versions of torch wrote may lack the field.
         descriptors = info.transform_descriptors or ()
@@ -90,7 +94,8 @@ class Storage:
         """The stored tensor of an item, read by ``torch.load(weights_only=True)``."""
         record = self.read(item)
         try:
-            tensor = torch.load(record, map_location="cpu", weights_only=True)
+            with span(self._options.recorder, "torch.load"):
+                tensor = torch.load(record, map_location="cpu", weights_only=True)
         except LoadError:
             raise
         except pickle.UnpicklingError as error:

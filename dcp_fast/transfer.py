@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.serialization import LoadEndianness, get_default_load_endianness
 
 from dcp_fast import _native
+from dcp_fast.cuda import CudaLimits, CudaLoad
 from dcp_fast.destinations import DTYPES, Destinations
 from dcp_fast.errors import SizeMismatchError, typed_errors
 from dcp_fast.garbage import paused_collection
@@ -70,6 +71,7 @@ class PlanTransfer:
         storage: the stored entries.
         options: for the native engine. It gets half of ``staging_bytes``; boxes that torch places get the other half.
         staging_bytes: host memory that bytes may pass through.
+        cuda: what destinations on GPUs may use.
         report: is filled in.
     """
 
@@ -80,6 +82,7 @@ class PlanTransfer:
         storage: Storage,
         options: _native.Options,
         staging_bytes: int,
+        cuda: CudaLimits,
         report: LoadReport,
     ) -> None:
         self.planner = planner
@@ -87,6 +90,7 @@ class PlanTransfer:
         self.options = options
         self.staging_bytes = staging_bytes
         self.report = report
+        self.cuda = CudaLoad(cuda, report)
         self.items = plan.items
         self.item_records: list[int] = []  # index of each item's record
         self.record_fqns: list[str] = []
@@ -96,8 +100,13 @@ class PlanTransfer:
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
         with typed_errors(self.record_fqns, self.storage.root):
-            if not (has_default_hooks(self.planner) and self._place_at_once()):
-                self._place_one_by_one()
+            try:
+                if not (has_default_hooks(self.planner) and self._place_at_once()):
+                    self._place_one_by_one()
+                self.cuda.finish()
+            except BaseException:
+                self.cuda.abort()
+                raise
 
     # Layout
 
@@ -212,7 +221,11 @@ class PlanTransfer:
         self.report.bytes_needed += program.bytes_needed
         try:
             for wave in range(program.waves):
-                self._count(program.run(wave, self.options))
+                if destinations.devices:
+                    stats = self.cuda.run(program, wave, self.options, destinations.devices, destinations.tensors)
+                else:
+                    stats = program.run(wave, self.options)
+                self._count(stats)
                 staged = [
                     self._staged_box(items[i], records[i], *program.box(i), target(i)) for i in program.staged(wave)
                 ]
@@ -235,7 +248,7 @@ class PlanTransfer:
 
     def _place_staged(self, boxes: list[StagedBox]) -> None:
         self.report.staged_items += len(boxes)
-        for stats in place_staged(boxes, self.layouts, self.options, self.staging_bytes // 2):
+        for stats in place_staged(boxes, self.layouts, self.options, self.staging_bytes // 2, self.cuda):
             self._count(stats)
 
     def _place_unknown(self, placements: list[tuple[ReadItem, int, torch.Tensor]]) -> None:

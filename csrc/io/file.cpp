@@ -51,6 +51,44 @@ size_t advance(std::vector<iovec>& vectors, size_t first, size_t bytes) {
   return first;
 }
 
+// One system call that reads, from its making on.
+class Request {
+ public:
+  Request(const std::string& path, int64_t offset, size_t size, IoCounters& counters)
+      : path_(path), offset_(offset), size_(size), counters_(counters), begin_(trace::Clock::now()) {
+    if (counters_.clock != nullptr) counters_.clock->enter(begin_);
+  }
+  ~Request() {
+    if (counters_.clock != nullptr) counters_.clock->leave(begin_, trace::Clock::now());
+  }
+  Request(const Request&) = delete;
+  Request& operator=(const Request&) = delete;
+
+  // Counts the request, which returned `got`, or throws what that means.
+  size_t count(ssize_t got) {
+    const int error_number = errno;
+    counters_.requests.fetch_add(1, std::memory_order_relaxed);
+    const int64_t bytes = std::max<int64_t>(got, 0);
+    if (trace::Recorder* recorder = counters_.recorder) {
+      recorder->add_here("read", recorder->at(begin_), recorder->now(), {bytes, offset_, &path_});
+    }
+    if (got < 0) throw_errno(error_number, "cannot read", path_, offset_, static_cast<int64_t>(size_));
+    if (got == 0) {
+      throw Error(ErrorKind::kTruncated, "the file ended while it was read", path_, offset_,
+                  static_cast<int64_t>(size_));
+    }
+    counters_.bytes.fetch_add(bytes, std::memory_order_relaxed);
+    return static_cast<size_t>(got);
+  }
+
+ private:
+  const std::string& path_;
+  const int64_t offset_;
+  const size_t size_;
+  IoCounters& counters_;
+  const trace::Clock::time_point begin_;
+};
+
 }  // namespace
 
 File::File(std::string path) : path_(std::move(path)) {
@@ -120,23 +158,14 @@ void File::check_range(size_t size, int64_t offset) const {
               static_cast<int64_t>(size));
 }
 
-size_t File::count(ssize_t got, int64_t offset, size_t size, IoCounters& counters) const {
-  counters.requests.fetch_add(1, std::memory_order_relaxed);
-  if (got < 0) throw_errno(errno, "cannot read", path_, offset, static_cast<int64_t>(size));
-  if (got == 0) {
-    throw Error(ErrorKind::kTruncated, "the file ended while it was read", path_, offset, static_cast<int64_t>(size));
-  }
-  counters.bytes.fetch_add(got, std::memory_order_relaxed);
-  return static_cast<size_t>(got);
-}
-
 void File::read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const {
   check_range(size, offset);
   for (size_t done = 0; done < size;) {
     const int64_t position = offset + static_cast<int64_t>(done);
+    Request request(path_, position, size - done, counters);
     const ssize_t got = retrying(
         [&] { return system_calls().pread(fd_, static_cast<char*>(destination) + done, size - done, position); });
-    done += count(got, position, size - done, counters);
+    done += request.count(got);
   }
 }
 
@@ -148,38 +177,47 @@ void File::read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounter
   for (size_t done = 0; done < size;) {
     const int64_t position = offset + static_cast<int64_t>(done);
     const auto chosen = static_cast<int>(std::min(vectors.size() - first, kMaxVectors));
+    Request request(path_, position, size - done, counters);
     const ssize_t got = retrying([&] { return system_calls().preadv(fd_, &vectors[first], chosen, position); });
-    const size_t bytes = count(got, position, size - done, counters);
+    const size_t bytes = request.count(got);
     first = advance(vectors, first, bytes);
     done += bytes;
   }
 }
 
-const std::byte* File::read_staged(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const {
+void File::read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const {
   check_range(size, offset);
-  if (direct_fd_ < 0) {
-    std::byte* data = buffer.reserve(size);
-    read_exactly(data, size, offset, counters);
-    return data;
-  }
-  constexpr auto kAlign = static_cast<int64_t>(kDirectAlignment);
-  const int64_t begin = offset / kAlign * kAlign;
-  const auto lead = static_cast<size_t>(offset - begin);
+  const size_t lead = static_cast<size_t>(offset) % kDirectAlignment;
+  std::byte* data = destination - lead;
+  const int64_t begin = offset - static_cast<int64_t>(lead);
   const size_t span = (lead + size + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
-  std::byte* data = buffer.reserve(span);
   size_t done = 0;
   // A direct read that stops at an unaligned position (the end of the file, or an odd file system) cannot be
   // continued directly; the page cache serves the rest, and also everything if the device refuses the alignment.
-  while (done < lead + size && done % kDirectAlignment == 0) {
+  while (direct_fd_ >= 0 && done < lead + size && done % kDirectAlignment == 0) {
     const int64_t position = begin + static_cast<int64_t>(done);
+    Request request(path_, position, span - done, counters);
     const ssize_t got = retrying([&] { return system_calls().pread(direct_fd_, data + done, span - done, position); });
     if (got == 0 || (got < 0 && errno == EINVAL)) break;
-    done += count(got, position, span - done, counters);
+    done += request.count(got);
   }
+  done = std::max(done, lead);
   if (done < lead + size) {
     read_exactly(data + done, lead + size - done, begin + static_cast<int64_t>(done), counters);
   }
-  return data + lead;
+}
+
+const std::byte* File::read_staged(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const {
+  check_range(size, offset);
+  const size_t lead = direct_fd_ < 0 ? 0 : static_cast<size_t>(offset) % kDirectAlignment;
+  const size_t span = (lead + size + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
+  std::byte* data = buffer.reserve(span) + lead;
+  if (direct_fd_ < 0) {
+    read_exactly(data, size, offset, counters);
+  } else {
+    read_pages(data, size, offset, counters);
+  }
+  return data;
 }
 
 }  // namespace dcp_fast::io

@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "io/buffer.h"
+#include "io/read_clock.h"
+#include "trace/recorder.h"
 
 namespace dcp_fast::io {
 
@@ -19,10 +21,13 @@ enum class IoMode {
   kDirect,  // O_DIRECT where the file system allows it, else cached
 };
 
-// What was asked of the operating system, summed over threads.
+// What was asked of the operating system, summed over threads. The clock and the recorder, where there are any, learn
+// of every request.
 struct IoCounters {
   std::atomic<int64_t> requests{0};
   std::atomic<int64_t> bytes{0};
+  ReadClock* clock = nullptr;
+  trace::Recorder* recorder = nullptr;
 };
 
 class File {
@@ -47,6 +52,11 @@ class File {
   // The same for consecutive bytes of the file that go to several places. Uses up `vectors`, none of which is empty.
   void read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const;
 
+  // Reads [offset, offset + size) to `destination`, past the page cache if choose_mode said kDirect. The two have the
+  // same position within a page, and the rest of the pages that the destination touches is overwritten. Errors as
+  // above.
+  void read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const;
+
   // Reads [offset, offset + size) through `buffer`, past the page cache if choose_mode said kDirect, and returns
   // where the first byte landed. Errors as above.
   const std::byte* read_staged(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const;
@@ -54,8 +64,6 @@ class File {
  private:
   bool mostly_cached(int64_t begin, int64_t end) const;
   void check_range(size_t size, int64_t offset) const;
-  // Counts one request for `size` bytes that returned `got`, or throws what it means.
-  size_t count(ssize_t got, int64_t offset, size_t size, IoCounters& counters) const;
 
   std::string path_;
   int fd_ = -1;

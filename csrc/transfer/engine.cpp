@@ -1,168 +1,135 @@
 #include "transfer/engine.h"
 
 #include <algorithm>
-#include <cstring>
+#include <map>
+#include <optional>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "error.h"
+#include "trace/recorder.h"
+#include "transfer/reader.h"
 #include "transfer/schedule.h"
+#include "transfer/slot_tasks.h"
 #include "transfer/workers.h"
 
 namespace dcp_fast::transfer {
 
 namespace {
 
-// Runs shorter than this are cheaper to copy out of staging than to hand to the kernel one by one.
-constexpr int64_t kMinScatteredRun = 64;
-
-bool all_scatter(const Piece* begin, const Piece* end) {
-  for (const Piece* piece = begin; piece != end; ++piece) {
-    if (piece->loops.size() > 1 && piece->loops.back().size < kMinScatteredRun) return false;
-  }
-  return true;
-}
-
-// Lists, in ascending order of their place in the file, where the bytes of a span go: runs into place, gaps into a
-// small buffer that stays in the cache and is never looked at. The kernel then does the slicing.
-class ScatterList {
- public:
-  ScatterList(std::vector<iovec>& vectors, io::AlignedBuffer& gaps, int64_t max_gap, int64_t begin)
-      : vectors_(vectors), gaps_(gaps.reserve(static_cast<size_t>(max_gap))), end_(begin) {
-    vectors_.clear();
-  }
-
-  void add(const box::Dim* loops, size_t depth, int64_t source, std::byte* destination) {
-    if (depth == 1) {
-      if (source > end_) vectors_.push_back({gaps_, static_cast<size_t>(source - end_)});
-      vectors_.push_back({destination, static_cast<size_t>(loops->size)});
-      end_ = source + loops->size;
-      return;
-    }
-    for (int64_t i = 0; i < loops->size; ++i) {
-      add(loops + 1, depth - 1, source + i * loops->source_stride, destination + i * loops->destination_stride);
-    }
-  }
-
- private:
-  std::vector<iovec>& vectors_;
-  std::byte* gaps_;
-  int64_t end_;
+// The boxes of one wave, by where they go.
+struct Boxes {
+  std::vector<Piece> host;
+  std::map<int, std::vector<Piece>> devices;
+  int64_t bytes = 0;
 };
 
-class TaskRunner {
- public:
-  TaskRunner(const Program& program, const Schedule& schedule, const std::vector<Policy>& policies)
-      : program_(program),
-        schedule_(schedule),
-        policies_(policies),
-        files_(program.layouts().paths, program.layouts().modes) {}
+Boxes boxes_of(const Program& program, int32_t wave) {
+  Boxes boxes;
+  for (const size_t i : program.items_of(wave)) {
+    const Transfer& transfer = program.transfers()[i];
+    if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
+    const size_t file = program.layouts().records[program.items()[i].record].file;
+    std::vector<Piece>& pieces = transfer.device == kHost ? boxes.host : boxes.devices[transfer.device];
+    pieces.push_back({file, transfer.source, transfer.destination, i, transfer.loops});
+    boxes.bytes += box::volume(transfer.loops);
+  }
+  return boxes;
+}
 
-  void run(const Task& task, Worker& worker) {
-    const Piece* piece = &schedule_.pieces[task.first_piece];
+std::vector<Policy> policies_for(const Layouts& layouts, int64_t block_bytes) {
+  std::vector<Policy> policies;
+  policies.reserve(layouts.modes.size());
+  for (const io::IoMode mode : layouts.modes) {
+    policies.push_back({request_cost(mode), block_bytes, mode == io::IoMode::kDirect});
+  }
+  return policies;
+}
+
+// Slots on their way to the devices of one wave.
+class DeviceWave {
+ public:
+  DeviceWave(const Boxes& boxes, const std::vector<Policy>& policies, const CudaTargets& cuda,
+             trace::Recorder* recorder)
+      : cuda_(cuda), tasks_(make_slot_tasks(boxes.devices, policies, cuda.staging->slot_bytes())) {
+    for (const auto& [ordinal, pieces] : boxes.devices) {
+      cuda::Device& device = cuda.staging->device(ordinal);
+      devices_.emplace(ordinal, &device);
+      device.begin(cuda.torch_streams.at(ordinal), recorder);
+    }
+  }
+
+  size_t tasks() const { return tasks_.size(); }
+
+  void run(size_t index, Reader& reader, Worker& worker) {
+    SlotTask& task = tasks_[index];
+    cuda::SlotLease slot = [&] {
+      const trace::Span wait(worker.counters->recorder, "wait for slot");
+      return cuda_.staging->acquire();
+    }();
     try {
       with_memory_errors([&] {
-        const io::File& file = worker.open(files_, task.file);
-        const Policy& policy = policies_[task.file];
-        if (task.pieces > 1 || policy.reads_through(piece->loops, 0)) {
-          read_through(policy, file, worker, piece, task.pieces);
-        } else {
-          read_runs(policy, file, worker, *piece);
-        }
+        slot.about_to_write(task.plan.bytes);
+        task.place_at(slot.data());
+        for (const Task& read : task.schedule.tasks) reader.run(task.schedule, read, worker);
+        task.plan.write_descriptors(slot.data());
+        trace::Span enqueue(worker.counters->recorder, "enqueue");
+        enqueue.add_bytes(task.plan.bytes);
+        std::move(slot).submit(*devices_.at(task.device), task.plan);
       });
     } catch (Error& error) {
-      const Piece* end = piece + task.pieces;
-      while (piece + 1 != end && (piece + 1)->source <= error.offset) ++piece;
-      error.item = static_cast<int64_t>(piece->item);
-      const size_t index = program_.items()[piece->item].record;
-      error.record = static_cast<int64_t>(index);
-      if (error.offset < 0) {  // the file could not be opened, or there was no memory
-        const Record& record = program_.layouts().records[index];
-        error.path = program_.layouts().paths[record.file];
-        error.offset = record.offset;
-        error.length = record.length;
-      }
+      if (error.record < 0) reader.attribute(error, task.schedule.pieces.front().item);
+      cuda_.staging->fail(error);
       throw;
     }
+    task = {};  // the descriptions of all boxes of a load need not stay until its end
+  }
+
+  void end() {
+    for (const auto& [ordinal, device] : devices_) device->end(cuda_.torch_streams.at(ordinal));
   }
 
  private:
-  // One request for all pieces and what lies between them.
-  static void read_through(const Policy& policy, const io::File& file, Worker& worker, const Piece* pieces,
-                           size_t count) {
-    const Piece* end = pieces + count;
-    const int64_t begin = pieces->source;
-    if (!policy.direct_io && all_scatter(pieces, end)) {
-      ScatterList list(worker.vectors, worker.buffer, policy.request_cost, begin);
-      for (const Piece* piece = pieces; piece != end; ++piece) {
-        list.add(piece->loops.data(), piece->loops.size(), piece->source, piece->destination);
-      }
-      file.read_scattered(worker.vectors, begin, *worker.counters);
-      return;
-    }
-    const Piece& last = *(end - 1);
-    const int64_t size = last.source + box::source_span(last.loops) - begin;
-    const std::byte* data = file.read_staged(worker.buffer, static_cast<size_t>(size), begin, *worker.counters);
-    for (const Piece* piece = pieces; piece != end; ++piece) {
-      box::copy(piece->destination, data + (piece->source - begin), piece->loops.data(), piece->loops.size());
-    }
-  }
-
-  // One request for each step of the loops whose gaps are not worth reading.
-  static void read_runs(const Policy& policy, const io::File& file, Worker& worker, const Piece& piece) {
-    const box::Dim& outer = piece.loops[0];
-    if (piece.loops.size() == 1) {
-      file.read_exactly(piece.destination, static_cast<size_t>(outer.size), piece.source, *worker.counters);
-      return;
-    }
-    Piece inner = piece;
-    inner.loops.erase(inner.loops.begin());
-    const bool through = policy.reads_through(inner.loops, 0);
-    for (int64_t i = 0; i < outer.size; ++i) {
-      worker.stop_if_cancelled();
-      inner.source = piece.source + i * outer.source_stride;
-      inner.destination = piece.destination + i * outer.destination_stride;
-      if (through) {
-        read_through(policy, file, worker, &inner, 1);
-      } else {
-        read_runs(policy, file, worker, inner);
-      }
-    }
-  }
-
-  const Program& program_;
-  const Schedule& schedule_;
-  const std::vector<Policy>& policies_;
-  Files files_;
+  const CudaTargets& cuda_;
+  std::vector<SlotTask> tasks_;
+  std::map<int, cuda::Device*> devices_;
 };
 
 }  // namespace
 
-Stats run_wave(const Program& program, int32_t wave, const Options& options, const std::function<bool()>& interrupted) {
+Stats run_wave(const Program& program, int32_t wave, const Options& options, const CudaTargets& cuda,
+               const std::function<bool()>& interrupted) {
   const Layouts& layouts = program.layouts();
   const Settled settled = settle(options, layouts.any_direct());
-  std::vector<Policy> policies;
-  policies.reserve(layouts.modes.size());
-  for (const io::IoMode mode : layouts.modes) {
-    policies.push_back({request_cost(mode), settled.block_bytes, mode == io::IoMode::kDirect});
+  const Boxes boxes = boxes_of(program, wave);
+  const std::vector<Policy> policies = policies_for(layouts, settled.block_bytes);
+  Reader reader(program, policies);
+  const Schedule schedule = join_pieces(split_boxes(boxes.host, policies), policies);
+  std::optional<DeviceWave> devices;
+  if (!boxes.devices.empty())
+    devices.emplace(boxes, policies_for(layouts, cuda.staging->block_bytes()), cuda, options.recorder.get());
+  const size_t slots = devices ? devices->tasks() : 0;
+  io::IoCounters counters = options.counters();
+  try {
+    run_parallel(slots + schedule.tasks.size(), settled.threads, counters, interrupted,
+                 [&](size_t task, Worker& worker) {
+                   if (task < slots) {
+                     devices->run(task, reader, worker);
+                   } else {
+                     reader.run(schedule, schedule.tasks[task - slots], worker);
+                   }
+                 });
+    if (devices) devices->end();
+  } catch (...) {
+    // Whoever catches this may free the destinations.
+    if (devices) cuda.staging->drain();
+    throw;
   }
-
   Stats stats;
-  std::vector<Piece> boxes;
-  for (const size_t i : program.items_of(wave)) {
-    const Transfer& transfer = program.transfers()[i];
-    if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
-    const size_t file = layouts.records[program.items()[i].record].file;
-    boxes.push_back({file, transfer.source, transfer.destination, i, transfer.loops});
-    stats.bytes_placed += box::volume(transfer.loops);
-  }
-  const Schedule schedule = make_schedule(boxes, policies);
-  TaskRunner runner(program, schedule, policies);
-  io::IoCounters counters;
-  run_parallel(schedule.tasks.size(), settled.threads, counters, interrupted,
-               [&](size_t task, Worker& worker) { runner.run(schedule.tasks[task], worker); });
   stats.requests = counters.requests;
   stats.bytes_read = counters.bytes;
+  stats.bytes_placed = boxes.bytes;
   return stats;
 }
 

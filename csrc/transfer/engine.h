@@ -1,9 +1,11 @@
-// Runs a transfer program: reads, slices and places on host memory.
+// Runs a transfer program: reads, slices and places, on host memory and on GPUs.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <map>
 
+#include "cuda/staging.h"
 #include "transfer/options.h"
 #include "transfer/program.h"
 
@@ -15,8 +17,17 @@ struct Stats {
   int64_t bytes_placed = 0;
 };
 
-// Copies all direct items of one wave. Throws Error with `record` and `item` set where it is known, Interrupted,
-// std::bad_alloc; some destinations are then written and others are not.
-Stats run_wave(const Program& program, int32_t wave, const Options& options, const std::function<bool()>& interrupted);
+// What a load to GPUs goes through. Nothing is looked at unless a box goes to one.
+struct CudaTargets {
+  cuda::Staging* staging = nullptr;
+  // Torch's current stream on each device: our first write waits for it, and it waits for our last one.
+  std::map<int, cuda::StreamHandle> torch_streams;
+};
+
+// Copies all direct items of one wave. What goes to GPUs may still be on its way when this returns. Throws Error with
+// `record` and `item` set where they are known, Interrupted, std::bad_alloc; some destinations are then written and
+// others are not, and no device is writing any more.
+Stats run_wave(const Program& program, int32_t wave, const Options& options, const CudaTargets& cuda,
+               const std::function<bool()>& interrupted);
 
 }  // namespace dcp_fast::transfer

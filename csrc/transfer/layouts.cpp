@@ -237,7 +237,7 @@ Layouts read_layouts(std::vector<std::string> paths, std::vector<Record> records
   std::vector<Window> windows = make_windows(layouts, order, settled.block_bytes);
   std::vector<Span> spans = join_windows(layouts, windows, settled.block_bytes);
   LayoutReader reader(layouts, std::move(windows), std::move(spans));
-  io::IoCounters counters;
+  io::IoCounters counters = options.counters();
   run_parallel(reader.spans(), settled.threads, counters, interrupted,
                [&reader](size_t span, Worker& worker) { reader.read(span, worker); });
   layouts.requests = counters.requests;

@@ -1,9 +1,12 @@
-// How a load may use the machine.
+// How a load may use the machine, and who watches what it does.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "io/file.h"
+#include "io/read_clock.h"
+#include "trace/recorder.h"
 
 namespace dcp_fast::transfer {
 
@@ -14,6 +17,11 @@ struct Options {
   int64_t block_bytes = 4 << 20;
   int64_t staging_bytes = 32 << 20;  // the most that all threads' staging buffers take together
   io::IoMode mode = io::IoMode::kAuto;
+  std::shared_ptr<io::ReadClock> read_clock;  // of the whole load, whose stages and batches may overlap; may be null
+  std::shared_ptr<trace::Recorder> recorder;  // null: no trace is wanted
+
+  // Counters from zero, whose requests the clock and the recorder learn of. The options must outlive them.
+  io::IoCounters counters() const { return {{0}, {0}, read_clock.get(), recorder.get()}; }
 };
 
 // Options with every limit settled: threads * (block_bytes + alignment) <= staging_bytes, as far as one thread

@@ -137,7 +137,7 @@ void Program::prepare(size_t index, const Destination& destination) {
     return;
   }
   bytes_needed_ += std::accumulate(item.lengths.begin(), item.lengths.end(), itemsize, std::multiplies<>());
-  if (!destination.writable_by_host || destination.dtype != layout.dtype ||
+  if (destination.device == kElsewhere || destination.dtype != layout.dtype ||
       overlaps_itself(item.lengths, destination.strides)) {
     transfer.kind = Transfer::Kind::kStaged;
     return;
@@ -146,6 +146,7 @@ void Program::prepare(size_t index, const Destination& destination) {
   if (loops.empty()) return;
   transfer.source = layouts_.records[item.record].offset + layout.begin +
                     element_offset(item.storage_offsets, layout.strides) * itemsize;
+  transfer.device = destination.device;
   transfer.destination = destination.data + element_offset(item.destination_offsets, destination.strides) * itemsize;
   transfer.loops = std::move(loops);
 }

@@ -12,10 +12,14 @@
 
 namespace dcp_fast::transfer {
 
+// Where a tensor's elements lie as they are: the ordinal of a CUDA device, or one of these.
+constexpr int kHost = -1;
+constexpr int kElsewhere = -2;  // in memory that only torch can write, or in a form that only torch knows
+
 // A tensor that items are placed in.
 struct Destination {
-  std::byte* data = nullptr;
-  bool writable_by_host = false;  // plain memory of this process that holds the elements as they are
+  std::byte* data = nullptr;  // an address on the device, if it lies on one
+  int device = kElsewhere;
   checkpoint::DType dtype = checkpoint::kUnknownDType;
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides;  // elements
@@ -33,12 +37,13 @@ struct Item {
 struct Transfer {
   enum class Kind {
     kDirect,  // the engine copies it
-    kStaged,  // read natively, then placed by torch: another dtype or device, or a destination that overlaps itself
+    kStaged,  // read natively, then placed by torch: another dtype, elsewhere, or a destination that overlaps itself
     kUnknownRecord,  // torch.load must read the record
   };
   Kind kind = Kind::kDirect;
   int32_t wave = 0;
   int64_t source = 0;  // kDirect: the box's first byte in its file
+  int device = kHost;
   std::byte* destination = nullptr;
   box::Loops loops;  // kDirect; empty if the box is
 };

@@ -72,12 +72,18 @@ bool Policy::reads_through(const Loops& loops, size_t level) const {
   return true;
 }
 
-Schedule make_schedule(const std::vector<Piece>& boxes, const std::vector<Policy>& policies) {
-  Schedule schedule;
-  std::vector<Piece>& pieces = schedule.pieces;
+std::vector<Piece> split_boxes(const std::vector<Piece>& boxes, const std::vector<Policy>& policies) {
+  std::vector<Piece> pieces;
   for (const Piece& box : boxes) Splitter(policies[box.file], pieces).split(box);
   std::sort(pieces.begin(), pieces.end(),
             [](const Piece& a, const Piece& b) { return std::tie(a.file, a.source) < std::tie(b.file, b.source); });
+  return pieces;
+}
+
+Schedule join_pieces(std::vector<Piece> unjoined, const std::vector<Policy>& policies) {
+  Schedule schedule;
+  schedule.pieces = std::move(unjoined);
+  const std::vector<Piece>& pieces = schedule.pieces;
   for (size_t i = 0; i < pieces.size(); ++i) {
     const Piece& piece = pieces[i];
     const Policy& policy = policies[piece.file];

@@ -17,6 +17,7 @@ struct Piece {
   std::byte* destination = nullptr;
   size_t item = 0;  // for error messages
   box::Loops loops;
+  bool owns_pages = false;  // the rest of the pages that its destination touches may be overwritten
 };
 
 // One unit of work: a single piece, or neighbours that one request brings.
@@ -44,7 +45,10 @@ struct Policy {
   bool reads_through(const box::Loops& loops, size_t level) const;
 };
 
-// Splits boxes into pieces of at most a block and joins small neighbours. Tasks ascend by file and offset.
-Schedule make_schedule(const std::vector<Piece>& boxes, const std::vector<Policy>& policies);
+// Splits boxes into pieces of at most a block, which ascend by file and offset.
+std::vector<Piece> split_boxes(const std::vector<Piece>& boxes, const std::vector<Policy>& policies);
+
+// Makes tasks of such pieces, in the same order: small neighbours share one.
+Schedule join_pieces(std::vector<Piece> pieces, const std::vector<Policy>& policies);
 
 }  // namespace dcp_fast::transfer

@@ -8,6 +8,8 @@
 #include <system_error>
 #include <thread>
 
+#include "trace/recorder.h"
+
 namespace dcp_fast::transfer {
 
 Files::Files(const std::vector<std::string>& paths, const std::vector<io::IoMode>& modes)
@@ -83,6 +85,7 @@ class Pool {
  private:
   void work() {
     try {
+      const trace::ThreadScope scope(counters_.recorder);
       Worker worker;
       worker.counters = &counters_;
       worker.cancelled = [this] { return cancelled_.load(std::memory_order_relaxed); };

@@ -13,14 +13,17 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from dcp_fast import _native
+from dcp_fast.cuda import CudaLimits
 from dcp_fast.garbage import paused_collection
 from dcp_fast.report import LoadReport, begin, publish
 from dcp_fast.stand_in import StandIn
 from dcp_fast.storage import Storage
+from dcp_fast.trace import Timeline, saved
 from dcp_fast.transfer import PlanTransfer
 
 __all__ = ["FileSystemReader"]
 
+_MIN_CUDA_BYTES = 1 << 20  # slots of the smallest size that still overlap reading and copying
 _MODES = {"auto": _native.IoMode.AUTO, "cached": _native.IoMode.CACHED, "direct": _native.IoMode.DIRECT}
 
 
@@ -37,11 +40,23 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         block_bytes: the most that one request reads. At least 64 KiB.
         staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. A single
             record that only ``torch.load`` can read takes its own size on top.
+        pinned_bytes: host memory that copies to GPUs come from; only used if a destination lies on one, and kept for
+            the next load until :func:`dcp_fast.release_staging`. At least 1 MiB.
+        device_staging_bytes: memory on each GPU for boxes that are placed by a kernel there, or converted. At least
+            1 MiB.
+        synchronize: whether a load to GPUs returns only when all is in place, as torch's does. If not, work on the
+            streams that are current during the load still finds all in place.
         io: ``"cached"`` reads through the page cache, ``"direct"`` past it (O_DIRECT, where the file system allows it);
             ``"auto"`` decides for each file by whether its bytes are in the page cache.
+        trace: a file for the timeline of each load, as Chrome trace events (https://ui.perfetto.dev opens it). It is
+            written anew for each load, also for one that fails. ``{rank}`` in it stands for the rank; without it, rank
+            0 writes the file itself, and each other rank appends ``.rankN``.
 
     Raises (from ``read_data``; ``dcp.load`` wraps them in ``CheckpointException``):
         LoadError: see :mod:`dcp_fast.errors`.
+
+    Raises (from ``set_up_storage_reader``, before anything is planned or read; likewise wrapped):
+        OSError: the trace cannot be written. If only its end cannot, the load succeeds with a warning in the log.
     """
 
     def __init__(
@@ -52,7 +67,11 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         threads: int | None = None,
         block_bytes: int = 4 << 20,
         staging_bytes: int = 32 << 20,
+        pinned_bytes: int = 64 << 20,
+        device_staging_bytes: int = 128 << 20,
+        synchronize: bool = True,
         io: Literal["auto", "cached", "direct"] = "auto",
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(path, _extension_registry)
         if io not in _MODES:
@@ -60,10 +79,18 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         for name, value in (("threads", threads), ("block_bytes", block_bytes), ("staging_bytes", staging_bytes)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
+        for name, value in (("pinned_bytes", pinned_bytes), ("device_staging_bytes", device_staging_bytes)):
+            if value < _MIN_CUDA_BYTES:
+                raise ValueError(f"{name} must be at least {_MIN_CUDA_BYTES}, got {value}")
         self.threads = threads
         self.block_bytes = block_bytes
         self.staging_bytes = staging_bytes
+        self.pinned_bytes = pinned_bytes
+        self.device_staging_bytes = device_staging_bytes
+        self.synchronize = synchronize
         self.io = io
+        self.trace = None if trace is None else os.fsdecode(trace)
+        self._timeline: Timeline | None = None
         self._report = LoadReport()
         self._planning_started = 0.0
 
@@ -71,20 +98,35 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         """Forget the checkpoint that was read; optionally turn to another one."""
         super().reset(checkpoint_id)
         self._report = LoadReport()
+        self._timeline = None
+
+    def _start_timeline(self) -> None:
+        self._timeline = None if self.trace is None else Timeline(self.trace)
+        if self._timeline is not None:
+            self._report.trace_stages(self._timeline)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``."""
         self._report = LoadReport(path=str(self.path))
         begin(self._report)
-        with self._report.stage("metadata"), paused_collection():
+        self._start_timeline()
+        with saved(self._timeline), self._report.stage("metadata"), paused_collection():
             metadata = super().read_metadata(*args, **kwargs)
         self._planning_started = time.perf_counter()
         return metadata
 
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take the metadata. Here, where the error of one rank reaches all, an unwritable trace is found out."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        if self._timeline is None:  # somebody else read the metadata
+            self._start_timeline()
+        if self._timeline is not None:
+            self._timeline.write()
+
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Return the plan as it is."""
         if self._planning_started:
-            self._report.seconds["planning"] += time.perf_counter() - self._planning_started
+            self._report.add_stage("planning", self._planning_started)
             self._planning_started = 0.0
         return super().prepare_local_plan(plan)
 
@@ -99,24 +141,34 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load all items of the plan; the future is done when this returns."""
-        report = self._report
-        self._report = LoadReport()
+        timeline, self._timeline = self._timeline, None
+        report, self._report = self._report, LoadReport()
         report.path = str(self.path)
+        with saved(timeline):
+            return self._load(plan, planner, report, None if timeline is None else timeline.recorder)
+
+    def _load(
+        self, plan: LoadPlan, planner: LoadPlanner, report: LoadReport, recorder: _native.TraceRecorder | None
+    ) -> Future[None]:
         if not self._reads_plain_files():
             with report.stage("transfer"):
                 future = super().read_data(plan, planner)
             publish(report)
             return future
-        storage = Storage(self.path, self.storage_data, self.transforms, report)
         options = _native.Options(
             threads=self.threads or 0,
             block_bytes=self.block_bytes,
             staging_bytes=self.staging_bytes // 2,
             mode=_MODES[self.io],
+            recorder=recorder,
         )
+        storage = Storage(self.path, self.storage_data, self.transforms, options, report)
+        cuda = CudaLimits(self.pinned_bytes, self.device_staging_bytes, self.block_bytes, self.synchronize)
         try:
-            PlanTransfer(plan, planner, storage, options, self.staging_bytes, report).run()
+            PlanTransfer(plan, planner, storage, options, self.staging_bytes, cuda, report).run()
         finally:
+            report.reading_seconds = options.reading_seconds
+            report.wait_seconds["disk"] = options.waiting_seconds
             publish(report)
         future = Future()
         future.set_result(None)

@@ -14,6 +14,7 @@
 #include "doctest/doctest.h"
 #include "error.h"
 #include "faults.h"
+#include "transfer/random_load.h"
 #include "transfer/workers.h"
 
 using namespace dcp_fast;
@@ -28,76 +29,6 @@ using Kind = transfer::Transfer::Kind;
 
 namespace {
 
-std::byte* data_of(std::string& memory) { return reinterpret_cast<std::byte*>(memory.data()); }
-
-Options random_options(Random& random) {
-  Options options;
-  options.threads = static_cast<int>(random.between(1, 6));
-  options.block_bytes = random.pick(std::vector<int64_t>{0, 70000, 1 << 20});
-  options.staging_bytes = random.pick(std::vector<int64_t>{0, 300000, 32 << 20});
-  options.mode = random.pick(std::vector<IoMode>{IoMode::kAuto, IoMode::kCached, IoMode::kDirect});
-  return options;
-}
-
-Ints sizes_like(Random& random, size_t dims) {
-  if (dims == 2 && random.chance(15)) return {random.between(50, 400), random.between(50, 400)};
-  if (dims == 1 && random.chance(15)) return {random.between(1000, 100000)};
-  return random_sizes(random, dims, random.chance(5) ? 0 : 1, 8);
-}
-
-// One load: files, destinations that may share memory, and boxes.
-struct Load {
-  explicit Load(Random& random) : files(random.below(3) + 1) {
-    const auto dtype = static_cast<checkpoint::DType>(random.below(checkpoint::kDTypes.size()));
-    const size_t dims = random.below(5);
-    for (int64_t i = random.between(1, 8); i > 0; --i) {
-      files.add_random(random, random.below(files.bytes.size()), dtype, sizes_like(random, dims), random.chance(60));
-    }
-    files.write();
-    std::vector<int64_t> starts;
-    int64_t bytes = 0;
-    for (int64_t i = random.between(1, 4); i > 0; --i) {
-      Destination destination;
-      destination.sizes = sizes_like(random, dims);
-      destination.strides = random_strides(random, destination.sizes);
-      destination.dtype = dtype;
-      destination.writable_by_host = random.chance(85);
-      const int64_t size = checkpoint::info(dtype).itemsize;
-      starts.push_back(bytes > 0 && random.chance(25) ? random.between(0, bytes / size - 1) * size : bytes);
-      bytes = std::max(bytes, starts.back() + span_of(destination.sizes, destination.strides) * size);
-      destinations.push_back(destination);
-    }
-    memory = std::string(static_cast<size_t>(bytes), '#');
-    place(memory, starts);
-    for (int64_t i = random.between(0, 10); i > 0; --i) {
-      const size_t record = random.below(files.records.size());
-      const size_t destination = random.below(destinations.size());
-      items.push_back(
-          random_item(random, files.stored[record].spec.sizes, destinations[destination].sizes, record, destination));
-    }
-    // In torch's order: file by file.
-    std::string copy = memory;
-    place(copy, starts);
-    for (size_t file = 0; file < files.bytes.size(); ++file) {
-      for (const Item& item : items) {
-        if (files.records[item.record].file == file) copy_item(files, item, destinations[item.destination]);
-      }
-    }
-    expected = copy;
-    place(memory, starts);
-  }
-
-  void place(std::string& where, const std::vector<int64_t>& starts) {
-    for (size_t i = 0; i < destinations.size(); ++i) destinations[i].data = data_of(where) + starts[i];
-  }
-
-  CheckpointFiles files;
-  std::vector<Destination> destinations;
-  std::vector<Item> items;
-  std::string memory;
-  std::string expected;
-};
-
 // A matrix of many blocks, and its columns wanted: some hundred requests.
 struct Columns {
   Columns() : files(1) {
@@ -107,7 +38,7 @@ struct Columns {
     memory.assign(256 * 4096 * 4, '#');
     Destination destination;
     destination.data = data_of(memory);
-    destination.writable_by_host = true;
+    destination.device = transfer::kHost;
     destination.sizes = {256, 4096};
     destination.strides = {4096, 1};
     destination.dtype = 0;
@@ -130,7 +61,7 @@ struct Columns {
 
 std::optional<Error> error_of(const Program& program, const Options& options) {
   try {
-    transfer::run_wave(program, 0, options, never);
+    transfer::run_wave(program, 0, options, {}, never);
   } catch (const Error& error) {
     return error;
   }
@@ -145,13 +76,15 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
   size_t waves = 0;
   for (int i = 0; i < 400; ++i) {
     CAPTURE(i);
-    Load load(random);
+    RandomLoad load(random);
+    std::string memory = load.before[0];
+    load.place(0, data_of(memory));
     const Options options = random_options(random);
     const Layouts layouts = load.files.layouts(options);
     const Program program(layouts, load.items, load.destinations);
     int64_t placed = 0;
     for (int32_t wave = 0; wave < program.waves(); ++wave) {
-      const transfer::Stats stats = transfer::run_wave(program, wave, options, never);
+      const transfer::Stats stats = transfer::run_wave(program, wave, options, {}, never);
       REQUIRE(stats.bytes_read >= stats.bytes_placed);
       placed += stats.bytes_placed;
       for (size_t item = 0; item < load.items.size(); ++item) {
@@ -165,7 +98,7 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
     }
     waves += static_cast<size_t>(program.waves());
     REQUIRE(placed <= program.bytes_needed());
-    REQUIRE(load.memory == load.expected);
+    REQUIRE(memory == load.expected[0]);
   }
   CHECK(direct > 800);
   CHECK(waves > 500);
@@ -175,7 +108,7 @@ TEST_CASE("blocks of the smallest size still read little more than they need") {
   Columns columns;
   const Layouts layouts = columns.files.layouts(columns.options);
   const Program program(layouts, columns.items, columns.destinations);
-  const transfer::Stats stats = transfer::run_wave(program, 0, columns.options, never);
+  const transfer::Stats stats = transfer::run_wave(program, 0, columns.options, {}, never);
   CHECK(stats.bytes_placed == 256 * 4096 * 4);
   CHECK(stats.bytes_placed == program.bytes_needed());
   CHECK(stats.bytes_read == stats.bytes_placed);  // rows of 16 KiB are read one by one, straight into place
@@ -223,7 +156,7 @@ TEST_CASE("short and interrupted reads change nothing") {
     const Program program(layouts, columns.items, columns.destinations);
     io::FaultySystemCalls calls(fault(io::FaultFunction::kPread, 0, error_number, 100, 3));
     const ScopedCalls scope(calls);
-    transfer::run_wave(program, 0, columns.options, never);
+    transfer::run_wave(program, 0, columns.options, {}, never);
     std::string expected(columns.memory.size(), '#');
     Destination destination = columns.destinations[0];
     destination.data = data_of(expected);
@@ -294,7 +227,7 @@ TEST_CASE("an interruption stops a slow load within a second, also between the r
     Slow slow;
     const ScopedCalls scope(slow);
     const auto start = std::chrono::steady_clock::now();
-    CHECK_THROWS_AS(transfer::run_wave(program, 0, columns.options, [] { return true; }), transfer::Interrupted);
+    CHECK_THROWS_AS(transfer::run_wave(program, 0, columns.options, {}, [] { return true; }), transfer::Interrupted);
     CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
     CHECK(slow.calls < (one_task ? 50 : 256));
   }

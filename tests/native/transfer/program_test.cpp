@@ -47,7 +47,7 @@ Destination destination_of(std::string& memory, const Ints& sizes, const Ints& s
   Destination destination;
   memory.resize(std::max<size_t>(memory.size(), static_cast<size_t>(span_of(sizes, strides) * 4)));
   destination.data = reinterpret_cast<std::byte*>(memory.data());
-  destination.writable_by_host = true;
+  destination.device = transfer::kHost;
   destination.dtype = kFloat;
   destination.sizes = sizes;
   destination.strides = strides;
@@ -156,7 +156,7 @@ TEST_CASE("what the engine cannot place itself is staged or left to torch") {
   destination.dtype = checkpoint::kUnknownDType;
   CHECK(kind(layouts, item, destination) == Kind::kStaged);
   destination.dtype = kFloat;
-  destination.writable_by_host = false;
+  destination.device = transfer::kElsewhere;
   CHECK(kind(layouts, item, destination) == Kind::kStaged);
   destination.data = nullptr;
   CHECK(kind(layouts, item, destination) == Kind::kStaged);

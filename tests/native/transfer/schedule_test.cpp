@@ -9,7 +9,6 @@
 
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
-using transfer::make_schedule;
 using transfer::Piece;
 using transfer::Policy;
 using transfer::Schedule;
@@ -18,6 +17,10 @@ using transfer::Task;
 namespace {
 
 constexpr int64_t kBlock = 4096;
+
+Schedule make_schedule(const std::vector<Piece>& boxes, const std::vector<Policy>& policies) {
+  return join_pieces(split_boxes(boxes, policies), policies);
+}
 
 std::vector<Policy> policies_for(Random& random, size_t files) {
   std::vector<Policy> policies;
@@ -51,7 +54,7 @@ struct Trace {
   std::vector<std::pair<size_t, int64_t>> sources;
 };
 
-// The largest span that the engine would read in one request for a piece: see TaskRunner::read in engine.cpp.
+// The largest span that the engine would read in one request for a piece: see Reader::run in reader.cpp.
 int64_t largest_read(const Policy& policy, const box::Loops& loops, size_t level = 0) {
   if (policy.reads_through(loops, level)) return box::source_span(loops, level);
   return level + 1 == loops.size() ? loops[level].size : largest_read(policy, loops, level + 1);

@@ -1,0 +1,63 @@
+"""What the machine can do on the way to its GPUs: the two halves of a load, each alone, with no checkpoint logic.
+
+``pinned pread``: several threads read exactly the payload bytes, each into one pinned buffer that it reuses.
+``pinned copy``: as many bytes are copied from pinned memory to the GPUs, a part to each of them at the same time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpus
+from benchmarks.ceilings import Setting, TunedCeiling, candidate_settings, payload_segments, read_segments, tuned
+from benchmarks.destinations import Destinations, bytes_of
+from benchmarks.workloads import MIB
+
+PINNED_READ = "pinned pread"
+PINNED_COPY = "pinned copy"
+# One thread enqueues the copies. A bus needs a few megabytes at a time to reach its full speed.
+COPY_SETTINGS = tuple(Setting(1, block) for block in (4 * MIB, 16 * MIB, 64 * MIB))
+
+
+def pinned_read_ceiling(checkpoint: Path, destinations: Destinations) -> TunedCeiling | None:
+    """None where what is wanted is not contiguous in the files, so that no plain read can fetch just that."""
+    segments = payload_segments(checkpoint, destinations)
+    if segments is None:
+        return None
+    settings = candidate_settings()
+    largest = max(setting.block_bytes for setting in settings)
+    buffers = [_pinned(largest) for _ in range(max(setting.threads for setting in settings))]
+
+    def run(setting: Setting) -> float:
+        return read_segments(segments, setting, lambda segment, thread: bytes_of(buffers[thread][: segment.length]))
+
+    return tuned(PINNED_READ, run, settings, fills_destinations=False)
+
+
+def copy_ceiling(count: int, devices: Collection[torch.device]) -> TunedCeiling:
+    """Copies of ``count`` bytes altogether, on the current stream of each device."""
+    largest = max(setting.block_bytes for setting in COPY_SETTINGS)
+    source = _pinned(largest)
+    targets = [torch.empty(largest, dtype=torch.uint8, device=device) for device in devices]
+
+    def run(setting: Setting) -> float:
+        start = time.perf_counter()
+        left = count
+        while left > 0:
+            for target in targets:
+                length = max(0, min(setting.block_bytes, left))
+                target[:length].copy_(source[:length], non_blocking=True)
+                left -= length
+        gpus.wait_for(devices)
+        return time.perf_counter() - start
+
+    return tuned(PINNED_COPY, run, COPY_SETTINGS, fills_destinations=False)
+
+
+def _pinned(count: int) -> torch.Tensor:
+    memory = torch.empty(count, dtype=torch.uint8, pin_memory=True)
+    return memory.fill_(0)

@@ -1,0 +1,48 @@
+"""The GPUs of this machine, by their torch names. Without any, all but ``why_there_is_none`` is a no-op or empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+
+def why_there_is_none() -> str | None:
+    """None where there is a GPU to load to, else the reason why not."""
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is built for ROCm, and dcp_fast's path to GPUs is for CUDA"
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"torch {torch.__version__} finds no NVIDIA GPU, or no driver for it"
+
+
+def names() -> tuple[str, ...]:
+    """``cuda:0`` and so on."""
+    return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+
+
+def of(tensors: Iterable[torch.Tensor]) -> set[torch.device]:
+    """The GPUs that hold some of the tensors."""
+    return {tensor.device for tensor in tensors if tensor.is_cuda}
+
+
+def wait_for(devices: Iterable[torch.device]) -> None:
+    """Return when nothing that was launched on the devices is under way any more."""
+    for device in devices:
+        torch.cuda.synchronize(device)
+
+
+def used_bytes(devices: Iterable[torch.device]) -> dict[torch.device, int]:
+    """Memory in use on each device, whoever allocated it."""
+    used = {}
+    for device in devices:
+        free, total = torch.cuda.mem_get_info(device)
+        used[device] = total - free
+    return used
+
+
+def models() -> list[str]:
+    """What each of them is."""
+    return [torch.cuda.get_device_name(name) for name in names()]

@@ -1,0 +1,212 @@
+#include "cuda/device.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "cuda/box_copy_ptx.h"
+#include "error.h"
+
+namespace dcp_fast::cuda {
+
+namespace {
+
+constexpr unsigned kThreadsPerBlock = 256;  // as the kernel is compiled for
+
+std::string name_of(int ordinal) { return "cuda:" + std::to_string(ordinal); }
+
+double milliseconds_between(const Event& from, const Event& to) {
+  float result = 0;
+  DCP_FAST_CUDA(cuEventElapsedTime, &result, from.get(), to.get());
+  return result;
+}
+
+// Does work of a device; an error names it.
+template <typename Work>
+decltype(auto) naming(int ordinal, const Work& work) {
+  try {
+    return work();
+  } catch (const Error& error) {
+    throw Error(error.kind, name_of(ordinal) + ": " + error.what());
+  }
+}
+
+}  // namespace
+
+template <typename Work>
+void Device::in_context(const Work& work) const {
+  naming(ordinal_, [&] {
+    const CurrentContext current(context_);
+    work();
+  });
+}
+
+// Where the context is broken there is no work left, and nothing can be given back before the process ends.
+template <typename Work>
+void Device::in_context_if_possible(const Work& work) const noexcept {
+  try {
+    in_context(work);
+  } catch (const Error&) {  // NOLINT(bugprone-empty-catch)
+  }
+}
+
+DeviceStats& DeviceStats::join(const DeviceStats& other) {
+  bytes_copied += other.bytes_copied;
+  copies += other.copies;
+  launches += other.launches;
+  copy_seconds = std::max(copy_seconds, other.copy_seconds);
+  return *this;
+}
+
+Device::Device(int ordinal, size_t slots, size_t slot_bytes)
+    : ordinal_(ordinal), slot_bytes_(slot_bytes), context_(naming(ordinal, [=] { return PrimaryContext(ordinal); })) {
+  try {
+    in_context([&] {
+      copy_stream_ = make_stream();
+      kernel_stream_ = make_stream();
+      for (Event* event : {&began_, &torch_before_, &copies_done_, &kernels_done_}) *event = make_event();
+      slots_.resize(slots);
+      for (Slot& slot : slots_) {
+        for (Event* event : {&slot.copy_begin, &slot.copied, &slot.kernel_begin, &slot.placed}) *event = make_event();
+      }
+    });
+  } catch (...) {
+    release();
+    throw;
+  }
+}
+
+Device::~Device() {
+  drain();
+  release();
+}
+
+void Device::release() noexcept {
+  in_context_if_possible([&] {
+    slots_.clear();
+    for (Event* event : {&began_, &torch_before_, &copies_done_, &kernels_done_}) event->reset();
+    staging_.reset();
+    module_.reset();
+    kernel_stream_.reset();
+    copy_stream_.reset();
+  });
+}
+
+void Device::begin(StreamHandle torch_stream, trace::Recorder* recorder) {
+  const std::scoped_lock lock(mutex_);
+  in_context([&] {
+    recorder_ = recorder;
+    if (recorder_ != nullptr) {
+      DCP_FAST_CUDA(cuEventRecord, began_.get(), copy_stream_.get());
+      DCP_FAST_CUDA(cuEventSynchronize, began_.get());
+      began_at_ = recorder_->now();
+    }
+    // Torch may have handed out memory that work under way on its stream still uses.
+    DCP_FAST_CUDA(cuEventRecord, torch_before_.get(), torch_stream);
+    DCP_FAST_CUDA(cuStreamWaitEvent, copy_stream_.get(), torch_before_.get(), 0);
+    DCP_FAST_CUDA(cuStreamWaitEvent, kernel_stream_.get(), torch_before_.get(), 0);
+  });
+}
+
+void Device::submit(size_t index, const std::byte* memory, const SlotPlan& plan) {
+  const std::scoped_lock lock(mutex_);
+  in_context([&] {
+    Slot& slot = slots_[index];
+    slot.launched = !plan.entries.empty();
+    slot.bytes = plan.staged_bytes;
+    for (const StraightCopy& copy : plan.straight) slot.bytes += copy.bytes;
+    if (slot.launched) prepare_to_launch();
+    slot.timed = false;
+    const DeviceAddress staging = staging_.get() + index * slot_bytes_;
+    DCP_FAST_CUDA(cuEventRecord, slot.copy_begin.get(), copy_stream_.get());
+    for (const StraightCopy& copy : plan.straight) {
+      DCP_FAST_CUDA(cuMemcpyHtoDAsync_v2, copy.destination, memory + copy.offset, copy.bytes, copy_stream_.get());
+    }
+    if (slot.launched) DCP_FAST_CUDA(cuMemcpyHtoDAsync_v2, staging, memory, plan.staged_bytes, copy_stream_.get());
+    DCP_FAST_CUDA(cuEventRecord, slot.copied.get(), copy_stream_.get());
+    stats_.bytes_copied += slot.bytes;
+    stats_.copies += static_cast<int64_t>(plan.straight.size()) + (slot.launched ? 1 : 0);
+    if (slot.launched) launch(slot, staging, plan);
+  });
+}
+
+void Device::prepare_to_launch() {
+  if (function_ != nullptr) return;
+  if (!staging_) staging_ = allocate(slots_.size() * slot_bytes_);
+  if (!module_) module_ = load_module(kBoxCopyPtx);
+  DCP_FAST_CUDA(cuModuleGetFunction, &function_, module_.get(), "dcp_fast_box_copy");
+}
+
+void Device::launch(const Slot& slot, DeviceAddress staging, const SlotPlan& plan) {
+  uint64_t base = staging;
+  uint32_t offset = plan.entries_offset();
+  auto count = static_cast<uint32_t>(plan.entries.size());
+  void* arguments[] = {&base, &offset, &count};
+  DCP_FAST_CUDA(cuStreamWaitEvent, kernel_stream_.get(), slot.copied.get(), 0);
+  DCP_FAST_CUDA(cuEventRecord, slot.kernel_begin.get(), kernel_stream_.get());
+  DCP_FAST_CUDA(cuLaunchKernel, function_, count, 1, 1, kThreadsPerBlock, 1, 1, 0, kernel_stream_.get(), arguments,
+                nullptr);
+  DCP_FAST_CUDA(cuEventRecord, slot.placed.get(), kernel_stream_.get());
+  ++stats_.launches;
+}
+
+void Device::wait(size_t index) {
+  Slot& slot = slots_[index];
+  in_context([&] { DCP_FAST_CUDA(cuEventSynchronize, (slot.launched ? slot.placed : slot.copied).get()); });
+  const std::scoped_lock lock(mutex_);
+  if (!slot.timed) in_context([&] { count_times(slot); });
+}
+
+void Device::count_times(Slot& slot) {
+  slot.timed = true;
+  stats_.copy_seconds += milliseconds_between(slot.copy_begin, slot.copied) / 1e3;
+  if (recorder_ == nullptr) return;
+  const auto add = [this](const char* what, const Event& from, const Event& to, int64_t bytes) {
+    const auto at = [this](const Event& event) {
+      return began_at_ + static_cast<int64_t>(milliseconds_between(began_, event) * 1e6);
+    };
+    recorder_->add(recorder_->track(name_of(ordinal_) + " " + what), what, at(from), at(to), {bytes});
+  };
+  add("copy", slot.copy_begin, slot.copied, slot.bytes);
+  if (slot.launched) add("kernel", slot.kernel_begin, slot.placed, slot.bytes);
+}
+
+void Device::end(StreamHandle torch_stream) {
+  const std::scoped_lock lock(mutex_);
+  in_context([&] {
+    DCP_FAST_CUDA(cuEventRecord, copies_done_.get(), copy_stream_.get());
+    DCP_FAST_CUDA(cuEventRecord, kernels_done_.get(), kernel_stream_.get());
+    DCP_FAST_CUDA(cuStreamWaitEvent, torch_stream, copies_done_.get(), 0);
+    DCP_FAST_CUDA(cuStreamWaitEvent, torch_stream, kernels_done_.get(), 0);
+  });
+}
+
+void Device::synchronize(StreamHandle torch_stream) const {
+  in_context([&] { DCP_FAST_CUDA(cuStreamSynchronize, torch_stream); });
+}
+
+bool Device::busy() const {
+  bool busy = false;
+  in_context([&] {
+    for (const Event* event : {&copies_done_, &kernels_done_}) {
+      busy = busy || driver().cuEventQuery(event->get()) == kErrorNotReady;
+    }
+  });
+  return busy;
+}
+
+void Device::drain() noexcept {
+  in_context_if_possible([&] {
+    // Both, and without a check: where one fails, the other is all the more to be waited for.
+    for (const Stream* stream : {&copy_stream_, &kernel_stream_}) {
+      if (*stream) static_cast<void>(driver().cuStreamSynchronize(stream->get()));
+    }
+  });
+}
+
+DeviceStats Device::take_stats() {
+  const std::scoped_lock lock(mutex_);
+  recorder_ = nullptr;
+  return std::exchange(stats_, {});
+}
+
+}  // namespace dcp_fast::cuda

@@ -1,0 +1,85 @@
+#include "cuda/driver.h"
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <string>
+#include <type_traits>
+
+#include "error.h"
+
+namespace dcp_fast::cuda {
+
+namespace {
+
+constexpr const char* kDefaultLibrary = "libcuda.so.1";
+
+std::string last_dl_error() {
+  const char* text = ::dlerror();  // NOLINT(concurrency-mt-unsafe): glibc keeps it per thread
+  return text != nullptr ? text : "unknown reason";
+}
+
+const char* library_name() {
+  const char* name = std::getenv("DCP_FAST_LIBCUDA");  // NOLINT(concurrency-mt-unsafe): nobody sets it here
+  return name != nullptr && *name != '\0' ? name : kDefaultLibrary;
+}
+
+// Its handle is never closed: threads of the driver run its code until the process ends.
+Driver load() {
+  const char* name = library_name();
+  void* library = ::dlopen(name, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw Error(ErrorKind::kCuda, "the CUDA driver cannot be loaded: dlopen: " + last_dl_error());
+  Driver driver;
+  const auto find = [&](auto& function, const char* symbol) {
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(::dlsym(library, symbol));
+    if (function == nullptr) {
+      throw Error(ErrorKind::kCuda,
+                  "the CUDA driver " + std::string(name) + " lacks a call: dlsym: " + last_dl_error());
+    }
+  };
+#define DCP_FAST_FIND(name, parameters) find(driver.name, #name);
+  DCP_FAST_DRIVER_CALLS(DCP_FAST_FIND)
+#undef DCP_FAST_FIND
+  driver.simcuda_host_write =
+      reinterpret_cast<decltype(driver.simcuda_host_write)>(::dlsym(library, "simcuda_host_write"));
+  return driver;
+}
+
+std::string describe(const Driver& driver, const char* function, Result result) {
+  const char* name = nullptr;
+  const char* text = nullptr;
+  driver.cuGetErrorName(result, &name);
+  driver.cuGetErrorString(result, &text);
+  std::string message = std::string(function) + " failed: ";
+  message += name != nullptr ? name : "CUresult " + std::to_string(result);
+  if (text != nullptr) message += std::string(" (") + text + ")";
+  return message;
+}
+
+void check(const Driver& driver, const char* function, Result result) {
+  if (result == kSuccess) return;
+  const ErrorKind kind = result == kErrorOutOfMemory ? ErrorKind::kCudaOutOfMemory : ErrorKind::kCuda;
+  throw Error(kind, describe(driver, function, result));
+}
+
+}  // namespace
+
+const Driver& driver() {
+  static std::atomic<const Driver*> loaded{nullptr};
+  if (const Driver* known = loaded.load(std::memory_order_acquire)) return *known;
+  static std::mutex mutex;
+  static Driver found;
+  const std::scoped_lock lock(mutex);
+  if (loaded.load(std::memory_order_relaxed) == nullptr) {
+    found = load();
+    check(found, "cuInit", found.cuInit(0));
+    loaded.store(&found, std::memory_order_release);
+  }
+  return found;
+}
+
+void check(const char* function, Result result) { check(driver(), function, result); }
+
+}  // namespace dcp_fast::cuda

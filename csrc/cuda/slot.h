@@ -1,0 +1,70 @@
+// What one slot carries. A slot is a piece of pinned memory, and as much staging memory on the device. The boxes of a
+// slot are packed one after another when it is filled: slicing on the source side is done by then. A box that is
+// contiguous in its destination too, and large, is copied straight there. All others travel together, followed by
+// descriptors of where they go, to the staging memory of the device, whence one kernel launch places them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "box/box.h"
+#include "cuda/box_copy.h"
+#include "cuda/driver_abi.h"
+
+namespace dcp_fast::cuda {
+
+// From here on a copy of its own costs less than the kernel's reading and writing of the bytes: about what a copy takes
+// to start, 5 us, at 12 GB/s and more.
+constexpr int64_t kMinStraightBytes = 64 << 10;
+
+struct StraightCopy {
+  uint32_t offset = 0;  // in the slot
+  uint32_t bytes = 0;
+  DeviceAddress destination = 0;
+};
+
+struct SlotPlan {
+  std::vector<uint32_t> offsets;  // where in the slot each box lies, in the order in which they were added
+  std::vector<StraightCopy> straight;
+  uint32_t staged_bytes = 0;  // what goes to staging: the slot's first bytes
+  uint32_t descriptors = 0;   // where in it the dims and entries belong
+  std::vector<BoxDim> dims;
+  std::vector<BoxCopy> entries;
+  uint32_t bytes = 0;  // of the slot that are used
+
+  uint32_t entries_offset() const { return descriptors + static_cast<uint32_t>(dims.size() * sizeof(BoxDim)); }
+  // Puts dims and entries where they belong in a slot.
+  void write_descriptors(std::byte* slot) const;
+};
+
+// Fills a plan until the slot is full.
+class SlotPacker {
+ public:
+  explicit SlotPacker(size_t capacity) : capacity_(capacity) {}
+
+  // Adds a box whose loops have their destination's strides. False, with nothing done, if it does not fit any more.
+  // With `page_position` the box begins at this position within a page of the slot, and the pages that it touches are
+  // its own: a direct read can then fill them. Only for boxes that are copied straight.
+  bool add(const box::Loops& loops, DeviceAddress destination, std::optional<int64_t> page_position = {});
+  bool empty() const { return boxes_.empty(); }
+  // The plan of what was added; the packer is empty then.
+  SlotPlan finish();
+
+ private:
+  struct Box {
+    DeviceAddress destination;
+    std::vector<BoxDim> dims;  // sizes in bytes as yet; empty if the destination is contiguous
+    uint32_t bytes;
+    uint32_t vector_bytes;
+    bool straight;
+    std::optional<uint32_t> page_position;
+  };
+
+  size_t capacity_;
+  size_t used_ = 0;
+  std::vector<Box> boxes_;
+};
+
+}  // namespace dcp_fast::cuda

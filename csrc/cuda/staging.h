@@ -1,0 +1,104 @@
+// What loads to GPUs share and reuse: the pinned ring, and the devices that were loaded to.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "cuda/device.h"
+#include "cuda/resources.h"
+#include "cuda/slot.h"
+#include "error.h"
+
+namespace dcp_fast::cuda {
+
+// One slot, to be filled by the thread that holds it. Goes back to the ring unless it was submitted.
+class SlotLease;
+
+// Used by one load at a time; its member functions, except for those of the ring, by one thread.
+class Staging {
+ public:
+  // `pinned_bytes` of host memory, and at most `device_bytes` on each device, in slots that carry boxes of up to
+  // `block_bytes`, or less if there is not memory enough for some of those. Pins the memory when a device is first
+  // used.
+  Staging(int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes);
+  ~Staging();
+  Staging(const Staging&) = delete;
+  Staging& operator=(const Staging&) = delete;
+
+  // The largest box that always fits a slot.
+  int64_t block_bytes() const { return block_bytes_; }
+  size_t slot_bytes() const { return slot_bytes_; }
+  size_t slots() const { return slots_; }
+  int64_t pinned_bytes() const;
+  // The most that any device holds.
+  int64_t device_bytes() const;
+
+  // Makes a device ready on its first use. Throws Error(kCuda, kCudaOutOfMemory), std::bad_alloc.
+  Device& device(int ordinal);
+
+  // Waits for a slot. Thread-safe. Throws Error(kCuda) if the work that it was submitted for failed, and the error of
+  // `fail`, after which a staging is good for nothing.
+  SlotLease acquire();
+  void fail(const Error& error);
+
+  // Waits for the work of all slots. Throws Error(kCuda) if it failed.
+  void wait_for_slots();
+  // Whether a load is still under way on a device.
+  bool busy() const;
+  // After an error: waits until no device uses a slot or a destination any more.
+  void drain() noexcept;
+
+  // At the end of a load: what all devices did in it. Recorders are forgotten.
+  DeviceStats take_stats();
+  // Likewise: for how long threads waited for slots, summed over them.
+  double take_slot_seconds();
+
+ private:
+  friend class SlotLease;
+
+  void submit(size_t slot, Device& device, const SlotPlan& plan);
+  void give_back(size_t slot);
+  void wait(size_t slot);
+
+  const int64_t block_bytes_;
+  const size_t slot_bytes_;
+  const size_t slots_;
+  std::unique_ptr<PinnedMemory> memory_;
+  std::map<int, Device> devices_;
+  std::vector<Device*> users_;  // by slot: whose work is to be waited for
+  std::mutex mutex_;            // for what follows
+  std::condition_variable returned_;
+  std::deque<size_t> order_;  // slots that nobody holds; those that were submitted first come first
+  std::optional<Error> error_;
+  double slot_seconds_ = 0;
+};
+
+class SlotLease {
+ public:
+  SlotLease(Staging& staging, size_t slot) : staging_(&staging), slot_(slot) {}
+  ~SlotLease();
+  SlotLease(SlotLease&& other) noexcept;
+  SlotLease(const SlotLease&) = delete;
+  SlotLease& operator=(const SlotLease&) = delete;
+  SlotLease& operator=(SlotLease&&) = delete;
+
+  size_t slot() const { return slot_; }
+  std::byte* data() const;
+  // Announces a write of the first `bytes`, to a simulator.
+  void about_to_write(size_t bytes) const;
+  // Enqueues what the plan says. Throws Error(kCuda); the slot is then lost, as a part of the work may be under way.
+  void submit(Device& device, const SlotPlan& plan) &&;
+
+ private:
+  Staging* staging_;
+  size_t slot_;
+};
+
+}  // namespace dcp_fast::cuda

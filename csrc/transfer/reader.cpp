@@ -1,0 +1,132 @@
+#include "transfer/reader.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "trace/recorder.h"
+
+namespace dcp_fast::transfer {
+
+namespace {
+
+// Runs shorter than this are cheaper to copy out of staging than to hand to the kernel one by one.
+constexpr int64_t kMinScatteredRun = 64;
+
+bool all_scatter(const Piece* begin, const Piece* end) {
+  for (const Piece* piece = begin; piece != end; ++piece) {
+    if (piece->loops.size() > 1 && piece->loops.back().size < kMinScatteredRun) return false;
+  }
+  return true;
+}
+
+// Lists, in ascending order of their place in the file, where the bytes of a span go: runs into place, gaps into a
+// small buffer that stays in the cache and is never looked at. The kernel then does the slicing.
+class ScatterList {
+ public:
+  ScatterList(std::vector<iovec>& vectors, io::AlignedBuffer& gaps, int64_t max_gap, int64_t begin)
+      : vectors_(vectors), gaps_(gaps.reserve(static_cast<size_t>(max_gap))), end_(begin) {
+    vectors_.clear();
+  }
+
+  void add(const box::Dim* loops, size_t depth, int64_t source, std::byte* destination) {
+    if (depth == 1) {
+      if (source > end_) vectors_.push_back({gaps_, static_cast<size_t>(source - end_)});
+      vectors_.push_back({destination, static_cast<size_t>(loops->size)});
+      end_ = source + loops->size;
+      return;
+    }
+    for (int64_t i = 0; i < loops->size; ++i) {
+      add(loops + 1, depth - 1, source + i * loops->source_stride, destination + i * loops->destination_stride);
+    }
+  }
+
+ private:
+  std::vector<iovec>& vectors_;
+  std::byte* gaps_;
+  int64_t end_;
+};
+
+// One request for all pieces and what lies between them.
+void read_through(const Policy& policy, const io::File& file, Worker& worker, const Piece* pieces, size_t count) {
+  const Piece* end = pieces + count;
+  const int64_t begin = pieces->source;
+  if (!policy.direct_io && all_scatter(pieces, end)) {
+    ScatterList list(worker.vectors, worker.buffer, policy.request_cost, begin);
+    for (const Piece* piece = pieces; piece != end; ++piece) {
+      list.add(piece->loops.data(), piece->loops.size(), piece->source, piece->destination);
+    }
+    file.read_scattered(worker.vectors, begin, *worker.counters);
+    return;
+  }
+  if (count == 1 && pieces->owns_pages) {
+    file.read_pages(pieces->destination, static_cast<size_t>(pieces->loops[0].size), begin, *worker.counters);
+    return;
+  }
+  const Piece& last = *(end - 1);
+  const int64_t size = last.source + box::source_span(last.loops) - begin;
+  const std::byte* data = file.read_staged(worker.buffer, static_cast<size_t>(size), begin, *worker.counters);
+  trace::Span slice(worker.counters->recorder, "slice");
+  for (const Piece* piece = pieces; piece != end; ++piece) {
+    slice.add_bytes(box::volume(piece->loops));
+    box::copy(piece->destination, data + (piece->source - begin), piece->loops.data(), piece->loops.size());
+  }
+}
+
+// One request for each step of the loops whose gaps are not worth reading.
+void read_runs(const Policy& policy, const io::File& file, Worker& worker, const Piece& piece) {
+  const box::Dim& outer = piece.loops[0];
+  if (piece.loops.size() == 1) {
+    file.read_exactly(piece.destination, static_cast<size_t>(outer.size), piece.source, *worker.counters);
+    return;
+  }
+  Piece inner = piece;
+  inner.loops.erase(inner.loops.begin());
+  const bool through = policy.reads_through(inner.loops, 0);
+  for (int64_t i = 0; i < outer.size; ++i) {
+    worker.stop_if_cancelled();
+    inner.source = piece.source + i * outer.source_stride;
+    inner.destination = piece.destination + i * outer.destination_stride;
+    if (through) {
+      read_through(policy, file, worker, &inner, 1);
+    } else {
+      read_runs(policy, file, worker, inner);
+    }
+  }
+}
+
+}  // namespace
+
+void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
+  const Piece* piece = &schedule.pieces[task.first_piece];
+  try {
+    with_memory_errors([&] {
+      const io::File& file = worker.open(files_, task.file);
+      const Policy& policy = policies_[task.file];
+      if (task.pieces > 1 || policy.reads_through(piece->loops, 0)) {
+        read_through(policy, file, worker, piece, task.pieces);
+      } else {
+        read_runs(policy, file, worker, *piece);
+      }
+    });
+  } catch (Error& error) {
+    const Piece* end = piece + task.pieces;
+    while (piece + 1 != end && (piece + 1)->source <= error.offset) ++piece;
+    attribute(error, piece->item);
+    throw;
+  }
+}
+
+void Reader::attribute(Error& error, size_t item) const {
+  error.item = static_cast<int64_t>(item);
+  const size_t index = program_.items()[item].record;
+  error.record = static_cast<int64_t>(index);
+  if (error.offset < 0) {  // nothing of the file's contents is at fault
+    const Record& record = program_.layouts().records[index];
+    error.path = program_.layouts().paths[record.file];
+    error.offset = record.offset;
+    error.length = record.length;
+  }
+}
+
+}  // namespace dcp_fast::transfer

@@ -1,0 +1,94 @@
+"""Fixtures of the tests that need CUDA devices: real ones, or those of the simulated driver.
+
+The same tests run on a real GPU, if torch finds one and DCP_FAST_LIBCUDA is unset, and on the simulator, if
+DCP_FAST_LIBCUDA names it and torch is a CPU build. Otherwise they are skipped, for a reason that says what is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from simulated_cuda import torch_backend
+from simulated_cuda.control import Simulator
+
+import dcp_fast
+
+_FOLDER = Path(__file__).parent
+_SIMULATED = "DCP_FAST_LIBCUDA" in os.environ
+
+
+def _what_is_missing() -> str | None:
+    if _SIMULATED:
+        return torch_backend.why_not()
+    if not torch.cuda.is_available():
+        return "needs a GPU, or the simulated driver in DCP_FAST_LIBCUDA and a CPU build of torch"
+    return None
+
+
+def pytest_configure() -> None:
+    # Before any test module is imported: what it imports may look for devices.
+    if _SIMULATED and torch_backend.why_not() is None:
+        torch_backend.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _what_is_missing()
+    for item in items:
+        if reason is not None and _FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def two_devices() -> tuple[torch.device, torch.device]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    return torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+@pytest.fixture
+def simulator() -> Simulator:
+    if not _SIMULATED:
+        pytest.skip("asks the simulated driver")
+    return Simulator()
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_report() -> Iterator[None]:
+    """The simulated driver finds fault with nothing that a test does, and nothing that it makes stays behind.
+
+    A test that expects reports takes them with `simulator.reports(clear=True)`.
+    """
+    if not _SIMULATED:
+        yield
+        return
+    simulator = Simulator()
+    before = _left_behind(simulator)
+    yield
+    reports = simulator.reports(clear=True)
+    simulator.reset()  # errors that a test provoked would fail the calls below
+    after = _left_behind(simulator)
+    if after > before:  # what cycles hold on to is not left behind; to look for them takes long
+        gc.collect()
+        after = _left_behind(simulator)
+    assert not reports
+    assert after <= before, simulator.leaks()
+
+
+def _left_behind(simulator: Simulator) -> int:
+    """How many objects of the driver are alive, but for those that torch and dcp_fast keep."""
+    dcp_fast.release_staging()
+    backend = torch_backend.install()
+    for device in range(torch.cuda.device_count()):
+        if backend.has_context(device):
+            torch.cuda.synchronize(device)
+    return sum(simulator.leaks().values()) - backend.kept_objects()

@@ -1,0 +1,328 @@
+// Loads into the memory of GPUs, on whatever driver there is: the simulator, or a real one.
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "doctest/doctest.h"
+#include "error.h"
+#include "faults.h"
+#include "test_device.h"
+#include "transfer/engine.h"
+#include "transfer/random_load.h"
+#include "transfer/workers.h"
+
+using namespace dcp_fast;
+using namespace dcp_fast::testing;
+using cuda::DeviceStats;
+using cuda::Staging;
+using transfer::CudaTargets;
+using transfer::Destination;
+using transfer::Item;
+using transfer::Layouts;
+using transfer::Options;
+using transfer::Program;
+using Kind = transfer::Transfer::Kind;
+
+namespace {
+
+constexpr int64_t kMiB = 1 << 20;
+
+// Whether a second device can take part, on a machine with a single one too.
+int other_device() { return has_device(1) ? 1 : 0; }
+
+// One stored matrix, and a part of it wanted on a device.
+struct Matrix {
+  Matrix(int64_t rows, int64_t columns) : sizes{rows, columns}, files(1) {
+    Random random(7);
+    files.add_random(random, 0, checkpoint::DType{0}, sizes, true);
+    itemsize = checkpoint::info(checkpoint::DType{0}).itemsize;
+    files.write();
+  }
+
+  // Wants a box of it, as a tensor whose rows are `padding` elements further apart than they need be.
+  void want(int ordinal, Ints offsets, Ints lengths, int64_t padding = 0) {
+    Destination destination;
+    destination.device = ordinal;
+    destination.dtype = checkpoint::DType{0};
+    destination.sizes = lengths;
+    destination.strides = {lengths[1] + padding, 1};
+    const auto bytes = static_cast<size_t>(span_of(destination.sizes, destination.strides) * itemsize);
+    expected.emplace_back(bytes, '#');
+    memories.push_back(std::make_unique<DeviceBytes>(ordinal, expected.back()));
+    Item item;
+    item.destination = destinations.size();
+    item.storage_offsets = std::move(offsets);
+    item.destination_offsets = {0, 0};
+    item.lengths = std::move(lengths);
+    Destination on_host = destination;
+    on_host.data = data_of(expected.back());
+    copy_item(files, item, on_host);
+    destination.data = memories.back()->address();
+    destinations.push_back(destination);
+    items.push_back(item);
+  }
+
+  bool arrived() const {
+    for (size_t i = 0; i < memories.size(); ++i) {
+      if (memories[i]->download() != expected[i]) return false;
+    }
+    return true;
+  }
+
+  Ints sizes;
+  int64_t itemsize = 0;
+  CheckpointFiles files;
+  std::vector<Destination> destinations;
+  std::vector<Item> items;
+  std::vector<std::string> expected;
+  std::vector<std::unique_ptr<DeviceBytes>> memories;
+};
+
+// Torch's streams on all devices, and staging.
+struct Gpu {
+  explicit Gpu(int64_t pinned_bytes = 64 * kMiB, int64_t block_bytes = 4 * kMiB)
+      : staging(pinned_bytes, pinned_bytes, block_bytes), streams{} {
+    for (const int ordinal : {0, other_device()}) {
+      if (!streams[ordinal]) streams[ordinal].emplace(ordinal);
+      targets.torch_streams[ordinal] = streams[ordinal]->get();
+    }
+    targets.staging = &staging;
+  }
+
+  transfer::Stats run(const Program& program, const Options& options) {
+    transfer::Stats stats;
+    for (int32_t wave = 0; wave < program.waves(); ++wave) {
+      stats = transfer::run_wave(program, wave, options, targets, never);
+    }
+    return stats;
+  }
+
+  void synchronize() {
+    for (const auto& [ordinal, stream] : targets.torch_streams) staging.device(ordinal).synchronize(stream);
+    staging.wait_for_slots();
+  }
+
+  Staging staging;
+  std::optional<TorchStream> streams[2];
+  CudaTargets targets;
+};
+
+// Checks after every test that the driver had nothing to complain of.
+struct Clean {
+  ~Clean() {
+    CHECK(take_reports() == "");  // NOLINT(bugprone-exception-escape): doctest's own
+    CHECK(leaks() == "");
+  }
+};
+
+DeviceStats load(const Matrix& matrix, Gpu& gpu, const Options& options = {}) {
+  const Layouts layouts = matrix.files.layouts(options);
+  const Program program(layouts, matrix.items, matrix.destinations);
+  gpu.run(program, options);
+  gpu.synchronize();
+  return gpu.staging.take_stats();
+}
+
+}  // namespace
+
+TEST_CASE("device: any boxes, devices, layouts, ring and block sizes give what an element-wise load gives") {
+  const Clean clean;
+  Random random(200);
+  int64_t launches = 0;
+  int64_t straight = 0;
+  const std::vector<int> ordinals = {transfer::kHost, 0, other_device()};
+  for (int i = 0; i < 300; ++i) {
+    CAPTURE(i);
+    RandomLoad load(random, ordinals.size());
+    std::vector<std::unique_ptr<DeviceBytes>> memories;
+    std::string host = load.before[0];
+    load.place(0, data_of(host));
+    for (size_t m = 1; m < ordinals.size(); ++m) {
+      memories.push_back(std::make_unique<DeviceBytes>(ordinals[m], load.before[m]));
+      load.place(m, memories.back()->address());
+    }
+    for (size_t d = 0; d < load.destinations.size(); ++d) {
+      if (load.destinations[d].device == transfer::kHost) load.destinations[d].device = ordinals[load.memory_of[d]];
+    }
+    Gpu gpu(random.pick(std::vector<int64_t>{0, 200000, kMiB, 8 * kMiB}),
+            random.pick(std::vector<int64_t>{1, 65536, 100001, 4 * kMiB}));
+    const Options options = random_options(random);
+    const Layouts layouts = load.files.layouts(options);
+    const Program program(layouts, load.items, load.destinations);
+    for (int32_t wave = 0; wave < program.waves(); ++wave) {
+      transfer::run_wave(program, wave, options, gpu.targets, never);
+      gpu.synchronize();
+      for (const size_t item : program.items_of(wave)) {  // torch's part
+        if (program.transfers()[item].kind == Kind::kDirect) continue;
+        const size_t d = load.items[item].destination;
+        const size_t memory = load.memory_of[d];
+        Destination destination = load.destinations[d];
+        std::string bytes = memory == 0 ? std::string() : memories[memory - 1]->download();
+        if (memory != 0) destination.data = data_of(bytes) + load.starts[d];
+        copy_item(load.files, program.items()[item], destination);
+        if (memory != 0) memories[memory - 1]->upload(bytes);
+      }
+    }
+    const DeviceStats stats = gpu.staging.take_stats();
+    launches += stats.launches;
+    straight += stats.copies - stats.launches;
+    REQUIRE(host == load.expected[0]);
+    for (size_t m = 1; m < ordinals.size(); ++m) REQUIRE(memories[m - 1]->download() == load.expected[m]);
+    REQUIRE(take_reports() == "");
+  }
+  CHECK(launches > 200);
+  CHECK(straight > 3);
+}
+
+TEST_CASE("device: rows and columns are sliced on the host and copied straight, without a launch") {
+  const Clean clean;
+  Matrix matrix(2048, 2048);
+  matrix.want(0, {256, 0}, {256, 2048});
+  matrix.want(0, {0, 256}, {2048, 256});
+  Gpu gpu;
+  const DeviceStats stats = load(matrix, gpu);
+  CHECK(stats.launches == 0);
+  CHECK(stats.bytes_copied == 2 * 2048 * 256 * matrix.itemsize);
+  CHECK(stats.copies <= 5);
+  CHECK(stats.copy_seconds > 0);
+  CHECK(matrix.arrived());
+  CHECK(gpu.staging.device_bytes() == 0);
+  CHECK(gpu.staging.pinned_bytes() <= 64 * kMiB);
+}
+
+TEST_CASE("device: a destination with gaps is filled by the kernel") {
+  const Clean clean;
+  Matrix matrix(2048, 1024);
+  matrix.want(0, {0, 0}, {2048, 1024}, 3);
+  matrix.want(other_device(), {5, 7}, {1000, 900}, 1);
+  Gpu gpu;
+  const DeviceStats stats = load(matrix, gpu);
+  CHECK(stats.launches > 1);
+  CHECK(stats.launches == stats.copies);
+  CHECK(matrix.arrived());
+}
+
+TEST_CASE("device: many small boxes take one copy and one launch a slot") {
+  const Clean clean;
+  constexpr int64_t kRows = 4000;
+  Matrix matrix(kRows, 512);
+  for (int64_t row = 0; row < kRows; ++row) matrix.want(0, {row, 0}, {1, 512});
+  Gpu gpu;
+  const DeviceStats stats = load(matrix, gpu);
+  const int64_t bytes = kRows * 512 * matrix.itemsize;
+  CHECK(stats.launches == stats.copies);
+  CHECK(stats.copies <= bytes / static_cast<int64_t>(gpu.staging.slot_bytes()) * 11 / 10 + 1);
+  CHECK(matrix.arrived());
+}
+
+TEST_CASE("device: torch's work before the load is waited for, torch's work after it waits") {
+  const Clean clean;
+  Matrix matrix(1024, 1024);
+  matrix.want(0, {0, 0}, {1024, 1024}, 1);
+  matrix.want(0, {0, 0}, {1024, 1024});
+  Gpu gpu;
+  const cuda::PrimaryContext context(0);
+  const cuda::CurrentContext current(context);
+  const cuda::PinnedMemory* results[2] = {};
+  std::vector<std::unique_ptr<cuda::PinnedMemory>> pinned;
+  const TorchStream& torch = *gpu.streams[0];
+  for (size_t i = 0; i < 2; ++i) torch.fill(*matrix.memories[i], matrix.expected[i].size(), '#');
+  const Layouts layouts = matrix.files.layouts({});
+  const Program program(layouts, matrix.items, matrix.destinations);
+  gpu.run(program, {});
+  for (size_t i = 0; i < 2; ++i) {
+    pinned.push_back(std::make_unique<cuda::PinnedMemory>(matrix.expected[i].size()));
+    results[i] = pinned.back().get();
+    torch.download(results[i]->data(), *matrix.memories[i], matrix.expected[i].size());
+  }
+  torch.synchronize();
+  for (size_t i = 0; i < 2; ++i) {
+    const std::string got(reinterpret_cast<const char*>(results[i]->data()), matrix.expected[i].size());
+    CHECK((got == matrix.expected[i]));
+  }
+  CHECK_FALSE(gpu.staging.busy());
+}
+
+TEST_CASE("device: the ring is used again by the next load, and nothing is left in the end") {
+  const Clean clean;
+  const long before = simulator() != nullptr ? simulator()->calls("cuMemHostRegister_v2") : 0;
+  {
+    Gpu gpu;
+    for (int i = 0; i < 3; ++i) {
+      Matrix matrix(512, 1024);
+      matrix.want(0, {0, 0}, {512, 1024}, i);
+      load(matrix, gpu);
+      CHECK(matrix.arrived());
+    }
+  }
+  if (simulator() != nullptr) CHECK(simulator()->calls("cuMemHostRegister_v2") == before + 1);
+}
+
+TEST_CASE("device: no context is made on a device that nothing goes to") {
+  if (simulator() == nullptr) return;
+  const Clean clean;
+  Staging staging(kMiB, kMiB, kMiB);
+  Matrix matrix(64, 64);
+  matrix.want(0, {0, 0}, {64, 64});
+  const TorchStream torch(0);
+  const long before = simulator()->calls("cuDevicePrimaryCtxRetain");
+  CudaTargets targets;
+  targets.staging = &staging;
+  targets.torch_streams[0] = torch.get();
+  const Layouts layouts = matrix.files.layouts({});
+  const Program program(layouts, matrix.items, matrix.destinations);
+  transfer::run_wave(program, 0, {}, targets, never);
+  staging.device(0).synchronize(torch.get());
+  CHECK(simulator()->calls("cuDevicePrimaryCtxRetain") == before + 1);
+}
+
+TEST_CASE("device: a read that fails is an error with item, record and path, and no device writes any more") {
+  const Clean clean;
+  for (const int64_t nth : {0, 1, 5, 20}) {
+    Matrix matrix(4096, 1024);
+    matrix.want(0, {0, 0}, {4096, 1024}, 1);
+    Gpu gpu(kMiB, 65536);
+    const Layouts layouts = matrix.files.layouts({});
+    const Program program(layouts, matrix.items, matrix.destinations);
+    io::FaultySystemCalls calls(fault(io::FaultFunction::kPread, nth, EIO));
+    const ScopedCalls scope(calls);
+    std::optional<Error> error;
+    try {
+      gpu.run(program, {});
+    } catch (const Error& thrown) {
+      error = thrown;
+    }
+    REQUIRE(error.has_value());
+    CHECK(error->kind == ErrorKind::kIo);
+    CHECK(error->error_number == EIO);
+    CHECK(error->item == 0);
+    CHECK(error->record == 0);
+    CHECK(error->path == matrix.files.paths[0]);
+    CHECK_FALSE(gpu.staging.busy());
+  }
+}
+
+TEST_CASE("device: an interruption ends the load") {
+  const Clean clean;
+  Matrix matrix(4096, 1024);
+  matrix.want(0, {0, 0}, {4096, 1024}, 1);
+  Gpu gpu(kMiB, 65536);
+  const Layouts layouts = matrix.files.layouts({});
+  const Program program(layouts, matrix.items, matrix.destinations);
+  class Slow final : public io::SystemCalls {
+    ssize_t pread(int fd, void* buffer, size_t size, off_t offset) override {
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      return SystemCalls::pread(fd, buffer, size, offset);
+    }
+  };
+  Slow slow;
+  const ScopedCalls scope(slow);
+  Options options;
+  options.threads = 2;
+  CHECK_THROWS_AS(transfer::run_wave(program, 0, options, gpu.targets, [] { return true; }), transfer::Interrupted);
+}
