@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem as torch_filesystem
-from torch.distributed.checkpoint import state_dict_loader as torch_loader
 from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.planner import LoadPlanner
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _api_bc_check
 from typing_extensions import deprecated
 
+from dcp_fast.all_ranks import load_on_all_ranks
 from dcp_fast.garbage import paused_collection
 from dcp_fast.planner import DefaultLoadPlanner
 from dcp_fast.readers import FileSystemReader
@@ -79,12 +79,8 @@ def load(
             loaded[key] = value.state_dict() if _is_stateful(value) else value
     # Metadata, plan and columns are gone before the collector looks at them.
     with paused_collection(), tracing:
-        torch_loader._load_state_dict(
-            state_dict=loaded,
-            storage_reader=reader,
-            process_group=process_group,
-            no_dist=no_dist,
-            planner=DefaultLoadPlanner() if planner is None else planner,
+        load_on_all_ranks(
+            loaded, reader, DefaultLoadPlanner() if planner is None else planner, process_group, no_dist=no_dist
         )
     for key in keys:
         if key in state_dict:
@@ -123,11 +119,11 @@ def load_state_dict(
 ) -> None:
     """Drop-in for ``torch.distributed.checkpoint.load_state_dict``, which torch deprecates in favour of ``load``."""
     storage_reader.reset()
-    torch_loader._load_state_dict(
+    load_on_all_ranks(
         state_dict,
         storage_reader,
+        DefaultLoadPlanner() if planner is None else planner,
         process_group,
         coordinator_rank,
         no_dist,
-        DefaultLoadPlanner() if planner is None else planner,
     )

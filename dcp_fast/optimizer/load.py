@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_loader as torch_loader
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import STORAGE_TYPES, BytesStorageMetadata, Metadata, TensorStorageMetadata
@@ -17,7 +15,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from dcp_fast.errors import LoadError, OptimizerStateError
+from dcp_fast.all_ranks import load_on_all_ranks, sendable
+from dcp_fast.errors import OptimizerStateError
 from dcp_fast.garbage import paused_collection
 from dcp_fast.optimizer.destinations import (
     ParameterSlice,
@@ -114,11 +113,12 @@ def load_sharded_optimizer_state_dict(
         state_dict.update(destinations.of(_entries(metadata, optimizer_key)))
 
     _on_all_ranks("allocate", allocate)
-    torch_loader._load_state_dict(
+    load_on_all_ranks(
         state_dict,
-        cast(StorageReader, _MetadataReadBefore(storage_reader, metadata)),
+        storage_reader,
+        DefaultLoadPlanner() if planner is None else planner,
         no_dist=not dist.is_initialized(),
-        planner=DefaultLoadPlanner() if planner is None else planner,
+        metadata=metadata,
     )
     for key, value in state_dict.items():
         if isinstance(value, SlicedShardedTensor):
@@ -140,11 +140,7 @@ def _on_all_ranks(step: str, function: Callable[[], T]) -> list[T]:
             return function()
         except Exception as caught:
             error = caught
-            try:
-                pickle.loads(pickle.dumps(caught))
-            except Exception:  # it could not be sent to the others
-                raise LoadError(repr(caught)) from caught
-            raise
+            raise sendable(caught) from None
 
     try:
         return _DistWrapper(None, dist.is_initialized(), 0).all_gather(step, call)
@@ -152,20 +148,6 @@ def _on_all_ranks(step: str, function: Callable[[], T]) -> list[T]:
         if error is None:
             raise
         raise error from None
-
-
-class _MetadataReadBefore:
-    """A storage reader whose metadata is already known; all else is the reader's own."""
-
-    def __init__(self, reader: StorageReader, metadata: Metadata) -> None:
-        self._reader = reader
-        self._metadata = metadata
-
-    def read_metadata(self) -> Metadata:
-        return self._metadata
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._reader, name)
 
 
 class _Destinations:

@@ -1,0 +1,195 @@
+"""Steps of a load that all ranks take together: none goes on, and none waits, where another one failed.
+
+torch gathers every rank's plan on one rank and scatters them again, although loading changes nothing in between. Here
+ranks exchange one flag for each step, and their errors only if there are any.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import default_planner as torch_planner
+from torch.distributed.checkpoint import filesystem as torch_filesystem
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.distributed.checkpoint.logger import _dcp_method_logger
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.checkpoint.utils import _DistWrapper, _get_failure_dict
+from torch.distributed.distributed_c10d import _get_object_coll_device
+
+from dcp_fast.errors import LoadError
+
+__all__ = ["load_on_all_ranks", "sendable"]
+
+logger = logging.getLogger("dcp_fast")
+
+T = TypeVar("T")
+
+# Bits of the flag: the maximum over all ranks tells what any rank asks for.
+_EXCHANGE, _FAILED = 1, 2
+
+# As they are at import: whoever patches torch's class has a global step of their own.
+_DEFAULT_STEPS: list[tuple[type, str, Any]] = [
+    (LoadPlanner, "create_global_plan", torch_planner.DefaultLoadPlanner.create_global_plan),
+    (LoadPlanner, "finish_plan", torch_planner.DefaultLoadPlanner.finish_plan),
+    (StorageReader, "prepare_global_plan", torch_filesystem.FileSystemReader.prepare_global_plan),
+]
+
+
+def load_on_all_ranks(
+    state_dict: dict[str, Any],
+    storage_reader: StorageReader,
+    planner: LoadPlanner,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    metadata: Metadata | None = None,
+) -> None:
+    """What ``torch.distributed.checkpoint`` does to load a state dict once reader and planner are there.
+
+    Plans are only exchanged if the planner or the reader of some rank does anything in the global step. Otherwise a
+    successful load takes two collective calls, each of a few bytes.
+
+    Args:
+        metadata: what the reader has read before, where it has.
+
+    Raises:
+        CheckpointException: on every rank if any rank failed. A rank that has only metadata of its own raises its own
+            error instead, as in torch.
+    """
+    ranks = _DistWrapper(process_group, not no_dist, coordinator_rank)
+    arguments: dict[str, Any] = {}
+    if (checkpoint_id := getattr(storage_reader, "checkpoint_id", None)) is not None:
+        arguments = {"checkpoint_id": checkpoint_id, "process_group": ranks.group}
+    has_global_metadata = True
+
+    @_dcp_method_logger(**arguments)
+    def local_step() -> LoadPlan:
+        nonlocal metadata, has_global_metadata
+        if metadata is None:
+            metadata, has_global_metadata = _read_metadata(storage_reader, ranks.rank)
+        planner.set_up_planner(state_dict, metadata, ranks.is_coordinator)
+        if _takes_keywords(storage_reader.set_up_storage_reader):
+            storage_reader.set_up_storage_reader(
+                metadata, ranks.is_coordinator, rank=ranks.rank, use_collectives=has_global_metadata
+            )
+        else:
+            storage_reader.set_up_storage_reader(metadata, ranks.is_coordinator)
+        return storage_reader.prepare_local_plan(planner.create_local_plan())
+
+    @_dcp_method_logger(**arguments)
+    def global_step(plans: list[LoadPlan]) -> list[LoadPlan]:
+        return storage_reader.prepare_global_plan(planner.create_global_plan(plans))
+
+    local = _Outcome(local_step)
+    flag = _agree(ranks, local, 0 if _has_no_global_step(planner, storage_reader) else _EXCHANGE)
+    if flag & _FAILED:
+        _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
+    plan = local.value
+    if flag & _EXCHANGE and has_global_metadata:
+        plan = ranks.reduce_scatter("plan", lambda: local.value, global_step)
+    elif flag & _EXCHANGE:
+        plan = global_step([plan])[0]
+
+    @_dcp_method_logger(**arguments)
+    def read_data() -> None:
+        storage_reader.read_data(planner.finish_plan(plan), planner).wait()
+
+    read = _Outcome(read_data)
+    if _agree(ranks, read, 0) & _FAILED:
+        _raise_failures(ranks, "read", read, alone=not has_global_metadata)
+
+
+class _Outcome(Generic[T]):
+    """What a function returned or raised."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.error: BaseException | None = None
+        try:
+            self._value: T | None = function()
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def value(self) -> T:
+        return cast(T, self._value)
+
+
+def _agree(ranks: _DistWrapper, outcome: _Outcome[Any], flag: int) -> int:
+    """The bits that any rank has set in its flag, `_FAILED` among them."""
+    if outcome.error is not None:
+        flag |= _FAILED
+    if not ranks.use_dist:
+        return flag
+    # One number for each bit: what backends have in common is the maximum, not the bitwise or.
+    device = torch.device(_get_object_coll_device(ranks.group))
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    bits = torch.tensor([flag & _EXCHANGE, flag & _FAILED], dtype=torch.int64, device=device)
+    dist.all_reduce(bits, dist.ReduceOp.MAX, group=ranks.group)
+    return int(bits.sum())
+
+
+def _raise_failures(ranks: _DistWrapper, step: str, outcome: _Outcome[Any], alone: bool) -> None:
+    """Raise what went wrong, wherever it did. ``alone``: a rank's own error is not wrapped."""
+    error = outcome.error
+    failures = _get_failure_dict(ranks.all_gather_object(None if error is None else _wrap_exception(sendable(error))))
+    if error is not None and alone:
+        raise error
+    if error is not None:
+        failures[ranks.rank] = _wrap_exception(error)
+    raise CheckpointException(step, failures)
+
+
+def sendable(error: BaseException) -> BaseException:
+    """The error itself, or what stands for one that cannot be sent to other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return LoadError(repr(error))
+    return error
+
+
+def _has_no_global_step(planner: LoadPlanner, reader: StorageReader) -> bool:
+    """Whether plans need not be looked at together: torch's own planner and reader hand them on as they are."""
+    for cls, name, default in _DEFAULT_STEPS:
+        value: Any = reader if cls is StorageReader else planner
+        if name in vars(value) or getattr(type(value), name) is not default:
+            return False
+    return True
+
+
+def _read_metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
+    """The metadata, and whether it is that of all ranks rather than what this rank saved on its own."""
+    errors = []
+    try:
+        metadata = reader.read_metadata()
+        if metadata:
+            return metadata, True
+    except Exception as error:
+        errors.append(f"global metadata read failed: {error}")
+        global_error: Exception | None = error
+        logger.warning("Global metadata is not found. Falling back to rank local metadata.", exc_info=True)
+    else:
+        global_error = None
+    if _takes_keywords(reader.read_metadata):
+        try:
+            metadata = reader.read_metadata(rank=rank)
+            if metadata is not None:
+                return metadata, False
+        except Exception as error:
+            errors.append(f"rank local metadata read failed: {error}")
+            logger.warning("Rank local metadata is not found.", exc_info=True)
+    raise AssertionError("; ".join(["metadata is None", *errors])) from global_error
+
+
+def _takes_keywords(function: Callable[..., Any]) -> bool:
+    # torch's own test: the catch-all must be called so.
+    return "kwargs" in inspect.signature(function).parameters
