@@ -1,4 +1,4 @@
-"""The steps that all ranks take together: how many collective calls a load takes, and one rank failing at each stage."""
+"""The steps that all ranks take together: how many collective calls a load takes, and a rank failing at each stage."""
 
 from __future__ import annotations
 
