@@ -32,8 +32,7 @@ decltype(auto) naming(int ordinal, const Work& work) {
 
 }  // namespace
 
-template <typename Work>
-void Device::in_context(const Work& work) const {
+void Device::in_context(const std::function<void()>& work) const {
   naming(ordinal_, [&] {
     const CurrentContext current(context_);
     work();
@@ -41,11 +40,10 @@ void Device::in_context(const Work& work) const {
 }
 
 // Where the context is broken there is no work left, and nothing can be given back before the process ends.
-template <typename Work>
-void Device::in_context_if_possible(const Work& work) const noexcept {
+void Device::in_context_if_possible(const std::function<void()>& work) const noexcept {
   try {
     in_context(work);
-  } catch (const Error&) {  // NOLINT(bugprone-empty-catch)
+  } catch (...) {  // NOLINT(bugprone-empty-catch)
   }
 }
 
@@ -100,10 +98,9 @@ void Device::begin(StreamHandle torch_stream, trace::Recorder* recorder) {
       DCP_FAST_CUDA(cuEventSynchronize, began_.get());
       began_at_ = recorder_->now();
     }
-    // Torch may have handed out memory that work under way on its stream still uses.
+    // Torch may have handed out memory that work under way on its stream still uses. Kernels wait for copies anyway.
     DCP_FAST_CUDA(cuEventRecord, torch_before_.get(), torch_stream);
     DCP_FAST_CUDA(cuStreamWaitEvent, copy_stream_.get(), torch_before_.get(), 0);
-    DCP_FAST_CUDA(cuStreamWaitEvent, kernel_stream_.get(), torch_before_.get(), 0);
   });
 }
 

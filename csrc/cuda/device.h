@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -39,6 +40,9 @@ class Device {
   int ordinal() const { return ordinal_; }
   const PrimaryContext& context() const { return context_; }
   int64_t staging_bytes() const { return staging_ ? static_cast<int64_t>(slots_.size() * slot_bytes_) : 0; }
+
+  // Does work with the device's context; errors name the device.
+  void in_context(const std::function<void()>& work) const;
 
   // What is submitted from here on waits for the work that torch's stream has now.
   void begin(StreamHandle torch_stream, trace::Recorder* recorder);
@@ -76,11 +80,7 @@ class Device {
   };
 
   void release() noexcept;
-  // Does work with the device's context; errors name the device.
-  template <typename Work>
-  void in_context(const Work& work) const;
-  template <typename Work>
-  void in_context_if_possible(const Work& work) const noexcept;
+  void in_context_if_possible(const std::function<void()>& work) const noexcept;
   void prepare_to_launch();
   void launch(const Slot& slot, DeviceAddress staging, const SlotPlan& plan);
   void count_times(Slot& slot);

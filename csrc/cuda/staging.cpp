@@ -44,7 +44,7 @@ Staging::~Staging() {
   try {
     const CurrentContext current(devices_.begin()->second.context());
     memory_.reset();
-  } catch (const Error&) {  // the context is broken
+  } catch (...) {  // the context is broken
     memory_.reset();
   }
 }
@@ -60,10 +60,7 @@ int64_t Staging::device_bytes() const {
 Device& Staging::device(int ordinal) {
   const auto found = devices_.try_emplace(ordinal, ordinal, slots_, slot_bytes_).first;
   Device& device = found->second;
-  if (!memory_) {
-    const CurrentContext current(device.context());
-    memory_ = std::make_unique<PinnedMemory>(slots_ * slot_bytes_);
-  }
+  if (!memory_) device.in_context([this] { memory_ = std::make_unique<PinnedMemory>(slots_ * slot_bytes_); });
   return device;
 }
 

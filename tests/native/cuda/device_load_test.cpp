@@ -1,5 +1,7 @@
 // Loads into the memory of GPUs, on whatever driver there is: the simulator, or a real one.
 
+#include "device_load.h"
+
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -13,7 +15,6 @@
 #include "faults.h"
 #include "test_device.h"
 #include "transfer/engine.h"
-#include "transfer/random_load.h"
 #include "transfer/workers.h"
 
 using namespace dcp_fast;
@@ -22,103 +23,12 @@ using cuda::DeviceStats;
 using cuda::Staging;
 using transfer::CudaTargets;
 using transfer::Destination;
-using transfer::Item;
 using transfer::Layouts;
 using transfer::Options;
 using transfer::Program;
 using Kind = transfer::Transfer::Kind;
 
 namespace {
-
-constexpr int64_t kMiB = 1 << 20;
-
-// Whether a second device can take part, on a machine with a single one too.
-int other_device() { return has_device(1) ? 1 : 0; }
-
-// One stored matrix, and a part of it wanted on a device.
-struct Matrix {
-  Matrix(int64_t rows, int64_t columns) : sizes{rows, columns}, files(1) {
-    Random random(7);
-    files.add_random(random, 0, checkpoint::DType{0}, sizes, true);
-    itemsize = checkpoint::info(checkpoint::DType{0}).itemsize;
-    files.write();
-  }
-
-  // Wants a box of it, as a tensor whose rows are `padding` elements further apart than they need be.
-  void want(int ordinal, Ints offsets, Ints lengths, int64_t padding = 0) {
-    Destination destination;
-    destination.device = ordinal;
-    destination.dtype = checkpoint::DType{0};
-    destination.sizes = lengths;
-    destination.strides = {lengths[1] + padding, 1};
-    const auto bytes = static_cast<size_t>(span_of(destination.sizes, destination.strides) * itemsize);
-    expected.emplace_back(bytes, '#');
-    memories.push_back(std::make_unique<DeviceBytes>(ordinal, expected.back()));
-    Item item;
-    item.destination = destinations.size();
-    item.storage_offsets = std::move(offsets);
-    item.destination_offsets = {0, 0};
-    item.lengths = std::move(lengths);
-    Destination on_host = destination;
-    on_host.data = data_of(expected.back());
-    copy_item(files, item, on_host);
-    destination.data = memories.back()->address();
-    destinations.push_back(destination);
-    items.push_back(item);
-  }
-
-  bool arrived() const {
-    for (size_t i = 0; i < memories.size(); ++i) {
-      if (memories[i]->download() != expected[i]) return false;
-    }
-    return true;
-  }
-
-  Ints sizes;
-  int64_t itemsize = 0;
-  CheckpointFiles files;
-  std::vector<Destination> destinations;
-  std::vector<Item> items;
-  std::vector<std::string> expected;
-  std::vector<std::unique_ptr<DeviceBytes>> memories;
-};
-
-// Torch's streams on all devices, and staging.
-struct Gpu {
-  explicit Gpu(int64_t pinned_bytes = 64 * kMiB, int64_t block_bytes = 4 * kMiB)
-      : staging(pinned_bytes, pinned_bytes, block_bytes), streams{} {
-    for (const int ordinal : {0, other_device()}) {
-      if (!streams[ordinal]) streams[ordinal].emplace(ordinal);
-      targets.torch_streams[ordinal] = streams[ordinal]->get();
-    }
-    targets.staging = &staging;
-  }
-
-  transfer::Stats run(const Program& program, const Options& options) {
-    transfer::Stats stats;
-    for (int32_t wave = 0; wave < program.waves(); ++wave) {
-      stats = transfer::run_wave(program, wave, options, targets, never);
-    }
-    return stats;
-  }
-
-  void synchronize() {
-    for (const auto& [ordinal, stream] : targets.torch_streams) staging.device(ordinal).synchronize(stream);
-    staging.wait_for_slots();
-  }
-
-  Staging staging;
-  std::optional<TorchStream> streams[2];
-  CudaTargets targets;
-};
-
-// Checks after every test that the driver had nothing to complain of.
-struct Clean {
-  ~Clean() {
-    CHECK(take_reports() == "");  // NOLINT(bugprone-exception-escape): doctest's own
-    CHECK(leaks() == "");
-  }
-};
 
 DeviceStats load(const Matrix& matrix, Gpu& gpu, const Options& options = {}) {
   const Layouts layouts = matrix.files.layouts(options);
@@ -207,6 +117,20 @@ TEST_CASE("device: a destination with gaps is filled by the kernel") {
   CHECK(matrix.arrived());
 }
 
+TEST_CASE("device: a small ring carries a large load, straight and by the kernel") {
+  const Clean clean;
+  const SlowCopies slow(500);
+  Matrix matrix(512, 512);
+  for (const int ordinal : {0, other_device()}) {
+    matrix.want(ordinal, {0, 0}, {512, 512}, 4);
+    matrix.want(ordinal, {0, 0}, {512, 512});
+  }
+  Gpu gpu(kMiB / 4, 65536);
+  CHECK(gpu.staging.slots() == 3);
+  CHECK(load(matrix, gpu).copies >= 4 * kMiB / 65536);
+  CHECK(matrix.arrived());
+}
+
 TEST_CASE("device: many small boxes take one copy and one launch a slot") {
   const Clean clean;
   constexpr int64_t kRows = 4000;
@@ -230,11 +154,13 @@ TEST_CASE("device: torch's work before the load is waited for, torch's work afte
   const cuda::CurrentContext current(context);
   const cuda::PinnedMemory* results[2] = {};
   std::vector<std::unique_ptr<cuda::PinnedMemory>> pinned;
-  const TorchStream& torch = *gpu.streams[0];
+  const TorchStream& torch = gpu.streams[0];
   for (size_t i = 0; i < 2; ++i) torch.fill(*matrix.memories[i], matrix.expected[i].size(), '#');
   const Layouts layouts = matrix.files.layouts({});
   const Program program(layouts, matrix.items, matrix.destinations);
-  gpu.run(program, {});
+  Options options;
+  options.threads = 1;  // the straight copy comes last, so that waiting for the kernel does not cover for it
+  gpu.run(program, options);
   for (size_t i = 0; i < 2; ++i) {
     pinned.push_back(std::make_unique<cuda::PinnedMemory>(matrix.expected[i].size()));
     results[i] = pinned.back().get();
@@ -283,6 +209,7 @@ TEST_CASE("device: no context is made on a device that nothing goes to") {
 
 TEST_CASE("device: a read that fails is an error with item, record and path, and no device writes any more") {
   const Clean clean;
+  const SlowCopies slow(500);
   for (const int64_t nth : {0, 1, 5, 20}) {
     Matrix matrix(4096, 1024);
     matrix.want(0, {0, 0}, {4096, 1024}, 1);
@@ -303,12 +230,13 @@ TEST_CASE("device: a read that fails is an error with item, record and path, and
     CHECK(error->item == 0);
     CHECK(error->record == 0);
     CHECK(error->path == matrix.files.paths[0]);
-    CHECK_FALSE(gpu.staging.busy());
+    matrix.memories.clear();  // as a caller may from here on
   }
 }
 
-TEST_CASE("device: an interruption ends the load") {
+TEST_CASE("device: an interruption ends the load, and no device writes any more") {
   const Clean clean;
+  const SlowCopies slow_copies(500);
   Matrix matrix(4096, 1024);
   matrix.want(0, {0, 0}, {4096, 1024}, 1);
   Gpu gpu(kMiB, 65536);
@@ -325,4 +253,5 @@ TEST_CASE("device: an interruption ends the load") {
   Options options;
   options.threads = 2;
   CHECK_THROWS_AS(transfer::run_wave(program, 0, options, gpu.targets, [] { return true; }), transfer::Interrupted);
+  matrix.memories.clear();
 }

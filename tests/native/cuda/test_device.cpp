@@ -43,6 +43,8 @@ const Simulator* simulator() {
     result.reports = symbol<decltype(result.reports)>("simcuda_reports");
     result.leaks = symbol<decltype(result.leaks)>("simcuda_leaks");
     result.statistic = symbol<decltype(result.statistic)>("simcuda_statistic");
+    result.busy_seconds = symbol<decltype(result.busy_seconds)>("simcuda_busy_seconds");
+    result.reset = symbol<decltype(result.reset)>("simcuda_reset");
     return result;
   }();
   return found.set != nullptr ? &found : nullptr;

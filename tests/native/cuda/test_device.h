@@ -17,6 +17,8 @@ struct Simulator {
   int (*reports)(const char* containing, char* buffer, int capacity, int clear) = nullptr;
   int (*leaks)(char* buffer, int capacity) = nullptr;
   long (*statistic)(const char* name, int device, int reset) = nullptr;
+  double (*busy_seconds)(int device, const char* kind, int reset) = nullptr;
+  void (*reset)() = nullptr;
 };
 
 // Null if the driver is a real one.

@@ -14,7 +14,9 @@ Clock::duration seconds(double value) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
 }
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_between(Clock::time_point start, Clock::time_point end) {
+  return std::chrono::duration<double>(end - start).count();
+}
 
 }  // namespace
 
@@ -47,6 +49,7 @@ void Stream::wait_for(const VectorClock& clock) { clock_.join(clock); }
 void Stream::enqueue(Operation operation) {
   std::move(order_after_.begin(), order_after_.end(), std::back_inserter(operation.after));
   order_after_.clear();
+  operation.ready = Clock::now();
   tail_ = operation.completion;
   queue_.push_back(std::move(operation));
   if (!started_) {
@@ -75,15 +78,19 @@ void Stream::serve() {
     if (queue_.empty()) return retire();
     Operation operation = std::move(queue_.front());
     queue_.pop_front();
+    // Work that is queued begins when what it waits for ends. That threads wake up late is no part of the model.
+    operation.ready = std::max(operation.ready, free_at_);
     for (const auto& other : operation.after) {
       simulator_.progress.wait(lock, [&] { return other->done || simulator_.ending; });
+      operation.ready = std::max(operation.ready, other->time);
     }
     if (simulator_.ending) return;
     running_ = true;
+    operation.completion->time = operation.ready;
     execute(operation, lock);
     running_ = false;
     operation.completion->done = true;
-    operation.completion->time = Clock::now();
+    free_at_ = operation.completion->time;
     simulator_.progress.notify_all();
   }
 }
@@ -99,23 +106,33 @@ void Stream::execute(Operation& operation, Lock& lock) {
 
 CUresult Stream::run(Operation& operation, Lock& lock) {
   if (!operation.run) return CUDA_SUCCESS;
-  const bool modelled = operation.link != nullptr;
-  const Clock::time_point end = modelled ? occupy(operation) : Clock::time_point();
+  if (operation.link != nullptr) return run_on_link(operation, lock);
+  lock.unlock();
+  const CUresult result = operation.run();
+  lock.lock();
+  operation.completion->time = Clock::now();
+  return result;
+}
+
+CUresult Stream::run_on_link(Operation& operation, Lock& lock) {
+  Link& link = *operation.link;
+  const Clock::time_point end = occupy(operation);
   const auto sleep_until = [&](Clock::time_point time) {
-    if (modelled) simulator_.progress.wait_until(lock, time, [this] { return simulator_.ending; });
+    simulator_.progress.wait_until(lock, time, [this] { return simulator_.ending; });
   };
   const auto bytes = static_cast<double>(operation.bytes);
-  if (modelled && simulator_.settings.late) sleep_until(end - seconds(bytes * operation.link->host_seconds_per_byte));
+  if (simulator_.settings.late) sleep_until(end - seconds(bytes * link.host_seconds_per_byte));
   if (simulator_.ending) return CUDA_SUCCESS;
 
   lock.unlock();
   const Clock::time_point start = Clock::now();
   const CUresult result = operation.run();
-  const double spent = seconds_since(start);
+  const Clock::time_point copied = Clock::now();
   lock.lock();
   constexpr double kEnoughBytesToMeasure = 1 << 20;
-  if (modelled && bytes >= kEnoughBytesToMeasure) operation.link->host_seconds_per_byte = spent / bytes;
+  if (bytes >= kEnoughBytesToMeasure) link.host_seconds_per_byte = seconds_between(start, copied) / bytes;
   sleep_until(end);
+  operation.completion->time = std::max(end, copied);  // the host may be slower than the model
   return result;
 }
 
@@ -129,7 +146,7 @@ Clock::time_point Stream::occupy(const Operation& operation) {
   }
   context_.copy_seconds += duration;
   Link& link = *operation.link;
-  link.free_at = std::max(Clock::now(), link.free_at) + seconds(duration);
+  link.free_at = std::max(operation.ready, link.free_at) + seconds(duration);
   return link.free_at;
 }
 

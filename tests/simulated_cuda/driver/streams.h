@@ -22,7 +22,7 @@ struct Simulator;
 
 using Clock = std::chrono::steady_clock;
 
-// Whether, and when, a piece of work was done.
+// Whether, and when, a piece of work was done: by the model, where that says how long it takes.
 struct Completion {
   bool done = false;
   Clock::time_point time;
@@ -39,6 +39,7 @@ struct Operation {
   Link* link = nullptr;           // what a copy between host and device occupies
   size_t bytes = 0;               // that go over the link
   CUresult fault = CUDA_SUCCESS;  // what it fails with instead of being done
+  Clock::time_point ready;        // when it could begin
   std::shared_ptr<Completion> completion = std::make_shared<Completion>();
 };
 
@@ -75,7 +76,9 @@ class Stream : public std::enable_shared_from_this<Stream> {
   void retire();
   void serve();
   void execute(Operation& operation, std::unique_lock<std::mutex>& lock);
+  // Does the work, and sets when it was done.
   CUresult run(Operation& operation, std::unique_lock<std::mutex>& lock);
+  CUresult run_on_link(Operation& operation, std::unique_lock<std::mutex>& lock);
   Clock::time_point occupy(const Operation& operation);
 
   Simulator& simulator_;
@@ -88,6 +91,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   std::deque<Operation> queue_;
   std::condition_variable arrived_;
   std::shared_ptr<Completion> tail_;
+  Clock::time_point free_at_;  // when its last work was done
   bool started_ = false;
   bool running_ = false;
   bool closed_ = false;

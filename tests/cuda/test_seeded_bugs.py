@@ -1,0 +1,30 @@
+"""That the simulated driver catches the bugs that a pipeline to a GPU has, and the tests meet them."""
+
+from __future__ import annotations
+
+import pytest
+from simulated_cuda import seeded_bugs
+from simulated_cuda.seeded_bugs import BUGS, Build, Result
+
+pytestmark = pytest.mark.skipif(seeded_bugs.why_not() is not None, reason=str(seeded_bugs.why_not()))
+
+
+@pytest.fixture(scope="module")
+def build() -> Build:
+    return Build(seeded_bugs.DEFAULT_BUILD)
+
+
+@pytest.fixture(scope="module")
+def results(build: Build) -> dict[str, Result]:
+    return {result.bug.name: result for result in seeded_bugs.run(build, BUGS)}
+
+
+def test_engine_without_a_bug_passes(build: Build) -> None:
+    passed, output = seeded_bugs.without_bug(build)
+    assert passed, output
+
+
+@pytest.mark.parametrize("name", [bug.name for bug in BUGS])
+def test_bug_is_caught(name: str, results: dict[str, Result]) -> None:
+    result = results[name]
+    assert result.caught, f"no {result.bug.caught_by!r} in:\n{result.output}"

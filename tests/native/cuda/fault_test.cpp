@@ -1,0 +1,272 @@
+// Every call of the driver that a load makes fails once, and so does every read while the ring is in use. Each time the
+// load must end with an error that names call and device, and leave nothing behind: no work under way, no object, no
+// other context on the calling thread.
+
+#include <array>
+#include <cerrno>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "child.h"
+#include "device_load.h"
+#include "doctest/doctest.h"
+#include "error.h"
+#include "faults.h"
+#include "test_device.h"
+
+using namespace dcp_fast;
+using namespace dcp_fast::testing;
+using cuda::Staging;
+
+namespace {
+
+enum class Timing { kCall, kWork };  // the call itself fails, or what it enqueued does when it is executed
+
+// What a caller sees of a fault.
+enum class Seen {
+  kError,
+  // Gives something back, or is about the end of a load alone: there is nobody who could be told.
+  kNothing,
+  // Also gives the calling thread its own context back, when nobody can be told any more.
+  kErrorOrNothing,
+};
+
+struct Function {
+  const char* name;
+  Seen seen = Seen::kError;
+};
+
+constexpr int kOutOfMemory = 2;
+constexpr int kUnknown = 999;
+constexpr int kIllegalAddress = 700;
+constexpr int kLaunchFailed = 719;
+
+constexpr Function kFunctions[] = {
+    {"cuDeviceGet"},
+    {"cuDevicePrimaryCtxRetain"},
+    {"cuDevicePrimaryCtxRelease_v2", Seen::kNothing},
+    {"cuCtxGetCurrent"},
+    {"cuCtxSetCurrent", Seen::kErrorOrNothing},
+    {"cuMemAlloc_v2"},
+    {"cuMemFree_v2", Seen::kNothing},
+    {"cuMemHostRegister_v2"},
+    {"cuMemHostUnregister", Seen::kNothing},
+    {"cuMemcpyHtoDAsync_v2"},
+    {"cuStreamCreate"},
+    {"cuStreamDestroy_v2", Seen::kNothing},
+    {"cuStreamSynchronize"},
+    {"cuStreamWaitEvent"},
+    {"cuEventCreate"},
+    {"cuEventDestroy_v2", Seen::kNothing},
+    {"cuEventRecord"},
+    {"cuEventSynchronize"},
+    {"cuEventElapsedTime"},
+    {"cuModuleLoadData"},
+    {"cuModuleUnload", Seen::kNothing},
+    {"cuModuleGetFunction"},
+    {"cuLaunchKernel"},
+};
+
+bool allocates(const std::string& function) {
+  return function == "cuMemAlloc_v2" || function == "cuMemHostRegister_v2" || function == "cuDevicePrimaryCtxRetain" ||
+         function == "cuStreamCreate" || function == "cuEventCreate" || function == "cuModuleLoadData";
+}
+
+// Of a ring with three of the smallest slots.
+constexpr int64_t kPinnedBytes = 3 * (80 << 10);
+
+// A load to two devices, straight and by the kernel, that fills every slot several times.
+class Load {
+ public:
+  Load() : matrix_(512, 128) {
+    constexpr int64_t kPadding = 16;  // leaves the kernel its widest vectors: it is interpreted
+    const int64_t rows = (256 << 10) / 128 / matrix_.itemsize;
+    matrix_.want(0, {0, 0}, {rows / 2, 128}, kPadding);
+    matrix_.want(other_device(), {0, 0}, {rows / 2, 128}, kPadding);
+    matrix_.want(0, {0, 0}, {rows, 128});
+    matrix_.want(other_device(), {0, 0}, {rows / 2, 128});
+    options_.threads = 4;
+  }
+
+  void run(Staging& staging) {
+    const transfer::Layouts layouts = matrix_.files.layouts(options_);
+    const transfer::Program program(layouts, matrix_.items, matrix_.destinations);
+    const transfer::CudaTargets targets = torch_.targets(staging);
+    transfer::run_wave(program, 0, options_, targets, never);
+    for (const auto& [ordinal, stream] : targets.torch_streams) staging.device(ordinal).synchronize(stream);
+    staging.wait_for_slots();
+  }
+
+  bool arrived() const { return matrix_.arrived(); }
+
+ private:
+  Matrix matrix_;
+  TorchStreams torch_;
+  transfer::Options options_;
+};
+
+// What is wrong after a load that failed or did not, if anything is.
+class Inspection {
+ public:
+  explicit Inspection(const std::string& what) : what_(what) {}
+
+  void expect(bool condition, const std::string& complaint) {
+    if (!condition) complaints_ += (complaints_.empty() ? what_ + ": " : "; ") + complaint;
+  }
+  const std::string& complaints() const { return complaints_; }
+
+ private:
+  std::string what_;
+  std::string complaints_;
+};
+
+cuda::ContextHandle current_context() {
+  cuda::ContextHandle handle = nullptr;
+  static_cast<void>(cuda::driver().cuCtxGetCurrent(&handle));
+  return handle;
+}
+
+std::optional<Error> error_of(Load& load, Staging& staging) {
+  try {
+    load.run(staging);
+  } catch (const Error& error) {
+    return error;
+  }
+  return {};
+}
+
+int live_objects() {
+  std::array<char, 256> buffer{};
+  return simulator()->leaks(buffer.data(), buffer.size());
+}
+
+// The answer of a child: whether the fault was met at all, then what is wrong.
+constexpr char kMet = '+';
+constexpr char kNotMet = '-';
+
+struct DriverFault {
+  Function function;
+  int nth = 0;
+  int result = 0;
+  Timing timing = Timing::kCall;
+};
+
+void expect_named(Inspection& inspection, const Error& error, const DriverFault& fault) {
+  const std::string text = error.what();
+  // Work that failed is noticed by whatever asks next.
+  const std::string call = fault.timing == Timing::kCall ? fault.function.name + std::string(" failed") : "cu";
+  inspection.expect(text.rfind("cuda:0: " + call, 0) == 0 || text.rfind("cuda:1: " + call, 0) == 0, text);
+  const ErrorKind kind = fault.result == kOutOfMemory ? ErrorKind::kCudaOutOfMemory : ErrorKind::kCuda;
+  inspection.expect(error.kind == kind, "an error of the wrong kind");
+}
+
+std::string load_with(const DriverFault& fault) {
+  const std::string name = fault.function.name;
+  Inspection inspection(name + " #" + std::to_string(fault.nth));
+  simulator()->set("latency_us", 200);  // something is under way when the fault comes
+  Load load;
+  const cuda::ContextHandle context = current_context();
+  const int objects = live_objects();
+  const long calls = simulator()->calls(fault.function.name);
+  const auto met = [&] { return simulator()->calls(fault.function.name) - calls >= fault.nth; };
+  simulator()->fault(fault.function.name, fault.nth, fault.result, fault.timing == Timing::kWork ? 1 : 0);
+  std::optional<Error> error;
+  bool met_in_load = false;
+  {
+    Staging staging(kPinnedBytes, kPinnedBytes, 1);
+    error = error_of(load, staging);
+    met_in_load = met();
+  }
+  const bool met_at_all = met();
+  const std::string reports = take_reports();
+  if (fault.timing == Timing::kCall) simulator()->reset();  // a fault that was not met
+
+  const bool may_fail = met_in_load && fault.function.seen != Seen::kNothing;
+  const bool must_fail = met_in_load && fault.function.seen == Seen::kError;
+  inspection.expect(error ? may_fail : !must_fail, error ? error->what() : "no error");
+  if (error && may_fail) expect_named(inspection, *error, fault);
+  const bool sets_context = fault.function.seen == Seen::kErrorOrNothing;
+  if (!sets_context) inspection.expect(current_context() == context, "another context is current");
+  // Without a context nothing can be given back.
+  const bool helpless = met_at_all && !met_in_load && name.rfind("cuCtx", 0) == 0;
+  if (helpless) return kMet + inspection.complaints();
+
+  inspection.expect(reports.empty(), reports);
+  inspection.expect(live_objects() == objects, "left behind: " + leaks());
+  if (fault.timing == Timing::kCall) {
+    inspection.expect(error.has_value() || load.arrived(), "the wrong bytes arrived");
+    Staging staging(kPinnedBytes, kPinnedBytes, 1);
+    const std::optional<Error> again = error_of(load, staging);
+    inspection.expect(!again, std::string("again: ") + (again ? again->what() : ""));
+    inspection.expect(load.arrived(), "the wrong bytes arrived with the next load");
+  }
+  return (met_at_all ? kMet : kNotMet) + inspection.complaints();
+}
+
+std::string load_with_read_fault(int64_t nth, int64_t pinned_bytes) {
+  Inspection inspection("read #" + std::to_string(nth));
+  simulator()->set("latency_us", 200);
+  Load load;
+  const int objects = live_objects();
+  int64_t reads = 0;
+  {
+    io::FaultySystemCalls calls(fault(io::FaultFunction::kPread, nth, EIO));
+    const ScopedCalls scope(calls);
+    Staging staging(pinned_bytes, pinned_bytes, 1);
+    const std::optional<Error> error = error_of(load, staging);
+    reads = calls.calls();
+    inspection.expect(error.has_value() == (reads > nth), "an error, or none, that is not the read's");
+    if (error) inspection.expect(error->kind == ErrorKind::kIo && error->error_number == EIO, error->what());
+  }
+  const std::string reports = take_reports();
+  inspection.expect(reports.empty(), reports);
+  inspection.expect(live_objects() == objects, "left behind: " + leaks());
+  Staging staging(pinned_bytes, pinned_bytes, 1);
+  inspection.expect(!error_of(load, staging) && load.arrived(), "the next load failed");
+  return (reads > nth ? kMet : kNotMet) + inspection.complaints();
+}
+
+// Runs case after case until one does not meet its fault any more. Returns how many did.
+template <typename Case>
+int sweep(const Case& run) {
+  for (int nth = 0;; ++nth) {
+    const std::string answer = in_child([&] { return run(nth); }, 20);
+    const bool complete = !answer.empty() && (answer[0] == kMet || answer[0] == kNotMet);
+    CHECK_MESSAGE((complete && answer.size() == 1), answer);
+    if (!complete || answer[0] == kNotMet) return nth;
+  }
+}
+
+}  // namespace
+
+TEST_CASE("fault: every call of every function fails once") {
+  if (simulator() == nullptr) return;
+  int met = 0;
+  for (const Function& function : kFunctions) {
+    const int result = allocates(function.name) ? kOutOfMemory : kUnknown;
+    const int of_function = sweep([&](int nth) { return load_with({function, nth + 1, result, Timing::kCall}); });
+    CHECK_MESSAGE(of_function > 0, std::string(function.name));
+    met += of_function;
+  }
+  CHECK(met > 250);
+}
+
+TEST_CASE("fault: the work of every copy and launch fails once") {
+  if (simulator() == nullptr) return;
+  for (const Function function : {Function{"cuMemcpyHtoDAsync_v2"}, Function{"cuLaunchKernel"}}) {
+    for (const int result : {kIllegalAddress, kLaunchFailed}) {
+      CHECK(sweep([&](int nth) { return load_with({function, nth + 1, result, Timing::kWork}); }) > 2);
+    }
+  }
+}
+
+TEST_CASE("fault: every read fails once while the ring is in use") {
+  if (simulator() == nullptr) return;
+  // Also with a single slot, so that all threads but one wait for it.
+  for (const int64_t pinned_bytes : {kPinnedBytes, int64_t{0}}) {
+    CHECK(sweep([=](int nth) { return load_with_read_fault(nth, pinned_bytes); }) > 5);
+  }
+}

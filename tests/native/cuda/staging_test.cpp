@@ -1,0 +1,98 @@
+// How stagings live beside each other and beside the program that uses them.
+
+#include <future>
+#include <optional>
+#include <utility>
+
+#include "device_load.h"
+#include "doctest/doctest.h"
+#include "error.h"
+#include "test_device.h"
+#include "transfer/engine.h"
+
+using namespace dcp_fast;
+using namespace dcp_fast::testing;
+using cuda::ContextHandle;
+using cuda::Staging;
+using transfer::Layouts;
+using transfer::Program;
+
+namespace {
+
+ContextHandle current_context() {
+  ContextHandle handle = nullptr;
+  DCP_FAST_CUDA(cuCtxGetCurrent, &handle);
+  return handle;
+}
+
+}  // namespace
+
+TEST_CASE("staging: two loads from two threads, each with its own") {
+  const Clean clean;
+  const SlowCopies slow(500);
+  const auto load = [] {
+    Matrix matrix(512, 512);
+    matrix.want(0, {0, 0}, {512, 512}, 4);
+    matrix.want(other_device(), {0, 0}, {512, 512});
+    Gpu gpu(kMiB, 65536);
+    const Layouts layouts = matrix.files.layouts({});
+    const Program program(layouts, matrix.items, matrix.destinations);
+    gpu.run(program, {});
+    gpu.synchronize();
+    return matrix.arrived();
+  };
+  std::future<bool> other = std::async(std::launch::async, load);
+  CHECK(load());
+  CHECK(other.get());
+}
+
+TEST_CASE("staging: it can go while its last work is under way") {
+  const Clean clean;
+  const SlowCopies slow(20000);
+  Matrix matrix(512, 512);
+  matrix.want(0, {0, 0}, {512, 512}, 4);
+  matrix.want(other_device(), {0, 0}, {512, 512});
+  const TorchStreams torch;
+  const Layouts layouts = matrix.files.layouts({});
+  const Program program(layouts, matrix.items, matrix.destinations);
+  {
+    Staging staging(8 * kMiB, 8 * kMiB, kMiB);
+    transfer::run_wave(program, 0, {}, torch.targets(staging), never);
+    if (simulator() != nullptr) CHECK(staging.busy());
+  }
+  CHECK(matrix.arrived());
+}
+
+TEST_CASE("staging: the calling thread keeps its current context") {
+  const Clean clean;
+  const cuda::PrimaryContext last(other_device());
+  for (const bool has_one : {false, true}) {
+    CAPTURE(has_one);
+    Matrix matrix(256, 256);
+    matrix.want(0, {0, 0}, {256, 256}, 4);
+    const TorchStreams torch;
+    std::optional<cuda::CurrentContext> current;
+    if (has_one) current.emplace(last);
+    const ContextHandle before = current_context();
+    CHECK(before == (has_one ? last.get() : nullptr));
+    const Layouts layouts = matrix.files.layouts({});
+    const Program program(layouts, matrix.items, matrix.destinations);
+    std::optional<Staging> staging(std::in_place, kMiB, kMiB, kMiB);
+    const auto keeps = [&](const char* what, const auto& call) {
+      call();
+      CHECK_MESSAGE(current_context() == before, what);
+    };
+    transfer::Options options;
+    options.threads = 1;  // the calling one
+    keeps("run_wave", [&] { transfer::run_wave(program, 0, options, torch.targets(*staging), never); });
+    keeps("synchronize", [&] { staging->device(0).synchronize(torch[0].get()); });
+    keeps("busy", [&] { static_cast<void>(staging->busy()); });
+    keeps("wait_for_slots", [&] { staging->wait_for_slots(); });
+    keeps("drain", [&] { staging->drain(); });
+    keeps("take_stats", [&] { static_cast<void>(staging->take_stats()); });
+    keeps("device", [&] { static_cast<void>(staging->device(other_device())); });
+    keeps("a device that does not exist", [&] { CHECK_THROWS_AS(staging->device(99), Error); });
+    keeps("the end", [&] { staging.reset(); });
+    CHECK(matrix.arrived());
+  }
+}
