@@ -1,5 +1,5 @@
-// The only file that knows Python: turns columns of integers into the native structures and native errors into
-// exceptions.
+// This file and bindings_metadata.cpp alone know Python: turns columns of integers into the native structures and
+// native errors into exceptions.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings_metadata.h"
 #include "box/overlap.h"
 #include "checkpoint/dtype.h"
 #include "cuda/staging.h"
@@ -84,6 +85,8 @@ const char* kind_name(ErrorKind kind) {
       return "corrupt";
     case ErrorKind::kCorruptPickle:
       return "corrupt_pickle";
+    case ErrorKind::kCorruptMetadata:
+      return "corrupt_metadata";
     case ErrorKind::kSizeMismatch:
       return "size_mismatch";
     case ErrorKind::kCuda:
@@ -450,6 +453,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("find_overlaps", &find_overlaps, py::arg("dims"), py::arg("wanted"), py::arg("wanted_count"),
              py::arg("stored"), py::arg("stored_count"),
              "Rows of wanted index, stored index, stored offsets, wanted offsets, lengths; see csrc/box/overlap.h.");
+
+  bind_metadata(module);
 
   py::class_<FaultInjection>(module, "FaultInjection")
       .def(py::init<const std::string&, int64_t, int, int64_t, size_t>(), py::arg("function"), py::arg("nth"),

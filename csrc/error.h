@@ -12,12 +12,13 @@
 namespace dcp_fast {
 
 enum class ErrorKind {
-  kIo,             // a system call failed, or memory ran out; `error_number` is its errno
-  kTruncated,      // the file ends before the bytes that the metadata promises
-  kCorrupt,        // the bytes contradict themselves or the metadata
-  kCorruptPickle,  // likewise the description of a tensor within its record
-  kSizeMismatch,   // a box does not fit its stored tensor or its destination
-  kCuda,           // a call of the CUDA driver failed, or work that it was given
+  kIo,               // a system call failed, or memory ran out; `error_number` is its errno
+  kTruncated,        // the file ends before the bytes that the metadata promises
+  kCorrupt,          // the bytes contradict themselves or the metadata
+  kCorruptPickle,    // likewise the description of a tensor within its record
+  kCorruptMetadata,  // the metadata of the checkpoint contradicts itself
+  kSizeMismatch,     // a box does not fit its stored tensor or its destination
+  kCuda,             // a call of the CUDA driver failed, or work that it was given
   kCudaOutOfMemory,
 };
 

@@ -3,6 +3,7 @@
 from dcp_fast.cuda import release_staging
 from dcp_fast.errors import (
     CorruptCheckpointError,
+    CorruptMetadataError,
     CorruptPickleError,
     CudaError,
     CudaOutOfMemoryError,
@@ -18,6 +19,7 @@ from dcp_fast.errors import (
     SizeMismatchError,
     TruncatedFileError,
     UnknownTransformError,
+    UntrustedMetadataError,
 )
 from dcp_fast.install import install, uninstall
 from dcp_fast.load import load, load_state_dict
@@ -28,6 +30,7 @@ from dcp_fast.report import LoadReport, last_report
 
 __all__ = [
     "CorruptCheckpointError",
+    "CorruptMetadataError",
     "CorruptPickleError",
     "CudaError",
     "CudaOutOfMemoryError",
@@ -46,6 +49,7 @@ __all__ = [
     "SizeMismatchError",
     "TruncatedFileError",
     "UnknownTransformError",
+    "UntrustedMetadataError",
     "create_read_items_for_chunk_list",
     "install",
     "last_report",

@@ -4,6 +4,8 @@ from types import TracebackType
 from typing_extensions import Buffer, Self
 
 DTYPES: tuple[str, ...]
+METADATA_DTYPES: tuple[str, ...]
+METADATA_LAYOUTS: tuple[str, ...]
 
 class NativeError(Exception): ...
 
@@ -81,6 +83,32 @@ def read_range(path: str, offset: int, length: int, options: Options) -> tuple[b
 def find_overlaps(
     dims: int, wanted: Sequence[int], wanted_count: int, stored: Sequence[int], stored_count: int
 ) -> list[int]: ...
+
+class MetadataColumns:
+    """Metadata of a checkpoint. An entry is the number of a key of state_dict_metadata, a row one of storage_data."""
+
+    entry_count: int
+    dtypes: list[int]  # all codes that are in use; indices into METADATA_DTYPES
+    def fqns(self) -> list[str]: ...
+    def find_entry(self, fqn: str) -> int: ...  # -1: there is none
+    def entry_fields(self, entry: int) -> tuple[int, int, bool, int, bool, bool, tuple[int, ...]] | None: ...
+    def chunks(self, entry: int) -> memoryview: ...  # int64: chunk, offsets or sizes, dimension
+    has_storage: bool
+    row_count: int
+    row_files: memoryview  # uint32, indices into files()
+    row_offsets: memoryview  # int64
+    row_lengths: memoryview  # int64
+    def files(self) -> list[str]: ...
+    def find_row(self, fqn: str, offset: Sequence[int] | None) -> int: ...  # -1: there is none
+    def row_of_chunk(self, entry: int, chunk: int) -> int: ...  # -1: there is none
+    def row(
+        self, index: int
+    ) -> tuple[str, tuple[int, ...] | None, int | None, str, int, int, list[str] | tuple[str, ...] | None]: ...
+    planner_data: bytes
+    storage_meta: bytes
+    version: str | None
+
+def parse_metadata(pickle: Buffer) -> MetadataColumns | str: ...
 
 class FaultInjection:
     calls: int

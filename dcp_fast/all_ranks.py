@@ -187,6 +187,9 @@ def _read_metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
         except Exception as error:
             errors.append(f"rank local metadata read failed: {error}")
             logger.warning("Rank local metadata is not found.", exc_info=True)
+    # torch's type for whatever is wrong with metadata; ours tell more.
+    if isinstance(global_error, LoadError) and isinstance(global_error, AssertionError):
+        raise global_error
     raise AssertionError("; ".join(["metadata is None", *errors])) from global_error
 
 

@@ -14,6 +14,7 @@ from dcp_fast import _native
 
 __all__ = [
     "CorruptCheckpointError",
+    "CorruptMetadataError",
     "CorruptPickleError",
     "CudaError",
     "CudaOutOfMemoryError",
@@ -29,6 +30,7 @@ __all__ = [
     "SizeMismatchError",
     "TruncatedFileError",
     "UnknownTransformError",
+    "UntrustedMetadataError",
 ]
 
 
@@ -90,6 +92,18 @@ class TruncatedFileError(CorruptCheckpointError, EOFError):
 
 class CorruptPickleError(CorruptCheckpointError, pickle.UnpicklingError):
     """The description of a tensor within a record cannot be read, or asks for what is not allowed there."""
+
+
+class CorruptMetadataError(CorruptPickleError, EOFError, ValueError, AssertionError):
+    """The metadata of the checkpoint cannot be read.
+
+    Depending on where it is damaged, torch's reader raises one type or another, and its load an AssertionError; this is
+    all of them but accidents.
+    """
+
+
+class UntrustedMetadataError(LoadError, pickle.UnpicklingError, AssertionError):
+    """The metadata asks for what could run code; ``FileSystemReader(path, trust_metadata=True)`` lets it."""
 
 
 class UnknownTransformError(CorruptCheckpointError, ValueError):
@@ -175,6 +189,7 @@ _BY_KIND: dict[str, type[LoadError]] = {
     "corrupt_pickle": CorruptPickleError,
     "cuda": CudaError,
     "cuda_out_of_memory": CudaOutOfMemoryError,
+    "corrupt_metadata": CorruptMetadataError,
     "size_mismatch": SizeMismatchError,
 }
 

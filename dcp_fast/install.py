@@ -52,7 +52,7 @@ class Installation:
             self._changed = False
 
 
-def install() -> Installation:
+def install(trust_metadata: bool = False) -> Installation:
     """Make ``torch.distributed.checkpoint`` itself use dcp_fast.
 
     Replaces ``FileSystemReader``, ``DefaultLoadPlanner``, ``load``, ``load_state_dict``,
@@ -60,6 +60,9 @@ def install() -> Installation:
     name, so that code which imported them before is served too. Readers and planners that exist already stay what they
     are, and type checks that name torch's classes still hold for them and for what was derived from those. A second
     call changes nothing.
+
+    Args:
+        trust_metadata: whether readers unpickle ``.metadata`` as torch does, which runs whatever code the file names.
 
     Returns:
         A context manager that uninstalls at its end, unless dcp_fast had been installed before.
@@ -75,6 +78,7 @@ def install() -> Installation:
         if _replaced is not None:
             return Installation(changed=False)
         _replaced = []
+        FileSystemReader.trust_metadata_by_default = trust_metadata
         standing_for.update(
             (replacement, original)
             for original, replacement in _REPLACEMENTS.values()
@@ -111,4 +115,5 @@ def uninstall() -> None:
                     if id(value) in ours:
                         setattr(module, name, ours[id(value)])
         standing_for.clear()
+        FileSystemReader.trust_metadata_by_default = False
         _replaced = None

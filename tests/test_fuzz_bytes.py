@@ -31,7 +31,7 @@ from damage import Child, fast_error, limit_address_space, limited, record_parts
 from helpers import Entry, ShardedBuffer, fill, save, write_checkpoint
 from torch.distributed.checkpoint._extension import ZStandard
 
-from dcp_fast.errors import LoadError
+from dcp_fast.errors import CorruptMetadataError, LoadError, UntrustedMetadataError
 
 CASES = 1500
 MEMORY = 4 << 30
@@ -190,7 +190,8 @@ def judge(ours: Result, theirs: Result, repaired: Callable[[], Result]) -> tuple
             return "both load", bits(ours[1]) == bits(theirs[1])
         again = repaired()
         return "only dcp_fast loads", again[0] is None and bits(ours[1]) == bits(again[1])
-    told = not isinstance(error, LoadError) or bool(error.path and error.fqn)
+    of_metadata = isinstance(error, (CorruptMetadataError, UntrustedMetadataError))
+    told = not isinstance(error, LoadError) or bool(error.path and (error.fqn or of_metadata))
     if their_error is None:
         return "only torch loads", told and isinstance(error, LoadError)
     # Of two damages the planner may meet that of a bytes entry first, which it loads as it does for torch.

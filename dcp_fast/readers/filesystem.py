@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint._extension import ExtensionRegistry
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from dcp_fast import _native
 from dcp_fast.cuda import CudaLimits
 from dcp_fast.garbage import paused_collection
+from dcp_fast.metadata import parse_metadata
 from dcp_fast.report import LoadReport, begin, publish
 from dcp_fast.stand_in import StandIn
 from dcp_fast.storage import Storage
@@ -51,6 +52,9 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         trace: a file for the timeline of each load, as Chrome trace events (https://ui.perfetto.dev opens it). It is
             written anew for each load, also for one that fails. ``{rank}`` in it stands for the rank; without it, rank
             0 writes the file itself, and each other rank appends ``.rankN``.
+        trust_metadata: unpickle ``.metadata`` as torch does, which runs whatever code the file names. By default
+            only the types that DCP writes are made, and nothing is run. None: False, or as :func:`dcp_fast.install`
+            was told.
 
     Raises (from ``read_data``; ``dcp.load`` wraps them in ``CheckpointException``):
         LoadError: see :mod:`dcp_fast.errors`.
@@ -58,6 +62,8 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
     Raises (from ``set_up_storage_reader``, before anything is planned or read; likewise wrapped):
         OSError: the trace cannot be written. If only its end cannot, the load succeeds with a warning in the log.
     """
+
+    trust_metadata_by_default: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -72,6 +78,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         synchronize: bool = True,
         io: Literal["auto", "cached", "direct"] = "auto",
         trace: str | os.PathLike[str] | None = None,
+        trust_metadata: bool | None = None,
     ) -> None:
         super().__init__(path, _extension_registry)
         if io not in _MODES:
@@ -91,6 +98,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         self.io = io
         self.trace = None if trace is None else os.fsdecode(trace)
         self._timeline: Timeline | None = None
+        self.trust_metadata = self.trust_metadata_by_default if trust_metadata is None else trust_metadata
         self._report = LoadReport()
         self._planning_started = 0.0
 
@@ -106,13 +114,33 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
             self._report.trace_stages(self._timeline)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``."""
+        """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``.
+
+        Its dicts make their values when they are asked for; see :class:`dcp_fast.metadata.LazyDict`.
+
+        Raises:
+            OSError: as the file system does.
+            CorruptMetadataError: the file is damaged.
+            UntrustedMetadataError: it asks for what could run code.
+        """
         self._report = LoadReport(path=str(self.path))
         begin(self._report)
         self._start_timeline()
         with saved(self._timeline), self._report.stage("metadata"), paused_collection():
-            metadata = super().read_metadata(*args, **kwargs)
+            if self.trust_metadata:
+                metadata = super().read_metadata(*args, **kwargs)
+            else:
+                metadata = self._read_metadata(kwargs.get("rank"))
         self._planning_started = time.perf_counter()
+        return metadata
+
+    def _read_metadata(self, rank: int | None) -> Metadata:
+        path = self._get_metadata_path(rank)
+        with self.fs.create_stream(path, "rb") as file:
+            metadata = parse_metadata(file.read(), str(path))
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
         return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:

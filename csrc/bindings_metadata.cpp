@@ -1,0 +1,227 @@
+// The metadata of a checkpoint for Python: columns as buffers, and rows as tuples for the objects that Python makes of
+// those that are looked at.
+
+#include "bindings_metadata.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "checkpoint/bytes.h"
+#include "error.h"
+#include "metadata/columns.h"
+#include "metadata/failure.h"
+#include "metadata/names.h"
+#include "metadata/parse.h"
+
+namespace py = pybind11;
+
+namespace dcp_fast {
+namespace {
+
+using metadata::Columns;
+using metadata::Entry;
+using metadata::EntryKind;
+using metadata::HashTable;
+using metadata::StorageRows;
+
+// A column, or a part of one, as a buffer that keeps the columns alive.
+template <typename T>
+struct View {
+  std::shared_ptr<const Columns> columns;
+  const T* data;
+  std::vector<py::ssize_t> shape;
+};
+
+template <typename T>
+void bind_view(py::module_& module, const char* name) {
+  py::class_<View<T>>(module, name, py::buffer_protocol(), py::module_local()).def_buffer([](View<T>& view) {
+    std::vector<py::ssize_t> strides(view.shape.size());
+    py::ssize_t stride = sizeof(T);
+    for (size_t i = strides.size(); i > 0; --i) {
+      strides[i - 1] = stride;
+      stride *= view.shape[i - 1];
+    }
+    // pybind11 takes no pointer to constants, whose buffer it then makes read-only.
+    return py::buffer_info(const_cast<T*>(view.data), view.shape, strides, true);
+  });
+}
+
+template <typename T>
+py::memoryview view_of(std::shared_ptr<const Columns> columns, const T* data, std::vector<py::ssize_t> shape) {
+  return py::memoryview(py::cast(View<T>{std::move(columns), data, std::move(shape)}));
+}
+
+template <typename T>
+py::memoryview view_of(const std::shared_ptr<Columns>& columns, const std::vector<T>& column) {
+  return view_of<T>(columns, column.data(), {static_cast<py::ssize_t>(column.size())});
+}
+
+// Lone surrogates are texts too, as for pickle.
+py::str to_python(std::string_view text, const char* errors = "surrogatepass") {
+  PyObject* result = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), errors);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::str>(result);
+}
+
+std::string from_python(const py::str& text) {
+  PyObject* encoded = PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass");
+  if (encoded == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::bytes>(encoded);
+}
+
+py::tuple to_python(const int64_t* numbers, size_t count) {
+  py::tuple result(count);
+  for (size_t i = 0; i < count; ++i) result[i] = numbers[i];
+  return result;
+}
+
+py::list texts(const metadata::TextTable& table, size_t count) {
+  py::list result(count);
+  for (size_t i = 0; i < count; ++i) result[i] = to_python(table[i]);
+  return result;
+}
+
+std::vector<size_t> used_dtypes(const Columns& columns) {
+  std::array<bool, metadata::kDTypeNames.size()> used{};
+  for (const Entry& entry : columns.entries) {
+    if (entry.kind == EntryKind::kTensor) used.at(entry.properties.dtype) = true;
+  }
+  std::vector<size_t> codes;
+  for (size_t i = 0; i < used.size(); ++i) {
+    if (used.at(i)) codes.push_back(i);
+  }
+  return codes;
+}
+
+const Entry& tensor_entry(const Columns& columns, size_t entry) {
+  if (entry >= columns.entries.size()) throw py::index_error("no such entry");
+  if (columns.entries[entry].kind != EntryKind::kTensor) throw py::value_error("the entry is no tensor");
+  return columns.entries[entry];
+}
+
+// None for a bytes entry; dtype, layout, requires_grad, memory format, pin_memory, whether the properties are of the
+// class in torch.distributed._shard, size.
+py::object entry_fields(const Columns& columns, size_t entry) {
+  if (entry < columns.entries.size() && columns.entries[entry].kind == EntryKind::kBytes) return py::none();
+  const Entry& tensor = tensor_entry(columns, entry);
+  const metadata::Properties& properties = tensor.properties;
+  return py::make_tuple(properties.dtype, properties.layout, properties.requires_grad,
+                        static_cast<int>(properties.memory_format), properties.pin_memory, properties.of_shard,
+                        to_python(columns.numbers.data() + tensor.size, tensor.dims));
+}
+
+py::memoryview chunks(const std::shared_ptr<Columns>& columns, size_t entry) {
+  const Entry& tensor = tensor_entry(*columns, entry);
+  return view_of<int64_t>(columns, columns->numbers.data() + tensor.chunks,
+                          {static_cast<py::ssize_t>(tensor.chunk_count), 2, static_cast<py::ssize_t>(tensor.dims)});
+}
+
+int64_t found(uint32_t row) { return row == HashTable::kNone ? -1 : int64_t{row}; }
+
+int64_t find_entry(const Columns& columns, const py::str& fqn) {
+  const uint32_t index = columns.fqns.find(from_python(fqn));
+  return index < columns.entries.size() ? int64_t{index} : -1;
+}
+
+int64_t find_row(const Columns& columns, const py::str& fqn, const std::optional<std::vector<int64_t>>& offset) {
+  const uint32_t index = columns.fqns.find(from_python(fqn));
+  if (index == metadata::TextTable::kNone) return -1;
+  if (!offset) return found(columns.find_row(index, nullptr, StorageRows::kNoOffset));
+  if (offset->size() >= StorageRows::kNoOffset) return -1;
+  return found(columns.find_row(index, offset->data(), static_cast<uint32_t>(offset->size())));
+}
+
+int64_t row_of_chunk(const Columns& columns, size_t entry, size_t chunk) {
+  const Entry& tensor = tensor_entry(columns, entry);
+  if (chunk >= tensor.chunk_count) throw py::index_error("no such chunk");
+  const int64_t* offsets = columns.numbers.data() + tensor.chunks + 2 * chunk * tensor.dims;
+  return found(columns.find_row(static_cast<uint32_t>(entry), offsets, tensor.dims));
+}
+
+// The key: FQN, offset or None, index or None. The value: path, offset, length, transform descriptors or None.
+py::tuple row(const Columns& columns, size_t index) {
+  const StorageRows& rows = columns.rows;
+  if (index >= rows.size()) throw py::index_error("no such row");
+  py::object offset = py::none();
+  if (rows.dims[index] != StorageRows::kNoOffset) {
+    offset = to_python(columns.numbers.data() + rows.chunk_offset[index], rows.dims[index]);
+  }
+  py::object hint = py::none();
+  if (rows.index[index] != StorageRows::kNoIndex) hint = py::int_(rows.index[index]);
+  py::object transforms = py::none();
+  if (!rows.transforms.empty() && rows.transforms[index] != 0) {
+    const metadata::Transforms& known = columns.transforms[rows.transforms[index]];
+    py::list names;
+    for (const std::string& name : known.names) names.append(to_python(name));
+    transforms = known.is_list ? py::object(names) : py::object(py::tuple(names));
+  }
+  return py::make_tuple(to_python(columns.fqns[rows.fqn[index]]), offset, hint,
+                        to_python(columns.files[rows.file[index]]), rows.offset[index], rows.length[index], transforms);
+}
+
+// The columns, or why only Python can read the metadata.
+py::object parse_metadata(const py::buffer& buffer) {
+  const py::buffer_info info = buffer.request();
+  const checkpoint::Bytes file(static_cast<const std::byte*>(info.ptr), static_cast<size_t>(info.size * info.itemsize));
+  auto columns = std::make_shared<Columns>();
+  try {
+    const py::gil_scoped_release release;
+    with_memory_errors([&] { *columns = metadata::parse(file); });
+  } catch (const metadata::Unsupported& reason) {
+    return to_python(reason.what(), "backslashreplace");  // it may quote what is no text
+  }
+  return py::cast(columns);
+}
+
+template <typename Names>
+py::tuple name_tuple(const Names& names) {
+  py::tuple result(names.size());
+  for (size_t i = 0; i < names.size(); ++i) result[i] = to_python(names[i]);
+  return result;
+}
+
+}  // namespace
+
+void bind_metadata(py::module_& module) {
+  module.attr("METADATA_DTYPES") = name_tuple(metadata::kDTypeNames);
+  module.attr("METADATA_LAYOUTS") = name_tuple(metadata::kLayoutNames);
+  bind_view<int64_t>(module, "Int64View");
+  bind_view<uint32_t>(module, "UInt32View");
+
+  py::class_<Columns, std::shared_ptr<Columns>>(module, "MetadataColumns")
+      .def_property_readonly("entry_count", [](const Columns& columns) { return columns.entries.size(); })
+      .def_property_readonly("dtypes", &used_dtypes)
+      .def("fqns", [](const Columns& columns) { return texts(columns.fqns, columns.entries.size()); })
+      .def("find_entry", &find_entry, py::arg("fqn"))
+      .def("entry_fields", &entry_fields, py::arg("entry"))
+      .def("chunks", &chunks, py::arg("entry"))
+      .def_readonly("has_storage", &Columns::has_storage)
+      .def_property_readonly("row_count", [](const Columns& columns) { return columns.rows.size(); })
+      .def("find_row", &find_row, py::arg("fqn"), py::arg("offset"))
+      .def("row_of_chunk", &row_of_chunk, py::arg("entry"), py::arg("chunk"))
+      .def("row", &row, py::arg("index"))
+      .def("files", [](const Columns& columns) { return texts(columns.files, columns.files.size()); })
+      .def_property_readonly("row_files",
+                             [](const std::shared_ptr<Columns>& self) { return view_of(self, self->rows.file); })
+      .def_property_readonly("row_offsets",
+                             [](const std::shared_ptr<Columns>& self) { return view_of(self, self->rows.offset); })
+      .def_property_readonly("row_lengths",
+                             [](const std::shared_ptr<Columns>& self) { return view_of(self, self->rows.length); })
+      .def_property_readonly("planner_data", [](const Columns& columns) { return py::bytes(columns.planner_data); })
+      .def_property_readonly("storage_meta", [](const Columns& columns) { return py::bytes(columns.storage_meta); })
+      .def_property_readonly("version", [](const Columns& columns) {
+        return columns.has_version ? py::object(to_python(columns.version)) : py::object(py::none());
+      });
+  module.def("parse_metadata", &parse_metadata, py::arg("pickle"));
+}
+
+}  // namespace dcp_fast

@@ -1,0 +1,80 @@
+// Metadata of a checkpoint as columns of integers: what torch keeps as some eight objects for each chunk.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "metadata/hash_table.h"
+#include "metadata/heap.h"
+#include "metadata/text_table.h"
+
+namespace dcp_fast::metadata {
+
+enum class EntryKind : uint8_t { kBytes, kTensor };
+
+// One key of state_dict_metadata.
+struct Entry {
+  EntryKind kind = EntryKind::kBytes;
+  // Only of tensors:
+  Properties properties;
+  uint64_t size = 0;  // where in `numbers` the size of the whole tensor is
+  uint32_t dims = 0;
+  uint32_t chunk_count = 0;
+  uint64_t chunks = 0;  // where in `numbers` they are: the offsets and then the sizes of each
+};
+
+// The keys and values of storage_data, in its order, one item a row in each column.
+struct StorageRows {
+  static constexpr int64_t kNoIndex = INT64_MIN;
+  static constexpr uint32_t kNoOffset = UINT32_MAX;
+
+  std::vector<uint32_t> fqn;
+  std::vector<uint32_t> dims;          // kNoOffset: the key has no offset
+  std::vector<uint64_t> chunk_offset;  // where in `numbers` the key's offset is
+  std::vector<int64_t> index;          // the key's hint, kNoIndex if it has none
+  std::vector<uint32_t> file;
+  std::vector<int64_t> offset;
+  std::vector<int64_t> length;
+  std::vector<uint32_t> transforms;  // empty if no row has any; index into Columns::transforms, where 0 is none
+
+  size_t size() const { return fqn.size(); }
+};
+
+// As torch keeps them, in a list or tuple.
+struct Transforms {
+  bool is_list = false;
+  std::vector<std::string> names;
+  bool operator==(const Transforms& other) const { return is_list == other.is_list && names == other.names; }
+};
+
+struct Columns {
+  TextTable fqns;              // the first are those of the entries, in their order; others only have storage rows
+  std::vector<Entry> entries;  // by FQN
+  std::vector<int64_t> numbers;
+
+  TextTable files;
+  bool has_storage = false;  // whether storage_data is a dict; it may be None
+  StorageRows rows;
+  std::vector<Transforms> transforms;
+  HashTable row_table;
+
+  // Pickles of nothing but builtin containers, texts, numbers and paths; see plain_pickle.h.
+  std::string planner_data;
+  std::string storage_meta;  // (checkpoint_id, save_id, load_id, modules), or empty for none
+  bool has_version = false;
+  std::string version;
+
+  // The row whose key is equal, as MetadataIndex has it: its index plays no part. kNone if there is none. `dims` may be
+  // kNoOffset.
+  uint32_t find_row(uint32_t fqn, const int64_t* offset, uint32_t dims) const;
+
+  // Adds a row to the table. False if an equal key is there already.
+  bool add_row_to_table(uint32_t row);
+
+ private:
+  bool row_equals(uint32_t row, uint32_t fqn, const int64_t* offset, uint32_t dims) const;
+};
+
+}  // namespace dcp_fast::metadata

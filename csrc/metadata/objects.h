@@ -1,0 +1,23 @@
+// The calls that a metadata pickle may ask for, each as what it does to the heap.
+#pragma once
+
+#include "metadata/heap.h"
+#include "metadata/value.h"
+
+namespace dcp_fast::metadata {
+
+// All throw Unsupported for anything but what DCP writes.
+
+// REDUCE: callable(*arguments).
+Value call(Heap& heap, Value callable, Value arguments);
+
+// NEWOBJ: an object of a class without its fields.
+Value new_object(Heap& heap, Value type);
+
+// BUILD for an object whose fields come in a dict, as keys and values in turns.
+void set_fields(Heap& heap, Value object, const Value* items, size_t count);
+
+// BUILD for one whose fields come in a tuple.
+void set_state(Heap& heap, Value object, Value state);
+
+}  // namespace dcp_fast::metadata

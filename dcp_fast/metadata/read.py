@@ -1,0 +1,85 @@
+"""Reads metadata: natively into columns, else by an unpickler with an allow-list."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from dcp_fast import _native
+from dcp_fast.errors import CorruptMetadataError, LoadError, UntrustedMetadataError, typed_errors
+from dcp_fast.garbage import paused_collection
+from dcp_fast.metadata.entries import Entries, StorageEntries, Unpickled
+from dcp_fast.metadata.lazy import LazyDict
+from dcp_fast.metadata.unpickler import RefusedError, RestrictedUnpickler
+
+__all__ = ["parse_metadata"]
+
+
+def parse_metadata(pickled: bytes, path: str) -> Metadata:
+    """Metadata as torch would unpickle it, but nothing that the file names is run.
+
+    Args:
+        pickled: the content of the file.
+        path: named in errors.
+
+    Raises:
+        CorruptMetadataError: the file is damaged.
+        UntrustedMetadataError: it names a global, or asks for something, that no DCP of torch writes.
+    """
+    try:
+        with typed_errors():
+            columns = _native.parse_metadata(pickled)
+    except LoadError as error:
+        raise type(error)(error.reason, path, "", error.offset, error.length, error.error_number) from None
+    if isinstance(columns, str) or any(_dtype(code) is None for code in columns.dtypes):
+        return _unpickle(pickled, path)
+    storage_meta = None
+    if columns.storage_meta:
+        # Only plain values and paths: see csrc/metadata/plain_pickle.h.
+        checkpoint_id, save_id, load_id, modules = pickle.loads(columns.storage_meta)
+        storage_meta = StorageMeta(checkpoint_id, save_id, load_id, [] if modules is None else modules)
+    return Metadata(
+        state_dict_metadata=LazyDict.of(Entries(columns)),
+        planner_data=_planner_data(columns.planner_data),
+        storage_data=LazyDict.of(StorageEntries(columns)) if columns.has_storage else None,
+        storage_meta=storage_meta,
+        version=columns.version,
+    )
+
+
+def _dtype(code: int) -> torch.dtype | None:
+    return getattr(torch, _native.METADATA_DTYPES[code], None)
+
+
+def _planner_data(pickled: bytes) -> Any:
+    # The protocol takes two bytes; then begins a dict or something small.
+    return LazyDict.of(Unpickled(pickled)) if pickled[2:3] == pickle.EMPTY_DICT else pickle.loads(pickled)
+
+
+def _unpickle(pickled: bytes, path: str) -> Metadata:
+    unpickler = RestrictedUnpickler(pickled)
+    try:
+        with paused_collection():
+            metadata = unpickler.load()
+            if type(metadata) is not Metadata or not isinstance(metadata.state_dict_metadata, dict):
+                raise CorruptMetadataError("the file holds something else than Metadata", path, "", 0, len(pickled))
+    except LoadError:
+        raise
+    except RefusedError as error:
+        raise UntrustedMetadataError(
+            f"the metadata asks for {error}, which torch.distributed.checkpoint never writes and which may run code. "
+            "If you trust the file, FileSystemReader(path, trust_metadata=True) unpickles it as torch does",
+            path,
+            "",
+            unpickler.position(),
+            0,
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = f"the metadata cannot be unpickled: {type(error).__name__}: {error}"
+        raise CorruptMetadataError(reason, path, "", min(unpickler.position(), len(pickled)), 0) from error
+    return metadata

@@ -1,0 +1,201 @@
+"""Unpickles metadata that the native reader does not know, and calls nothing but what is on the allow-list.
+
+Python's own unpickler in C lets a pickle set attributes of classes, and call any class that it may name. So this is the
+one in Python, in which each opcode that acts is replaced. It is slower than torch's, but only metadata that no DCP of
+torch wrote comes here.
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections
+import copyreg
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from dcp_fast.metadata.allowed import DATA_CLASSES, ENUMS, PATHS, PROPERTIES, find_allowed
+
+__all__ = ["RefusedError", "RestrictedUnpickler"]
+
+_ATOMS = (str, int, float, complex, bool, bytes, type(None), *PATHS)
+_Unpickler: Any = pickle._Unpickler
+
+
+class RefusedError(Exception):
+    """The pickle asks for what metadata never needs. The argument says what."""
+
+
+class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
+    """Unpickles once, by ``load()``. Raises RefusedError, or whatever Python's unpickler raises for damage."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Unpickler.dispatch)
+
+    def __init__(self, pickled: bytes) -> None:
+        self._file = io.BytesIO(pickled)
+        super().__init__(self._file)
+
+    def position(self) -> int:
+        """How many bytes have been read, give or take what the frame at hand has left."""
+        frame = getattr(self, "_unframer", None) and self._unframer.current_frame
+        return self._file.tell() - (len(frame.getbuffer()) - frame.tell() if frame else 0)
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = find_allowed(module, name, self.proto)
+        if found is None:
+            raise RefusedError(f"the global {module}.{name}")
+        return found
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise RefusedError("a persistent id")
+
+    def _refuse(self) -> None:
+        raise RefusedError("an opcode that metadata never needs")
+
+    for _opcode in (
+        *(pickle.EXT1, pickle.EXT2, pickle.EXT4),  # the registry of extensions is of the process
+        *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX),
+        *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+    ):
+        dispatch[_opcode[0]] = _refuse
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = _call(self.stack[-1], arguments)
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def load_newobj(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = _new(self.stack[-1], arguments)
+
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        _set_state(self.stack[-1], state)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def load_append(self) -> None:
+        _expect(type(self.stack[-2]) is list, "items for what is no list")
+        super().load_append()
+
+    dispatch[pickle.APPEND[0]] = load_append
+
+    def load_appends(self) -> None:
+        _expect(type(self.metastack[-1][-1]) is list, "items for what is no list")
+        super().load_appends()
+
+    dispatch[pickle.APPENDS[0]] = load_appends
+
+    def load_additems(self) -> None:
+        _expect(type(self.metastack[-1][-1]) is set, "items for what is no set")
+        _check_keys(self.stack)
+        super().load_additems()
+
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+
+    def load_frozenset(self) -> None:
+        _check_keys(self.stack)
+        super().load_frozenset()
+
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+
+    def load_dict(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_dict()
+
+    dispatch[pickle.DICT[0]] = load_dict
+
+    def load_setitem(self) -> None:
+        _expect(type(self.stack[-3]) in (dict, collections.OrderedDict), "keys for what is no dict")
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        _expect(type(self.metastack[-1][-1]) in (dict, collections.OrderedDict), "keys for what is no dict")
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+
+def _expect(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise RefusedError(otherwise)
+
+
+def _check_keys(keys: list[Any]) -> None:
+    """Refuse keys whose hash runs code or, as that of nested tuples with shared items, takes forever."""
+    for key in keys:
+        if type(key) is MetadataIndex:
+            parts: tuple[Any, ...] = (key.fqn, *(key.offset or ()))
+            _expect(type(key.offset) in (torch.Size, type(None)), "an index whose offset is no torch.Size")
+        else:
+            parts = tuple(key) if type(key) in (tuple, torch.Size) else (key,)
+        _expect(all(type(part) in _ATOMS for part in parts), f"a key that is a {type(key).__name__}")
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    """What metadata may call, with the arguments that it may pass."""
+    _expect(type(arguments) is tuple, "arguments that are no tuple")
+    kinds = [type(argument) for argument in arguments]
+    if function is torch.Size:
+        return _new(function, arguments)
+    if function is torch.serialization._get_layout:
+        _expect(kinds == [str], "a layout that is no text")
+    elif function in ENUMS:
+        _expect(kinds == [int], "an enum of no number")
+    elif function is getattr:  # how Python 3.11 pickles the members of enums
+        _expect(len(arguments) == 2 and arguments[0] in ENUMS and kinds[1] is str, "getattr of other than an enum")
+        return arguments[0][arguments[1]]
+    elif function is copyreg._reconstructor:  # type: ignore[attr-defined]
+        _expect(len(arguments) == 3 and arguments[1:] == (object, None), "_reconstructor of other than an object")
+        return _new(arguments[0], ())
+    elif function is codecs.encode:
+        _expect(kinds == [str, str] and arguments[1] == "latin1", "encode of other than bytes")
+    elif function in (dict, collections.OrderedDict):
+        _expect(not arguments, "a dict with arguments")
+    elif function in (set, frozenset):
+        _expect(kinds in ([], [list]), "a set of other than a list")
+        _check_keys(arguments[0] if arguments else [])
+    elif function is complex:
+        _expect(kinds == [float, float], "a complex number of other than floats")
+    else:
+        _expect(function in PATHS and set(kinds) <= {str}, f"a call of {getattr(function, '__qualname__', function)}")
+    return function(*arguments)
+
+
+def _new(cls: Any, arguments: Any) -> Any:
+    if cls is torch.Size:
+        _expect(type(arguments) is tuple and len(arguments) == 1, "a torch.Size of other than numbers")
+        (numbers,) = arguments
+        _expect(type(numbers) in (tuple, list, torch.Size), "a torch.Size of other than numbers")
+        _expect(all(type(number) is int for number in numbers), "a torch.Size of other than numbers")
+        return torch.Size(numbers)
+    _expect(
+        isinstance(cls, type) and (cls in DATA_CLASSES or cls in PROPERTIES) and arguments == (),
+        f"an object of {getattr(cls, '__qualname__', cls)}",
+    )
+    return object.__new__(cls)
+
+
+def _set_state(instance: Any, state: Any) -> None:
+    cls = type(instance)
+    if cls in PROPERTIES:
+        kinds = [type(part) for part in state] if type(state) is tuple else []
+        _expect(kinds == [torch.dtype, torch.layout, bool, PROPERTIES[cls], bool], "properties of other types")
+        instance.__setstate__(state)
+        return
+    _expect(cls in DATA_CLASSES and type(state) is dict, f"state of a {cls.__name__}")
+    for name in state:
+        # Fields that this torch does not have are those of a later one. Special methods would be as good as code.
+        _expect(type(name) is str and not name.startswith("__"), f"the field {name!r} of a {cls.__name__}")
+    vars(instance).update(state)

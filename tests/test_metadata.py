@@ -1,0 +1,467 @@
+"""Metadata equals what torch unpickles, whoever wrote it, and is a Metadata to all code that uses one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import io
+import pickle
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import assert_same_load, fast_reader, save, torch_planner, torch_reader
+from metadata_cases import make_metadata, old_metadata, random_metadata
+from torch.distributed.checkpoint._extension import ZStandard
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+
+import dcp_fast
+from dcp_fast import _native
+from dcp_fast.metadata import LazyDict, columns_of, parse_metadata
+from dcp_fast.metadata.unpickler import RestrictedUnpickler
+
+# The benchmark's generator, by its path: the checkout must not be imported from here.
+_spec = importlib.util.spec_from_file_location(
+    "metadata_files", Path(__file__).parents[1] / "benchmarks" / "metadata_files.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+_metadata_files = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_metadata_files)
+write_metadata = _metadata_files.write_metadata
+
+PROTOCOLS = range(6)
+VERSIONS = ["2.0", "2.3", "2.6", "Python 3.11", "2.0, Python 3.11"]
+
+
+def read(pickled: bytes) -> Metadata:
+    return parse_metadata(pickled, "path")
+
+
+def is_native(metadata: Metadata) -> bool:
+    return columns_of(metadata) is not None
+
+
+def assert_equal(ours: Metadata, theirs: Metadata) -> None:
+    """Equal in both directions, in the same order, and of the same types inside."""
+    assert list(ours.state_dict_metadata) == list(theirs.state_dict_metadata)
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert theirs.storage_data == ours.storage_data
+    if theirs.storage_data is not None:
+        assert [repr(key) for key in ours.storage_data] == [repr(key) for key in theirs.storage_data]
+    assert repr(ours.planner_data) == repr(theirs.planner_data)
+    assert repr(ours.state_dict_metadata) == repr(theirs.state_dict_metadata)
+    assert repr(ours.storage_data) == repr(theirs.storage_data)
+    assert type(ours) is type(theirs) is Metadata
+    assert ours == theirs
+    assert theirs == ours
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_everything_that_dcp_writes(protocol: int) -> None:
+    pickled = pickle.dumps(make_metadata(), protocol)
+    assert is_native(read(pickled))
+    assert_equal(read(pickled), pickle.loads(pickled))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_older_formats(protocol: int, version: str) -> None:
+    pickled = old_metadata(make_metadata(), protocol, version)
+    ours, theirs = read(pickled), pickle.loads(pickled)
+    assert is_native(ours)
+    if not hasattr(theirs.storage_meta, "modules") and theirs.storage_meta is not None:
+        theirs.storage_meta.modules = []  # torch leaves the object without the field
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_restricted_unpickler_reads_the_same(protocol: int) -> None:
+    for pickled in [pickle.dumps(make_metadata(), protocol)] + [
+        old_metadata(make_metadata(), protocol, version) for version in VERSIONS
+    ]:
+        theirs, ours = pickle.loads(pickled), RestrictedUnpickler(pickled).load()
+        for metadata in (theirs, ours):
+            if metadata.storage_meta is not None and not hasattr(metadata.storage_meta, "modules"):
+                metadata.storage_meta.modules = []
+        assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_metadata(seed: int) -> None:
+    rng = random.Random(seed)
+    metadata = random_metadata(rng)
+    pickled = pickle.dumps(metadata, rng.randrange(6))
+    assert is_native(read(pickled))
+    assert_equal(read(pickled), metadata)
+
+
+# Only Python's unpickler knows these.
+UNUSUAL: dict[str, Any] = {
+    "a set": {"planner_data": {"k": {1, 2}}},
+    "a frozenset": {"planner_data": {"k": frozenset([1])}},
+    "a complex number": {"planner_data": {"k": 1j}},
+    "a torch.Size": {"planner_data": {"k": torch.Size([1])}},
+    "a tuple as key": {"planner_data": {("a", 1): 1}},
+    "a giant offset": {"storage_data": {MetadataIndex("a"): dcp.filesystem._StorageInfo("f", 1 << 70, 1)}},
+    "an offset of text": {"storage_data": {MetadataIndex("a"): dcp.filesystem._StorageInfo("f", "1", 1)}},  # type: ignore[arg-type]
+    "storage data of text": {"storage_data": {"a": "b"}},
+    "storage data in a list": {"storage_data": [1]},
+    "a chunk of other dimensions": {
+        "state_dict_metadata": {
+            "a": TensorStorageMetadata(
+                dcp.metadata.TensorProperties(),
+                torch.Size([1]),
+                [dcp.metadata.ChunkStorageMetadata(torch.Size([1, 2]), torch.Size([]))],
+            )
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_unusual_metadata(protocol: int, name: str) -> None:
+    metadata = dataclasses.replace(make_metadata(), **UNUSUAL[name])
+    pickled = pickle.dumps(metadata, protocol)
+    assert isinstance(_native.parse_metadata(pickled), str)
+    assert_equal(read(pickled), metadata)
+
+
+def test_fields_of_later_versions() -> None:
+    metadata = make_metadata()
+    vars(metadata)["checksum"] = "abc"
+    assert vars(read(pickle.dumps(metadata))) == vars(metadata)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    "value", [2.5, float("inf"), 1 << 70, -(1 << 2000), b"bytes", b"b" * 300, "t" * 300, bytearray(1)]
+)
+def test_planner_data_with_other_values(protocol: int, value: Any) -> None:
+    metadata = Metadata({}, {"k": [value, value, (value, 1)]}, {})
+    pickled = pickle.dumps(metadata, protocol)
+    if isinstance(value, bytearray):
+        with pytest.raises(dcp_fast.UntrustedMetadataError):
+            read(pickled)
+        return
+    assert is_native(read(pickled)) or protocol < 3
+    assert_equal(read(pickled), metadata)
+
+
+@pytest.mark.parametrize("planner_data", [None, {}, [], ("a", 1), "text", 5])
+def test_planner_data_of_any_kind(planner_data: Any) -> None:
+    metadata = Metadata({}, planner_data, {})
+    ours = read(pickle.dumps(metadata))
+    assert is_native(ours)
+    assert_equal(ours, metadata)
+
+
+def test_lists_and_chunks_that_are_shared() -> None:
+    metadata = make_metadata()
+    entry = metadata.state_dict_metadata["sharded"]
+    metadata.state_dict_metadata["again"] = entry
+    metadata.state_dict_metadata["same chunks"] = dataclasses.replace(entry)
+    assert_equal(read(pickle.dumps(metadata)), metadata)
+
+
+def test_recursive_planner_data() -> None:
+    loop: list[Any] = [1]
+    loop.append(loop)
+    ours = read(pickle.dumps(Metadata({}, {"loop": loop}, {})))
+    assert ours.planner_data["loop"][1] is ours.planner_data["loop"]
+    pair: tuple[Any, ...] = ([],)
+    pair[0].append(pair)
+    ours = read(pickle.dumps(Metadata({}, {"loop": pair}, {})))
+    assert ours.planner_data["loop"][0][0] is ours.planner_data["loop"]
+
+
+# A checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state = {
+        "model": {"a": torch.arange(12.0).view(3, 4), "b": torch.tensor(1, dtype=torch.int8)},
+        "list": [torch.zeros(2), {"deep": torch.ones(0)}],
+        "step": 5,
+    }
+    return save(tmp_path_factory.mktemp("metadata") / "checkpoint", state)
+
+
+def test_read_metadata_sets_what_torchs_does(checkpoint: Path) -> None:
+    readers = torch_reader(checkpoint), fast_reader(checkpoint)
+    theirs, ours = (reader.read_metadata() for reader in readers)
+    assert is_native(ours)
+    assert ours.storage_meta is not None
+    assert ours.storage_meta.load_id == readers[1].load_id
+    ours.storage_meta.load_id = readers[0].load_id
+    assert_equal(ours, theirs)
+
+
+def test_storage_meta_is_made(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, None, {})))
+    reader = fast_reader(tmp_path)
+    assert reader.read_metadata().storage_meta == StorageMeta(load_id=reader.load_id)
+
+
+def test_rank_local_metadata(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "__3.metadata").write_bytes((checkpoint / ".metadata").read_bytes())
+    ours = fast_reader(tmp_path).read_metadata(rank=3)
+    assert is_native(ours)
+    assert list(ours.state_dict_metadata) == ["model.a", "model.b", "list.0", "list.1.deep", "step"]
+    with pytest.raises(FileNotFoundError):
+        fast_reader(tmp_path).read_metadata(rank=4)
+
+
+def test_compressed_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("zstandard")
+    path = save(tmp_path / "zstd", {"a": torch.ones(4)}, _extensions=[ZStandard()])
+    ours = fast_reader(path).read_metadata()
+    assert is_native(ours)
+    (info,) = ours.storage_data.values()
+    assert info.transform_descriptors == [ZStandard().get_descriptor()]
+
+
+def test_torchs_planner_makes_only_what_it_needs(checkpoint: Path) -> None:
+    metadata = fast_reader(checkpoint).read_metadata()
+    planner = torch_planner()
+    planner.set_up_planner({"model": {"a": torch.zeros(3, 4)}}, metadata, True)
+    assert len(planner.create_local_plan().items) == 1
+    made = [fqn for fqn in metadata.state_dict_metadata if metadata.state_dict_metadata.made(fqn)]  # type: ignore[attr-defined]
+    assert made == ["model.a"]
+    assert is_native(metadata)
+
+
+class ThoroughPlanner(dcp.DefaultLoadPlanner):
+    """Looks at all metadata in every way, as planners of frameworks do."""
+
+    def create_local_plan(self) -> dcp.LoadPlan:
+        assert self.metadata is not None
+        for fqn, entry in self.metadata.state_dict_metadata.items():
+            assert self.metadata.state_dict_metadata[fqn] is entry
+            for index, part in enumerate(getattr(entry, "chunks", ())):
+                assert MetadataIndex(fqn, part.offsets, index) in self.metadata.storage_data
+        for index, info in self.metadata.storage_data.items():
+            assert self.metadata.storage_data[index] is info
+        assert dict(self.metadata.planner_data).keys() == self.metadata.state_dict_metadata.keys()
+        return super().create_local_plan()
+
+
+def test_planner_that_looks_at_everything(checkpoint: Path) -> None:
+    def make() -> dict[str, Any]:
+        return {"model": {"a": torch.zeros(3, 4)}, "step": 0}
+
+    assert_same_load(checkpoint, make, planner=ThoroughPlanner)
+    assert_same_load(checkpoint, make)
+
+
+def test_trusted_metadata(checkpoint: Path) -> None:
+    metadata = fast_reader(checkpoint, trust_metadata=True).read_metadata()
+    assert type(metadata.state_dict_metadata) is dict
+    with dcp_fast.install(trust_metadata=True):
+        assert fast_reader(checkpoint).trust_metadata
+    assert not fast_reader(checkpoint).trust_metadata
+
+
+# Lazy dicts
+
+
+def lazy() -> tuple[LazyDict[Any, Any], dict[Any, Any]]:
+    metadata = make_metadata()
+    ours = read(pickle.dumps(metadata)).state_dict_metadata
+    assert isinstance(ours, LazyDict)
+    return ours, metadata.state_dict_metadata
+
+
+OPERATIONS: dict[str, Any] = {
+    "len": len,
+    "bool": bool,
+    "list": list,
+    "dict": dict,
+    "unpacked": lambda d: {**d},
+    "keys": lambda d: list(d.keys()),
+    "values": lambda d: list(d.values()),
+    "items": lambda d: list(d.items()),
+    "sorted": sorted,
+    "reversed": lambda d: list(reversed(d)),
+    "get": lambda d: (d.get("sharded"), d.get("absent"), d.get("absent", 5), d.get(5)),
+    "in": lambda d: ("sharded" in d, "absent" in d, 5 in d, None in d),
+    "key set": lambda d: (d.keys() - {"sharded"}, d.keys() & {"sharded", "absent"}, {"absent"} | d.keys()),
+    "or": lambda d: d | {"new": 1},
+    "ror": lambda d: {"new": 1} | d,
+    "ior": lambda d: d.__ior__({"new": 1}),
+    "update of a dict": lambda d: (plain := {"new": 1}, plain.update(d), plain)[2],
+    "copy": lambda d: d.copy(),
+    "copy.copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda d: pickle.loads(pickle.dumps(d)),
+    "repr": repr,
+    "set": lambda d: (d.__setitem__("sharded", 1), d.__setitem__("new", 2), list(d.items()))[2],
+    "del": lambda d: (d.__delitem__("sharded"), list(d.items()))[1],
+    "pop": lambda d: (d.pop("sharded"), d.pop("absent", 3), list(d)),
+    "popitem": lambda d: (d.popitem(), list(d)),
+    "setdefault": lambda d: (d.setdefault("sharded", 1), d.setdefault("new", 1), list(d)),
+    "update": lambda d: (d.update({"new": 1}, other=2), list(d.items()))[1],
+    "clear": lambda d: (d.clear(), list(d), len(d), "sharded" in d),
+    "equal": lambda d: (d == make_metadata().state_dict_metadata, d == {}, make_metadata().state_dict_metadata == d),
+    "unequal": lambda d: (d != make_metadata().state_dict_metadata, d != {}, d != 5),
+    "fromkeys": lambda d: type(d).fromkeys(["a"], 1),
+    "as a keyword": lambda d: (lambda **kwargs: kwargs)(**{k: v for k, v in d.items() if k.isidentifier()}),
+    "touched out of order": lambda d: (d["zero"], d["scalar"], list(d.items()), list(d.values())),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation(name: str) -> None:
+    ours, theirs = lazy()
+    expected, actual = OPERATIONS[name](theirs), OPERATIONS[name](ours)
+    assert actual == expected
+    assert expected == actual
+    if isinstance(expected, dict):
+        assert list(actual.items()) == list(expected.items())
+    assert list(ours.items()) == list(theirs.items())
+
+
+def test_missing_keys() -> None:
+    ours, _ = lazy()
+    storage = read(pickle.dumps(make_metadata())).storage_data
+    for key in ("absent", 5, None, ("sharded",)):
+        with pytest.raises(KeyError):
+            ours[key]
+        with pytest.raises(KeyError):
+            storage[key]
+    with pytest.raises(TypeError):
+        ours[[]]  # type: ignore[index]
+    for index in (MetadataIndex("sharded"), MetadataIndex("sharded", [1, 0]), MetadataIndex("sharded", [0, 0, 0])):
+        assert index not in storage
+    for index in (MetadataIndex("sharded", [0, 1 << 70]), MetadataIndex("absent", []), MetadataIndex("scalar")):
+        with pytest.raises(KeyError):
+            storage[index]
+
+
+def test_the_index_of_a_key_plays_no_part() -> None:
+    metadata = make_metadata()
+    ours = read(pickle.dumps(metadata)).storage_data
+    for index, info in metadata.storage_data.items():
+        for hint in (None, 5):
+            key = MetadataIndex(index.fqn, index.offset, hint)
+            assert key in ours
+            assert ours[key] == info
+    assert list(ours) == list(metadata.storage_data)
+    assert [key.index for key in ours] == [key.index for key in metadata.storage_data]
+
+
+def test_values_are_kept() -> None:
+    ours, _ = lazy()
+    entry = ours["sharded"]
+    entry.size = torch.Size([1])
+    assert ours["sharded"] is entry
+    assert ours.made("sharded")
+    assert not ours.made("scalar")
+    assert dict(ours)["sharded"] is entry
+    assert next(value for key, value in ours.items() if key == "sharded") is entry
+
+
+def test_pickles_need_no_dcp_fast() -> None:
+    metadata = read(pickle.dumps(make_metadata()))
+    for protocol in PROTOCOLS:
+        pickled = pickle.dumps(metadata, protocol)
+        assert b"dcp_fast" not in pickled
+        assert_equal(read(pickled), make_metadata())
+    program = (
+        "import pickle, sys; metadata = pickle.load(sys.stdin.buffer); assert 'dcp_fast' not in sys.modules;"
+        "assert type(metadata.state_dict_metadata) is type(metadata.storage_data) is dict"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], input=pickle.dumps(metadata), check=True)
+
+
+def test_dataclass_functions() -> None:
+    ours = read(pickle.dumps(make_metadata()))
+    replaced = dataclasses.replace(ours, version="2")
+    assert replaced.state_dict_metadata is ours.state_dict_metadata
+    assert is_native(replaced)
+    assert dataclasses.asdict(ours.state_dict_metadata["sharded"])["size"] == torch.Size([4, 1 << 40])
+    assert copy.deepcopy(ours) == make_metadata()
+    assert copy.copy(ours) == make_metadata()
+
+
+def test_threads_that_share_metadata() -> None:
+    stream = io.BytesIO()
+    write_metadata(stream, 50, 40)
+    metadata = read(stream.getvalue())
+    expected = pickle.loads(stream.getvalue())
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            keys = list(expected.storage_data)
+            random.Random(seed).shuffle(keys)
+            for key in keys:
+                assert metadata.storage_data[key] == expected.storage_data[key]
+            if seed % 2:
+                metadata.storage_data.fill()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert list(metadata.storage_data.items()) == list(expected.storage_data.items())
+
+
+# Columns
+
+
+def test_columns() -> None:
+    metadata = make_metadata()
+    ours = read(pickle.dumps(metadata))
+    columns = columns_of(ours)
+    assert columns is not None
+    assert columns.fqns() == list(metadata.state_dict_metadata)
+    for number, (fqn, entry) in enumerate(metadata.state_dict_metadata.items()):
+        assert columns.find_entry(fqn) == number
+        if not isinstance(entry, TensorStorageMetadata):
+            assert columns.entry_fields(number) is None
+            continue
+        expected = [[list(part.offsets), list(part.sizes)] for part in entry.chunks]
+        assert columns.chunks(number).tolist() == expected
+        for index, part in enumerate(entry.chunks):
+            row = columns.row_of_chunk(number, index)
+            info = metadata.storage_data[MetadataIndex(fqn, part.offsets)]
+            assert columns.files()[columns.row_files[row]] == info.relative_path
+            assert (columns.row_offsets[row], columns.row_lengths[row]) == (info.offset, info.length)
+    assert columns.find_entry("only in storage") == columns.find_entry("absent") == -1
+    assert columns.row_count == len(metadata.storage_data)
+    with pytest.raises(TypeError):
+        columns.row_offsets[0] = 1  # type: ignore[index]
+
+
+def test_columns_outlive_what_they_came_from() -> None:
+    chunks = _native.parse_metadata(pickle.dumps(make_metadata())).chunks(len(make_metadata().state_dict_metadata) - 8)  # type: ignore[union-attr]
+    assert chunks.tolist() == [[[0, 0], [2, 1 << 40]], [[2, 0], [2, 300]], [[2, 300], [2, (1 << 40) - 300]]]
+
+
+def test_columns_are_given_up_when_a_dict_changes() -> None:
+    ours = read(pickle.dumps(make_metadata()))
+    del ours.state_dict_metadata["zero"]
+    assert columns_of(ours) is None
+    assert columns_of(make_metadata()) is None
+
+
+def test_metadata_of_many_ranks() -> None:
+    stream = io.BytesIO()
+    write_metadata(stream, 1010, 20)
+    ours = read(stream.getvalue())
+    assert is_native(ours)
+    assert_equal(ours, pickle.loads(stream.getvalue()))
