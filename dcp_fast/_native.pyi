@@ -93,6 +93,7 @@ class MetadataColumns:
     def find_entry(self, fqn: str) -> int: ...  # -1: there is none
     def entry_fields(self, entry: int) -> tuple[int, int, bool, int, bool, bool, tuple[int, ...]] | None: ...
     def chunks(self, entry: int) -> memoryview: ...  # int64: chunk, offsets or sizes, dimension
+    def find_overlaps(self, requests: Sequence[int]) -> tuple[list[int], list[int]]: ...
     has_storage: bool
     row_count: int
     row_files: memoryview  # uint32, indices into files()

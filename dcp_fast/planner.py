@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -16,7 +17,6 @@ from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.metadata import (
-    STORAGE_TYPES,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
 from dcp_fast.garbage import paused_collection
+from dcp_fast.metadata import LazyDict, columns_of
 from dcp_fast.stand_in import StandIn
 
 __all__ = ["DefaultLoadPlanner", "create_default_local_load_plan", "create_read_items_for_chunk_list"]
@@ -77,15 +78,15 @@ def create_read_items_for_chunk_list(
     width = 2 + 3 * dims
     for at in range(0, len(rows), width):
         wanted_index, stored_index = rows[at], rows[at + 1]
-        boxes = rows[at + 2 : at + width]
+        box = rows[at + 2 : at + width]
         items.append(
             ReadItem(
                 type=LoadItemType.TENSOR,
                 dest_index=MetadataIndex(fqn, local_chunks[wanted_index].offsets, wanted_index),
-                dest_offsets=torch.Size(boxes[dims : 2 * dims]),
+                dest_offsets=torch.Size(box[dims : 2 * dims]),
                 storage_index=MetadataIndex(fqn, stored[stored_index].offsets, stored_index),
-                storage_offsets=torch.Size(boxes[:dims]),
-                lengths=torch.Size(boxes[2 * dims :]),
+                storage_offsets=torch.Size(box[:dims]),
+                lengths=torch.Size(box[2 * dims :]),
             )
         )
     return items
@@ -110,31 +111,32 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
     a kind of entry that differs. Where no stored chunk covers a part of a wanted tensor, torch leaves that part as it
     was without a word; so does this function, but it logs a warning that names the tensors.
     """
-    items: list[ReadItem] = []
-    uncovered: list[str] = []
+    search = _Search(metadata)
     for fqn, value in state_dict.items():
-        entry = metadata.state_dict_metadata.get(fqn)
+        entry = search.find(fqn)
         if entry is None:
             if strict:
                 raise RuntimeError(f"Missing key in checkpoint state_dict: {fqn}.")
             continue
-        _check_size(fqn, entry, value)
+        if entry.size is not None and getattr(value, "size", None) is not None:
+            size = global_size(value)
+            if entry.size != size:
+                raise ValueError(f"Size mismatch between saved {torch.Size(entry.size)} and current: {size} for {fqn}")
         # A rank outside the mesh of a DTensor on a sub-mesh holds nothing of it.
         if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
             continue
-        if isinstance(entry, BytesStorageMetadata):
-            items += _create_read_items(fqn, entry, value)
+        if entry.size is None:
+            search.add_bytes(fqn, value)
             continue
         try:
-            wanted = _create_chunk_list(value)
+            wanted = search.wanted_chunks(value)
         except ValueError as error:
             raise ValueError(
-                f"Invalid checkpoint metadata for {fqn}, expected BytesStorageMetadata but found {type(entry)}",
+                f"Invalid checkpoint metadata for {fqn}, expected BytesStorageMetadata but found "
+                f"{TensorStorageMetadata}",
             ) from error
-        new_items = create_read_items_for_chunk_list(fqn, entry, wanted)
-        if _volume(item.lengths for item in new_items) < _volume(chunk.sizes for chunk in wanted):
-            uncovered.append(fqn)
-        items += new_items
+        search.add_chunks(fqn, entry, wanted)
+    items, uncovered = search.run()
     if uncovered:
         logger.warning(
             "the checkpoint has no data for parts of %d tensors, which keep what they hold: %s%s",
@@ -149,12 +151,111 @@ def _volume(sizes: Any) -> int:
     return sum(map(math.prod, sizes))
 
 
-def _check_size(fqn: str, entry: STORAGE_TYPES, value: Any) -> None:
-    if not isinstance(entry, TensorStorageMetadata) or getattr(value, "size", None) is None:
-        return
-    size = global_size(value)
-    if entry.size != size:
-        raise ValueError(f"Size mismatch between saved {entry.size} and current: {size} for {fqn}")
+@dataclass
+class _Entry:
+    """What planning needs to know of a key of the checkpoint.
+
+    Attributes:
+        size: of the global tensor; None for a bytes entry.
+        number: its number in the columns; None where there are no columns of it.
+    """
+
+    size: Sequence[int] | None
+    number: int | None = None
+
+
+class _Search:
+    """Collects what is wanted of all tensors, then looks for all overlaps in one go.
+
+    Without columns, or where somebody may have changed an entry, chunks are compared tensor by tensor.
+    """
+
+    def __init__(self, metadata: Metadata) -> None:
+        self.metadata = metadata.state_dict_metadata
+        self.columns = columns_of(metadata)
+        # In the order of the state dict: items, or the chunks of a request to the columns.
+        self.parts: list[list[ReadItem] | tuple[str, Sequence[ChunkStorageMetadata]]] = []
+        self.requests: list[int] = []
+        self.uncovered: list[tuple[int, str]] = []  # with the number of parts before
+        self.dtensor_chunks: dict[Any, list[ChunkStorageMetadata]] = {}
+
+    def find(self, fqn: str) -> _Entry | None:
+        if self.columns is not None and not cast(LazyDict[str, Any], self.metadata).made(fqn):
+            number = self.columns.find_entry(fqn)
+            if number < 0:
+                return None
+            fields = self.columns.entry_fields(number)
+            return _Entry(None if fields is None else fields[-1], number)
+        entry = self.metadata.get(fqn)
+        if entry is None:
+            return None
+        return _Entry(entry.size if isinstance(entry, TensorStorageMetadata) else None)
+
+    def wanted_chunks(self, value: Any) -> list[ChunkStorageMetadata]:
+        """torch's ``_create_chunk_list``; the geometry of DTensors that are alike is computed once."""
+        if type(value) is not DTensor or type(value._local_tensor) is not torch.Tensor:
+            return _create_chunk_list(value)
+        key = (value.device_mesh, value.placements, value.shape)
+        chunks = self.dtensor_chunks.get(key)
+        if chunks is None:
+            chunks = self.dtensor_chunks[key] = _create_chunk_list(value)
+        return chunks
+
+    def add_bytes(self, fqn: str, value: Any) -> None:
+        self.parts.append(_create_read_items(fqn, BytesStorageMetadata(), value))
+
+    def add_chunks(self, fqn: str, entry: _Entry, wanted: list[ChunkStorageMetadata]) -> None:
+        assert entry.size is not None
+        if not wanted:
+            return
+        values = None if entry.number is None else _flatten(wanted, len(entry.size))
+        if values is not None:
+            assert entry.number is not None
+            self.requests += (entry.number, len(wanted), *values)
+            self.parts.append((fqn, wanted))
+            return
+        stored = cast(TensorStorageMetadata, self.metadata[fqn])
+        items = create_read_items_for_chunk_list(fqn, stored, wanted)
+        if _volume(item.lengths for item in items) < _volume(chunk.sizes for chunk in wanted):
+            self.uncovered.append((len(self.parts), fqn))
+        self.parts.append(items)
+
+    def run(self) -> tuple[list[ReadItem], list[str]]:
+        """The items of all parts in order, and the tensors of which the checkpoint lacks something."""
+        if self.columns is not None and self.requests:
+            self._fill_parts(*self.columns.find_overlaps(self.requests))
+        items = [item for part in self.parts for item in cast(list[ReadItem], part)]
+        return items, [fqn for _, fqn in sorted(self.uncovered)]
+
+    def _fill_parts(self, rows: list[int], covered: list[int]) -> None:
+        size = torch.Size
+        at = request = 0
+        for part, content in enumerate(self.parts):
+            if isinstance(content, list):
+                continue
+            fqn, wanted = content
+            if covered[request] < _volume(chunk.sizes for chunk in wanted):
+                self.uncovered.append((part, fqn))
+            dims = len(wanted[0].offsets)
+            items: list[ReadItem] = []
+            while at < len(rows) and rows[at] == request:
+                _, wanted_index, stored_index = rows[at : at + 3]
+                at += 3
+                corners = [size(rows[i : i + dims]) for i in range(at, at + 4 * dims, dims)] if dims else [size()] * 4
+                at += 4 * dims
+                stored_offsets, storage_offsets, dest_offsets, lengths = corners
+                items.append(
+                    ReadItem(
+                        LoadItemType.TENSOR,
+                        MetadataIndex(fqn, wanted[wanted_index].offsets, wanted_index),
+                        dest_offsets,
+                        MetadataIndex(fqn, stored_offsets, stored_index),
+                        storage_offsets,
+                        lengths,
+                    )
+                )
+            self.parts[part] = items
+            request += 1
 
 
 def global_size(value: Any) -> torch.Size:
