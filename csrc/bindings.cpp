@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -240,9 +241,13 @@ void synchronize(cuda::Staging& staging, const StreamsByDevice& streams) {
   staging.wait_for_slots();
 }
 
-// What holds GPU memory waits for the GPU before it goes.
-struct WithoutGil {
+// What holds GPU memory waits for the GPU before it goes. In a child of the process that made it nothing of the driver
+// may be called: the child's copy is left as it is.
+struct DeleteStaging {
+  pid_t owner = ::getpid();
+
   void operator()(cuda::Staging* staging) const {
+    if (::getpid() != owner) return;
     const py::gil_scoped_release release;
     delete staging;
   }
@@ -433,9 +438,9 @@ PYBIND11_MODULE(_native, module) {
       .def_readonly("launches", &cuda::DeviceStats::launches)
       .def_readonly("copy_seconds", &cuda::DeviceStats::copy_seconds);
 
-  py::class_<cuda::Staging, std::unique_ptr<cuda::Staging, WithoutGil>>(module, "CudaStaging")
+  py::class_<cuda::Staging, std::unique_ptr<cuda::Staging, DeleteStaging>>(module, "CudaStaging")
       .def(py::init([](int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes) {
-             return std::unique_ptr<cuda::Staging, WithoutGil>(
+             return std::unique_ptr<cuda::Staging, DeleteStaging>(
                  new cuda::Staging(pinned_bytes, device_bytes, block_bytes));
            }),
            py::kw_only(), py::arg("pinned_bytes"), py::arg("device_bytes"), py::arg("block_bytes"))

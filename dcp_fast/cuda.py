@@ -81,13 +81,13 @@ class CudaLoad:
         self._devices: set[int] = set()
         self._tensors: list[torch.Tensor] = []
 
+    def keep(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Let destinations outlive a load that does not wait for its last copy, whatever becomes of the state dict."""
+        if not self.limits.synchronize:
+            self._tensors += tensors
+
     def run(
-        self,
-        program: _native.Program,
-        wave: int,
-        options: _native.Options,
-        devices: Iterable[int],
-        tensors: Sequence[torch.Tensor],
+        self, program: _native.Program, wave: int, options: _native.Options, devices: Iterable[int]
     ) -> _native.Stats:
         """Run a wave of a program that has destinations on the devices.
 
@@ -98,7 +98,6 @@ class CudaLoad:
             wave: which of its waves.
             options: for reading.
             devices: ordinals.
-            tensors: the destinations.
         """
         if self._staging is None:
             self._staging = _lease(self.limits)
@@ -106,8 +105,6 @@ class CudaLoad:
             self._started = time.perf_counter()
             self._read_before = options.reading_seconds
         self._devices.update(devices)
-        if not self.limits.synchronize:
-            self._tensors += tensors
         return program.run(wave, options, self._staging, _current_streams(devices))
 
     def finish(self) -> None:

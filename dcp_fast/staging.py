@@ -95,14 +95,17 @@ def place_staged(
 def _place_through_device(
     device: int, boxes: list[StagedBox], layouts: _native.Layouts, options: _native.Options, cuda: CudaLoad
 ) -> Iterator[_native.Stats]:
+    needed = sum(_aligned(prod(box.lengths) * box.dtype.itemsize) for box in boxes)
     # The other half of it is for slots of the ring.
-    memory = _allocate(cuda.limits.device_staging_bytes // 2, torch.device("cuda", device))
-    cuda.conversion_bytes = memory.numel()
-    for parts in _batches(boxes, memory.numel()):
+    capacity = min(cuda.limits.device_staging_bytes // 2, needed + _ALIGNMENT)
+    memory = _allocate(capacity, torch.device("cuda", device))
+    cuda.conversion_bytes = max(cuda.conversion_bytes, capacity)
+    for parts in _batches(boxes, capacity):
         batch = _batch(parts, memory, device)
         program = _native.Program(layouts, array("q", batch.items), array("q", batch.slots))
-        yield cuda.run(program, 0, options, [device], [memory])
-        # Ordered by torch's current stream: this waits for the copies, and the next batch's copies wait for this.
+        yield cuda.run(program, 0, options, [device])
+        # Ordered by torch's current stream: this waits for the copies, and for this wait the next batch's copies and
+        # whoever gets the memory after that.
         for target, staged in batch.copies:
             target.copy_(staged)
 

@@ -175,6 +175,7 @@ class PlanTransfer:
                 tensor = destinations.tensors[numbers[i]].detach()
                 return narrow_tensor_by_index(tensor, items[i].dest_offsets, items[i].lengths)
 
+            self.cuda.keep(destinations.tensors)
             self._place(items, records, column, destinations, target)
         with self.report.stage("commit"):
             for item in byte_items:
@@ -222,7 +223,7 @@ class PlanTransfer:
         try:
             for wave in range(program.waves):
                 if destinations.devices:
-                    stats = self.cuda.run(program, wave, self.options, destinations.devices, destinations.tensors)
+                    stats = self.cuda.run(program, wave, self.options, destinations.devices)
                 else:
                     stats = program.run(wave, self.options)
                 self._count(stats)

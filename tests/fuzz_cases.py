@@ -1,22 +1,40 @@
-"""Random checkpoints and random state dicts to load them into, each made from a seed."""
+"""Random checkpoints and random state dicts to load them into, each made from a seed; and loads of them, compared."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import DTYPES, Entry, ShardedBuffer, fill, write_checkpoint
+from helpers import (
+    DTYPES,
+    Entry,
+    Outcome,
+    ShardedBuffer,
+    fast_reader,
+    fill,
+    image,
+    load_with,
+    torch_load,
+    torch_planner,
+    torch_reader,
+    write_checkpoint,
+)
 
-__all__ = ["Case", "make_case"]
+import dcp_fast
+
+__all__ = ["Case", "compare", "make_case"]
 
 # No conversion between these is undefined for the values that `values` makes, NaN aside (see `convertible`).
 CONVERSIONS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8]
+SHARED_BYTES = 1 << 22  # of destinations that overlap
+HOST_ONLY = (torch.device("cpu"),)
 
 
 @dataclass
@@ -29,12 +47,18 @@ class Case:
     description: list[str] = field(default_factory=list)
 
 
-def make_case(path: Path, seed: int) -> Case:
-    """Write the checkpoint of a seed; the case is the same wherever and whenever it is made."""
+def make_case(path: Path, seed: int, devices: Sequence[torch.device] = HOST_ONLY) -> Case:
+    """Write the checkpoint of a seed; the case is the same wherever and whenever it is made.
+
+    Args:
+        path: where the checkpoint goes.
+        seed: of the case.
+        devices: where destinations lie, each on one of them.
+    """
     rng = random.Random(seed)
     entries: dict[str, Entry] = {}
     builders: list[tuple[str, Callable[[Arena], Any]]] = []
-    description: list[str] = []
+    description = [f"seed {seed}"]
     files = rng.choice([1, 1, 2, 5])
     for number in range(rng.randint(1, 7)):
         fqn = rng.choice([f"k{number}", f"nested.k{number}", f"nested.deep.k{number}"])
@@ -56,7 +80,7 @@ def make_case(path: Path, seed: int) -> Case:
     aliased = rng.random() < 0.3
 
     def make() -> dict[str, Any]:
-        arena = Arena(random.Random(arena_seed), aliased)
+        arena = Arena(random.Random(arena_seed), aliased, devices)
         state: dict[str, Any] = {}
         for fqn, builder in builders:
             *parents, name = fqn.split(".")
@@ -67,8 +91,47 @@ def make_case(path: Path, seed: int) -> Case:
         return state
 
     options = random_options(rng)
-    description.append(f"aliased={aliased} options={options}")
+    description.append(f"aliased={aliased} options={options} devices={[str(device) for device in devices]}")
     return Case(write_checkpoint(path, entries), make, options, description)
+
+
+def compare(case: Case) -> tuple[bool, bool]:
+    """Load a case with torch and with dcp_fast, and delete its checkpoint.
+
+    Returns:
+        Whether the load changed anything, and whether torch.load had to help dcp_fast.
+    """
+    try:
+        before = case.make()
+        untouched = image(before)
+        expected = load_with(torch_load, before, storage_reader=torch_reader(case.path), planner=torch_planner())
+        reader = fast_reader(case.path, **case.options)
+        actual = load_with(dcp_fast.load, case.make(), storage_reader=reader)
+        assert same(actual, expected), "\n".join([*case.description, difference(actual, expected)])
+        report = dcp_fast.last_report()
+        assert report is not None
+        return image(expected.state) != untouched, report.fallback_records > 0
+    finally:
+        shutil.rmtree(case.path)
+
+
+def same(actual: Outcome, expected: Outcome) -> bool:
+    if expected.errors is None or actual.errors is None:
+        return actual.errors is expected.errors and actual.image() == expected.image()
+    return all(isinstance(actual.errors.get(rank), type(error)) for rank, error in expected.errors.items())
+
+
+def difference(actual: Outcome, expected: Outcome) -> str:
+    if expected.errors is not None or actual.errors is not None:
+        return f"torch: {expected.errors}, dcp_fast: {actual.errors}"
+
+    def flat(state: object, path: str = "") -> list[tuple[str, object]]:
+        if isinstance(state, dict):
+            return [entry for key, value in state.items() for entry in flat(value, f"{path}.{key}")]
+        return [(path, image(state))]
+
+    names = [name for (name, a), (_, b) in zip(flat(actual.state), flat(expected.state), strict=True) if a != b]
+    return f"differs in {names}"
 
 
 def random_options(rng: random.Random) -> dict[str, Any]:
@@ -181,18 +244,26 @@ def empty(
 
 
 class Arena:
-    """Where destinations get their memory: each its own, or all the same so that they overlap."""
+    """Where destinations get their memory: each its own, or all the same of a device so that they overlap."""
 
-    def __init__(self, rng: random.Random, aliased: bool) -> None:
+    def __init__(self, rng: random.Random, aliased: bool, devices: Sequence[torch.device]) -> None:
         self.rng = rng
-        self.memory = torch.zeros(1 << 22, dtype=torch.uint8) if aliased else None
+        self.aliased = aliased
+        self.devices = devices
+        self.shared: dict[torch.device, torch.Tensor] = {}
+
+    def device(self) -> torch.device:
+        return self.devices[0] if len(self.devices) == 1 else self.rng.choice(self.devices)
 
     def take(self, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         size = math.prod(sizes) * dtype.itemsize
-        if self.memory is None or self.rng.random() < 0.3 or size + 4096 > self.memory.numel() or dtype == torch.bool:
-            return torch.zeros(torch.Size(sizes), dtype=dtype)
+        device = self.device()
+        if not self.aliased or self.rng.random() < 0.3 or size + 4096 > SHARED_BYTES or dtype == torch.bool:
+            return torch.zeros(torch.Size(sizes), dtype=dtype, device=device)
+        if device not in self.shared:
+            self.shared[device] = torch.zeros(SHARED_BYTES, dtype=torch.uint8, device=device)
         start = self.rng.randint(0, 40) * 16
-        return self.memory[start : start + size].view(dtype).view(torch.Size(sizes))
+        return self.shared[device][start : start + size].view(dtype).view(torch.Size(sizes))
 
 
 def random_destination(rng: random.Random, entry: Entry) -> tuple[Callable[[Arena], Any], str]:
@@ -214,6 +285,6 @@ def random_destination(rng: random.Random, entry: Entry) -> tuple[Callable[[Aren
 
 def destination(rng: random.Random, sizes: Sequence[int], dtype: torch.dtype, kind: str, arena: Arena) -> torch.Tensor:
     if kind == "parameter" and dtype.is_floating_point:
-        return torch.nn.Parameter(torch.zeros(torch.Size(sizes), dtype=dtype))
+        return torch.nn.Parameter(torch.zeros(torch.Size(sizes), dtype=dtype, device=arena.device()))
     order = rng.sample(range(len(sizes)), len(sizes)) if kind in {"permuted", "strided"} else list(range(len(sizes)))
     return empty(rng, sizes, dtype, "permuted" if kind in {"contiguous", "parameter"} else kind, order, arena)

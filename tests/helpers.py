@@ -114,7 +114,7 @@ def _tensor_image(tensor: torch.Tensor, layout: bool) -> Any:
     if tensor.is_quantized:
         return (*facts, str(tensor.qscheme()), repr(tensor.int_repr()))
     with torch.no_grad():
-        plain = tensor.detach().resolve_conj().resolve_neg().as_subclass(torch.Tensor).contiguous()
+        plain = tensor.detach().resolve_conj().resolve_neg().as_subclass(torch.Tensor).contiguous().cpu()
     bits = ctypes.string_at(plain.data_ptr(), plain.numel() * plain.itemsize) if plain.numel() else b""
     if layout:
         facts += [tuple(tensor.stride()), tensor.storage_offset(), tensor.is_conj(), tensor.is_neg()]

@@ -7,23 +7,22 @@ DCP_FAST_LIBCUDA names it and torch is a CPU build. Otherwise they are skipped, 
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from processes import SIMULATED, use_devices
 from simulated_cuda import torch_backend
 from simulated_cuda.control import Simulator
 
 import dcp_fast
 
 _FOLDER = Path(__file__).parent
-_SIMULATED = "DCP_FAST_LIBCUDA" in os.environ
 
 
 def _what_is_missing() -> str | None:
-    if _SIMULATED:
+    if SIMULATED:
         return torch_backend.why_not()
     if not torch.cuda.is_available():
         return "needs a GPU, or the simulated driver in DCP_FAST_LIBCUDA and a CPU build of torch"
@@ -32,8 +31,8 @@ def _what_is_missing() -> str | None:
 
 def pytest_configure() -> None:
     # Before any test module is imported: what it imports may look for devices.
-    if _SIMULATED and torch_backend.why_not() is None:
-        torch_backend.install()
+    if torch_backend.why_not() is None:
+        use_devices()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,9 +56,21 @@ def two_devices() -> tuple[torch.device, torch.device]:
 
 @pytest.fixture
 def simulator() -> Simulator:
-    if not _SIMULATED:
+    if not SIMULATED:
         pytest.skip("asks the simulated driver")
     return Simulator()
+
+
+@pytest.fixture
+def slow_copies() -> Iterator[None]:
+    """Copies take long enough that work which does not wait for them comes too early."""
+    if not SIMULATED:
+        yield  # they take what they take
+        return
+    simulator = Simulator()
+    simulator.set("copy_gbps", 0.02)
+    yield
+    simulator.set("copy_gbps", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +79,7 @@ def nothing_to_report() -> Iterator[None]:
 
     A test that expects reports takes them with `simulator.reports(clear=True)`.
     """
-    if not _SIMULATED:
+    if not SIMULATED:
         yield
         return
     simulator = Simulator()

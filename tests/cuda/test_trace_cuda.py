@@ -36,12 +36,13 @@ def test_copies_and_launches(cuda: torch.device, tmp_path: Path) -> None:
     copies, kernels = tracks["cuda:0 copy"], tracks["cuda:0 kernel"]
     assert sum(event["args"]["bytes"] for event in copies) == report.bytes_to_device
     assert len(kernels) == report.launches == 1
-    # Each lies within the stage that it is a part of, but for the resolution of device times.
+    # Each lies within the stage that it is a part of, but for what the two clocks differ.
+    tolerance = 20_000
     stages = [event for event in tracks["load"] if event["name"] == "transfer"]
     begin, end = stages[0]["ts"], stages[-1]["ts"] + stages[-1]["dur"]
     for event in copies + kernels:
         assert event["dur"] >= 0
-        assert begin - 1000 <= event["ts"] <= event["ts"] + event["dur"] <= end + 1000
+        assert begin - tolerance <= event["ts"] <= event["ts"] + event["dur"] <= end + tolerance
     assert min(event["ts"] for event in kernels) >= min(event["ts"] for event in copies)
     host = {event["name"] for name, track in tracks.items() if name.startswith("reader") for event in track}
     assert {"read", "wait for slot", "enqueue"} <= host

@@ -1,0 +1,197 @@
+"""Real ranks whose tensors lie on CUDA devices: DTensor, ShardedTensor and optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import assert_same_load, fill, image, save
+from optimizer_cases import KEY, Scenario, assert_same_result, check, fast_reader, load_fast
+from processes import SIMULATED, use_devices
+from ranks import Ranks
+from simulated_cuda.control import Simulator
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata, TensorProperties
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import zeros as zeros_on
+
+import dcp_fast
+
+SIZE = (10, 7)
+FLOAT = torch.float32
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Ranks]:
+    """Ranks of this module alone: what makes simulated devices of torch's stays in a process."""
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+def begin(path: Path) -> None:
+    use_devices()
+    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+
+
+def end(path: Path) -> None:
+    """What the fixture of the other tests does, in each rank."""
+    dcp_fast.release_staging()
+    torch.cuda.synchronize()
+    if SIMULATED:
+        assert not Simulator().reports(clear=True)
+
+
+def check_on_devices(pool: Ranks, world_size: int, scenarios: list[Scenario], path: Path) -> None:
+    check(pool, world_size, [begin, *scenarios, end], path)
+
+
+# DTensor
+
+STORED: dict[str, tuple[tuple[int, ...], torch.dtype, int]] = {
+    "rows": (SIZE, FLOAT, 0),
+    "columns": (SIZE, torch.bfloat16, 1),
+    "blocks": (SIZE, torch.int64, 2),
+    "few": ((1, 5), FLOAT, 3),  # fewer rows than ranks: some hold nothing
+    "nothing": ((0, 3), FLOAT, 4),
+}
+PLACEMENTS: dict[int, list[tuple[Any, ...]]] = {
+    1: [(Shard(0),), (Shard(1),), (Replicate(),)],
+    2: [(Shard(0), Shard(1)), (Shard(0), Shard(0)), (Replicate(), Shard(1))],
+}
+MESHES: dict[int, list[tuple[int, ...]]] = {2: [(2,), (1, 2)], 1: [(1,)]}
+
+
+def values(name: str) -> torch.Tensor:
+    return fill(*STORED[name])
+
+
+def save_dtensors(path: Path) -> None:
+    """Torch's own writer copies from the devices."""
+    mesh = init_device_mesh("cuda", (2,))
+    placements = {"rows": Shard(0), "columns": Shard(1), "few": Shard(0), "blocks": Shard(0), "nothing": Shard(1)}
+    state: dict[str, Any] = {
+        name: distribute_tensor(values(name).cuda(), mesh, [placement]) for name, placement in placements.items()
+    }
+    save(path / "dtensors", {**state, "step": 12})
+
+
+def load_dtensors(path: Path) -> None:
+    for shape in MESHES[dist.get_world_size()]:
+        mesh = init_device_mesh("cuda", shape)
+        for placements in PLACEMENTS[len(shape)]:
+
+            def make(mesh: Any = mesh, placements: Any = placements) -> dict[str, Any]:
+                state: dict[str, Any] = {"step": 0}
+                for name, (size, dtype, _) in STORED.items():
+                    state[name] = zeros_on(*size, dtype=dtype, device_mesh=mesh, placements=placements)
+                return state
+
+            outcome = assert_same_load(path / "dtensors", make)
+            assert outcome.state["rows"].to_local().is_cuda
+            full = outcome.state["rows"].full_tensor()
+            assert torch.equal(full.cpu().view(torch.int32), values("rows").view(torch.int32))
+
+
+def load_converted_dtensors(path: Path) -> None:
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    for synchronize in (True, False):
+        assert_same_load(
+            path / "dtensors",
+            lambda: {"blocks": zeros_on(*SIZE, dtype=torch.int32, device_mesh=mesh, placements=[Shard(1)])},
+            options={"synchronize": synchronize},
+        )
+
+
+def load_meta_dtensors(path: Path) -> None:
+    """Torch puts them on the devices of the mesh."""
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+
+    def make() -> dict[str, Any]:
+        local = torch.empty(zeros_on(*SIZE, device_mesh=mesh, placements=[Shard(0)]).to_local().shape, device="meta")
+        return {"rows": DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=SIZE, stride=(7, 1))}
+
+    assert_same_load(path / "dtensors", make)
+
+
+# ShardedTensor
+
+
+def sharded(parts: list[tuple[int, list[int], list[int]]], source: torch.Tensor) -> ShardedTensor:
+    """A ShardedTensor of (rank, offsets, sizes) on the current device of each rank."""
+    count = torch.cuda.device_count()
+    metadata = [ShardMetadata(at, sizes, f"rank:{rank}/cuda:{rank % count}") for rank, at, sizes in parts]
+    local = []
+    for shard, (rank, at, sizes) in zip(metadata, parts, strict=True):
+        if rank == dist.get_rank():
+            where = tuple(slice(a, a + n) for a, n in zip(at, sizes, strict=True))
+            local.append(LocalShard(source[where].clone().cuda(), shard))
+    facts = ShardedTensorMetadata(metadata, torch.Size(SIZE), TensorProperties(dtype=FLOAT))
+    return ShardedTensor._init_from_local_shards_and_global_metadata(local, facts)
+
+
+ROWS = [(0, [0, 0], [6, 7]), (1, [6, 0], [4, 7])]
+BLOCKS = [(i % 2, [r, c], [5, w]) for i, (r, c, w) in enumerate([(0, 0, 3), (0, 3, 4), (5, 0, 3), (5, 3, 4)])]
+
+
+def sharded_tensors(path: Path) -> None:
+    save(path / "sharded", {"t": sharded(ROWS, values("rows"))})
+    for layout in (ROWS, BLOCKS):
+        outcome = assert_same_load(path / "sharded", lambda layout=layout: {"t": sharded(layout, torch.zeros(SIZE))})
+        assert all(shard.tensor.is_cuda for shard in outcome.state["t"].local_shards())
+    mesh = init_device_mesh("cuda", (2,))
+    assert_same_load(path / "sharded", lambda: {"t": zeros_on(*SIZE, device_mesh=mesh, placements=[Shard(1)])})
+
+
+# Optimizer state
+
+
+def optimizer_state(path: Path) -> None:
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    sizes = {"net.w": (6, 3), "net.b": (5,)}
+    full = {name: {"exp_avg": fill(size, FLOAT, 7), "step": torch.tensor(3.0)} for name, size in sizes.items()}
+    save(path / "optimizer", {KEY: {"state": full, "param_groups": [{"lr": 0.1, "params": list(sizes)}]}})
+
+    def model() -> dict[str, Any]:
+        return {
+            name: distribute_tensor(torch.zeros(size).cuda(), mesh, [Shard(0)], src_data_rank=None)
+            for name, size in sizes.items()
+        }
+
+    # Torch puts it where the process group is at home; for gloo that is the host.
+    assert_same_result(path / "optimizer", model)
+    loaded = load_fast(model(), KEY, fast_reader(path / "optimizer"), like="model")[KEY]
+    for name in sizes:
+        average = loaded["state"][name]["exp_avg"]
+        assert isinstance(average, DTensor)
+        assert average.placements == (Shard(0),)
+        assert average.to_local().is_cuda
+        assert average.device == model()[name].device
+        assert image(average.full_tensor().cpu()) == image(full[name]["exp_avg"])
+        assert image(loaded["state"][name]["step"].cpu()) == image(full[name]["step"])
+
+
+@pytest.fixture(scope="module")
+def stored(pool: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("distributed")
+    check_on_devices(pool, 2, [save_dtensors], path)
+    return path
+
+
+@pytest.mark.parametrize("world_size", [2, 1])
+def test_dtensors(pool: Ranks, stored: Path, world_size: int) -> None:
+    check_on_devices(pool, world_size, [load_dtensors, load_converted_dtensors, load_meta_dtensors], stored)
+
+
+def test_sharded_tensors(pool: Ranks, tmp_path: Path) -> None:
+    check_on_devices(pool, 2, [sharded_tensors], tmp_path)
+
+
+@pytest.mark.parametrize("world_size", [2, 1])
+def test_optimizer_state(pool: Ranks, tmp_path: Path, world_size: int) -> None:
+    check_on_devices(pool, world_size, [optimizer_state], tmp_path)
