@@ -98,6 +98,7 @@ void Device::begin(StreamHandle torch_stream, trace::Recorder* recorder) {
       DCP_FAST_CUDA(cuStreamSynchronize, copy_stream_.get());
       began_at_ = recorder_->now();
       DCP_FAST_CUDA(cuEventRecord, began_.get(), copy_stream_.get());
+      DCP_FAST_CUDA(cuEventSynchronize, began_.get());
     }
     // Torch may have handed out memory that work under way on its stream still uses. Kernels wait for copies anyway.
     DCP_FAST_CUDA(cuEventRecord, torch_before_.get(), torch_stream);
