@@ -109,7 +109,7 @@ auto without_gil(const Function& function) {
   try {
     const py::gil_scoped_release release;
     return function();
-  } catch (const transfer::Interrupted&) {
+  } catch (const Interrupted&) {
     throw py::error_already_set();
   }
 }
@@ -234,11 +234,11 @@ std::map<int, cuda::StreamHandle> stream_handles(const StreamsByDevice& streams)
   return handles;
 }
 
-// Waits until devices have done all that torch's streams have now, and all that slots were submitted for.
 void synchronize(cuda::Staging& staging, const StreamsByDevice& streams) {
-  const py::gil_scoped_release release;
-  for (const auto& [device, stream] : stream_handles(streams)) staging.device(device).synchronize(stream);
-  staging.wait_for_slots();
+  without_gil([&] {
+    staging.synchronize(stream_handles(streams), interrupted);
+    return 0;
+  });
 }
 
 // What holds GPU memory waits for the GPU before it goes. In a child of the process that made it nothing of the driver
@@ -448,7 +448,6 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("device_bytes", &cuda::Staging::device_bytes)
       .def("synchronize", &synchronize, py::arg("streams"))
       .def("drain", &cuda::Staging::drain, py::call_guard<py::gil_scoped_release>())
-      .def("busy", &cuda::Staging::busy)
       .def("take_stats", &cuda::Staging::take_stats)
       .def("take_slot_seconds", &cuda::Staging::take_slot_seconds);
 

@@ -4,6 +4,7 @@
 
 #include <cerrno>
 #include <cstdint>
+#include <exception>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -40,6 +41,9 @@ struct Error : std::runtime_error {
   int64_t record = -1;  // index into the records of the load, -1 where none is known
   int64_t item = -1;    // index into the items of the load, -1 where none is known
 };
+
+// Thrown where whoever waits has asked to stop (Ctrl-C).
+struct Interrupted : std::exception {};
 
 // Calls `work`. Memory that it cannot have is an error of the system like any other, so that callers add where.
 template <typename Work>

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -41,25 +43,37 @@ class CudaLimits:
 
 
 # Staging that no load uses, by limits: one at the most. Pinning memory takes longer than filling it.
-_idle: tuple[CudaLimits, _native.CudaStaging] | None = None
-# Loads that did not wait for their last copy, and the tensors that they write.
-_in_flight: list[tuple[_native.CudaStaging, list[torch.Tensor]]] = []
+_Idle = tuple[CudaLimits, _native.CudaStaging]
+_idle: _Idle | None = None
 _lock = threading.Lock()
+
+
+def _exchange(idle: _Idle | None) -> _Idle | None:
+    """Put staging in place of what is idle, which is returned: to free it takes longer than a lock should be held."""
+    global _idle
+    with _lock:
+        before, _idle = _idle, idle
+    return before
 
 
 def release_staging() -> None:
     """Free the pinned memory and the device memory that loads to GPUs keep for the next one.
 
-    Waits for loads that are still under way on a device. The next load to a GPU allocates anew.
+    Waits for copies that a load without ``synchronize`` has left under way. A load that goes on in another thread keeps
+    what it has until its end. The next load to a GPU allocates anew.
     """
-    global _idle
-    with _lock:
-        _idle = None
-        _in_flight.clear()
+    _exchange(None)
+
+
+def _forget() -> None:
+    global _idle, _lock
+    _idle, _lock = None, threading.Lock()
 
 
 # While the driver still answers: destructors of the interpreter's last moments come too late.
 atexit.register(release_staging)
+# A child has no driver, and perhaps a lock that nobody will open any more.
+os.register_at_fork(after_in_child=_forget)
 
 
 class CudaLoad:
@@ -79,12 +93,15 @@ class CudaLoad:
         self._started = 0.0
         self._read_before = 0.0
         self._devices: set[int] = set()
-        self._tensors: list[torch.Tensor] = []
 
     def keep(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Let destinations outlive a load that does not wait for its last copy, whatever becomes of the state dict."""
-        if not self.limits.synchronize:
-            self._tensors += tensors
+        """Let the memory of destinations outlive a load that does not wait for its last copy."""
+        if self.limits.synchronize:
+            return
+        for tensor in tensors:
+            # Torch's current stream waits for ours: what it is done with, all are done with.
+            if (device := device_of(tensor)) is not None:
+                tensor.record_stream(torch.cuda.current_stream(device))
 
     def run(
         self, program: _native.Program, wave: int, options: _native.Options, devices: Iterable[int]
@@ -105,7 +122,16 @@ class CudaLoad:
             self._started = time.perf_counter()
             self._read_before = options.reading_seconds
         self._devices.update(devices)
-        return program.run(wave, options, self._staging, _current_streams(devices))
+        streams = _current_streams(devices)
+        try:
+            return program.run(wave, options, self._staging, streams)
+        except _native.NativeError as error:
+            kind, _, _, record, *_ = error.args
+            if kind != "cuda_out_of_memory" or record >= 0:
+                raise
+        # Nothing is written yet, and torch may hold memory that it does not use.
+        torch.cuda.empty_cache()
+        return program.run(wave, options, self._staging, streams)
 
     def finish(self) -> None:
         """Wait for the devices if that was asked for, and let the next load have the staging."""
@@ -113,28 +139,28 @@ class CudaLoad:
             return
         if self.limits.synchronize:
             start = time.perf_counter()
-            with (
-                self.report.stage("transfer"),
-                span(self._options.recorder if self._options else None, "wait for devices"),
-            ):
+            recorder = self._options.recorder if self._options else None
+            with self.report.stage("transfer"), span(recorder, "wait for devices"):
                 self._staging.synchronize(_current_streams(self._devices))
             self.report.wait_seconds["device"] += time.perf_counter() - start
         self._count()
-        _give_back(self.limits, self._staging, self._tensors)
-        self._staging = None
+        staging, self._staging = self._staging, None
+        _exchange((self.limits, staging))
 
     def abort(self) -> None:
         """After an error: no device writes to a destination any more when this returns."""
-        if self._staging is None:
+        staging, self._staging = self._staging, None
+        if staging is None:
             return
-        self._staging.drain()
-        self._count()
-        self._staging = None
+        staging.drain()
+        for device in self._devices:
+            with suppress(RuntimeError):  # of a context that is broken: nothing is under way there
+                torch.cuda.current_stream(device).synchronize()  # conversions
 
     def _count(self) -> None:
         assert self._staging is not None
         stats = self._staging.take_stats()
-        if self._options is not None:
+        if self._options is not None and self.limits.synchronize:
             reading = self._options.reading_seconds - self._read_before
             self.report.overlap_efficiency = max(reading, stats.copy_seconds) / (time.perf_counter() - self._started)
         self.report.bytes_to_device += stats.bytes_copied
@@ -151,10 +177,7 @@ def _current_streams(devices: Iterable[int]) -> dict[int, int]:
 
 
 def _lease(limits: CudaLimits) -> _native.CudaStaging:
-    global _idle
-    with _lock:
-        _in_flight[:] = [entry for entry in _in_flight if entry[0].busy()]
-        idle, _idle = _idle, None
+    idle = _exchange(None)
     if idle is not None and idle[0] == limits:
         return idle[1]
     del idle  # frees what it holds, before as much is allocated anew
@@ -164,11 +187,3 @@ def _lease(limits: CudaLimits) -> _native.CudaStaging:
         device_bytes=limits.device_staging_bytes // 2,
         block_bytes=limits.block_bytes,
     )
-
-
-def _give_back(limits: CudaLimits, staging: _native.CudaStaging, tensors: list[torch.Tensor]) -> None:
-    global _idle
-    with _lock:
-        _idle = (limits, staging)
-        if not limits.synchronize:
-            _in_flight.append((staging, tensors))

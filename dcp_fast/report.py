@@ -39,7 +39,8 @@ class LoadReport:
         copying_seconds: that the copies took on the GPU where they took longest. Without ``synchronize`` the last few
             copies are not counted.
         overlap_efficiency: how well reading and copying overlapped: the time of whichever took longer per time of both,
-            from the first read to the last copy; 0 without destinations on GPUs.
+            from the beginning of the first read, preparations on the GPU included, to the last copy; 0 without
+            destinations on GPUs, and without ``synchronize``.
         seconds: by stage. metadata: reading `.metadata`. planning: from there to the local plan. layout: finding
             payloads. transfer: reading and placing tensors. commit: bytes entries and planner hooks.
         reading_seconds: the time in which at least one read call was under way, in any thread; as with ``bytes_read``,

@@ -1,6 +1,8 @@
 #include "cuda/device.h"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 #include <utility>
 
 #include "cuda/box_copy_ptx.h"
@@ -61,7 +63,8 @@ Device::Device(int ordinal, size_t slots, size_t slot_bytes)
     in_context([&] {
       copy_stream_ = make_stream();
       kernel_stream_ = make_stream();
-      for (Event* event : {&began_, &torch_before_, &copies_done_, &kernels_done_}) *event = make_event();
+      for (Event* event : {&began_, &torch_before_, &torch_after_, &copies_done_, &kernels_done_})
+        *event = make_event();
       slots_.resize(slots);
       for (Slot& slot : slots_) {
         for (Event* event : {&slot.copy_begin, &slot.copied, &slot.kernel_begin, &slot.placed}) *event = make_event();
@@ -81,7 +84,7 @@ Device::~Device() {
 void Device::release() noexcept {
   in_context_if_possible([&] {
     slots_.clear();
-    for (Event* event : {&began_, &torch_before_, &copies_done_, &kernels_done_}) event->reset();
+    for (Event* event : {&began_, &torch_before_, &torch_after_, &copies_done_, &kernels_done_}) event->reset();
     staging_.reset();
     module_.reset();
     kernel_stream_.reset();
@@ -113,7 +116,7 @@ void Device::submit(size_t index, const std::byte* memory, const SlotPlan& plan)
     slot.launched = !plan.entries.empty();
     slot.bytes = plan.staged_bytes;
     for (const StraightCopy& copy : plan.straight) slot.bytes += copy.bytes;
-    if (slot.launched) prepare_to_launch();
+    slot.staged_bytes = plan.staged_bytes;
     slot.timed = false;
     const DeviceAddress staging = staging_.get() + index * slot_bytes_;
     DCP_FAST_CUDA(cuEventRecord, slot.copy_begin.get(), copy_stream_.get());
@@ -129,10 +132,13 @@ void Device::submit(size_t index, const std::byte* memory, const SlotPlan& plan)
 }
 
 void Device::prepare_to_launch() {
+  const std::scoped_lock lock(mutex_);
   if (function_ != nullptr) return;
-  if (!staging_) staging_ = allocate(slots_.size() * slot_bytes_);
-  if (!module_) module_ = load_module(kBoxCopyPtx);
-  DCP_FAST_CUDA(cuModuleGetFunction, &function_, module_.get(), "dcp_fast_box_copy");
+  in_context([&] {
+    if (!staging_) staging_ = allocate(slots_.size() * slot_bytes_);
+    if (!module_) module_ = load_module(kBoxCopyPtx);
+    DCP_FAST_CUDA(cuModuleGetFunction, &function_, module_.get(), "dcp_fast_box_copy");
+  });
 }
 
 void Device::launch(const Slot& slot, DeviceAddress staging, const SlotPlan& plan) {
@@ -166,7 +172,7 @@ void Device::count_times(Slot& slot) {
     recorder_->add(recorder_->track(name_of(ordinal_) + " " + what), what, at(from), at(to), {bytes});
   };
   add("copy", slot.copy_begin, slot.copied, slot.bytes);
-  if (slot.launched) add("kernel", slot.kernel_begin, slot.placed, slot.bytes);
+  if (slot.launched) add("kernel", slot.kernel_begin, slot.placed, slot.staged_bytes);
 }
 
 void Device::end(StreamHandle torch_stream) {
@@ -179,32 +185,46 @@ void Device::end(StreamHandle torch_stream) {
   });
 }
 
-void Device::synchronize(StreamHandle torch_stream) const {
-  in_context([&] { DCP_FAST_CUDA(cuStreamSynchronize, torch_stream); });
-}
-
-bool Device::busy() const {
-  bool busy = false;
-  in_context([&] {
-    for (const Event* event : {&copies_done_, &kernels_done_}) {
-      busy = busy || driver().cuEventQuery(event->get()) == kErrorNotReady;
-    }
-  });
-  return busy;
+void Device::synchronize(StreamHandle torch_stream, const std::function<bool()>& interrupted) {
+  constexpr auto kPoll = std::chrono::microseconds(200);  // asleep: the driver itself might spin
+  constexpr auto kAsk = std::chrono::milliseconds(100);
+  in_context([&] { DCP_FAST_CUDA(cuEventRecord, torch_after_.get(), torch_stream); });
+  auto asked = std::chrono::steady_clock::now();
+  for (bool ready = false; !ready;) {
+    in_context([&] {
+      const Result result = driver().cuEventQuery(torch_after_.get());
+      ready = result != kErrorNotReady;
+      if (ready) check("cuEventQuery", result);
+    });
+    if (ready) return;
+    std::this_thread::sleep_for(kPoll);
+    const auto now = std::chrono::steady_clock::now();
+    if (now - asked < kAsk) continue;
+    asked = now;
+    if (interrupted()) throw Interrupted();
+  }
 }
 
 void Device::drain() noexcept {
   in_context_if_possible([&] {
-    // Both, and without a check: where one fails, the other is all the more to be waited for.
-    for (const Stream* stream : {&copy_stream_, &kernel_stream_}) {
-      if (*stream) static_cast<void>(driver().cuStreamSynchronize(stream->get()));
-    }
+    // Both, whatever becomes of one: then the other is all the more to be waited for. By events, as a thread that waits
+    // for a stream may spin.
+    const auto wait = [](const Stream& stream, const Event& done) {
+      if (!stream) return;
+      const bool waited = done && driver().cuEventRecord(done.get(), stream.get()) == kSuccess &&
+                          driver().cuEventSynchronize(done.get()) == kSuccess;
+      if (!waited) static_cast<void>(driver().cuStreamSynchronize(stream.get()));
+    };
+    wait(copy_stream_, copies_done_);
+    wait(kernel_stream_, kernels_done_);
   });
 }
 
 DeviceStats Device::take_stats() {
   const std::scoped_lock lock(mutex_);
   recorder_ = nullptr;
+  // What is still under way belongs to this load, not to the next one, which will wait for it.
+  for (Slot& slot : slots_) slot.timed = true;
   return std::exchange(stats_, {});
 }
 

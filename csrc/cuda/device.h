@@ -47,6 +47,9 @@ class Device {
   // What is submitted from here on waits for the work that torch's stream has now.
   void begin(StreamHandle torch_stream, trace::Recorder* recorder);
 
+  // Allocates staging memory, and has the driver compile the kernel. Needed once, before a plan with entries.
+  void prepare_to_launch();
+
   // Enqueues the copies of a slot, and the launch that places its boxes. Thread-safe.
   void submit(size_t slot, const std::byte* memory, const SlotPlan& plan);
 
@@ -56,11 +59,8 @@ class Device {
   // Torch's stream waits for all that was submitted.
   void end(StreamHandle torch_stream);
 
-  // The host waits for what torch's stream has now.
-  void synchronize(StreamHandle torch_stream) const;
-
-  // Whether anything that was submitted before the last `end` is still under way.
-  bool busy() const;
+  // The host waits for what torch's stream has now. Throws Interrupted if `interrupted` says so.
+  void synchronize(StreamHandle torch_stream, const std::function<bool()>& interrupted);
 
   // Waits for all that was submitted, whatever became of it.
   void drain() noexcept;
@@ -74,14 +74,14 @@ class Device {
     Event copied;
     Event kernel_begin;
     Event placed;
-    uint32_t bytes = 0;
+    uint32_t bytes = 0;         // that are copied
+    uint32_t staged_bytes = 0;  // that the kernel places, with their descriptors
     bool launched = false;
     bool timed = true;  // its times are in the stats
   };
 
   void release() noexcept;
   void in_context_if_possible(const std::function<void()>& work) const noexcept;
-  void prepare_to_launch();
   void launch(const Slot& slot, DeviceAddress staging, const SlotPlan& plan);
   void count_times(Slot& slot);
 
@@ -94,6 +94,7 @@ class Device {
   std::vector<Slot> slots_;
   Event began_;         // with a recorder: on the copy stream, at its time `began_at_`
   Event torch_before_;  // on torch's stream
+  Event torch_after_;   // likewise
   Event copies_done_;
   Event kernels_done_;
   DeviceMemory staging_;  // for every slot; only once a box needs it

@@ -4,7 +4,7 @@
 Drivers refuse PTX of a version that is newer than they are, and nvcc always writes its own version: text from nvcc 13
 would not load under a driver for CUDA 12. The kernel needs nothing beyond PTX 6.0 and compute capability 5.0, so
 this is what the text is declared to be. Every driver since CUDA 9 takes it, and ptxas holds it to this declaration, as
-tests/cuda/test_kernel_ptx.py makes sure. What differs between two runs or machines is left out.
+tests/test_kernel_ptx.py makes sure. What differs between two runs or machines is left out.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 #include "cuda/resources.h"
 
+#include <sys/mman.h>
+
 namespace dcp_fast::cuda {
 
 Stream make_stream() {
@@ -28,6 +30,10 @@ DeviceMemory allocate(size_t size) {
 
 PinnedMemory::PinnedMemory(size_t size) {
   std::byte* data = buffer_.reserve(size);
+#ifdef MADV_DONTFORK
+  // After a fork the first write to a page may move it away from where devices read it.
+  static_cast<void>(::madvise(data, size, MADV_DONTFORK));
+#endif
   DCP_FAST_CUDA(cuMemHostRegister_v2, data, size, kHostRegisterPortable);
   data_ = data;
 }

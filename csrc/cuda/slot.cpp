@@ -75,6 +75,13 @@ bool SlotPacker::add(const box::Loops& loops, DeviceAddress destination, std::op
 
 SlotPlan SlotPacker::finish() {
   SlotPlan plan;
+  // A few small copies cost less than one more and a launch. Most slots of large tensors have such an end of one.
+  const bool all_contiguous =
+      std::all_of(boxes_.begin(), boxes_.end(), [](const Box& box) { return box.dims.empty(); });
+  const auto small = std::count_if(boxes_.begin(), boxes_.end(), [](const Box& box) { return !box.straight; });
+  if (all_contiguous && small <= kFewCopies) {
+    for (Box& box : boxes_) box.straight = true;
+  }
   plan.offsets.resize(boxes_.size());
   for (size_t i = 0; i < boxes_.size(); ++i) {
     if (boxes_[i].straight) continue;

@@ -19,6 +19,9 @@ namespace dcp_fast::cuda {
 // to start, 5 us, at 12 GB/s and more.
 constexpr int64_t kMinStraightBytes = 64 << 10;
 
+// So many smaller ones are copied straight too, where nothing else in the slot needs the kernel.
+constexpr int kFewCopies = 4;
+
 struct StraightCopy {
   uint32_t offset = 0;  // in the slot
   uint32_t bytes = 0;

@@ -104,12 +104,12 @@ void Staging::give_back(size_t slot) {
   returned_.notify_one();
 }
 
-void Staging::wait_for_slots() {
+void Staging::synchronize(const std::map<int, StreamHandle>& torch_streams, const std::function<bool()>& interrupted) {
+  for (auto& [ordinal, device] : devices_) {
+    const auto stream = torch_streams.find(ordinal);
+    if (stream != torch_streams.end()) device.synchronize(stream->second, interrupted);
+  }
   for (size_t slot = 0; slot < slots_; ++slot) wait(slot);
-}
-
-bool Staging::busy() const {
-  return std::any_of(devices_.begin(), devices_.end(), [](const auto& entry) { return entry.second.busy(); });
 }
 
 void Staging::drain() noexcept {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -48,10 +49,9 @@ class Staging {
   SlotLease acquire();
   void fail(const Error& error);
 
-  // Waits for the work of all slots. Throws Error(kCuda) if it failed.
-  void wait_for_slots();
-  // Whether a load is still under way on a device.
-  bool busy() const;
+  // The host waits for what torch's streams have now, and for the work of all slots. Throws Error(kCuda) if that
+  // failed, Interrupted.
+  void synchronize(const std::map<int, StreamHandle>& torch_streams, const std::function<bool()>& interrupted);
   // After an error: waits until no device uses a slot or a destination any more.
   void drain() noexcept;
 

@@ -58,6 +58,10 @@ class DeviceWave {
       devices_.emplace(ordinal, &device);
       device.begin(cuda.torch_streams.at(ordinal), recorder);
     }
+    // Before the first byte is written: memory may be had once somebody has given some back.
+    for (const SlotTask& task : tasks_) {
+      if (!task.plan.entries.empty()) devices_.at(task.device)->prepare_to_launch();
+    }
   }
 
   size_t tasks() const { return tasks_.size(); }
@@ -107,8 +111,12 @@ Stats run_wave(const Program& program, int32_t wave, const Options& options, con
   Reader reader(program, policies);
   const Schedule schedule = join_pieces(split_boxes(boxes.host, policies), policies);
   std::optional<DeviceWave> devices;
-  if (!boxes.devices.empty())
-    devices.emplace(boxes, policies_for(layouts, cuda.staging->block_bytes()), cuda, options.recorder.get());
+  if (!boxes.devices.empty()) {
+    if (cuda.staging == nullptr) throw std::invalid_argument("boxes for a GPU need staging");
+    // Some blocks pass through the memory of a thread too, whose size `settled` bounds.
+    devices.emplace(boxes, policies_for(layouts, std::min(cuda.staging->block_bytes(), settled.block_bytes)), cuda,
+                    options.recorder.get());
+  }
   const size_t slots = devices ? devices->tasks() : 0;
   io::IoCounters counters = options.counters();
   try {

@@ -13,13 +13,11 @@
 #include <string>
 #include <vector>
 
+#include "error.h"
 #include "io/buffer.h"
 #include "io/file.h"
 
 namespace dcp_fast::transfer {
-
-// Raised when `interrupted` asked to stop.
-struct Interrupted : std::exception {};
 
 // The files of a load by index. A file is open while some worker reads it and closed when the last one has moved on, so
 // that a checkpoint of thousands of files needs no more descriptors than there are workers.

@@ -42,7 +42,7 @@ def test_the_report_agrees_with_the_driver(
     save(tmp_path, {"large": torch.ones(900, 1000), "small": torch.ones(10, 10), "columns": torch.ones(300, 400)})
     state = {
         "large": torch.zeros(900, 1000, device=cuda),
-        "small": torch.zeros(10, 10, device=cuda),
+        "small": torch.zeros(10, 12, device=cuda)[:, :10],
         "columns": ShardedBuffer.make((300, 400), [(0, 100)], [torch.zeros(300, 50, device=cuda)]),
     }
     torch.cuda.synchronize()

@@ -103,10 +103,7 @@ struct Gpu {
     return stats;
   }
 
-  void synchronize() {
-    for (const auto& [ordinal, stream] : targets.torch_streams) staging.device(ordinal).synchronize(stream);
-    staging.wait_for_slots();
-  }
+  void synchronize() { staging.synchronize(targets.torch_streams, never); }
 
   TorchStreams streams;
   cuda::Staging staging;

@@ -62,6 +62,7 @@ constexpr Function kFunctions[] = {
     {"cuEventCreate"},
     {"cuEventDestroy_v2", Seen::kNothing},
     {"cuEventRecord"},
+    {"cuEventQuery"},
     {"cuEventSynchronize"},
     {"cuEventElapsedTime"},
     {"cuModuleLoadData"},
@@ -96,8 +97,7 @@ class Load {
     const transfer::Program program(layouts, matrix_.items, matrix_.destinations);
     const transfer::CudaTargets targets = torch_.targets(staging);
     transfer::run_wave(program, 0, options_, targets, never);
-    for (const auto& [ordinal, stream] : targets.torch_streams) staging.device(ordinal).synchronize(stream);
-    staging.wait_for_slots();
+    staging.synchronize(targets.torch_streams, never);
   }
 
   bool arrived() const { return matrix_.arrived(); }
@@ -248,7 +248,9 @@ TEST_CASE("fault: every call of every function fails once") {
   for (const Function& function : kFunctions) {
     const int result = allocates(function.name) ? kOutOfMemory : kUnknown;
     const int of_function = sweep([&](int nth) { return load_with({function, nth + 1, result, Timing::kCall}); });
-    CHECK_MESSAGE(of_function > 0, std::string(function.name));
+    // The last resort of draining, and for timelines: no plain load calls it.
+    const bool called = std::string(function.name) != "cuStreamSynchronize";
+    CHECK_MESSAGE((of_function > 0) == called, std::string(function.name));
     met += of_function;
   }
   CHECK(met > 250);

@@ -159,7 +159,7 @@ Measured load(const Tensors& tensors, Gpu& gpu, double disk_gigabytes_per_second
 // The best of a few: threads of a busy machine wake up late, but nothing makes a load faster than it can be.
 Measured best_load(const Tensors& tensors, double disk_gigabytes_per_second, double enough) {
   Measured best;
-  for (int attempt = 0; attempt < 5 && best.efficiency < enough; ++attempt) {
+  for (int attempt = 0; attempt < 15 && best.efficiency < enough; ++attempt) {
     Gpu gpu;
     const Measured measured = load(tensors, gpu, disk_gigabytes_per_second);
     if (measured.efficiency > best.efficiency) best = measured;

@@ -139,6 +139,19 @@ TEST_CASE("slot: a box with gaps on the source side only is contiguous in its de
   CHECK(plan.staged_bytes == 0);
 }
 
+TEST_CASE("slot: a few small contiguous boxes need no launch, many do, and so does one that is strided") {
+  const auto plan_of = [](int small, bool strided) {
+    SlotPacker packer(1 << 20);
+    for (int i = 0; i < small; ++i) REQUIRE(packer.add({{100, 1, 1}}, 4096));
+    if (strided) REQUIRE(packer.add({{2, 500, 100}, {50, 1, 1}}, 8192));
+    return packer.finish();
+  };
+  CHECK(plan_of(cuda::kFewCopies, false).entries.empty());
+  CHECK(plan_of(cuda::kFewCopies, false).straight.size() == cuda::kFewCopies);
+  CHECK(plan_of(cuda::kFewCopies + 1, false).straight.empty());
+  CHECK(plan_of(1, true).straight.empty());
+}
+
 TEST_CASE("slot: vectors are as wide as every address and stride allows") {
   struct Case {
     box::Loops loops;
@@ -158,6 +171,7 @@ TEST_CASE("slot: vectors are as wide as every address and stride allows") {
   for (const Case& c : cases) {
     SlotPacker packer(1 << 20);
     REQUIRE(packer.add(c.loops, c.destination));
+    REQUIRE(packer.add({{2, 500, 100}, {50, 1, 1}}, 8192));  // lest a box alone be copied straight
     CHECK(packer.finish().entries.at(0).vector_bytes == c.vector_bytes);
   }
 }

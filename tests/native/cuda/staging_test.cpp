@@ -1,5 +1,6 @@
 // How stagings live beside each other and beside the program that uses them.
 
+#include <chrono>
 #include <future>
 #include <optional>
 #include <utility>
@@ -58,7 +59,6 @@ TEST_CASE("staging: it can go while its last work is under way") {
   {
     Staging staging(8 * kMiB, 8 * kMiB, kMiB);
     transfer::run_wave(program, 0, {}, torch.targets(staging), never);
-    if (simulator() != nullptr) CHECK(staging.busy());
   }
   CHECK(matrix.arrived());
 }
@@ -85,9 +85,7 @@ TEST_CASE("staging: the calling thread keeps its current context") {
     transfer::Options options;
     options.threads = 1;  // the calling one
     keeps("run_wave", [&] { transfer::run_wave(program, 0, options, torch.targets(*staging), never); });
-    keeps("synchronize", [&] { staging->device(0).synchronize(torch[0].get()); });
-    keeps("busy", [&] { static_cast<void>(staging->busy()); });
-    keeps("wait_for_slots", [&] { staging->wait_for_slots(); });
+    keeps("synchronize", [&] { staging->synchronize(torch.targets(*staging).torch_streams, never); });
     keeps("drain", [&] { staging->drain(); });
     keeps("take_stats", [&] { static_cast<void>(staging->take_stats()); });
     keeps("device", [&] { static_cast<void>(staging->device(other_device())); });
@@ -95,4 +93,36 @@ TEST_CASE("staging: the calling thread keeps its current context") {
     keeps("the end", [&] { staging.reset(); });
     CHECK(matrix.arrived());
   }
+}
+
+TEST_CASE("staging: waiting for torch's stream can be interrupted") {
+  if (simulator() == nullptr) return;  // nothing else is slow enough
+  const Clean clean;
+  Matrix matrix(512, 512);
+  matrix.want(0, {0, 0}, {512, 512}, 4);
+  const TorchStreams torch;
+  const Layouts layouts = matrix.files.layouts({});
+  const Program program(layouts, matrix.items, matrix.destinations);
+  Staging staging(8 * kMiB, 8 * kMiB, kMiB);
+  const SlowCopies slow(400000);
+  transfer::run_wave(program, 0, {}, torch.targets(staging), never);
+  const auto start = std::chrono::steady_clock::now();
+  CHECK_THROWS_AS(staging.synchronize(torch.targets(staging).torch_streams, [] { return true; }), Interrupted);
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::milliseconds(350));
+}
+
+TEST_CASE("staging: what a load left under way does not count for the next one") {
+  const Clean clean;
+  Matrix matrix(512, 512);
+  matrix.want(0, {0, 0}, {512, 512}, 4);
+  const TorchStreams torch;
+  const Layouts layouts = matrix.files.layouts({});
+  const Program program(layouts, matrix.items, matrix.destinations);
+  Staging staging(8 * kMiB, 8 * kMiB, kMiB);
+  transfer::run_wave(program, 0, {}, torch.targets(staging), never);
+  CHECK(staging.take_stats().bytes_copied > 0);
+  staging.synchronize(torch.targets(staging).torch_streams, never);
+  const cuda::DeviceStats after = staging.take_stats();
+  CHECK(after.bytes_copied == 0);
+  CHECK(after.copy_seconds == 0);
 }

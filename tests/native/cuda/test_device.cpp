@@ -86,6 +86,8 @@ void DeviceBytes::upload(const std::string& contents) {
   const CurrentContext current(context_);
   static const auto copy = symbol<Result (*)(DeviceAddress, const void*, size_t)>("cuMemcpyHtoD_v2");
   if (size_ > 0) require(copy(memory_.get(), contents.data(), size_));
+  // From memory that is not pinned the last bytes may still be on their way.
+  require(cuda::driver().cuStreamSynchronize(nullptr));
 }
 
 std::string DeviceBytes::download() const {

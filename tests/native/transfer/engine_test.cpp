@@ -227,7 +227,7 @@ TEST_CASE("an interruption stops a slow load within a second, also between the r
     Slow slow;
     const ScopedCalls scope(slow);
     const auto start = std::chrono::steady_clock::now();
-    CHECK_THROWS_AS(transfer::run_wave(program, 0, columns.options, {}, [] { return true; }), transfer::Interrupted);
+    CHECK_THROWS_AS(transfer::run_wave(program, 0, columns.options, {}, [] { return true; }), Interrupted);
     CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
     CHECK(slow.calls < (one_task ? 50 : 256));
   }

@@ -135,7 +135,7 @@ TEST_CASE("an interruption cancels within a second") {
                         ++runs;
                         nap(10);
                       }),
-                  transfer::Interrupted);
+                  Interrupted);
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
   CHECK(runs < 1000);
   const int after = runs;
@@ -169,7 +169,7 @@ TEST_CASE("a task that asks is cancelled within a second, by an interruption and
   };
   for (const int threads : {1, 3}) {
     io::IoCounters counters;
-    CHECK_THROWS_AS(run_parallel(3, threads, counters, [] { return true; }, work_on), transfer::Interrupted);
+    CHECK_THROWS_AS(run_parallel(3, threads, counters, [] { return true; }, work_on), Interrupted);
   }
   io::IoCounters counters;
   const auto one_fails = [&](size_t task, const Worker& worker) {
