@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import fresh, gpus, measure, optimizer, peers, plot, results
+from benchmarks import fresh, gpus, measure, metadata, metadata_plot, optimizer, peers, plot, results
 from benchmarks.contenders import why_dcp_fast_is_missing
-from benchmarks.workloads import Place, workloads_of
+from benchmarks.workloads import Place, Temperature, workloads_of
 
 HERE = Path(__file__).resolve().parent
 # What `main` returns where nothing could be measured.
@@ -28,10 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for workload in workloads.values():
             temperatures = ", ".join(temperature.value for temperature in workload.targets)
             print(f"{workload.name:16}{workload.title} ({temperatures})")
+        if place is Place.HOST:
+            print(f"{metadata.NAME:16}{metadata.TITLE} ({Temperature.WARM.value})")
         return 0
-    chosen = options.workloads.split(",") if options.workloads else list(workloads)
-    if unknown := [name for name in chosen if name not in workloads]:
-        parser.error(f"unknown workloads: {', '.join(unknown)}; known are {', '.join(workloads)}")
+    known = [*workloads, metadata.NAME] if place is Place.HOST else list(workloads)
+    chosen = options.workloads.split(",") if options.workloads else known
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"unknown workloads: {', '.join(unknown)}; known are {', '.join(known)}")
 
     started = time.monotonic()
     models = gpus.models() if place is Place.GPU else []
@@ -41,17 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing is not None:
         _say(f"dcp_fast skipped: {missing}")
     found, skipped = peers.importable()
-    if any(workloads[name].peers for name in chosen):
+    if any(workloads[name].peers for name in chosen if name in workloads):
         for line in skipped:
             _say(line)
     run_options = measure.Options(options.data, options.rounds, with_dcp_fast=missing is None, peers=found)
     entrants = ["torch"] if missing is not None else ["torch", "dcp_fast"]
     measurements: list[measure.Measurement] = []
     first_loads: list[fresh.FirstLoads] = []
+    of_metadata: list[metadata.Measurement] = []
     for name in chosen:
-        workload = workloads[name]
-        by_ranks = workload.checkpoint.kind == "optimizer"
         try:
+            if name == metadata.NAME:
+                of_metadata = metadata.run(options.data, options.scale, options.rounds, entrants, _say)
+                continue
+            workload = workloads[name]
+            by_ranks = workload.checkpoint.kind == "optimizer"
             run = optimizer.run if by_ranks else measure.run
             measurements += run(workload, run_options, _say)
         except measure.VerificationError as error:
@@ -64,11 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     rows = [row for measurement in measurements for row in results.rows_of(measurement)]
     tables = [
-        results.load_table(rows),
+        results.load_table(rows) if rows else None,
         results.gpu_table(measurements) if place is Place.GPU else None,
         results.peer_table(measurements),
         results.fresh_table(first_loads) if first_loads else None,
         results.gpu_memory_table(first_loads) if first_loads and place is Place.GPU else None,
+        results.table(metadata.HEADINGS, metadata.table_lines(of_metadata)) if of_metadata else None,
     ]
     for text in tables:
         if text is not None:
@@ -81,10 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "gpus": models,
     }
     name = "gpu_results" if place is Place.GPU else "results"
-    json_path, plot_path = options.out / f"{name}.json", options.out / f"{name}.png"
-    results.write_json(json_path, parameters, measurements, rows, first_loads)
-    failure = plot.draw(plot_path, rows)
-    _say(f"\nwritten: {json_path}" + (f" and {plot_path}" if failure is None else f"; {failure}"))
+    json_path = options.out / f"{name}.json"
+    results.write_json(json_path, parameters, measurements, rows, first_loads, of_metadata)
+    _say(f"\nwritten: {json_path}")
+    if rows:
+        plot_path = options.out / f"{name}.png"
+        _say(plot.draw(plot_path, rows) or f"written: {plot_path}")
+    if of_metadata:
+        plot_path = options.out / f"{metadata.NAME}.png"
+        _say(metadata_plot.draw(plot_path, of_metadata) or f"written: {plot_path}")
     _say(f"took {time.monotonic() - started:.0f} s")
     return 0
 

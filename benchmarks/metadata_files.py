@@ -9,10 +9,10 @@ from __future__ import annotations
 import struct
 from typing import BinaryIO
 
-__all__ = ["write_metadata"]
+__all__ = ["COLUMNS", "ROWS", "fqns", "write_metadata"]
 
-_COLUMNS = 1024
-_ROWS = 4  # of each chunk
+COLUMNS = 1024
+ROWS = 4  # of each chunk
 _CHECKPOINT = "torch.distributed.checkpoint.metadata"
 
 
@@ -60,10 +60,14 @@ def _number(value: int) -> bytes:
     return b"M" + struct.pack("<H", value) if value < 1 << 16 else b"J" + struct.pack("<i", value)
 
 
+def fqns(tensors: int) -> list[str]:
+    return [f"model.layers.{i // 10}.block.{i % 10}.weight" for i in range(tensors)]
+
+
 def write_metadata(file: BinaryIO, tensors: int, ranks: int) -> None:
     """Write the ``.metadata`` of float32 tensors, each sharded by rows over all ranks."""
     out = _Pickle(file)
-    names = [f"model.layers.{i // 10}.block.{i % 10}.weight" for i in range(tensors)]
+    names = fqns(tensors)
     metadata = out.type(_CHECKPOINT, "Metadata")
     del metadata
     out.memoized(b")\x81")
@@ -124,7 +128,7 @@ def write_metadata(file: BinaryIO, tensors: int, ranks: int) -> None:
             if size_type < 0:
                 size_type = out.type("torch", "Size")
                 out.put(b"0")
-            out.put(size(_ROWS * ranks, _COLUMNS))
+            out.put(size(ROWS * ranks, COLUMNS))
             out.skip(3)
             field("chunks")
             out.memoized(b"]")
@@ -138,11 +142,11 @@ def write_metadata(file: BinaryIO, tensors: int, ranks: int) -> None:
                     out.put(b")\x81\x94}\x94(")
                     out.skip(2)
                     field("offsets")
-                    offsets = size(_ROWS * rank, 0)
+                    offsets = size(ROWS * rank, 0)
                     out.put(offsets)
                     out.skip(3)
                     field("sizes")
-                    out.put(size(_ROWS, _COLUMNS) + b"ub")
+                    out.put(size(ROWS, COLUMNS) + b"ub")
                     out.skip(3)
                 out.put(b"e")
             out.put(b"ub")
@@ -179,7 +183,7 @@ def write_metadata(file: BinaryIO, tensors: int, ranks: int) -> None:
                 field("index")
                 out.put(_number(rank))
                 field("offset")
-                out.put(size(_ROWS * rank, 0) + b"ub")
+                out.put(size(ROWS * rank, 0) + b"ub")
                 out.skip(3)
                 if info_type < 0:
                     info_type = out.type("torch.distributed.checkpoint.filesystem", "_StorageInfo")
@@ -192,7 +196,7 @@ def write_metadata(file: BinaryIO, tensors: int, ranks: int) -> None:
                     path = out.text(f"__{rank}_0.distcp")
                 else:
                     out.put(_get(path))
-                length = 4 * _ROWS * _COLUMNS + 1400
+                length = 4 * ROWS * COLUMNS + 1400
                 field("offset")
                 out.put(_number(offset))
                 field("length")

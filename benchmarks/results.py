@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import metadata
 from benchmarks.fresh import ALLOWED_GROWTH, FirstLoads
 from benchmarks.gpu_ceilings import PINNED_COPY, PINNED_READ
 from benchmarks.measure import Measurement
@@ -261,6 +262,7 @@ def write_json(
     measurements: Sequence[Measurement],
     rows: Sequence[Row],
     fresh: Sequence[FirstLoads],
+    of_metadata: Sequence[metadata.Measurement],
 ) -> None:
     document = {
         "parameters": parameters,
@@ -271,6 +273,7 @@ def write_json(
         "first_loads": [
             {"workload": first.workload.name, "loads": [asdict(load) for load in first.loads]} for first in fresh
         ],
+        "metadata": [asdict(measurement) for measurement in of_metadata],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2, default=str) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import pathlib
 import pickle
@@ -24,7 +25,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-__all__ = ["OldPickler", "make_metadata", "old_metadata", "random_metadata"]
+__all__ = ["OldPickler", "make_metadata", "old_metadata", "random_metadata", "write_metadata"]
+
+# The benchmark's generator, by its path: the checkout must not be imported from here.
+_spec = importlib.util.spec_from_file_location(
+    "metadata_files", pathlib.Path(__file__).parents[1] / "benchmarks" / "metadata_files.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+_metadata_files = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_metadata_files)
+write_metadata = _metadata_files.write_metadata
 
 
 def chunk(offsets: list[int], sizes: list[int]) -> ChunkStorageMetadata:

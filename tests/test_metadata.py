@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import io
 import pickle
 import random
@@ -18,7 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same_load, fast_reader, save, torch_planner, torch_reader
-from metadata_cases import make_metadata, old_metadata, random_metadata
+from metadata_cases import make_metadata, old_metadata, random_metadata, write_metadata
 from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
@@ -26,16 +25,6 @@ import dcp_fast
 from dcp_fast import _native
 from dcp_fast.metadata import LazyDict, columns_of, parse_metadata
 from dcp_fast.metadata.unpickler import RestrictedUnpickler
-
-# The benchmark's generator, by its path: the checkout must not be imported from here.
-_spec = importlib.util.spec_from_file_location(
-    "metadata_files", Path(__file__).parents[1] / "benchmarks" / "metadata_files.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-_metadata_files = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_metadata_files)
-write_metadata = _metadata_files.write_metadata
 
 PROTOCOLS = range(6)
 VERSIONS = ["2.0", "2.3", "2.6", "Python 3.11", "2.0, Python 3.11"]
