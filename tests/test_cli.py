@@ -30,6 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 from dcp_fast.cli import main
 from dcp_fast.metadata import columns_of, parse_metadata
 
+# Not the checkout, which may hold no extension: `python -m` would look there first.
+ELSEWHERE = Path(__file__).parent
 COMMAND = [sys.executable, "-m", "dcp_fast", "inspect"]
 
 
@@ -287,7 +289,9 @@ def many(path: Path, fqn: str, count: int) -> Path:
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     many(tmp_path, "n" * 100, 5000)  # more than a pipe holds
-    with subprocess.Popen([*COMMAND, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*COMMAND, str(tmp_path)], cwd=ELSEWHERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline().startswith(b"metadata")
@@ -299,13 +303,13 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 def test_wide_names_are_cut_for_a_terminal_only(tmp_path: Path) -> None:
     name = "wide." * 100
     many(tmp_path, name, 1)
-    piped = subprocess.run([*COMMAND, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=True)
+    piped = subprocess.run([*COMMAND, str(tmp_path)], cwd=ELSEWHERE, stdout=subprocess.PIPE, text=True, check=True)
     assert f"{name}0" in piped.stdout
 
     master, terminal = pty.openpty()
     with open(master, "rb", buffering=0) as shown:
         environment = {**os.environ, "COLUMNS": "70"}
-        subprocess.run([*COMMAND, str(tmp_path)], stdout=terminal, env=environment, check=True)
+        subprocess.run([*COMMAND, str(tmp_path)], cwd=ELSEWHERE, stdout=terminal, env=environment, check=True)
         os.close(terminal)
         text = b""
         try:
@@ -325,7 +329,7 @@ def test_wide_names_are_cut_for_a_terminal_only(tmp_path: Path) -> None:
 def test_an_encoding_that_lacks_the_letters(tmp_path: Path) -> None:
     many(tmp_path, "schlüssel", 1)
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([*COMMAND, str(tmp_path)], stdout=subprocess.PIPE, env=environment, check=True)
+    done = subprocess.run([*COMMAND, str(tmp_path)], cwd=ELSEWHERE, stdout=subprocess.PIPE, env=environment, check=True)
     assert b"schl\\xfcssel0" in done.stdout
 
 
