@@ -39,25 +39,9 @@ template <>
 struct Ours<CUfunction> {
   using Type = ours::FunctionHandle;
 };
-template <>
-struct Ours<CUcontext*> {
-  using Type = ours::ContextHandle*;
-};
-template <>
-struct Ours<CUstream*> {
-  using Type = ours::StreamHandle*;
-};
-template <>
-struct Ours<CUevent*> {
-  using Type = ours::EventHandle*;
-};
-template <>
-struct Ours<CUmodule*> {
-  using Type = ours::ModuleHandle*;
-};
-template <>
-struct Ours<CUfunction*> {
-  using Type = ours::FunctionHandle*;
+template <typename T>
+struct Ours<T*> {
+  using Type = typename Ours<T>::Type*;
 };
 
 template <typename Function>
