@@ -118,10 +118,10 @@ def test_nobody_spins(tmp_path: Path, case: str) -> None:
     """Readers are busy; whoever waits for them does nothing."""
     write(tmp_path, case)
     clock, process, _ = run_child(_used, tmp_path, case, 64, 1)
-    assert process > 0.5
+    assert process > 0.1
     assert process < 1.2 * clock
     clock, process, caller = run_child(_used, tmp_path, case, 64, 2)
-    assert process > 0.5
+    assert process > 0.1
     assert caller < 0.3 * clock
 
 

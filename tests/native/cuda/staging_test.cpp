@@ -104,11 +104,11 @@ TEST_CASE("staging: waiting for torch's stream can be interrupted") {
   const Layouts layouts = matrix.files.layouts({});
   const Program program(layouts, matrix.items, matrix.destinations);
   Staging staging(8 * kMiB, 8 * kMiB, kMiB);
-  const SlowCopies slow(400000);
+  const SlowCopies slow(3000000);
   transfer::run_wave(program, 0, {}, torch.targets(staging), never);
   const auto start = std::chrono::steady_clock::now();
   CHECK_THROWS_AS(staging.synchronize(torch.targets(staging).torch_streams, [] { return true; }), Interrupted);
-  CHECK(std::chrono::steady_clock::now() - start < std::chrono::milliseconds(350));
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(2));
 }
 
 TEST_CASE("staging: what a load left under way does not count for the next one") {
