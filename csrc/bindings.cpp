@@ -1,5 +1,5 @@
-// This file and bindings_metadata.cpp alone know Python: turns columns of integers into the native structures and
-// native errors into exceptions.
+// This file and its neighbours bindings_*.cpp alone know Python: turns columns of integers into the native structures
+// and native errors into exceptions.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "bindings_metadata.h"
-#include "box/overlap.h"
+#include "bindings_planning.h"
 #include "checkpoint/dtype.h"
 #include "cuda/staging.h"
 #include "error.h"
@@ -211,18 +211,6 @@ py::tuple read_range(const py::str& python_path, int64_t offset, int64_t length,
     return 0;
   });
   return py::make_tuple(bytes, counters.requests.load());
-}
-
-box::Chunks make_chunks(std::vector<int64_t> values, size_t dims, size_t count) {
-  if (values.size() != 2 * dims * count) throw py::value_error("chunks need offsets and sizes in every dimension");
-  return {std::move(values), dims, count};
-}
-
-std::vector<int64_t> find_overlaps(size_t dims, std::vector<int64_t> wanted, size_t wanted_count,
-                                   std::vector<int64_t> stored, size_t stored_count) {
-  return box::find_overlaps(make_chunks(std::move(wanted), dims, wanted_count),
-                            make_chunks(std::move(stored), dims, stored_count))
-      .rows;
 }
 
 using StreamsByDevice = std::map<int, uint64_t>;  // torch's current streams, as handles
@@ -454,11 +442,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"), py::arg("options"),
              "Exactly `length` bytes of a file, and how many requests brought them. Nothing is allocated before the "
              "file's size is checked.");
-  module.def("find_overlaps", &find_overlaps, py::arg("dims"), py::arg("wanted"), py::arg("wanted_count"),
-             py::arg("stored"), py::arg("stored_count"),
-             "Rows of wanted index, stored index, stored offsets, wanted offsets, lengths; see csrc/box/overlap.h.");
-
   bind_metadata(module);
+  bind_planning(module);
 
   py::class_<FaultInjection>(module, "FaultInjection")
       .def(py::init<const std::string&, int64_t, int, int64_t, size_t>(), py::arg("function"), py::arg("nth"),

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "box/overlap.h"
+#include "bindings_values.h"
 #include "checkpoint/bytes.h"
 #include "error.h"
 #include "metadata/columns.h"
@@ -66,25 +66,6 @@ py::memoryview view_of(const std::shared_ptr<Columns>& columns, const std::vecto
   return view_of<T>(columns, column.data(), {static_cast<py::ssize_t>(column.size())});
 }
 
-// Lone surrogates are texts too, as for pickle.
-py::str to_python(std::string_view text, const char* errors = "surrogatepass") {
-  PyObject* result = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), errors);
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::str>(result);
-}
-
-std::string from_python(const py::str& text) {
-  PyObject* encoded = PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass");
-  if (encoded == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::bytes>(encoded);
-}
-
-py::tuple to_python(const int64_t* numbers, size_t count) {
-  py::tuple result(count);
-  for (size_t i = 0; i < count; ++i) result[i] = numbers[i];
-  return result;
-}
-
 py::list texts(const metadata::TextTable& table, size_t count) {
   py::list result(count);
   for (size_t i = 0; i < count; ++i) result[i] = to_python(table[i]);
@@ -133,6 +114,15 @@ int64_t find_entry(const Columns& columns, const py::str& fqn) {
   return index < columns.entries.size() ? int64_t{index} : -1;
 }
 
+// The number of an entry and the size of its tensor, or None for a bytes entry; None if there is no such entry.
+py::object find_size(const Columns& columns, const py::str& fqn) {
+  const int64_t number = find_entry(columns, fqn);
+  if (number < 0) return py::none();
+  const Entry& entry = columns.entries[static_cast<size_t>(number)];
+  if (entry.kind == EntryKind::kBytes) return py::make_tuple(number, py::none());
+  return py::make_tuple(number, to_python(columns.numbers.data() + entry.size, entry.dims));
+}
+
 int64_t find_row(const Columns& columns, const py::str& fqn, const std::optional<std::vector<int64_t>>& offset) {
   const uint32_t index = columns.fqns.find(from_python(fqn));
   if (index == metadata::TextTable::kNone) return -1;
@@ -146,56 +136,6 @@ int64_t row_of_chunk(const Columns& columns, size_t entry, size_t chunk) {
   if (chunk >= tensor.chunk_count) throw py::index_error("no such chunk");
   const int64_t* offsets = columns.numbers.data() + tensor.chunks + 2 * chunk * tensor.dims;
   return found(columns.find_row(static_cast<uint32_t>(entry), offsets, tensor.dims));
-}
-
-// Overlaps of wanted chunks with the stored ones, for many entries at once. A request is a row of the entry, the number
-// of wanted chunks, and their offsets and sizes. Returns rows of the request's number, the wanted and the stored chunk,
-// the offsets of the stored one, offsets in it, offsets in the wanted one, and lengths; and for each request how many
-// elements they cover.
-std::pair<std::vector<int64_t>, std::vector<int64_t>> find_overlaps(const Columns& columns,
-                                                                    const std::vector<int64_t>& requests) {
-  std::vector<int64_t> found;
-  std::vector<int64_t> covered;
-  for (size_t at = 0; at < requests.size();) {
-    if (requests.size() - at < 2) throw py::value_error("the requests end within a row");
-    const Entry& entry = tensor_entry(columns, static_cast<size_t>(requests[at]));
-    box::Chunks wanted;
-    wanted.dims = entry.dims;
-    wanted.count = static_cast<size_t>(requests[at + 1]);
-    at += 2;
-    const size_t left = requests.size() - at;
-    if (wanted.count > requests.size() || 2 * wanted.dims * wanted.count > left)
-      throw py::value_error("a request is cut");
-    const auto begin = requests.begin() + static_cast<std::ptrdiff_t>(at);
-    at += 2 * wanted.dims * wanted.count;
-    wanted.values.assign(begin, requests.begin() + static_cast<std::ptrdiff_t>(at));
-    box::Chunks stored;
-    stored.dims = entry.dims;
-    stored.count = entry.chunk_count;
-    const auto chunks = columns.numbers.begin() + static_cast<std::ptrdiff_t>(entry.chunks);
-    stored.values.assign(chunks, chunks + static_cast<std::ptrdiff_t>(2 * stored.dims * stored.count));
-    const box::Overlaps overlaps = box::find_overlaps(wanted, stored);
-    int64_t elements = 0;
-    const size_t width = 2 + 3 * wanted.dims;
-    for (size_t row = 0; row < overlaps.rows.size(); row += width) {
-      found.push_back(static_cast<int64_t>(covered.size()));
-      const auto values = overlaps.rows.begin() + static_cast<std::ptrdiff_t>(row);
-      const int64_t* offsets = stored.offsets(static_cast<size_t>(values[1]));
-      found.insert(found.end(), values, values + 2);
-      found.insert(found.end(), offsets, offsets + stored.dims);
-      found.insert(found.end(), values + 2, values + static_cast<std::ptrdiff_t>(width));
-      int64_t volume = 1;
-      // Absurd metadata may exceed what there can be; then the count only has to be large.
-      for (size_t dim = 0; dim < wanted.dims; ++dim) {
-        if (__builtin_mul_overflow(volume, values[static_cast<std::ptrdiff_t>(2 + 2 * wanted.dims + dim)], &volume)) {
-          volume = INT64_MAX;
-        }
-      }
-      if (__builtin_add_overflow(elements, volume, &elements)) elements = INT64_MAX;
-    }
-    covered.push_back(elements);
-  }
-  return {std::move(found), std::move(covered)};
 }
 
 // The key: FQN, offset or None, index or None. The value: path, offset, length, transform descriptors or None.
@@ -253,11 +193,11 @@ void bind_metadata(py::module_& module) {
       .def_property_readonly("dtypes", &used_dtypes)
       .def("fqns", [](const Columns& columns) { return texts(columns.fqns, columns.entries.size()); })
       .def("find_entry", &find_entry, py::arg("fqn"))
+      .def("find_size", &find_size, py::arg("fqn"))
       .def("entry_fields", &entry_fields, py::arg("entry"))
       .def("chunks", &chunks, py::arg("entry"))
       .def_readonly("has_storage", &Columns::has_storage)
       .def_property_readonly("row_count", [](const Columns& columns) { return columns.rows.size(); })
-      .def("find_overlaps", &find_overlaps, py::arg("requests"))
       .def("find_row", &find_row, py::arg("fqn"), py::arg("offset"))
       .def("row_of_chunk", &row_of_chunk, py::arg("entry"), py::arg("chunk"))
       .def("row", &row, py::arg("index"))

@@ -79,9 +79,6 @@ class CudaStaging:
     def take_slot_seconds(self) -> float: ...
 
 def read_range(path: str, offset: int, length: int, options: Options) -> tuple[bytes, int]: ...
-def find_overlaps(
-    dims: int, wanted: Sequence[int], wanted_count: int, stored: Sequence[int], stored_count: int
-) -> list[int]: ...
 
 class MetadataColumns:
     """Metadata of a checkpoint. An entry is the number of a key of state_dict_metadata, a row one of storage_data."""
@@ -90,9 +87,9 @@ class MetadataColumns:
     dtypes: list[int]  # all codes that are in use; indices into METADATA_DTYPES
     def fqns(self) -> list[str]: ...
     def find_entry(self, fqn: str) -> int: ...  # -1: there is none
+    def find_size(self, fqn: str) -> tuple[int, tuple[int, ...] | None] | None: ...
     def entry_fields(self, entry: int) -> tuple[int, int, bool, int, bool, bool, tuple[int, ...]] | None: ...
     def chunks(self, entry: int) -> memoryview: ...  # int64: chunk, offsets or sizes, dimension
-    def find_overlaps(self, requests: Sequence[int]) -> tuple[list[int], list[int]]: ...
     has_storage: bool
     row_count: int
     row_files: memoryview  # uint32, indices into files()
@@ -109,6 +106,34 @@ class MetadataColumns:
     version: str | None
 
 def parse_metadata(pickle: Buffer) -> MetadataColumns | str: ...
+
+class Rows(Buffer): ...  # int64
+
+class PlannedRecords:
+    """The stored tensors that boxes are parts of."""
+
+    of_box: list[int]
+    first_box: list[int]
+    missing: int | None  # the first box whose chunk storage_data lacks
+    files: list[str]
+    def rows(self, all_opaque: bool) -> Rows: ...  # for read_layouts, files as numbered above
+
+class PlannedBoxes:
+    uncovered: list[int]  # requests of which the checkpoint lacks some elements
+    def __len__(self) -> int: ...
+    def box(
+        self, index: int
+    ) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]: ...
+    def destinations(self) -> list[tuple[int, int, int]]: ...  # request, wanted chunk and dimensions of each
+    destination_of_box: list[int]
+    def request(self, index: int) -> int: ...
+    def find_records(self) -> PlannedRecords: ...
+    def rows(self, records: PlannedRecords) -> Rows: ...  # for Program
+
+def find_boxes(columns: MetadataColumns, requests: Sequence[int]) -> PlannedBoxes: ...
+def find_overlaps(
+    dims: int, wanted: Sequence[int], wanted_count: int, stored: Sequence[int], stored_count: int
+) -> list[int]: ...
 
 class FaultInjection:
     calls: int

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -36,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from dcp_fast import _native
 from dcp_fast.garbage import paused_collection
 from dcp_fast.metadata import LazyDict, columns_of
+from dcp_fast.plan import ColumnPlan, PlannedTensors, is_whole
 from dcp_fast.stand_in import StandIn
 
 __all__ = ["DefaultLoadPlanner", "create_default_local_load_plan", "create_read_items_for_chunk_list"]
@@ -118,14 +118,18 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
             if strict:
                 raise RuntimeError(f"Missing key in checkpoint state_dict: {fqn}.")
             continue
-        if entry.size is not None and getattr(value, "size", None) is not None:
+        number, stored_size = entry
+        if number is not None and stored_size is not None and is_whole(value) and value.size() == stored_size:
+            search.add_whole(fqn, number, stored_size)
+            continue
+        if stored_size is not None and getattr(value, "size", None) is not None:
             size = global_size(value)
-            if entry.size != size:
-                raise ValueError(f"Size mismatch between saved {torch.Size(entry.size)} and current: {size} for {fqn}")
+            if stored_size != size:
+                raise ValueError(f"Size mismatch between saved {torch.Size(stored_size)} and current: {size} for {fqn}")
         # A rank outside the mesh of a DTensor on a sub-mesh holds nothing of it.
         if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
             continue
-        if entry.size is None:
+        if stored_size is None:
             search.add_bytes(fqn, value)
             continue
         try:
@@ -135,33 +139,21 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
                 f"Invalid checkpoint metadata for {fqn}, expected BytesStorageMetadata but found "
                 f"{TensorStorageMetadata}",
             ) from error
-        search.add_chunks(fqn, entry, wanted)
-    items, uncovered = search.run()
-    if uncovered:
+        search.add_chunks(fqn, number, len(stored_size), wanted)
+    plan, incomplete = search.run()
+    if incomplete:
+        uncovered = [fqn for fqn in state_dict if fqn in incomplete]
         logger.warning(
             "the checkpoint has no data for parts of %d tensors, which keep what they hold: %s%s",
             len(uncovered),
             ", ".join(uncovered[:10]),
             ", ..." if len(uncovered) > 10 else "",
         )
-    return LoadPlan(items)
+    return plan
 
 
 def _volume(sizes: Any) -> int:
     return sum(map(math.prod, sizes))
-
-
-@dataclass
-class _Entry:
-    """What planning needs to know of a key of the checkpoint.
-
-    Attributes:
-        size: of the global tensor; None for a bytes entry.
-        number: its number in the columns; None where there are no columns of it.
-    """
-
-    size: Sequence[int] | None
-    number: int | None = None
 
 
 class _Search:
@@ -173,23 +165,23 @@ class _Search:
     def __init__(self, metadata: Metadata) -> None:
         self.metadata = metadata.state_dict_metadata
         self.columns = columns_of(metadata)
-        # In the order of the state dict: items, or the chunks of a request to the columns.
-        self.parts: list[list[ReadItem] | tuple[str, Sequence[ChunkStorageMetadata]]] = []
+        # Requests to the columns, of one tensor each.
         self.requests: list[int] = []
-        self.uncovered: list[tuple[int, str]] = []  # with the number of parts before
+        self.fqns: list[str] = []
+        self.wanted: list[Sequence[ChunkStorageMetadata] | None] = []
+        # Items of all else, with the number of requests before.
+        self.made: list[tuple[int, ReadItem]] = []
+        self.incomplete: set[str] = set()  # FQNs
         self.dtensor_chunks: dict[Any, list[ChunkStorageMetadata]] = {}
 
-    def find(self, fqn: str) -> _Entry | None:
+    def find(self, fqn: str) -> tuple[int | None, Sequence[int] | None] | None:
+        """The number of a key's entry in the columns, if it is there, and the size of its tensor, if it is one."""
         if self.columns is not None and not cast(LazyDict[str, Any], self.metadata).made(fqn):
-            number = self.columns.find_entry(fqn)
-            if number < 0:
-                return None
-            fields = self.columns.entry_fields(number)
-            return _Entry(None if fields is None else fields[-1], number)
+            return self.columns.find_size(fqn)
         entry = self.metadata.get(fqn)
         if entry is None:
             return None
-        return _Entry(entry.size if isinstance(entry, TensorStorageMetadata) else None)
+        return None, entry.size if isinstance(entry, TensorStorageMetadata) else None
 
     def wanted_chunks(self, value: Any) -> list[ChunkStorageMetadata]:
         """torch's ``_create_chunk_list``; the geometry of DTensors that are alike is computed once."""
@@ -202,60 +194,39 @@ class _Search:
         return chunks
 
     def add_bytes(self, fqn: str, value: Any) -> None:
-        self.parts.append(_create_read_items(fqn, BytesStorageMetadata(), value))
+        self.made += ((len(self.fqns), item) for item in _create_read_items(fqn, BytesStorageMetadata(), value))
 
-    def add_chunks(self, fqn: str, entry: _Entry, wanted: list[ChunkStorageMetadata]) -> None:
-        assert entry.size is not None
+    def add_whole(self, fqn: str, number: int, size: Sequence[int]) -> None:
+        self.requests += (number, 1, *(0,) * len(size), *size)
+        self.fqns.append(fqn)
+        self.wanted.append(None)
+
+    def add_chunks(self, fqn: str, number: int | None, dims: int, wanted: list[ChunkStorageMetadata]) -> None:
         if not wanted:
             return
-        values = None if entry.number is None else _flatten(wanted, len(entry.size))
+        values = None if number is None else _flatten(wanted, dims)
         if values is not None:
-            assert entry.number is not None
-            self.requests += (entry.number, len(wanted), *values)
-            self.parts.append((fqn, wanted))
+            assert number is not None
+            self.requests += (number, len(wanted), *values)
+            self.fqns.append(fqn)
+            self.wanted.append(wanted)
             return
         stored = cast(TensorStorageMetadata, self.metadata[fqn])
         items = create_read_items_for_chunk_list(fqn, stored, wanted)
         if _volume(item.lengths for item in items) < _volume(chunk.sizes for chunk in wanted):
-            self.uncovered.append((len(self.parts), fqn))
-        self.parts.append(items)
+            self.incomplete.add(fqn)
+        self.made += ((len(self.fqns), item) for item in items)
 
-    def run(self) -> tuple[list[ReadItem], list[str]]:
-        """The items of all parts in order, and the tensors of which the checkpoint lacks something."""
-        if self.columns is not None and self.requests:
-            self._fill_parts(*self.columns.find_overlaps(self.requests))
-        items = [item for part in self.parts for item in cast(list[ReadItem], part)]
-        return items, [fqn for _, fqn in sorted(self.uncovered)]
-
-    def _fill_parts(self, rows: list[int], covered: list[int]) -> None:
-        size = torch.Size
-        at = request = 0
-        for part, content in enumerate(self.parts):
-            if isinstance(content, list):
-                continue
-            fqn, wanted = content
-            if covered[request] < _volume(chunk.sizes for chunk in wanted):
-                self.uncovered.append((part, fqn))
-            dims = len(wanted[0].offsets)
-            items: list[ReadItem] = []
-            while at < len(rows) and rows[at] == request:
-                _, wanted_index, stored_index = rows[at : at + 3]
-                at += 3
-                corners = [size(rows[i : i + dims]) for i in range(at, at + 4 * dims, dims)] if dims else [size()] * 4
-                at += 4 * dims
-                stored_offsets, storage_offsets, dest_offsets, lengths = corners
-                items.append(
-                    ReadItem(
-                        LoadItemType.TENSOR,
-                        MetadataIndex(fqn, wanted[wanted_index].offsets, wanted_index),
-                        dest_offsets,
-                        MetadataIndex(fqn, stored_offsets, stored_index),
-                        storage_offsets,
-                        lengths,
-                    )
-                )
-            self.parts[part] = items
-            request += 1
+    def run(self) -> tuple[LoadPlan, set[str]]:
+        """The plan, in the order of the state dict, and the tensors of which the checkpoint lacks something."""
+        if self.columns is None:
+            return LoadPlan([item for _, item in self.made]), self.incomplete
+        boxes = _native.find_boxes(self.columns, self.requests)
+        self.incomplete.update(self.fqns[request] for request in boxes.uncovered)
+        plan = ColumnPlan.of(PlannedTensors(self.columns, boxes, self.fqns, self.wanted), self.made)
+        if all(item.type is LoadItemType.BYTE_IO for _, item in self.made):
+            return plan, self.incomplete
+        return LoadPlan(plan.items), self.incomplete
 
 
 def global_size(value: Any) -> torch.Size:
@@ -273,6 +244,22 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=StandIn):
     ``lookup_tensor``, ``transform_tensor``, ``commit_tensor`` and ``load_bytes`` as torch's reader does.
     """
 
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Take and flatten the state dict."""
+        if not self.flatten_state_dict or not all(
+            type(key) is str and is_whole(value) and not value.is_meta for key, value in state_dict.items()
+        ):
+            super().set_up_planner(state_dict, metadata, is_coordinator)
+            return
+        # What torch comes to after it has walked through a flat state dict four times.
+        self.original_state_dict = state_dict
+        self.mappings = {fqn: (fqn,) for fqn in state_dict}
+        self.state_dict = dict(state_dict)
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+
     def create_local_plan(self) -> LoadPlan:
         """Plan the reads of this rank; see :func:`create_default_local_load_plan` for the errors."""
         if self.metadata is None:
@@ -286,7 +273,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=StandIn):
         # Before torch 2.4 fewer containers were flattened. Stored keys that the state dict lacks, but has when it is
         # flattened the old way, tell such a checkpoint. Same test as torch's DefaultLoadPlanner.create_local_plan.
         assert self.metadata is not None
-        missing = self.metadata.state_dict_metadata.keys() - self.state_dict.keys()
+        missing = set(self.metadata.state_dict_metadata).difference(self.state_dict)
         if not missing:
             return
         _version._derived_version = "2_3"

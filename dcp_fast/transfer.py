@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -10,16 +9,15 @@ import torch
 from torch.autograd.graph import increment_version
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.utils import find_state_dict_object
-from torch.serialization import LoadEndianness, get_default_load_endianness
+from typing_extensions import Buffer
 
 from dcp_fast import _native
 from dcp_fast.cuda import CudaLimits, CudaLoad
 from dcp_fast.destinations import DTYPES, Destinations
 from dcp_fast.errors import SizeMismatchError, typed_errors
 from dcp_fast.garbage import paused_collection
+from dcp_fast.items import ColumnItems, ListedItems, box_of, items_of
 from dcp_fast.report import LoadReport
 from dcp_fast.staging import StagedBox, place_staged
 from dcp_fast.storage import Storage
@@ -40,26 +38,6 @@ def has_default_hooks(planner: LoadPlanner) -> bool:
     return isinstance(planner, DefaultLoadPlanner) and all(
         name not in vars(planner) and getattr(type(planner), name) is hook for name, hook in _DEFAULT_HOOKS.items()
     )
-
-
-def _box(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-    """Offsets in the stored tensor and in the destination, and lengths, all of as many dimensions.
-
-    narrow_tensor_by_index, with which torch takes a box out of a tensor, walks offsets and lengths in parallel as far
-    as both go.
-    """
-    storage_offsets, dest_offsets, lengths = item.storage_offsets, item.dest_offsets, item.lengths
-    dims = len(lengths)
-    if len(storage_offsets) == dims and len(dest_offsets) == dims:
-        return storage_offsets, dest_offsets, lengths
-    stored_dims, dest_dims = min(len(storage_offsets), dims), min(len(dest_offsets), dims)
-    if stored_dims != dest_dims:
-        raise SizeMismatchError(
-            f"an item has {len(storage_offsets)} storage offsets, {len(dest_offsets)} destination offsets and {dims} "
-            "lengths",
-            fqn=item.storage_index.fqn,
-        )
-    return storage_offsets[:stored_dims], dest_offsets[:stored_dims], lengths[:stored_dims]
 
 
 class PlanTransfer:
@@ -91,17 +69,21 @@ class PlanTransfer:
         self.staging_bytes = staging_bytes
         self.report = report
         self.cuda = CudaLoad(cuda, report)
-        self.items = plan.items
-        self.item_records: list[int] = []  # index of each item's record
+        self.plan = plan
         self.record_fqns: list[str] = []
-        self.record_files: list[int] = []
+        in_any_order = has_default_hooks(planner)
+        with report.stage("layout"), paused_collection():
+            self.items: ColumnItems | ListedItems = (
+                items_of(plan, storage) if in_any_order else ListedItems(plan.items, storage)
+            )
         self.layouts = self._read_layouts()
+        self.in_any_order = in_any_order
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
         with typed_errors(self.record_fqns, self.storage.root):
             try:
-                if not (has_default_hooks(self.planner) and self._place_at_once()):
+                if not (self.in_any_order and self._place_at_once()):
                     self._place_one_by_one()
                 self.cuda.finish()
             except BaseException:
@@ -111,26 +93,9 @@ class PlanTransfer:
     # Layout
 
     def _read_layouts(self) -> _native.Layouts:
-        with self.report.stage("layout"), paused_collection():
-            storage_data = self.storage.storage_data
-            # The engine moves little-endian bytes as they are; where that may be wrong, torch swaps them.
-            big_endian = sys.byteorder == "big" or get_default_load_endianness() == LoadEndianness.BIG
-            # All are kept until records are told apart by identity: a mapping may make them as they are asked for.
-            infos = [storage_data[item.storage_index] for item in self.items]
-            numbers: dict[int, int] = {}
-            self.item_records = [numbers.setdefault(id(info), len(numbers)) for info in infos]
-            files: dict[str, int] = {}
-            column: list[int] = []
-            for item, info, record in zip(self.items, infos, self.item_records, strict=True):
-                if record == len(self.record_fqns):  # its first item
-                    file = files.setdefault(info.relative_path, len(files))
-                    opaque = big_endian or item.type is _BYTE_IO or bool(info.transform_descriptors)
-                    column += (file, info.offset, info.length, opaque)
-                    self.record_fqns.append(item.storage_index.fqn)
-                    self.record_files.append(file)
-            paths = [self.storage.path(name) for name in files]
-            with typed_errors(self.record_fqns, self.storage.root):
-                layouts = _native.read_layouts(paths, array("q", column), self.options)
+        self.record_fqns[:] = self.items.record_fqns
+        with self.report.stage("layout"), typed_errors(self.record_fqns, self.storage.root):
+            layouts = _native.read_layouts(self.items.paths, self.items.record_rows, self.options)
         self.report.records = len(layouts)
         self.report.requests += layouts.requests
         self.report.bytes_read += layouts.bytes_read
@@ -145,29 +110,8 @@ class PlanTransfer:
             False, with nothing done, if no such order can be told.
         """
         with self.report.stage("transfer"), paused_collection():
-            destinations = Destinations()
-            known: dict[tuple[str, torch.Size | None, int | None], int] = {}
-            column: list[int] = []
-            items: list[ReadItem] = []
-            byte_items: list[ReadItem] = []
-            records: list[int] = []
-            numbers: list[int] = []  # index of each item's destination
-            state_dict = self.planner.state_dict  # type: ignore[attr-defined]
-            for item, record in zip(self.items, self.item_records, strict=True):
-                if item.type is _BYTE_IO:
-                    byte_items.append(item)
-                    continue
-                index: MetadataIndex = item.dest_index
-                key = (index.fqn, index.offset, index.index)
-                number = known.get(key)
-                if number is None:
-                    number = known[key] = destinations.add(find_state_dict_object(state_dict, index))
-                storage_offsets, dest_offsets, lengths = _box(item)
-                column += (record, number, len(lengths), *storage_offsets, *dest_offsets, *lengths)
-                items.append(item)
-                records.append(record)
-                numbers.append(number)
-
+            resolved = self.items.resolve(self.planner.state_dict)  # type: ignore[attr-defined]
+            destinations, numbers, items = resolved.destinations, resolved.numbers, resolved.items
             if not destinations.all_have_addresses:
                 return False
 
@@ -176,17 +120,21 @@ class PlanTransfer:
                 return narrow_tensor_by_index(tensor, items[i].dest_offsets, items[i].lengths)
 
             self.cuda.keep(destinations.tensors)
-            self._place(items, records, column, destinations, target)
+            self._place(items, resolved.records, resolved.rows, destinations, target)
         with self.report.stage("commit"):
-            for item in byte_items:
+            for item in resolved.byte_items:
                 self._load_bytes(item)
         return True
 
     def _place_one_by_one(self) -> None:
         """For planners with hooks: resolve, place and commit each item before the next, in torch's order."""
-        order = sorted(range(len(self.items)), key=lambda i: self.record_files[self.item_records[i]])
-        for i in order:
-            item = self.items[i]
+        listed = self.items
+        if not isinstance(listed, ListedItems):
+            with self.report.stage("layout"), paused_collection():
+                self.items = listed = ListedItems(self.plan.items, self.storage)
+            self.layouts = self._read_layouts()
+        for i in sorted(range(len(listed.items)), key=lambda i: listed.record_files[listed.records[i]]):
+            item = listed.items[i]
             if item.type is _BYTE_IO:
                 with self.report.stage("commit"):
                     self._load_bytes(item)
@@ -194,7 +142,7 @@ class PlanTransfer:
             with self.report.stage("commit"):
                 tensor = self.planner.resolve_tensor(item).detach()
             with self.report.stage("transfer"):
-                self._place_item(item, self.item_records[i], tensor)
+                self._place_item(item, listed.records[i], tensor)
             with self.report.stage("commit"):
                 self.planner.commit_tensor(item, tensor)
 
@@ -203,22 +151,22 @@ class PlanTransfer:
         if any(length < size for length, size in zip(item.lengths, tensor.size(), strict=False)):
             reason = f"req {item.storage_index} mismatch sizes {tensor.size()} vs {item.lengths}"
             raise self.storage.error(SizeMismatchError, reason, item)
-        storage_offsets, _, lengths = _box(item)
+        storage_offsets, _, lengths = box_of(item)
         dims = len(lengths)
-        column = [record, 0, dims, *storage_offsets, *(0,) * dims, *lengths]
+        rows = array("q", [record, 0, dims, *storage_offsets, *(0,) * dims, *lengths])
         destinations = Destinations()
         destinations.add(tensor)
-        self._place([item], [record], column, destinations, lambda _: tensor)
+        self._place([item], [record], rows, destinations, lambda _: tensor)
 
     def _place(
         self,
         items: Sequence[ReadItem],
         records: Sequence[int],
-        column: Sequence[int],
+        rows: Buffer,
         destinations: Destinations,
         target: Callable[[int], torch.Tensor],
     ) -> None:
-        program = _native.Program(self.layouts, array("q", column), destinations.column())
+        program = _native.Program(self.layouts, rows, destinations.column())
         self.report.bytes_needed += program.bytes_needed
         try:
             for wave in range(program.waves):

@@ -50,6 +50,11 @@ class LazyDict(dict[Key, Item]):
         """Whether the value of a key exists as an object, which its owner may have changed."""
         return dict.__contains__(self, key)
 
+    @property
+    def untouched_columns(self) -> _native.MetadataColumns | None:
+        """The columns that tell all, as no value was made yet; None if there are none."""
+        return None if self._source is None or dict.__len__(self) else self._source.columns
+
     def fill(self) -> None:
         """Make all values, and put them in order."""
         with self._lock, paused_collection():

@@ -1,0 +1,160 @@
+// Planning for Python: the search for overlaps, and its result as columns for the transfer or as tuples for ReadItems.
+
+#include "bindings_planning.h"
+
+#include <pybind11/stl.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "bindings_values.h"
+#include "box/overlap.h"
+#include "planning/boxes.h"
+
+namespace py = pybind11;
+
+namespace dcp_fast {
+namespace {
+
+using metadata::Columns;
+using metadata::Entry;
+using metadata::StorageRows;
+using planning::Box;
+using planning::Boxes;
+using planning::Records;
+
+// Rows of integers, as a buffer.
+struct Rows {
+  std::vector<int64_t> values;
+};
+
+struct PlannedBoxes {
+  std::shared_ptr<const Columns> columns;
+  Boxes boxes;
+};
+
+struct PlannedRecords {
+  std::shared_ptr<const Columns> columns;
+  Records records;
+};
+
+PlannedBoxes find_boxes(std::shared_ptr<const Columns> columns, const std::vector<int64_t>& requests) {
+  const py::gil_scoped_release release;
+  Boxes boxes = planning::find_boxes(*columns, requests);
+  return {std::move(columns), std::move(boxes)};
+}
+
+py::tuple box_at(const PlannedBoxes& planned, size_t index) {
+  const Box& box = planned.boxes.boxes.at(index);
+  const Entry& entry = planned.columns->entries[planned.boxes.entries[box.request]];
+  const int64_t* stored = planned.columns->numbers.data() + entry.chunks + 2 * size_t{box.stored} * box.dims;
+  return py::make_tuple(box.request, box.wanted, box.stored, to_python(stored, box.dims),
+                        to_python(planned.boxes.storage_offsets(box), box.dims),
+                        to_python(planned.boxes.destination_offsets(box), box.dims),
+                        to_python(planned.boxes.lengths(box), box.dims));
+}
+
+py::list destinations(const Boxes& boxes) {
+  py::list result(boxes.destinations);
+  size_t next = 0;
+  for (const Box& box : boxes.boxes) {
+    if (box.destination == next) result[next++] = py::make_tuple(box.request, box.wanted, box.dims);
+  }
+  return result;
+}
+
+// A row for each box, as _native.Program takes them.
+Rows item_rows(const PlannedBoxes& planned, const Records& records) {
+  const Boxes& boxes = planned.boxes;
+  if (records.of_box.size() != boxes.boxes.size()) throw py::value_error("the records are of other boxes");
+  Rows rows;
+  rows.values.reserve(3 * boxes.boxes.size() + boxes.numbers.size());
+  for (size_t i = 0; i < boxes.boxes.size(); ++i) {
+    const Box& box = boxes.boxes[i];
+    rows.values.insert(rows.values.end(), {records.of_box[i], box.destination, box.dims});
+    const int64_t* numbers = boxes.storage_offsets(box);
+    rows.values.insert(rows.values.end(), numbers, numbers + 3 * size_t{box.dims});
+  }
+  return rows;
+}
+
+// A row for each record, as read_layouts takes them.
+Rows record_rows(const PlannedRecords& planned, bool all_opaque) {
+  const StorageRows& storage = planned.columns->rows;
+  Rows rows;
+  rows.values.reserve(4 * planned.records.rows.size());
+  for (size_t i = 0; i < planned.records.rows.size(); ++i) {
+    const uint32_t row = planned.records.rows[i];
+    const bool is_transformed =
+        !storage.transforms.empty() && !planned.columns->transforms[storage.transforms[row]].names.empty();
+    rows.values.insert(rows.values.end(), {planned.records.file[i], storage.offset[row], storage.length[row],
+                                           all_opaque || is_transformed});
+  }
+  return rows;
+}
+
+py::list file_names(const PlannedRecords& planned) {
+  py::list names;
+  for (const uint32_t file : planned.records.files) names.append(to_python(planned.columns->files[file]));
+  return names;
+}
+
+box::Chunks make_chunks(std::vector<int64_t> values, size_t dims, size_t count) {
+  if (values.size() != 2 * dims * count) throw py::value_error("chunks need offsets and sizes in every dimension");
+  return {std::move(values), dims, count};
+}
+
+std::vector<int64_t> find_overlaps(size_t dims, std::vector<int64_t> wanted, size_t wanted_count,
+                                   std::vector<int64_t> stored, size_t stored_count) {
+  return box::find_overlaps(make_chunks(std::move(wanted), dims, wanted_count),
+                            make_chunks(std::move(stored), dims, stored_count))
+      .rows;
+}
+
+}  // namespace
+
+void bind_planning(py::module_& module) {
+  py::class_<Rows>(module, "Rows", py::buffer_protocol()).def_buffer([](Rows& rows) {
+    return py::buffer_info(rows.values.data(), static_cast<py::ssize_t>(rows.values.size()));
+  });
+  py::class_<PlannedBoxes>(module, "PlannedBoxes")
+      .def("__len__", [](const PlannedBoxes& planned) { return planned.boxes.boxes.size(); })
+      .def_property_readonly("uncovered", [](const PlannedBoxes& planned) { return planned.boxes.uncovered; })
+      .def("request", [](const PlannedBoxes& planned, size_t index) { return planned.boxes.boxes.at(index).request; })
+      .def_property_readonly("destination_of_box",
+                             [](const PlannedBoxes& planned) {
+                               std::vector<uint32_t> numbers;
+                               numbers.reserve(planned.boxes.boxes.size());
+                               for (const Box& box : planned.boxes.boxes) numbers.push_back(box.destination);
+                               return numbers;
+                             })
+      .def("box", &box_at, py::arg("index"))
+      .def("destinations", [](const PlannedBoxes& planned) { return destinations(planned.boxes); })
+      .def("find_records",
+           [](const PlannedBoxes& planned) {
+             return PlannedRecords{planned.columns, planning::find_records(*planned.columns, planned.boxes)};
+           })
+      .def(
+          "rows",
+          [](const PlannedBoxes& planned, const PlannedRecords& records) {
+            return item_rows(planned, records.records);
+          },
+          py::arg("records"));
+  py::class_<PlannedRecords>(module, "PlannedRecords")
+      .def_property_readonly("of_box", [](const PlannedRecords& planned) { return planned.records.of_box; })
+      .def_property_readonly("first_box", [](const PlannedRecords& planned) { return planned.records.first_box; })
+      .def_property_readonly("missing", [](const PlannedRecords& planned) { return planned.records.missing; })
+      .def_property_readonly("files", &file_names)
+      .def("rows", &record_rows, py::arg("all_opaque"));
+  module.def("find_boxes", &find_boxes, py::arg("columns"), py::arg("requests"),
+             "Boxes of all requests: rows of entry, number of wanted chunks, their offsets and sizes.");
+  module.def("find_overlaps", &find_overlaps, py::arg("dims"), py::arg("wanted"), py::arg("wanted_count"),
+             py::arg("stored"), py::arg("stored_count"),
+             "Rows of wanted index, stored index, stored offsets, wanted offsets, lengths; see csrc/box/overlap.h.");
+}
+
+}  // namespace dcp_fast

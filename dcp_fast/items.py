@@ -1,0 +1,194 @@
+"""What a plan asks for, as the transfer takes it: told from its ReadItems, or from columns without making any."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.utils import find_state_dict_object
+from torch.serialization import LoadEndianness, get_default_load_endianness
+from typing_extensions import Buffer
+
+from dcp_fast.destinations import Destinations
+from dcp_fast.errors import SizeMismatchError
+from dcp_fast.metadata import LazyDict
+from dcp_fast.plan import ColumnPlan, PlannedTensors, is_whole
+from dcp_fast.storage import Storage
+
+__all__ = ["ColumnItems", "ListedItems", "Resolved", "box_of", "items_of"]
+
+_BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
+
+
+@dataclass
+class Resolved:
+    """The items of tensors, and where they go.
+
+    Attributes:
+        items: as ReadItems.
+        records: the record of each item.
+        numbers: the destination of each item.
+        rows: of the items, for ``_native.Program``.
+        destinations: tensors by number.
+        byte_items: all other items.
+    """
+
+    items: Sequence[ReadItem]
+    records: Sequence[int]
+    numbers: Sequence[int]
+    rows: Buffer
+    destinations: Destinations
+    byte_items: Sequence[ReadItem]
+
+
+def items_of(plan: LoadPlan, storage: Storage) -> ColumnItems | ListedItems:
+    """The items of this rank's plan; in columns if those of plan and storage are the same."""
+    if isinstance(plan, ColumnPlan) and plan.tensors is not None:
+        data = storage.storage_data
+        if isinstance(data, LazyDict) and data.untouched_columns is plan.tensors.columns:
+            return ColumnItems(plan.tensors, [item for _, item in plan.byte_items], storage)
+    return ListedItems(plan.items, storage)
+
+
+def box_of(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """Offsets in the stored tensor and in the destination, and lengths, all of as many dimensions.
+
+    narrow_tensor_by_index, with which torch takes a box out of a tensor, walks offsets and lengths in parallel as far
+    as both go.
+    """
+    storage_offsets, dest_offsets, lengths = item.storage_offsets, item.dest_offsets, item.lengths
+    dims = len(lengths)
+    if len(storage_offsets) == dims and len(dest_offsets) == dims:
+        return storage_offsets, dest_offsets, lengths
+    stored_dims, dest_dims = min(len(storage_offsets), dims), min(len(dest_offsets), dims)
+    if stored_dims != dest_dims:
+        raise SizeMismatchError(
+            f"an item has {len(storage_offsets)} storage offsets, {len(dest_offsets)} destination offsets and {dims} "
+            "lengths",
+            fqn=item.storage_index.fqn,
+        )
+    return storage_offsets[:stored_dims], dest_offsets[:stored_dims], lengths[:stored_dims]
+
+
+class _Records:
+    """Rows for ``_native.read_layouts``: file, offset, length, whether only Python can read it."""
+
+    def __init__(self, files: Sequence[str] = (), rows: Buffer = b"", fqns: Iterable[str] = ()) -> None:
+        self.files = {name: number for number, name in enumerate(files)}
+        self.rows = array("q")
+        self.rows.frombytes(memoryview(rows).cast("B"))
+        self.fqns = list(fqns)
+
+    def add(self, item: ReadItem, info: Any, all_opaque: bool) -> None:
+        file = self.files.setdefault(info.relative_path, len(self.files))
+        opaque = all_opaque or item.type is _BYTE_IO or bool(info.transform_descriptors)
+        self.rows.extend((file, info.offset, info.length, opaque))
+        self.fqns.append(item.storage_index.fqn)
+
+
+def _nothing_native() -> bool:
+    # The engine moves little-endian bytes as they are; where that may be wrong, torch swaps them.
+    return sys.byteorder == "big" or get_default_load_endianness() == LoadEndianness.BIG
+
+
+class ListedItems:
+    """The ReadItems of a plan.
+
+    Attributes:
+        paths: files that hold something of the plan.
+        record_rows: for ``_native.read_layouts``, where each stored entry lies.
+        record_fqns: of each stored entry.
+        items: in the plan's order.
+        records: the record of each item.
+        record_files: the file of each record.
+    """
+
+    def __init__(self, items: Sequence[ReadItem], storage: Storage) -> None:
+        self.items = items
+        # All are kept until records are told apart by identity: a mapping may make them as they are asked for.
+        infos = [storage.storage_data[item.storage_index] for item in items]
+        numbers: dict[int, int] = {}
+        self.records = [numbers.setdefault(id(info), len(numbers)) for info in infos]
+        records = _Records()
+        all_opaque = _nothing_native()
+        for item, info, record in zip(items, infos, self.records, strict=True):
+            if record == len(records.fqns):  # its first item
+                records.add(item, info, all_opaque)
+        self.paths = list(map(storage.path, records.files))
+        self.record_rows = records.rows
+        self.record_fqns = records.fqns
+        self.record_files = records.rows[::4]
+
+    def resolve(self, state_dict: dict[str, Any]) -> Resolved:
+        """Find all destinations in a state dict as torch's DefaultLoadPlanner has it."""
+        destinations = Destinations()
+        known: dict[tuple[str, torch.Size | None, int | None], int] = {}
+        rows: list[int] = []
+        items: list[ReadItem] = []
+        byte_items: list[ReadItem] = []
+        records: list[int] = []
+        numbers: list[int] = []
+        for item, record in zip(self.items, self.records, strict=True):
+            if item.type is _BYTE_IO:
+                byte_items.append(item)
+                continue
+            index: MetadataIndex = item.dest_index
+            key = (index.fqn, index.offset, index.index)
+            number = known.get(key)
+            if number is None:
+                number = known[key] = destinations.add(find_state_dict_object(state_dict, index))
+            storage_offsets, dest_offsets, lengths = box_of(item)
+            rows += (record, number, len(lengths), *storage_offsets, *dest_offsets, *lengths)
+            items.append(item)
+            records.append(record)
+            numbers.append(number)
+        return Resolved(items, records, numbers, array("q", rows), destinations, byte_items)
+
+
+class ColumnItems:
+    """The items of a plan in columns.
+
+    Attributes:
+        paths, record_rows, record_fqns: as in ListedItems.
+    """
+
+    def __init__(self, tensors: PlannedTensors, byte_items: Sequence[ReadItem], storage: Storage) -> None:
+        self._tensors = tensors
+        self._byte_items = byte_items
+        self._planned = planned = tensors.boxes.find_records()
+        if planned.missing is not None:
+            raise KeyError(tensors[planned.missing].storage_index)
+        all_opaque = _nothing_native()
+        request_of, fqns = tensors.boxes.request, tensors.fqns
+        records = _Records(
+            planned.files, planned.rows(all_opaque), (fqns[request_of(box)] for box in planned.first_box)
+        )
+        for item in byte_items:
+            records.add(item, storage.storage_data[item.storage_index], all_opaque)
+        self.paths = list(map(storage.path, records.files))
+        self.record_rows = records.rows
+        self.record_fqns = records.fqns
+
+    def resolve(self, state_dict: dict[str, Any]) -> Resolved:
+        """As that of ListedItems."""
+        tensors, boxes = self._tensors, self._tensors.boxes
+        destinations = Destinations()
+        for request, wanted, dims in boxes.destinations():
+            value: Any = state_dict.get(tensors.fqns[request]) if tensors.wanted[request] is None else None
+            if not is_whole(value):
+                value = find_state_dict_object(state_dict, tensors.destination(request, wanted, dims))
+            destinations.add(value)
+        return Resolved(
+            tensors,
+            self._planned.of_box,
+            boxes.destination_of_box,
+            boxes.rows(self._planned),
+            destinations,
+            self._byte_items,
+        )

@@ -1,0 +1,134 @@
+"""A load plan as columns: its ReadItems are made when somebody looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+
+from dcp_fast import _native
+from dcp_fast.garbage import paused_collection
+
+__all__ = ["ColumnPlan", "PlannedTensors", "is_whole"]
+
+_TENSOR = LoadItemType.TENSOR  # an enum's attributes are slow to get
+
+
+_WHOLE_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value of a state dict can be nothing but a whole tensor, rather than a part of a global one.
+
+    Attributes of its own may make any tensor a part (torch.distributed.checkpoint.protocol, since torch 2.14).
+    """
+    return type(value) in _WHOLE_TYPES and not vars(value)
+
+
+@dataclass
+class PlannedTensors(Sequence[ReadItem]):
+    """The ReadItems of tensors.
+
+    Attributes:
+        columns: of the metadata that was planned with.
+        boxes: one for each item.
+        fqns: of each request.
+        wanted: the wanted chunks of each request; None for a tensor that is wanted whole, where it begins.
+    """
+
+    columns: _native.MetadataColumns
+    boxes: _native.PlannedBoxes
+    fqns: list[str]
+    wanted: list[Sequence[ChunkStorageMetadata] | None]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    @overload
+    def __getitem__(self, at: int) -> ReadItem: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[ReadItem]: ...
+    def __getitem__(self, at: int | slice) -> ReadItem | list[ReadItem]:
+        if isinstance(at, slice):
+            return [self._make(*self.boxes.box(i)) for i in range(*at.indices(len(self)))]
+        return self._make(*self.boxes.box(at))
+
+    def _make(
+        self,
+        request: int,
+        wanted: int,
+        stored: int,
+        stored_offsets: Sequence[int],
+        storage_offsets: Sequence[int],
+        dest_offsets: Sequence[int],
+        lengths: Sequence[int],
+    ) -> ReadItem:
+        return ReadItem(
+            _TENSOR,
+            self.destination(request, wanted, len(lengths)),
+            torch.Size(dest_offsets),
+            MetadataIndex(self.fqns[request], stored_offsets, stored),
+            torch.Size(storage_offsets),
+            torch.Size(lengths),
+        )
+
+    def destination(self, request: int, wanted: int, dims: int) -> MetadataIndex:
+        """What names a wanted chunk, which has ``dims`` dimensions, in the state dict."""
+        chunks = self.wanted[request]
+        return MetadataIndex(self.fqns[request], (0,) * dims if chunks is None else chunks[wanted].offsets, wanted)
+
+
+class ColumnPlan(LoadPlan):
+    """A LoadPlan to all code: whoever asks for ``items`` gets a list, which is the plan from then on."""
+
+    tensors: PlannedTensors | None = None
+    """All items of tensors, as long as nobody can have changed them."""
+
+    byte_items: Sequence[tuple[int, ReadItem]] = ()
+    """The other items, each with the number of tensors' requests before it."""
+
+    @classmethod
+    def of(cls, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]]) -> ColumnPlan:
+        plan = cls([])
+        plan.tensors, plan.byte_items = tensors, byte_items
+        return plan
+
+    @property
+    def items(self) -> list[ReadItem]:
+        if self.tensors is not None:
+            with paused_collection():
+                self._items = self._make_items(self.tensors)
+            self.tensors = None
+        return self._items
+
+    @items.setter
+    def items(self, items: list[ReadItem]) -> None:
+        self.tensors = None
+        self._items = items
+
+    def _make_items(self, tensors: PlannedTensors) -> list[ReadItem]:
+        items: list[ReadItem] = []
+        box = tensors.boxes.box
+        at, count = 0, len(tensors)
+        for before, byte_item in self.byte_items:
+            while at < count and (fields := box(at))[0] < before:
+                items.append(tensors._make(*fields))
+                at += 1
+            items.append(byte_item)
+        return items + tensors[at:]
+
+    def __eq__(self, other: object) -> Any:
+        if not isinstance(other, LoadPlan):
+            return NotImplemented
+        mine, others = ((plan.items, plan.storage_data, plan.planner_data) for plan in (self, other))
+        return mine == others
+
+    __hash__ = None  # type: ignore[assignment]  # as of every dataclass that can be compared
+
+    def __reduce__(self) -> Any:
+        # Whoever gets it need not have dcp_fast.
+        return LoadPlan, (self.items, self.storage_data, self.planner_data)
