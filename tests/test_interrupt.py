@@ -30,7 +30,6 @@ from helpers import Entry, fill, write_checkpoint
 from dcp_fast import _native
 
 COUNT = 32 << 20  # elements of the large tensor
-PATIENCE = 15.0  # seconds: one on a quiet machine, and half a minute or more for a load that goes on to its end
 
 CASES: dict[str, dict[str, Any]] = {
     "direct": {"threads": 4},
@@ -63,17 +62,18 @@ def state_for(case: str) -> dict[str, Any]:
 
 
 def _slow_load(report: Callable[[Any], None], path: Path, case: str, short: int) -> dict[str, Any]:
-    """Load at a megabyte or two a second: every read is short."""
+    """Load at a few megabytes a second: every read is short."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     state = state_for(case)
     files, before = open_files(), threads()
     facts: dict[str, Any] = {}
     try:
-        with _native.FaultInjection("pread", nth=0, short_bytes=short, repeat=1 << 60):
+        with _native.FaultInjection("pread", nth=0, short_bytes=short, repeat=1 << 60) as faults:
             report("loading")
-            started = time.monotonic()
-            error = fast_error(path, state, **CASES[case])
-            facts["seconds"] = time.monotonic() - started
+            try:
+                error = fast_error(path, state, **CASES[case])
+            finally:
+                facts["bytes read"] = faults.calls * short
     except KeyboardInterrupt as interrupt:
         error = interrupt
     facts["error"] = type(error).__name__
@@ -86,21 +86,18 @@ def _slow_load(report: Callable[[Any], None], path: Path, case: str, short: int)
 @pytest.mark.parametrize("case", CASES)
 def test_ctrl_c(tmp_path: Path, case: str) -> None:
     write(tmp_path, case)
-    with Child(_slow_load, tmp_path, case, 1) as child:
+    with Child(_slow_load, tmp_path, case, 4) as child:
         assert child.next(60) == "loading"
-        time.sleep(0.7)
+        time.sleep(0.5)
         assert child.process.pid is not None
         os.kill(child.process.pid, signal.SIGINT)
-        started = time.monotonic()
-        facts = child.next(150)
+        facts = child.next(300)
         assert facts["error"] == "KeyboardInterrupt", "the load was not slow enough, or swallowed it"
-        # What came after the interrupt: the end of this load, and a whole load without faults.
-        waited = time.monotonic() - started
         assert facts["files"] == 0
         assert facts["threads"]
         assert facts["again"] == "None"
-        assert facts.get("seconds", 0) < 0.7 + PATIENCE
-        assert waited < 100
+        # Not by the clock: a busy machine takes its time for anything.
+        assert 0 < facts["bytes read"] < 0.6 * sum(file.stat().st_size for file in tmp_path.glob("*.distcp"))
         assert child.close() == 0
 
 
