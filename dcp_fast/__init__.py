@@ -19,6 +19,7 @@ from dcp_fast.errors import (
     SizeMismatchError,
     TruncatedFileError,
     UnknownTransformError,
+    UntrustedBytesError,
     UntrustedMetadataError,
 )
 from dcp_fast.install import install, uninstall
@@ -49,6 +50,7 @@ __all__ = [
     "SizeMismatchError",
     "TruncatedFileError",
     "UnknownTransformError",
+    "UntrustedBytesError",
     "UntrustedMetadataError",
     "create_read_items_for_chunk_list",
     "install",

@@ -30,6 +30,7 @@ __all__ = [
     "SizeMismatchError",
     "TruncatedFileError",
     "UnknownTransformError",
+    "UntrustedBytesError",
     "UntrustedMetadataError",
 ]
 
@@ -104,6 +105,14 @@ class CorruptMetadataError(CorruptPickleError, EOFError, ValueError, AssertionEr
 
 class UntrustedMetadataError(LoadError, pickle.UnpicklingError, AssertionError):
     """The metadata asks for what could run code; ``FileSystemReader(path, trust_metadata=True)`` lets it."""
+
+
+class UntrustedBytesError(LoadError, pickle.UnpicklingError):
+    """A bytes entry asks for what could run code, and so torch.load(weights_only=True) refuses it.
+
+    ``torch.serialization.add_safe_globals`` allows single types; ``trust_bytes=True`` of :func:`dcp_fast.load`,
+    :class:`dcp_fast.DefaultLoadPlanner` or :func:`dcp_fast.install` allows everything.
+    """
 
 
 class UnknownTransformError(CorruptCheckpointError, ValueError):
@@ -192,6 +201,19 @@ _BY_KIND: dict[str, type[LoadError]] = {
     "corrupt_metadata": CorruptMetadataError,
     "size_mismatch": SizeMismatchError,
 }
+
+
+def torch_load_error(error: Exception) -> tuple[type[LoadError], str]:
+    """The class and the reason for what ``torch.load(weights_only=True)`` raises about an entry that is damaged."""
+    if isinstance(error, pickle.UnpicklingError):
+        return CorruptPickleError, str(error)
+    if isinstance(error, EOFError):
+        return TruncatedFileError, f"the record ends early: {error}"
+    if isinstance(error, MemoryError):
+        return OutOfMemoryError, "out of memory for a record"
+    # What torch's allocator raises on the CPU is a RuntimeError like any other.
+    cls = OutOfMemoryError if "DefaultCPUAllocator" in str(error) else CorruptCheckpointError
+    return cls, f"{type(error).__name__}: {error}"
 
 
 @contextmanager

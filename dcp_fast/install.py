@@ -52,7 +52,7 @@ class Installation:
             self._changed = False
 
 
-def install(trust_metadata: bool = False) -> Installation:
+def install(trust_metadata: bool = False, trust_bytes: bool = False) -> Installation:
     """Make ``torch.distributed.checkpoint`` itself use dcp_fast.
 
     Replaces ``FileSystemReader``, ``DefaultLoadPlanner``, ``load``, ``load_state_dict``,
@@ -63,6 +63,9 @@ def install(trust_metadata: bool = False) -> Installation:
 
     Args:
         trust_metadata: whether readers unpickle ``.metadata`` as torch does, which runs whatever code the file names.
+        trust_bytes: whether planners unpickle bytes entries (values that are no tensors) as torch does, which runs
+            whatever code the checkpoint names. Planners of classes that were derived from torch's before do, whatever
+            this says.
 
     Returns:
         A context manager that uninstalls at its end, unless dcp_fast had been installed before.
@@ -79,6 +82,7 @@ def install(trust_metadata: bool = False) -> Installation:
             return Installation(changed=False)
         _replaced = []
         FileSystemReader.trust_metadata_by_default = trust_metadata
+        fast_planner.DefaultLoadPlanner.trust_bytes_by_default = trust_bytes
         standing_for.update(
             (replacement, original)
             for original, replacement in _REPLACEMENTS.values()
@@ -116,4 +120,5 @@ def uninstall() -> None:
                         setattr(module, name, ours[id(value)])
         standing_for.clear()
         FileSystemReader.trust_metadata_by_default = False
+        fast_planner.DefaultLoadPlanner.trust_bytes_by_default = False
         _replaced = None

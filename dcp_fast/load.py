@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -40,16 +40,20 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     trace: str | os.PathLike[str] | None = None,
+    trust_metadata: bool | None = None,
+    trust_bytes: bool | None = None,
 ) -> None:
     """Drop-in for ``torch.distributed.checkpoint.load``: same arguments, same result, same exceptions.
 
     A local ``checkpoint_id`` is read by :class:`dcp_fast.FileSystemReader`, any other by the reader that torch chooses.
     The default planner is :class:`dcp_fast.DefaultLoadPlanner`. A reader or planner that is passed is used as it is.
 
-    ``trace``, which torch's function lacks, is the argument of :class:`dcp_fast.FileSystemReader` for this load.
+    torch's function lacks ``trace`` and ``trust_metadata``, which are arguments of :class:`dcp_fast.FileSystemReader`,
+    and ``trust_bytes``, which is one of :class:`dcp_fast.DefaultLoadPlanner`. They hold for this load, also if reader
+    and planner are passed. None: as the reader or planner was told.
 
     Raises:
-        ValueError: ``trace`` was asked for, but another reader than ours is to read.
+        ValueError: one of these was given, but another reader or planner than ours is to be used.
         CheckpointException: on every rank if any rank failed; ``failures`` maps ranks to their errors, which for
             damaged checkpoints are of the classes in :mod:`dcp_fast.errors`.
     """
@@ -64,10 +68,19 @@ def load(
     if storage_reader is None and type(reader) is _TorchFileSystemReader:
         assert checkpoint_id is not None
         reader = FileSystemReader(checkpoint_id)
-    # By its bases: isinstance() also says yes to torch's readers while ours stand in their place.
-    if trace is not None and FileSystemReader not in type(reader).__mro__:
-        raise ValueError(f"trace needs a dcp_fast.FileSystemReader, got a {type(reader).__name__}")
-    tracing = nullcontext() if trace is None else _tracing(cast(FileSystemReader, reader), os.fsdecode(trace))
+    if planner is None:
+        planner = DefaultLoadPlanner()
+    options: list[tuple[object, str, Any]] = []
+    for owner, cls, name, given in (
+        (reader, FileSystemReader, "trace", None if trace is None else os.fsdecode(trace)),
+        (reader, FileSystemReader, "trust_metadata", trust_metadata),
+        (planner, DefaultLoadPlanner, "trust_bytes", trust_bytes),
+    ):
+        if given is not None:
+            # By its bases: isinstance() also says yes to torch's while ours stand in their place.
+            if cls not in type(owner).__mro__:
+                raise ValueError(f"{name} needs a dcp_fast.{cls.__name__}, got a {type(owner).__name__}")
+            options.append((owner, name, given))
 
     # All ranks load in the same order of keys. A Stateful's own state dict is loaded in place of it. What a Stateful
     # removes from the state dict meanwhile is skipped, as in torch.
@@ -78,10 +91,8 @@ def load(
             value = state_dict[key]
             loaded[key] = value.state_dict() if _is_stateful(value) else value
     # Metadata, plan and columns are gone before the collector looks at them.
-    with paused_collection(), tracing:
-        load_on_all_ranks(
-            loaded, reader, DefaultLoadPlanner() if planner is None else planner, process_group, no_dist=no_dist
-        )
+    with paused_collection(), _set(options):
+        load_on_all_ranks(loaded, reader, planner, process_group, no_dist=no_dist)
     for key in keys:
         if key in state_dict:
             value = state_dict[key]
@@ -92,12 +103,16 @@ def load(
 
 
 @contextmanager
-def _tracing(reader: FileSystemReader, path: str) -> Iterator[None]:
-    before, reader.trace = reader.trace, path
+def _set(options: list[tuple[object, str, Any]]) -> Iterator[None]:
+    """Set attributes, given as owner, name and value, and put back at the end what they were."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in options]
+    for owner, name, value in options:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        reader.trace = before
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def _is_stateful(value: object) -> bool:
@@ -117,7 +132,10 @@ def load_state_dict(
     no_dist: bool = False,
     planner: LoadPlanner | None = None,
 ) -> None:
-    """Drop-in for ``torch.distributed.checkpoint.load_state_dict``, which torch deprecates in favour of ``load``."""
+    """Drop-in for ``torch.distributed.checkpoint.load_state_dict``, which torch deprecates in favour of ``load``.
+
+    Reader and planner say what they trust; the default planner is ``dcp_fast.DefaultLoadPlanner()``.
+    """
     storage_reader.reset()
     load_on_all_ranks(
         state_dict,

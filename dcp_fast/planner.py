@@ -5,16 +5,18 @@ State-dict semantics are torch's own, called rather than copied; only the search
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -33,6 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import (
 from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
+from dcp_fast.bytes_entries import load_untrusted
 from dcp_fast.garbage import paused_collection
 from dcp_fast.metadata import LazyDict, columns_of
 from dcp_fast.plan import ColumnPlan, PlannedTensors, is_whole
@@ -242,7 +245,28 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=StandIn):
 
     Takes the same arguments. Subclasses may override what torch's may: a reader calls ``resolve_tensor``,
     ``lookup_tensor``, ``transform_tensor``, ``commit_tensor`` and ``load_bytes`` as torch's reader does.
+
+    Args:
+        flatten_state_dict, flatten_sharded_tensors, allow_partial_load: as torch's.
+        trust_bytes: unpickle bytes entries (values that are no tensors) as torch does, which runs whatever code the
+            checkpoint names. By default ``torch.load(weights_only=True)`` reads them; types that it does not know are
+            an UntrustedBytesError unless they were registered with ``torch.serialization.add_safe_globals``. None:
+            False, or as :func:`dcp_fast.install` was told. If somebody has replaced ``load_bytes`` of torch's class,
+            theirs is only called if this is True.
     """
+
+    trust_bytes_by_default: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        flatten_state_dict: bool = True,
+        flatten_sharded_tensors: bool = True,
+        allow_partial_load: bool = False,
+        *,
+        trust_bytes: bool | None = None,
+    ) -> None:
+        super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
+        self.trust_bytes = self.trust_bytes_by_default if trust_bytes is None else trust_bytes
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -268,6 +292,23 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=StandIn):
             self._use_old_keys_if_stored()
         with paused_collection():
             return create_default_local_load_plan(self.state_dict, self.metadata, not self.allow_partial_load)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put a bytes entry into the state dict.
+
+        Raises:
+            UntrustedBytesError: it asks for what could run code, and ``trust_bytes`` is False.
+            LoadError: it is damaged. If ``trust_bytes`` is True, whatever torch raises.
+        """
+        if self.trust_bytes:
+            super().load_bytes(read_item, value)
+            return
+        fqn = read_item.dest_index.fqn
+        loaded = load_untrusted(value, fqn)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[fqn], loaded)
+        else:
+            self.state_dict[fqn] = loaded
 
     def _use_old_keys_if_stored(self) -> None:
         # Before torch 2.4 fewer containers were flattened. Stored keys that the state dict lacks, but has when it is

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from collections.abc import Mapping
 from typing import IO, Any, cast
 
@@ -20,11 +19,10 @@ from torch.distributed.checkpoint.planner import ReadItem
 from dcp_fast import _native
 from dcp_fast.errors import (
     CorruptCheckpointError,
-    CorruptPickleError,
     LoadError,
     OutOfMemoryError,
-    TruncatedFileError,
     UnknownTransformError,
+    torch_load_error,
     typed_errors,
 )
 from dcp_fast.report import LoadReport
@@ -98,16 +96,8 @@ class Storage:
                 tensor = torch.load(record, map_location="cpu", weights_only=True)
         except LoadError:
             raise
-        except pickle.UnpicklingError as error:
-            raise self.error(CorruptPickleError, str(error), item) from error
-        except EOFError as error:
-            raise self.error(TruncatedFileError, f"the record ends early: {error}", item) from error
-        except MemoryError as error:
-            raise self.error(OutOfMemoryError, "out of memory for a record", item) from error
         except Exception as error:
-            # What torch's allocator raises on the CPU is a RuntimeError like any other.
-            cls = OutOfMemoryError if "DefaultCPUAllocator" in str(error) else CorruptCheckpointError
-            raise self.error(cls, f"{type(error).__name__}: {error}", item) from error
+            raise self.error(*torch_load_error(error), item) from error
         if not isinstance(tensor, torch.Tensor):
             raise self.error(CorruptCheckpointError, f"a {type(tensor).__name__} where a tensor belongs", item)
         return tensor

@@ -15,9 +15,10 @@ from typing_extensions import Buffer
 from dcp_fast import _native
 from dcp_fast.cuda import CudaLimits, CudaLoad
 from dcp_fast.destinations import DTYPES, Destinations
-from dcp_fast.errors import SizeMismatchError, typed_errors
+from dcp_fast.errors import LoadError, SizeMismatchError, typed_errors
 from dcp_fast.garbage import paused_collection
 from dcp_fast.items import ColumnItems, ListedItems, box_of, items_of
+from dcp_fast.planner import DefaultLoadPlanner as FastDefaultLoadPlanner
 from dcp_fast.report import LoadReport
 from dcp_fast.staging import StagedBox, place_staged
 from dcp_fast.storage import Storage
@@ -31,13 +32,20 @@ _DEFAULT_HOOKS = {
     name: getattr(DefaultLoadPlanner, name)
     for name in ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor", "load_bytes")
 }
+_FAST_LOAD_BYTES = FastDefaultLoadPlanner.load_bytes
 
 
 def has_default_hooks(planner: LoadPlanner) -> bool:
     """Whether a planner does with items what torch's DefaultLoadPlanner does, so that their order is free."""
     return isinstance(planner, DefaultLoadPlanner) and all(
-        name not in vars(planner) and getattr(type(planner), name) is hook for name, hook in _DEFAULT_HOOKS.items()
+        name not in vars(planner) and _torch_hook(type(planner), name) is hook for name, hook in _DEFAULT_HOOKS.items()
     )
+
+
+def _torch_hook(cls: type[DefaultLoadPlanner], name: str) -> object:
+    hook = getattr(cls, name)
+    # Ours hands on to torch's where it trusts the checkpoint.
+    return getattr(DefaultLoadPlanner, name) if hook is _FAST_LOAD_BYTES else hook
 
 
 class PlanTransfer:
@@ -221,7 +229,13 @@ class PlanTransfer:
     def _load_bytes(self, item: ReadItem) -> None:
         value = self.storage.read(item)
         self.report.bytes_needed += value.getbuffer().nbytes
-        self.planner.load_bytes(item, value)
+        try:
+            self.planner.load_bytes(item, value)
+        except LoadError as error:
+            if error.path:
+                raise
+            # The planner knows the FQN alone.
+            raise self.storage.error(type(error), error.reason, item) from error.__cause__
 
     def _count(self, stats: _native.Stats) -> None:
         self.report.requests += stats.requests

@@ -232,6 +232,16 @@ def archive(pickled: bytes, storage: bytes = b"", **entries: bytes) -> bytes:
     return stream.getvalue()
 
 
+class Call:
+    """Pickles into a call of a function, and then perhaps into a state that is set."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any, state: Any = None) -> None:
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
 def legacy_record(value: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream, _use_new_zipfile_serialization=False)

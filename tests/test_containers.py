@@ -49,7 +49,8 @@ def other_values() -> dict[str, Any]:
 
 def test_values_that_are_pickled(tmp_path: Path) -> None:
     save(tmp_path, dict(VALUES))
-    outcome = assert_same_load(tmp_path, other_values)
+    with torch.serialization.safe_globals([Custom, datetime.date, io.BytesIO]):
+        outcome = assert_same_load(tmp_path, other_values)
     assert image(outcome.state["object"]) == image(VALUES["object"])
     report = dcp_fast.last_report()
     assert report is not None

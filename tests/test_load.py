@@ -34,12 +34,15 @@ def caught(call: Any, *args: Any, **kwargs: Any) -> list[tuple[type[Warning], st
     return [(record.category, str(record.message), record.filename) for record in records]
 
 
+OWN_ARGUMENTS = {"load": ["trace", "trust_metadata", "trust_bytes"], "DefaultLoadPlanner": ["trust_bytes"]}
+
+
 @pytest.mark.parametrize("name", ["load", "load_state_dict", "create_read_items_for_chunk_list", "DefaultLoadPlanner"])
 def test_signatures(name: str) -> None:
     theirs = getattr(dcp, name, None) or getattr(dcp.planner_helpers, name)
     expected = inspect.signature(theirs).parameters
     actual = inspect.signature(getattr(dcp_fast, name)).parameters
-    ours = ["trace"] if name == "load" else []
+    ours = OWN_ARGUMENTS.get(name, [])
     assert list(actual) == [*expected, *ours]
     assert all(actual[parameter].kind == inspect.Parameter.KEYWORD_ONLY for parameter in ours)
     for parameter in expected:

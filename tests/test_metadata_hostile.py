@@ -9,13 +9,13 @@ import pickle
 import random
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from damage import fast_error, limited, peak_memory, reset_peak_memory
+from damage import Call, fast_error, limited, peak_memory, reset_peak_memory
 from helpers import fast_reader
 from metadata_cases import make_metadata, old_metadata, random_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -45,16 +45,6 @@ def error_of(pickled: bytes) -> LoadError:
 
 
 # Pickles that run code
-
-
-class Call:
-    """Pickles into a call of a function, and then perhaps into a state that is set."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any, state: Any = None) -> None:
-        self.reduced = (function, arguments) if state is None else (function, arguments, state)
-
-    def __reduce__(self) -> Any:
-        return self.reduced
 
 
 def text(value: str) -> bytes:

@@ -61,7 +61,8 @@ def load_sharded_optimizer_state_dict(
             are taken from it.
         optimizer_key: the key of the optimizer's state dict in the state dict that was saved.
         storage_reader: as in :func:`dcp_fast.load`, such as :class:`dcp_fast.FileSystemReader`.
-        planner: as in :func:`dcp_fast.load`. It plans for a flat state dict of the optimizer's tensors, also in the 2-D
+        planner: as in :func:`dcp_fast.load`, such as ``DefaultLoadPlanner(trust_bytes=True)`` for optimizer state that
+            is to be unpickled as torch does. It plans for a flat state dict of the optimizer's tensors, also in the 2-D
             layout (where torch's function does not use it): there a tensor-parallel state is a tensor of the whole
             stored size, with the chunks that this rank needs of it (``__create_chunk_list__``), so that indices in
             the plan and in the planner's hooks are those of the stored tensor. The tensors that the hooks resolve
