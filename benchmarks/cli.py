@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import fresh, gpus, measure, metadata, metadata_plot, optimizer, peers, plot, results
+from benchmarks import fresh, gpus, measure, metadata, metadata_plot, metadata_ranks, optimizer, peers, plot, results
 from benchmarks.contenders import why_dcp_fast_is_missing
 from benchmarks.workloads import Place, Temperature, workloads_of
 
@@ -52,10 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measurements: list[measure.Measurement] = []
     first_loads: list[fresh.FirstLoads] = []
     of_metadata: list[metadata.Measurement] = []
+    of_sharing: list[metadata_ranks.Measurement] = []
     for name in chosen:
         try:
             if name == metadata.NAME:
                 of_metadata = metadata.run(options.data, options.scale, options.rounds, entrants, _say)
+                if missing is None:
+                    of_sharing = metadata_ranks.run(options.data, options.scale, options.rounds, _say)
                 continue
             workload = workloads[name]
             by_ranks = workload.checkpoint.kind == "optimizer"
@@ -77,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.fresh_table(first_loads) if first_loads else None,
         results.gpu_memory_table(first_loads) if first_loads and place is Place.GPU else None,
         results.table(metadata.HEADINGS, metadata.table_lines(of_metadata)) if of_metadata else None,
+        results.table(metadata_ranks.HEADINGS, metadata_ranks.table_lines(of_sharing)) if of_sharing else None,
     ]
     for text in tables:
         if text is not None:
@@ -90,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     name = "gpu_results" if place is Place.GPU else "results"
     json_path = options.out / f"{name}.json"
-    results.write_json(json_path, parameters, measurements, rows, first_loads, of_metadata)
+    results.write_json(json_path, parameters, measurements, rows, first_loads, of_metadata, of_sharing)
     _say(f"\nwritten: {json_path}")
     if rows:
         plot_path = options.out / f"{name}.png"

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import metadata
+from benchmarks import metadata, metadata_ranks
 from benchmarks.fresh import ALLOWED_GROWTH, FirstLoads
 from benchmarks.gpu_ceilings import PINNED_COPY, PINNED_READ
 from benchmarks.measure import Measurement
@@ -263,6 +263,7 @@ def write_json(
     rows: Sequence[Row],
     fresh: Sequence[FirstLoads],
     of_metadata: Sequence[metadata.Measurement],
+    of_sharing: Sequence[metadata_ranks.Measurement],
 ) -> None:
     document = {
         "parameters": parameters,
@@ -274,6 +275,7 @@ def write_json(
             {"workload": first.workload.name, "loads": [asdict(load) for load in first.loads]} for first in fresh
         ],
         "metadata": [asdict(measurement) for measurement in of_metadata],
+        "shared_metadata": [asdict(measurement) for measurement in of_sharing],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=2, default=str) + "\n")

@@ -443,6 +443,7 @@ PYBIND11_MODULE(_native, module) {
              "Exactly `length` bytes of a file, and how many requests brought them. Nothing is allocated before the "
              "file's size is checked.");
   bind_metadata(module);
+  bind_metadata_stream(module);
   bind_planning(module);
 
   py::class_<FaultInjection>(module, "FaultInjection")

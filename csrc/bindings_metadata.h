@@ -5,5 +5,6 @@
 namespace dcp_fast {
 
 void bind_metadata(pybind11::module_& module);
+void bind_metadata_stream(pybind11::module_& module);
 
 }  // namespace dcp_fast

@@ -10,9 +10,8 @@ import inspect
 import logging
 import pickle
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -22,15 +21,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _DistWrapper, _get_failure_dict
-from torch.distributed.distributed_c10d import _get_object_coll_device
 
+from dcp_fast.collectives import Outcome, largest
 from dcp_fast.errors import LoadError
+from dcp_fast.shared_metadata import share_metadata
 
 __all__ = ["load_on_all_ranks", "sendable"]
 
 logger = logging.getLogger("dcp_fast")
-
-T = TypeVar("T")
 
 # Bits of the flag: the maximum over all ranks tells what any rank asks for.
 _EXCHANGE, _FAILED = 1, 2
@@ -51,14 +49,16 @@ def load_on_all_ranks(
     coordinator_rank: int = 0,
     no_dist: bool = False,
     metadata: Metadata | None = None,
+    share: bool = False,
 ) -> None:
     """What ``torch.distributed.checkpoint`` does to load a state dict once reader and planner are there.
 
     Plans are only exchanged if the planner or the reader of some rank does anything in the global step. Otherwise a
-    successful load takes two collective calls, each of a few bytes.
+    successful load takes two collective calls, each of a few bytes, and those of sharing metadata.
 
     Args:
         metadata: what the reader has read before, where it has.
+        share: whether ranks share metadata where they can. The same on all ranks.
 
     Raises:
         CheckpointException: on every rank if any rank failed. A rank that has only metadata of its own raises its own
@@ -69,12 +69,15 @@ def load_on_all_ranks(
     if (checkpoint_id := getattr(storage_reader, "checkpoint_id", None)) is not None:
         arguments = {"checkpoint_id": checkpoint_id, "process_group": ranks.group}
     has_global_metadata = True
+    shared: Callable[[], Metadata] | None = None
+    if share and metadata is None and ranks.get_world_size() > 1:
+        shared = share_metadata(storage_reader, ranks)
 
     @_dcp_method_logger(**arguments)
     def local_step() -> LoadPlan:
         nonlocal metadata, has_global_metadata
         if metadata is None:
-            metadata, has_global_metadata = _read_metadata(storage_reader, ranks.rank)
+            metadata, has_global_metadata = _read_metadata(storage_reader, ranks.rank, shared)
         planner.set_up_planner(state_dict, metadata, ranks.is_coordinator)
         if _takes_keywords(storage_reader.set_up_storage_reader):
             storage_reader.set_up_storage_reader(
@@ -88,7 +91,7 @@ def load_on_all_ranks(
     def global_step(plans: list[LoadPlan]) -> list[LoadPlan]:
         return storage_reader.prepare_global_plan(planner.create_global_plan(plans))
 
-    local = _Outcome(local_step)
+    local = Outcome(local_step)
     flag = _agree(ranks, local, 0 if _has_no_global_step(planner, storage_reader) else _EXCHANGE)
     if flag & _FAILED:
         _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
@@ -102,42 +105,22 @@ def load_on_all_ranks(
     def read_data() -> None:
         storage_reader.read_data(planner.finish_plan(plan), planner).wait()
 
-    read = _Outcome(read_data)
+    read = Outcome(read_data)
     if _agree(ranks, read, 0) & _FAILED:
         _raise_failures(ranks, "read", read, alone=not has_global_metadata)
 
 
-class _Outcome(Generic[T]):
-    """What a function returned or raised."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        self.error: BaseException | None = None
-        try:
-            self._value: T | None = function()
-        except BaseException as error:
-            self.error = error
-
-    @property
-    def value(self) -> T:
-        return cast(T, self._value)
-
-
-def _agree(ranks: _DistWrapper, outcome: _Outcome[Any], flag: int) -> int:
+def _agree(ranks: _DistWrapper, outcome: Outcome[Any], flag: int) -> int:
     """The bits that any rank has set in its flag, `_FAILED` among them."""
     if outcome.error is not None:
         flag |= _FAILED
     if not ranks.use_dist:
         return flag
-    # One number for each bit: what backends have in common is the maximum, not the bitwise or.
-    device = torch.device(_get_object_coll_device(ranks.group))
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    bits = torch.tensor([flag & _EXCHANGE, flag & _FAILED], dtype=torch.int64, device=device)
-    dist.all_reduce(bits, dist.ReduceOp.MAX, group=ranks.group)
-    return int(bits.sum())
+    # One number for each bit: the bitwise or is not what all backends have.
+    return sum(largest(ranks, [flag & _EXCHANGE, flag & _FAILED]))
 
 
-def _raise_failures(ranks: _DistWrapper, step: str, outcome: _Outcome[Any], alone: bool) -> None:
+def _raise_failures(ranks: _DistWrapper, step: str, outcome: Outcome[Any], alone: bool) -> None:
     """Raise what went wrong, wherever it did. ``alone``: a rank's own error is not wrapped."""
     error = outcome.error
     failures = _get_failure_dict(ranks.all_gather_object(None if error is None else _wrap_exception(sendable(error))))
@@ -166,11 +149,15 @@ def _has_no_global_step(planner: LoadPlanner, reader: StorageReader) -> bool:
     return True
 
 
-def _read_metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
-    """The metadata, and whether it is that of all ranks rather than what this rank saved on its own."""
+def _read_metadata(reader: StorageReader, rank: int, shared: Callable[[], Metadata] | None) -> tuple[Metadata, bool]:
+    """The metadata, and whether it is that of all ranks rather than what this rank saved on its own.
+
+    Args:
+        shared: is called for that of all ranks instead of the reader.
+    """
     errors = []
     try:
-        metadata = reader.read_metadata()
+        metadata = reader.read_metadata() if shared is None else shared()
         if metadata:
             return metadata, True
     except Exception as error:

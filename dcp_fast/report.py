@@ -25,6 +25,7 @@ class LoadReport:
 
     Attributes:
         path: the checkpoint.
+        metadata_received: whether another rank read the metadata, parsed it and sent it here (``share_metadata``).
         bytes_needed: payload bytes of all boxes that this rank asked for, in their stored dtype, and of bytes entries.
         bytes_read: bytes that storage was asked for, headers and gaps included; the metadata file is left out.
         requests: read calls that fetched them.
@@ -50,6 +51,7 @@ class LoadReport:
     """
 
     path: str = ""
+    metadata_received: bool = False
     bytes_needed: int = 0
     bytes_read: int = 0
     requests: int = 0
@@ -114,6 +116,7 @@ class LoadReport:
             ("records", f"{self.records:,}"),
             ("fallback records", f"{self.fallback_records:,}"),
             ("staged items", f"{self.staged_items:,}"),
+            ("metadata", "received" if self.metadata_received else "read"),
             *((f"{name} (s)", f"{self.seconds[name]:.3f}") for name in STAGES),
             ("total (s)", f"{self.total_seconds:.3f}"),
             ("reading (s)", f"{self.reading_seconds:.3f}"),

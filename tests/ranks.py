@@ -17,9 +17,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["RankError", "Ranks"]
+__all__ = ["CollectiveCounter", "RankError", "Ranks"]
 
 _SPAWN = multiprocessing.get_context("spawn")
+
+
+_COLLECTIVES = (
+    "all_reduce",
+    "broadcast",
+    "all_gather_object",
+    "gather_object",
+    "scatter_object_list",
+    "broadcast_object_list",
+    "barrier",
+)
 
 
 class RankError(Exception):
@@ -92,3 +103,30 @@ def _serve(connection: Connection) -> None:
             connection.send(reply)
         except BaseException:
             connection.send((False, traceback.format_exc()))
+
+
+class CollectiveCounter:
+    """Counts collective calls of this rank, and the bytes of those that take tensors."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.bytes = 0
+        self._originals = {name: getattr(dist, name) for name in _COLLECTIVES}
+
+    def __enter__(self) -> CollectiveCounter:
+        for name, original in self._originals.items():
+            setattr(dist, name, self._counting(name, original))
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
+
+    def _counting(self, name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append(name)
+            if args and isinstance(args[0], torch.Tensor):
+                self.bytes += args[0].nbytes
+            return original(*args, **kwargs)
+
+        return call

@@ -11,48 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import save
-from ranks import Ranks
+from ranks import CollectiveCounter, Ranks
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlan
 
 import dcp_fast
 
 WORLD = 4
-COLLECTIVES = (
-    "all_reduce",
-    "all_gather_object",
-    "gather_object",
-    "scatter_object_list",
-    "broadcast_object_list",
-    "barrier",
-)
-
-
-class Counter:
-    """Counts collective calls of this rank, and the bytes of those that take tensors."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.bytes = 0
-        self._originals = {name: getattr(dist, name) for name in COLLECTIVES}
-
-    def __enter__(self) -> Counter:
-        for name, original in self._originals.items():
-            setattr(dist, name, self._counting(name, original))
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        for name, original in self._originals.items():
-            setattr(dist, name, original)
-
-    def _counting(self, name: str, original: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append(name)
-            if args and isinstance(args[0], torch.Tensor):
-                self.bytes += args[0].nbytes
-            return original(*args, **kwargs)
-
-        return call
 
 
 def destinations(count: int) -> dict[str, torch.Tensor]:
@@ -68,8 +33,8 @@ def values(count: int) -> dict[str, torch.Tensor]:
 
 def count_collectives(path: Path, count: int) -> tuple[list[str], int, bool]:
     state = destinations(count)
-    with Counter() as counter:
-        dcp_fast.load(state, checkpoint_id=path)
+    with CollectiveCounter() as counter:
+        dcp_fast.load(state, checkpoint_id=path, share_metadata=False)
     return counter.calls, counter.bytes, all(torch.equal(state[k], v) for k, v in values(count).items())
 
 

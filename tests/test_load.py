@@ -34,7 +34,10 @@ def caught(call: Any, *args: Any, **kwargs: Any) -> list[tuple[type[Warning], st
     return [(record.category, str(record.message), record.filename) for record in records]
 
 
-OWN_ARGUMENTS = {"load": ["trace", "trust_metadata", "trust_bytes"], "DefaultLoadPlanner": ["trust_bytes"]}
+OWN_ARGUMENTS = {
+    "load": ["trace", "share_metadata", "trust_metadata", "trust_bytes"],
+    "DefaultLoadPlanner": ["trust_bytes"],
+}
 
 
 @pytest.mark.parametrize("name", ["load", "load_state_dict", "create_read_items_for_chunk_list", "DefaultLoadPlanner"])

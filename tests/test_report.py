@@ -100,6 +100,7 @@ def test_table(tmp_path: Path) -> None:
     assert names["bytes needed"] == "4,000,000"
     assert names["bytes read"] == f"{report.bytes_read:,}"
     assert names["records"] == "1"
+    assert names["metadata"] == "read"
     assert names["read amplification"] == f"{report.read_amplification:.3f}"
     assert {f"{stage} (s)" for stage in report.seconds} <= names.keys()
 

@@ -15,7 +15,7 @@ from dcp_fast.metadata.entries import Entries, StorageEntries, Unpickled
 from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.metadata.unpickler import RefusedError, RestrictedUnpickler
 
-__all__ = ["parse_metadata"]
+__all__ = ["make_metadata", "parse_columns", "parse_metadata", "unpickle_metadata"]
 
 
 def parse_metadata(pickled: bytes, path: str) -> Metadata:
@@ -29,13 +29,24 @@ def parse_metadata(pickled: bytes, path: str) -> Metadata:
         CorruptMetadataError: the file is damaged.
         UntrustedMetadataError: it names a global, or asks for something, that no DCP of torch writes.
     """
+    columns = parse_columns(pickled, path)
+    return unpickle_metadata(pickled, path) if columns is None else make_metadata(columns)
+
+
+def parse_columns(pickled: bytes, path: str) -> _native.MetadataColumns | None:
+    """The columns of metadata; None if only :func:`unpickle_metadata` can read it. Raises CorruptMetadataError."""
     try:
         with typed_errors():
             columns = _native.parse_metadata(pickled)
     except LoadError as error:
         raise type(error)(error.reason, path, "", error.offset, error.length, error.error_number) from None
     if isinstance(columns, str) or any(_dtype(code) is None for code in columns.dtypes):
-        return _unpickle(pickled, path)
+        return None
+    return columns
+
+
+def make_metadata(columns: _native.MetadataColumns) -> Metadata:
+    """Metadata whose dicts make their values from columns."""
     storage_meta = None
     if columns.storage_meta:
         # Only plain values and paths: see csrc/metadata/plain_pickle.h.
@@ -59,7 +70,8 @@ def _planner_data(pickled: bytes) -> Any:
     return LazyDict.of(Unpickled(pickled)) if pickled[2:3] == pickle.EMPTY_DICT else pickle.loads(pickled)
 
 
-def _unpickle(pickled: bytes, path: str) -> Metadata:
+def unpickle_metadata(pickled: bytes, path: str) -> Metadata:
+    """Likewise by the unpickler with an allow-list: :func:`parse_metadata` of what is not kept in columns."""
     unpickler = RestrictedUnpickler(pickled)
     try:
         with paused_collection():

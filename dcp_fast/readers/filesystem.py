@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -123,21 +125,32 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
             CorruptMetadataError: the file is damaged.
             UntrustedMetadataError: it asks for what could run code.
         """
-        self._report = LoadReport(path=str(self.path))
+        with self.metadata_stage():
+            if self.trust_metadata:
+                return super().read_metadata(*args, **kwargs)
+            rank = kwargs.get("rank")
+            return self.take_metadata(parse_metadata(self.pickled_metadata(rank), str(self._get_metadata_path(rank))))
+
+    # The steps of it, for when another rank takes some of them: see shared_metadata.py.
+
+    @contextmanager
+    def metadata_stage(self, received: bool = False) -> Iterator[None]:
+        """A load begins: what happens within is its first stage. ``received``: as in the report."""
+        self._report = LoadReport(path=str(self.path), metadata_received=received)
         begin(self._report)
         self._start_timeline()
         with saved(self._timeline), self._report.stage("metadata"), paused_collection():
-            if self.trust_metadata:
-                metadata = super().read_metadata(*args, **kwargs)
-            else:
-                metadata = self._read_metadata(kwargs.get("rank"))
+            yield
         self._planning_started = time.perf_counter()
-        return metadata
 
-    def _read_metadata(self, rank: int | None) -> Metadata:
-        path = self._get_metadata_path(rank)
-        with self.fs.create_stream(path, "rb") as file:
-            metadata = parse_metadata(file.read(), str(path))
+    def pickled_metadata(self, rank: int | None = None) -> bytes:
+        """The content of the metadata file."""
+        with self.fs.create_stream(self._get_metadata_path(rank), "rb") as file:
+            content: bytes = file.read()
+        return content
+
+    def take_metadata(self, metadata: Metadata) -> Metadata:
+        """Give metadata what it has of its reader."""
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

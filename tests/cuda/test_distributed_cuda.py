@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
+from dcp_fast import shared_metadata
 
 SIZE = (10, 7)
 FLOAT = torch.float32
@@ -176,6 +178,24 @@ def optimizer_state(path: Path) -> None:
         assert image(loaded["state"][name]["step"].cpu()) == image(full[name]["step"])
 
 
+# Metadata that ranks share through a backend whose tensors lie on devices
+
+
+def share_metadata(path: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    with (
+        mock.patch.object(shared_metadata, "collective_device", return_value=device),
+        mock.patch.object(shared_metadata, "_LEAST_BYTES", 0),
+        mock.patch.object(shared_metadata, "_BLOCK_BYTES", 1000),
+    ):
+        state = {"rows": torch.zeros(SIZE)}
+        dcp_fast.load(state, checkpoint_id=path / "dtensors")
+    assert image(state["rows"]) == image(values("rows"))
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.metadata_received == (dist.get_rank() != 0)
+
+
 @pytest.fixture(scope="module")
 def stored(pool: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("distributed")
@@ -186,6 +206,10 @@ def stored(pool: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world_size", [2, 1])
 def test_dtensors(pool: Ranks, stored: Path, world_size: int) -> None:
     check_on_devices(pool, world_size, [load_dtensors, load_converted_dtensors, load_meta_dtensors], stored)
+
+
+def test_shared_metadata(pool: Ranks, stored: Path) -> None:
+    check_on_devices(pool, 2, [share_metadata], stored)
 
 
 def test_sharded_tensors(pool: Ranks, tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""What the steps of a load need to go on together: outcomes that are kept for later, and one number from all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.utils import _DistWrapper
+from torch.distributed.distributed_c10d import _get_object_coll_device
+
+__all__ = ["Outcome", "collective_device", "largest"]
+
+T = TypeVar("T")
+
+
+class Outcome(Generic[T]):
+    """What a function returned or raised."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.error: BaseException | None = None
+        try:
+            self._value: T | None = function()
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def value(self) -> T:
+        """What it returned; only if there is no error."""
+        return cast(T, self._value)
+
+    def get(self) -> T:
+        """What it returned. Raises what it raised."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+def collective_device(ranks: _DistWrapper) -> torch.device:
+    """Where the backend of the ranks' group wants tensors to be."""
+    device = torch.device(_get_object_coll_device(ranks.group))
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+def largest(ranks: _DistWrapper, numbers: Sequence[int]) -> list[int]:
+    """Of each number the largest that any rank has. Collective: what backends have in common is the maximum."""
+    tensor = torch.tensor(numbers, dtype=torch.int64, device=collective_device(ranks))
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=ranks.group)
+    return cast(list[int], tensor.tolist())
