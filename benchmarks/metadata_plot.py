@@ -26,7 +26,7 @@ def draw(path: Path, measurements: Sequence[Measurement]) -> str | None:
         return None if peak is None else peak / 1e9
 
     panels: list[tuple[str, Sequence[Stage], Callable[[Measurement, Stage, str], float | None]]] = [
-        ("seconds", tuple(Stage), Measurement.seconds),
+        ("seconds", (Stage.READ, Stage.PLAN), Measurement.seconds),
         ("GB of memory above what the process had", (Stage.READ,), memory),
     ]
     figure, both = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")

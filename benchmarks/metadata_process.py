@@ -38,10 +38,12 @@ class Sample:
     """What one process took. Peaks are above what the process had before."""
 
     contender: str
+    import_seconds: float  # of the contender, beyond torch.distributed.checkpoint
     read_seconds: float
     read_peak_bytes: int
     plan_seconds: float
     plan_peak_bytes: int
+    items_seconds: float  # planning, and then looking at the plan's items
     peak_is_exact: bool
     items: int
     digest: str  # of all items, whatever their order
@@ -71,10 +73,12 @@ def rank_state(tensors: int, ranks: int) -> dict[str, torch.Tensor]:
 def run(checkpoint: Path, tensors: int, ranks: int, contender: str) -> Sample:
     reader_of: Callable[[Path], StorageReader] = FileSystemReader
     planner_of: Callable[[], LoadPlanner] = DefaultLoadPlanner
+    start = time.perf_counter()
     if contender == "dcp_fast":
         import dcp_fast
 
         reader_of, planner_of = dcp_fast.FileSystemReader, dcp_fast.DefaultLoadPlanner
+    import_seconds = time.perf_counter() - start
     state = rank_state(tensors, ranks)
 
     exact = reset_high_water_mark()
@@ -90,8 +94,20 @@ def run(checkpoint: Path, tensors: int, ranks: int, contender: str) -> Sample:
     plan = planner.create_local_plan()
     plan_seconds = time.perf_counter() - start
     plan_peak = status_bytes("VmHWM") - before
+    start = time.perf_counter()
     items = len(plan.items)
-    return Sample(contender, read_seconds, read_peak, plan_seconds, plan_peak, exact, items, _digest(plan))
+    return Sample(
+        contender=contender,
+        import_seconds=import_seconds,
+        read_seconds=read_seconds,
+        read_peak_bytes=read_peak,
+        plan_seconds=plan_seconds,
+        plan_peak_bytes=plan_peak,
+        items_seconds=plan_seconds + time.perf_counter() - start,
+        peak_is_exact=exact,
+        items=items,
+        digest=_digest(plan),
+    )
 
 
 def _digest(plan: LoadPlan) -> str:
