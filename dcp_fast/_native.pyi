@@ -106,6 +106,7 @@ class MetadataColumns:
     version: str | None
 
 def parse_metadata(pickle: Buffer) -> MetadataColumns | str: ...
+def read_metadata(path: str) -> MetadataColumns | str: ...
 
 COLUMNS_SECTIONS: int
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _DistWrapper, _get_failure_dict
 
 from dcp_fast.collectives import Outcome, largest
-from dcp_fast.errors import LoadError
+from dcp_fast.errors import LoadError, MetadataAccessError
 from dcp_fast.shared_metadata import share_metadata
 
 __all__ = ["load_on_all_ranks", "sendable"]
@@ -174,10 +174,14 @@ def _read_metadata(reader: StorageReader, rank: int, shared: Callable[[], Metada
         except Exception as error:
             errors.append(f"rank local metadata read failed: {error}")
             logger.warning("Rank local metadata is not found.", exc_info=True)
-    # torch's type for whatever is wrong with metadata; ours tell more.
-    if isinstance(global_error, LoadError) and isinstance(global_error, AssertionError):
+    # torch's type for whatever is wrong with metadata is AssertionError; ours tell more.
+    reason = "; ".join(["metadata is None", *errors])
+    if isinstance(global_error, OSError) and global_error.errno:
+        path = str(global_error.filename or "")
+        raise MetadataAccessError(reason, path, error_number=global_error.errno) from global_error
+    if isinstance(global_error, LoadError):
         raise global_error
-    raise AssertionError("; ".join(["metadata is None", *errors])) from global_error
+    raise AssertionError(reason) from global_error
 
 
 def _takes_keywords(function: Callable[..., Any]) -> bool:

@@ -23,6 +23,7 @@ __all__ = [
     "FilePermissionError",
     "FileTimeoutError",
     "LoadError",
+    "MetadataAccessError",
     "NotADirectoryInPathError",
     "NotAFileError",
     "OptimizerStateError",
@@ -181,6 +182,13 @@ class FileTimeoutError(FileAccessError, TimeoutError):
 
 class FilePermissionError(FileAccessError, PermissionError):
     """A file may not be read."""
+
+
+class MetadataAccessError(FileAccessError, AssertionError):
+    """A system call on the metadata of the checkpoint failed: most often there is none.
+
+    torch's load raises an AssertionError, and its reader an OSError.
+    """
 
 
 _BY_ERRNO: dict[int, type[LoadError]] = {

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from dcp_fast import _native
 from dcp_fast.errors import CorruptMetadataError
 from dcp_fast.garbage import paused_collection
-from dcp_fast.metadata import columns_of, parse_metadata
+from dcp_fast.metadata import columns_of, read_metadata
 
 __all__ = ["Chunk", "Entry", "Inspection", "inspect"]
 
@@ -123,9 +123,9 @@ def inspect(path: str | os.PathLike[str], pattern: str | None = None, *, trust_m
 
 
 def _read(file: Path, trust_metadata: bool) -> Metadata:
-    pickled = file.read_bytes()
     if not trust_metadata:
-        return parse_metadata(pickled, str(file))
+        return read_metadata(str(file))
+    pickled = file.read_bytes()
     try:
         metadata = pickle.loads(pickled)
     except MemoryError:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 from dcp_fast import _native
 from dcp_fast.collectives import Outcome, collective_device, largest
 from dcp_fast.errors import LoadError, typed_errors
-from dcp_fast.metadata import make_metadata, parse_columns, unpickle_metadata
+from dcp_fast.metadata import make_metadata
 from dcp_fast.readers import FileSystemReader
 
 __all__ = ["share_metadata"]
@@ -138,11 +138,10 @@ class _Exchange:
 
     def _parse(self) -> tuple[Callable[[], Metadata], _native.ColumnsEncoder | None]:
         """What makes the metadata, and the columns as they are sent, if they are."""
-        pickled = self._reader.pickled_metadata()
-        columns = parse_columns(pickled, self._path)
+        columns = self._reader.metadata_columns()
         if columns is None:
             # The others begin with the same at once, rather than wait.
-            return partial(unpickle_metadata, pickled, self._path), None
+            return self._reader.unpickled_metadata, None
         with typed_errors():
             return partial(make_metadata, columns), _native.encode_columns(columns, self._file_bytes)
 

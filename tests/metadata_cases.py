@@ -25,7 +25,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-__all__ = ["OldPickler", "make_metadata", "old_metadata", "random_metadata", "write_metadata"]
+from dcp_fast.metadata import make_metadata as metadata_of_columns
+from dcp_fast.metadata import parse_columns, unpickle_metadata
+
+__all__ = ["OldPickler", "make_metadata", "old_metadata", "parse_metadata", "random_metadata", "write_metadata"]
 
 # The benchmark's generator, by its path: the checkout must not be imported from here.
 _spec = importlib.util.spec_from_file_location(
@@ -36,6 +39,12 @@ assert _spec.loader is not None
 _metadata_files = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_metadata_files)
 write_metadata = _metadata_files.write_metadata
+
+
+def parse_metadata(pickled: bytes, path: str) -> Metadata:
+    """What the reader makes of a file with this content."""
+    columns = parse_columns(pickled, path)
+    return unpickle_metadata(pickled, path) if columns is None else metadata_of_columns(columns)
 
 
 def chunk(offsets: list[int], sizes: list[int]) -> ChunkStorageMetadata:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import save
-from metadata_cases import make_metadata, write_metadata
+from metadata_cases import make_metadata, parse_metadata, write_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dcp_fast.cli import main
-from dcp_fast.metadata import columns_of, parse_metadata
+from dcp_fast.metadata import columns_of
 
 # Not the checkout, which may hold no extension: `python -m` would look there first.
 ELSEWHERE = Path(__file__).parent

@@ -101,8 +101,15 @@ def test_missing_directory(tmp_path: Path) -> None:
         with pytest.raises(dcp.CheckpointException if hasattr(dcp, "CheckpointException") else BaseException) as info:
             load(zeros(), checkpoint_id=tmp_path / "missing")
         raised.append(info.value.failures[0][0])  # type: ignore[attr-defined]
-    assert type(raised[1]) is type(raised[0])
-    assert str(raised[1]) == str(raised[0])
+    assert isinstance(raised[1], type(raised[0]))
+    assert type(raised[1]) is dcp_fast.MetadataAccessError
+    for text in (
+        "metadata is None; global metadata read failed",
+        "rank local metadata read failed",
+        "missing/.metadata",
+    ):
+        assert text in str(raised[1])
+        assert text in str(raised[0])
 
 
 def test_checkpoint_id_turns_a_reader_elsewhere(stored: Path, tmp_path: Path) -> None:

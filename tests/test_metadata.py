@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import assert_same_load, fast_reader, save, torch_planner, torch_reader
-from metadata_cases import make_metadata, old_metadata, random_metadata, write_metadata
+from metadata_cases import make_metadata, old_metadata, parse_metadata, random_metadata, write_metadata
 from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 import dcp_fast
 from dcp_fast import _native
-from dcp_fast.metadata import LazyDict, columns_of, parse_metadata
+from dcp_fast.metadata import LazyDict, columns_of
 from dcp_fast.metadata.unpickler import RestrictedUnpickler
 
 PROTOCOLS = range(6)

@@ -17,14 +17,13 @@ import pytest
 import torch
 from damage import Call, fast_error, limited, peak_memory, reset_peak_memory
 from helpers import fast_reader
-from metadata_cases import make_metadata, old_metadata, random_metadata
+from metadata_cases import make_metadata, old_metadata, parse_metadata, random_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
 
 import dcp_fast
 from dcp_fast import _native
 from dcp_fast.errors import CorruptMetadataError, LoadError, UntrustedMetadataError
-from dcp_fast.metadata import parse_metadata
 from dcp_fast.metadata.unpickler import RestrictedUnpickler
 
 MIB = 1 << 20

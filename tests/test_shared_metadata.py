@@ -337,9 +337,11 @@ class Fault:
         if dist.get_rank() != self.rank:
             return
         if self.stage == "interrupted":
-            self.patch(faults, shared_metadata, "parse_columns", failing(KeyboardInterrupt("injected")))
+            self.patch(faults, dcp_fast.FileSystemReader, "metadata_columns", failing(KeyboardInterrupt("injected")))
         elif self.stage == "interrupted before":
             self.patch(faults, shared_metadata, "_Exchange", failing(KeyboardInterrupt("injected")))
+        elif self.stage == "metadata_columns":
+            self.patch(faults, dcp_fast.FileSystemReader, self.stage, failing(MemoryError("injected")))
         elif self.stage in ("encode_columns", "ColumnsDecoder"):
             self.patch(faults, _native, self.stage, failing(MemoryError("injected")))
         elif self.stage in ("write", "finish"):
@@ -364,7 +366,7 @@ class Fault:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(0, "parse_columns"),
+        Fault(0, "metadata_columns"),
         Fault(0, "make_metadata"),
         Fault(0, "encode_columns"),
         Fault(FAILING, "ColumnsDecoder"),

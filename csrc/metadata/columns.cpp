@@ -1,6 +1,7 @@
 #include "metadata/columns.h"
 
 #include <algorithm>
+#include <array>
 
 #include "metadata/hash.h"
 
@@ -26,13 +27,26 @@ uint32_t Columns::find_row(uint32_t fqn, const int64_t* offset, uint32_t dims) c
   return row_table.find(hash_key(fqn, offset, dims), [&](uint32_t row) { return row_equals(row, fqn, offset, dims); });
 }
 
-bool Columns::add_row_to_table(uint32_t row) {
-  const uint32_t fqn = rows.fqn[row];
-  const uint32_t dims = rows.dims[row];
-  const int64_t* offset = numbers.data() + rows.chunk_offset[row];
-  return row_table.find_or_add(hash_key(fqn, offset, dims), row, [&](uint32_t other) {
-    return row_equals(other, fqn, offset, dims);
-  }) == HashTable::kNone;
+bool Columns::make_row_table() {
+  // The table is too large for the fastest caches: while some rows are added, what the next need is on its way.
+  constexpr uint32_t kAhead = 16;
+  std::array<uint64_t, kAhead> hashes{};
+  const auto count = static_cast<uint32_t>(rows.size());
+  row_table.reserve(count);
+  const auto announce = [&](uint32_t row) {
+    if (row >= count) return;
+    hashes[row % kAhead] = hash_key(rows.fqn[row], numbers.data() + rows.chunk_offset[row], rows.dims[row]);
+    row_table.prefetch(hashes[row % kAhead]);
+  };
+  for (uint32_t row = 0; row < kAhead; ++row) announce(row);
+  for (uint32_t row = 0; row < count; ++row) {
+    const uint32_t dims = rows.dims[row];
+    const int64_t* offset = numbers.data() + rows.chunk_offset[row];
+    const auto equals = [&](uint32_t other) { return row_equals(other, rows.fqn[row], offset, dims); };
+    if (row_table.find_or_add(hashes[row % kAhead], row, equals) != HashTable::kNone) return false;
+    announce(row + kAhead);
+  }
+  return true;
 }
 
 }  // namespace dcp_fast::metadata

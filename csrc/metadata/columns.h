@@ -7,10 +7,20 @@
 #include <vector>
 
 #include "metadata/hash_table.h"
-#include "metadata/heap.h"
+#include "metadata/names.h"
 #include "metadata/text_table.h"
 
 namespace dcp_fast::metadata {
+
+struct Properties {
+  uint8_t dtype = 0;
+  uint8_t layout = 0;
+  MemoryFormat memory_format = MemoryFormat::kContiguous;
+  bool requires_grad = false;
+  bool pin_memory = false;
+  bool of_shard = false;  // of the class Global::kShardTensorProperties
+  bool complete = false;
+};
 
 enum class EntryKind : uint8_t { kBytes, kTensor };
 
@@ -40,6 +50,21 @@ struct StorageRows {
   std::vector<uint32_t> transforms;  // empty if no row has any; index into Columns::transforms, where 0 is none
 
   size_t size() const { return fqn.size(); }
+  // All that have an item for each row.
+  template <typename Visit>
+  void for_each_column(const Visit& visit) {
+    visit(fqn);
+    visit(dims);
+    visit(chunk_offset);
+    visit(index);
+    visit(file);
+    visit(offset);
+    visit(length);
+  }
+  void truncate(size_t rows) {
+    for_each_column([rows](auto& column) { column.resize(rows); });
+    if (!transforms.empty()) transforms.resize(rows);
+  }
 };
 
 // As torch keeps them, in a list or tuple.
@@ -70,8 +95,8 @@ struct Columns {
   // kNoOffset.
   uint32_t find_row(uint32_t fqn, const int64_t* offset, uint32_t dims) const;
 
-  // Adds a row to the table. False if an equal key is there already.
-  bool add_row_to_table(uint32_t row);
+  // Makes the table. False if two keys are equal.
+  bool make_row_table();
 
  private:
   bool row_equals(uint32_t row, uint32_t fqn, const int64_t* offset, uint32_t dims) const;

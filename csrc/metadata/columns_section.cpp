@@ -9,6 +9,7 @@
 #include "metadata/heap.h"
 #include "metadata/names.h"
 #include "metadata/plain_pickle.h"
+#include "metadata/source.h"
 #include "metadata/text.h"
 #include "metadata/unpickler.h"
 
@@ -87,10 +88,10 @@ class Reader {
 // further checks. What plain_pickle() writes names nothing that could do harm, and nothing else comes out of it as it
 // went in.
 bool is_plain(const std::string& pickle, bool is_storage_meta) {
-  const checkpoint::Bytes bytes(reinterpret_cast<const std::byte*>(pickle.data()), pickle.size());
-  Heap heap;
+  MemorySource source(checkpoint::Bytes(reinterpret_cast<const std::byte*>(pickle.data()), pickle.size()));
+  Heap heap(source.size());
   try {
-    const Value root = unpickle(bytes, heap);
+    const Value root = unpickle(source, FastLane::kNo, heap);
     const bool is_tuple = root.is(Tag::kTuple) || root.is(Tag::kInts);
     return (!is_storage_meta || (is_tuple && heap.tuple_size(root) == 4)) && plain_pickle(heap, root) == pickle;
   } catch (const Unsupported&) {
@@ -225,10 +226,7 @@ void check_numbers(Columns& columns, uint64_t file_bytes) {
       corrupt("a row of the columns that refers to what is not there");
     }
   }
-  columns.row_table.reserve(count);
-  for (size_t row = 0; row < count; ++row) {
-    if (!columns.add_row_to_table(static_cast<uint32_t>(row))) corrupt("a row of the columns that is there twice");
-  }
+  if (!columns.make_row_table()) corrupt("a row of the columns that is there twice");
 }
 
 }  // namespace dcp_fast::metadata

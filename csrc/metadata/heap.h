@@ -1,21 +1,28 @@
 // What a pickle of metadata is unpickled into: flat arrays that refer to each other by index. Objects of torch are
-// structs of their fields; tuples, lists and dicts are ranges of cells. It takes a small multiple of the file's size,
+// structs of their fields; tuples, lists and dicts are ranges of cells. Chunks and storage rows, which are nearly all
+// of a large file, become columns as soon as their list or dict has them. It takes a small multiple of the file's size,
 // and what the file shares is shared here.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "checkpoint/bytes.h"
 #include "metadata/block_list.h"
+#include "metadata/columns.h"
 #include "metadata/names.h"
+#include "metadata/text.h"
+#include "metadata/text_table.h"
 #include "metadata/value.h"
 
 namespace dcp_fast::metadata {
 
 inline constexpr uint32_t kUnset = UINT32_MAX;
+
+// Nobody writes longer texts into metadata.
+inline constexpr size_t kMaxText = (size_t{1} << 20) - 1;
 
 // A list or dict grows by segments of Heap::values: the next segment, the number of items, the items. A dict's items
 // are its keys and values in turns.
@@ -41,15 +48,6 @@ struct Tensor {
   uint32_t properties = kUnset;
   uint32_t size = kUnset;  // as Tag::kSize
   uint32_t chunks = kUnset;
-};
-struct Properties {
-  uint8_t dtype = 0;
-  uint8_t layout = 0;
-  MemoryFormat memory_format = MemoryFormat::kContiguous;
-  bool requires_grad = false;
-  bool pin_memory = false;
-  bool of_shard = false;  // of the class Global::kShardTensorProperties
-  bool complete = false;
 };
 struct Index {
   Value fqn;                 // unset until the object has its fields
@@ -80,9 +78,41 @@ struct Path {
   Value parts;
 };
 
+// Chunks that follow each other in Columns::numbers, the offsets and then the sizes of each.
+struct ChunkRun {
+  uint64_t start = 0;
+  uint64_t count = 0;
+  uint32_t dims = 0;
+  bool sound = true;  // no number is negative, and no chunk ends beyond what 64 bits count
+
+  uint64_t size() const { return uint64_t{2} * dims * count; }
+};
+
+// Texts that the unpickler looks for, with what number they have in Heap::texts.
+enum class Known : uint32_t { kFqn, kIndex, kLength, kOffset, kOffsets, kRelativePath, kSizes };
+inline constexpr std::array<std::string_view, 7> kKnownTexts = {"fqn",     "index",         "length", "offset",
+                                                                "offsets", "relative_path", "sizes"};
+
+// As Tag::kNumbers: where in Columns::numbers a torch.Size is, and of how many dimensions.
+inline constexpr int kDimsBits = 7;
+inline Value numbers_value(uint64_t position, size_t dims) {
+  return Value(Tag::kNumbers, position << kDimsBits | dims);
+}
+
 struct Heap {
-  checkpoint::Bytes file;
-  std::string decoded;  // texts that the file has in another form
+  explicit Heap(uint64_t size_of_file) : file_size(size_of_file) {
+    ints.push_back(0);
+    for (const std::string_view text : kKnownTexts) texts.add(text);
+  }
+
+  uint64_t file_size;
+  TextTable texts;
+  uint32_t last_text = 0;  // the one that was asked for last
+  std::string literals;    // opcodes with their arguments, one after the other
+
+  // The columns so far: numbers, rows, transforms. FQNs and files are still numbers of `texts`.
+  Columns columns;
+  std::vector<ChunkRun> chunk_runs;
 
   BlockList<int64_t> ints;  // index 0 holds the empty tuple
   BlockList<Value> values;
@@ -99,11 +129,15 @@ struct Heap {
   BlockList<Metadata> metadatas;
   BlockList<Path> paths;
 
-  std::string_view text(Value value) const {
-    const Text text = Text::of(value);
-    if (text.position >= file.size()) return std::string_view(decoded).substr(text.position - file.size(), text.length);
-    return {reinterpret_cast<const char*>(file.data()) + text.position, text.length};
+  // The number of a text, which is new if it was not there; kNone if it is not UTF-8.
+  uint32_t intern(std::string_view text) {
+    // Ranks store the same tensors in the same order.
+    const uint32_t next = last_text + 1;
+    last_text = next < texts.size() && texts[next] == text ? next : texts.find(text);
+    if (last_text == TextTable::kNone && is_utf8(text)) last_text = texts.add(text);
+    return last_text;
   }
+  std::string_view text(Value value) const { return texts[value.payload()]; }
 
   static bool is_int(Value value) { return value.is(Tag::kInt) || value.is(Tag::kBigInt); }
   int64_t number(Value value) const { return value.is(Tag::kInt) ? value.number() : ints[value.payload()]; }

@@ -1,13 +1,14 @@
 // Reads the metadata of a checkpoint, a pickle of torch's Metadata, into columns. Executes nothing.
 #pragma once
 
-#include "checkpoint/bytes.h"
 #include "metadata/columns.h"
+#include "metadata/source.h"
+#include "metadata/unpickler.h"
 
 namespace dcp_fast::metadata {
 
-// Takes time and memory in proportion to the file. Throws Unsupported for what only Python can read or refuse, and
-// Error(kCorruptMetadata) for what contradicts itself.
-Columns parse(checkpoint::Bytes file);
+// Takes time and memory in proportion to the file. Throws Unsupported for what only Python can read or refuse,
+// Error(kCorruptMetadata) for what contradicts itself, and what reading the source throws.
+Columns parse(Source& source, FastLane fast_lane = FastLane::kYes);
 
 }  // namespace dcp_fast::metadata

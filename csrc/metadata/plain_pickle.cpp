@@ -5,6 +5,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "checkpoint/bytes.h"
 #include "metadata/failure.h"
 
 namespace dcp_fast::metadata {
@@ -173,9 +174,10 @@ class Writer {
     if (value.is(Tag::kIntsInTuple)) pickle_ += '\x85';
   }
 
-  // The opcode and its argument as they are in the file, where the unpickler has checked them.
+  // The opcode and its argument as they were in the file, where the unpickler has checked them.
   std::string_view literal(uint64_t position) const {
-    checkpoint::Bytes bytes = heap_.file;
+    const std::string& literals = heap_.literals;
+    checkpoint::Bytes bytes(reinterpret_cast<const std::byte*>(literals.data()), literals.size());
     bytes.seek(position);
     switch (bytes.u8()) {
       case 'G':
@@ -193,7 +195,7 @@ class Writer {
         bytes.skip(bytes.u64());
         break;
     }
-    return {reinterpret_cast<const char*>(heap_.file.data()) + position, bytes.position() - position};
+    return std::string_view(literals).substr(position, bytes.position() - position);
   }
 
   Heap& heap_;

@@ -15,16 +15,21 @@ Value dict_value(const Heap& heap, size_t slot) {
   return Value(Tag::kDict, uint64_t{heap.dicts[slot].generation} << 32 | slot);
 }
 
+size_t begin_shape(Heap& heap, size_t count) {
+  const size_t index = heap.ints.size();
+  // A shape is referred to by 32 bits.
+  if (index >= kUnset) unsupported("more numbers than 32 bits count");
+  heap.ints.push_back(static_cast<int64_t>(count));
+  return index;
+}
+
 }  // namespace
 
 Value new_tuple(Heap& heap, const Value* items, size_t count) {
   if (count == 0) return Value(Tag::kInts, 0);
   if (count == 1 && items[0].is(Tag::kInts)) return Value(Tag::kIntsInTuple, items[0].payload());
   if (std::all_of(items, items + count, Heap::is_int)) {
-    const size_t index = heap.ints.size();
-    // A shape is referred to by 32 bits.
-    if (index >= kUnset) unsupported("more numbers than 32 bits count");
-    heap.ints.push_back(static_cast<int64_t>(count));
+    const size_t index = begin_shape(heap, count);
     for (size_t i = 0; i < count; ++i) heap.ints.push_back(heap.number(items[i]));
     return Value(Tag::kInts, index);
   }
@@ -32,6 +37,12 @@ Value new_tuple(Heap& heap, const Value* items, size_t count) {
   heap.values.push_back(Value::of(static_cast<int64_t>(count)));
   for (size_t i = 0; i < count; ++i) heap.values.push_back(items[i]);
   return Value(Tag::kTuple, index);
+}
+
+size_t new_shape(Heap& heap, const int64_t* numbers, size_t count) {
+  const size_t index = begin_shape(heap, count);
+  for (size_t i = 0; i < count; ++i) heap.ints.push_back(numbers[i]);
+  return index;
 }
 
 Value new_list(Heap& heap) {

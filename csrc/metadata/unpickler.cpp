@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cstring>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "metadata/collect.h"
+#include "metadata/cursor.h"
 #include "metadata/failure.h"
+#include "metadata/lane.h"
 #include "metadata/memo.h"
 #include "metadata/objects.h"
 #include "metadata/sequences.h"
@@ -19,20 +21,22 @@ namespace {
 
 class Unpickler {
  public:
-  Unpickler(checkpoint::Bytes file, Heap& heap)
-      : heap_(heap), data_(reinterpret_cast<const uint8_t*>(file.data())), size_(file.size()) {}
+  Unpickler(Source& source, FastLane fast_lane, Heap& heap)
+      : heap_(heap), cursor_(source), fast_lane_(fast_lane), lane_(heap, memo_, cursor_) {}
 
   Value run() {
     try {
       while (true) {
-        opcode_at_ = at_;
-        const uint8_t opcode = take(1)[0];
+        opcode_at_ = cursor_.position();
+        const uint8_t opcode = cursor_.take(1)[0];
         if (opcode == '.') return pop();
         if (!memo(opcode) && !scalar(opcode) && !container(opcode) && !object(opcode)) unknown(opcode);
       }
     } catch (Error& error) {
+      if (error.kind != ErrorKind::kCorruptMetadata) throw;
+      const uint64_t end = std::min(std::max(cursor_.position(), opcode_at_ + 1), cursor_.size());
       error.offset = static_cast<int64_t>(opcode_at_);
-      error.length = static_cast<int64_t>(std::min(std::max(at_, opcode_at_ + 1), size_) - opcode_at_);
+      error.length = static_cast<int64_t>(end - opcode_at_);
       throw;
     } catch (const Unsupported& reason) {
       unsupported(std::string(reason.what()) + " at byte " + std::to_string(opcode_at_));
@@ -51,37 +55,37 @@ class Unpickler {
       case 0x89:  // NEWFALSE
         return push(Value::of(false));
       case 'K':  // BININT1
-        return push(Value::of(static_cast<int64_t>(take(1)[0])));
+        return push(Value::of(static_cast<int64_t>(cursor_.take(1)[0])));
       case 'M':  // BININT2
-        return push(Value::of(static_cast<int64_t>(unsigned_integer(2))));
+        return push(Value::of(static_cast<int64_t>(cursor_.unsigned_integer(2))));
       case 'J':  // BININT
-        return push(Value::of(int64_t{static_cast<int32_t>(unsigned_integer(4))}));
+        return push(Value::of(int64_t{static_cast<int32_t>(cursor_.unsigned_integer(4))}));
       case 0x8a:  // LONG1
-        return binary_number(unsigned_integer(1));
+        return binary_number(cursor_.unsigned_integer(1));
       case 0x8b:  // LONG4
-        return binary_number(unsigned_integer(4));
+        return binary_number(cursor_.unsigned_integer(4));
       case 'I':  // INT
-        return text_number(line());
+        return text_number(cursor_.line());
       case 'L': {  // LONG
-        const std::string_view digits = line();
+        const std::string_view digits = cursor_.line();
         return text_number(!digits.empty() && digits.back() == 'L' ? digits.substr(0, digits.size() - 1) : digits);
       }
       case 'G':  // BINFLOAT
         return literal(8);
       case 'C':  // SHORT_BINBYTES
-        return literal(unsigned_integer(1));
+        return literal(cursor_.unsigned_integer(1));
       case 'B':  // BINBYTES
-        return literal(unsigned_integer(4));
+        return literal(cursor_.unsigned_integer(4));
       case 0x8e:  // BINBYTES8
-        return literal(unsigned_integer(8));
+        return literal(cursor_.unsigned_integer(8));
       case 0x8c:  // SHORT_BINUNICODE
-        return text(unsigned_integer(1));
+        return text(cursor_.unsigned_integer(1));
       case 'X':  // BINUNICODE
-        return text(unsigned_integer(4));
+        return text(cursor_.unsigned_integer(4));
       case 0x8d:  // BINUNICODE8
-        return text(unsigned_integer(8));
+        return text(cursor_.unsigned_integer(8));
       case 'V':  // UNICODE
-        return escaped_text(line());
+        return escaped_text(cursor_.line());
       default:
         return false;
     }
@@ -94,9 +98,10 @@ class Unpickler {
   }
   bool binary_number(uint64_t width) {
     if (width > 8) return literal(width);
-    const uint64_t bits = unsigned_integer(static_cast<size_t>(width));
-    const bool negative = width > 0 && (data_[at_ - 1] & 0x80) != 0;
-    const uint64_t sign = negative && width < 8 ? ~uint64_t{0} << (8 * width) : 0;
+    const auto bytes = static_cast<size_t>(width);
+    const uint64_t bits = cursor_.unsigned_integer(bytes);
+    const bool negative = width > 0 && (bits >> (8 * bytes - 1) & 1) != 0;
+    const uint64_t sign = negative && width < 8 ? ~uint64_t{0} << (8 * bytes) : 0;
     return number(static_cast<int64_t>(bits | sign));
   }
   bool text_number(std::string_view digits) {
@@ -106,26 +111,32 @@ class Unpickler {
     if (error != std::errc() || end != digits.data() + digits.size()) unsupported("a number in another form");
     return number(value);
   }
+  // The rest of an opcode that is kept as it is.
   bool literal(uint64_t length) {
-    take(length);
-    return push(Value(Tag::kLiteral, opcode_at_));
+    cursor_.require(length);
+    const uint64_t end = cursor_.position() + length;
+    cursor_.seek(opcode_at_);
+    const uint64_t count = end - opcode_at_;
+    const auto* bytes = reinterpret_cast<const char*>(cursor_.take(count));
+    const size_t position = heap_.literals.size();
+    heap_.literals.append(bytes, static_cast<size_t>(count));
+    return push(Value(Tag::kLiteral, position));
   }
   bool text(uint64_t length) {
-    if (length > Text::kMaxLength) {
-      take(length);
-      unsupported("a text of more than a megabyte");
-    }
-    const uint64_t position = at_;
-    const auto* bytes = reinterpret_cast<const char*>(take(length));
-    if (!is_utf8({bytes, static_cast<size_t>(length)})) corrupt("a text that is not UTF-8");
-    return push(Text{position, static_cast<size_t>(length)}.value());
+    cursor_.require(length);
+    if (length > kMaxText) unsupported("a text of more than a megabyte");
+    const auto* bytes = reinterpret_cast<const char*>(cursor_.take(length));
+    return push_text({bytes, static_cast<size_t>(length)});
+  }
+  bool push_text(std::string_view value) {
+    const uint32_t index = heap_.intern(value);
+    if (index == TextTable::kNone) corrupt("a text that is not UTF-8");
+    return push(Value(Tag::kText, index));
   }
   bool escaped_text(std::string_view escaped) {
-    const size_t begin = heap_.decoded.size();
-    if (!append_decoded(escaped, heap_.decoded)) corrupt("a text with a broken escape");
-    const size_t length = heap_.decoded.size() - begin;
-    if (length > Text::kMaxLength) unsupported("a text of more than a megabyte");
-    return push(Text{size_ + begin, length}.value());
+    std::string decoded;
+    if (!append_decoded(escaped, decoded)) corrupt("a text with a broken escape");
+    return push_text(decoded);
   }
 
   // The memo
@@ -135,15 +146,15 @@ class Unpickler {
       case 0x94:  // MEMOIZE
         return memoize(memo_.count());
       case 'q':  // BINPUT
-        return memoize(unsigned_integer(1));
+        return memoize(cursor_.unsigned_integer(1));
       case 'r':  // LONG_BINPUT
-        return memoize(unsigned_integer(4));
+        return memoize(cursor_.unsigned_integer(4));
       case 'p':  // PUT
         return memoize(text_index());
       case 'h':  // BINGET
-        return recall(unsigned_integer(1));
+        return recall(cursor_.unsigned_integer(1));
       case 'j':  // LONG_BINGET
-        return recall(unsigned_integer(4));
+        return recall(cursor_.unsigned_integer(4));
       case 'g':  // GET
         return recall(text_index());
       default:
@@ -152,7 +163,7 @@ class Unpickler {
   }
 
   uint64_t text_index() {
-    const std::string_view digits = line();
+    const std::string_view digits = cursor_.line();
     uint64_t value = 0;
     const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
     if (error != std::errc() || end != digits.data() + digits.size()) corrupt("a memo index that is no number");
@@ -160,7 +171,7 @@ class Unpickler {
   }
   bool memoize(uint64_t index) {
     // Writers count from zero, and each entry takes bytes of the file.
-    if (index >= size_) corrupt("a memo index beyond what the file can hold");
+    if (index >= cursor_.size()) corrupt("a memo index beyond what the file can hold");
     const Value value = top();
     if (!memo_.put(index, value, keep())) unsupported("a memo that is not written in order");
     return true;
@@ -187,7 +198,7 @@ class Unpickler {
   }
   bool recall(uint64_t index) {
     const Value value = memo_.get(index);
-    if (!value.is(Tag::kUnset)) return push(value);
+    if (!value.is(Tag::kUnset)) return push(lane_.outside(value));
     if (memo_.was_put(index)) unsupported("a part of an object that is used again");
     corrupt("a memo index that was never written");
   }
@@ -197,6 +208,7 @@ class Unpickler {
   bool container(uint8_t opcode) {
     switch (opcode) {
       case '(':  // MARK
+        if (fast_lane_ == FastLane::kYes && stack_.size() > fence_ && lane_.read_batch(stack_.back())) return true;
         marks_.push_back(stack_.size());
         fence_ = stack_.size();
         return true;
@@ -224,7 +236,7 @@ class Unpickler {
       case 'l': {  // LIST
         const size_t begin = pop_mark();
         const Value list = new_list(heap_);
-        append(heap_, heap_.lists[list.payload()], stack_.data() + begin, stack_.size() - begin);
+        extend(heap_.lists[list.payload()], begin);
         return replace(begin, list);
       }
       case 'a':  // APPEND
@@ -256,10 +268,15 @@ class Unpickler {
     if (begin <= fence_) corrupt("an opcode that needs more values than there are");
     return stack_[begin - 1];
   }
+  void extend(Sequence& list, size_t begin) {
+    const Value* items = stack_.data() + begin;
+    const size_t count = stack_.size() - begin;
+    if (!collect_chunks(heap_, list, items, count)) append(heap_, list, items, count);
+  }
   bool extend_list(size_t begin) {
     const Value list = below(begin);
     if (!list.is(Tag::kList)) unsupported("items for what is no list");
-    append(heap_, heap_.lists[list.payload()], stack_.data() + begin, stack_.size() - begin);
+    extend(heap_.lists[list.payload()], begin);
     stack_.resize(begin);
     return true;
   }
@@ -271,15 +288,15 @@ class Unpickler {
     if ((stack_.size() - begin) % 2 != 0) corrupt("a key without a value");
     const Value* items = stack_.data() + begin;
     const size_t count = stack_.size() - begin;
-    if (dict->sequence.items == 0 && at_ < size_ && data_[at_] == 'b' && begin >= fence_ + 2) {
+    if (dict->sequence.items == 0 && begin >= fence_ + 2 && cursor_.next_is('b')) {
       // All fields of an object at once, as nearly all objects have them: BUILD follows, and the dict is not needed.
-      ++at_;
+      cursor_.take(1);
       free_dict(heap_, value);
       set_fields(heap_, stack_[begin - 2], items, count);
       stack_.resize(begin - 1);
       return true;
     }
-    append(heap_, dict->sequence, items, count);
+    if (!collect_rows(heap_, dict->sequence, items, count)) append(heap_, dict->sequence, items, count);
     stack_.resize(begin);
     return true;
   }
@@ -289,17 +306,17 @@ class Unpickler {
   bool object(uint8_t opcode) {
     switch (opcode) {
       case 0x80:  // PROTO
-        protocol_ = static_cast<int>(unsigned_integer(1));
+        protocol_ = static_cast<int>(cursor_.unsigned_integer(1));
         if (protocol_ > 5) corrupt("pickle protocol " + std::to_string(protocol_));
         return true;
       case 0x95: {  // FRAME
-        const uint64_t length = unsigned_integer(8);
-        if (length > size_ - at_) corrupt("a frame beyond the end of the file");
+        const uint64_t length = cursor_.unsigned_integer(8);
+        if (length > cursor_.left()) corrupt("a frame beyond the end of the file");
         return true;
       }
       case 'c': {  // GLOBAL
-        const std::string_view module = line();
-        return push(global(module, line()));
+        const std::string module(cursor_.line());
+        return push(global(module, cursor_.line()));
       }
       case 0x93: {  // STACK_GLOBAL
         need(2);
@@ -358,33 +375,6 @@ class Unpickler {
     corrupt("no such " + name);
   }
 
-  // The file
-
-  const uint8_t* take(uint64_t count) {
-    if (count > size_ - at_) {
-      at_ = size_;
-      corrupt("the pickle ends early");
-    }
-    const uint8_t* begin = data_ + at_;
-    at_ += count;
-    return begin;
-  }
-  uint64_t unsigned_integer(size_t width) {
-    const uint8_t* bytes = take(width);
-    uint64_t value = 0;
-    for (size_t i = 0; i < width; ++i) value |= uint64_t{bytes[i]} << (8 * i);
-    return value;
-  }
-  // Without the newline.
-  std::string_view line() {
-    const void* newline = std::memchr(data_ + at_, '\n', size_ - at_);
-    if (newline == nullptr) corrupt("the pickle ends early");
-    const auto* begin = reinterpret_cast<const char*>(data_ + at_);
-    const std::string_view result(begin, static_cast<size_t>(static_cast<const char*>(newline) - begin));
-    at_ += result.size() + 1;
-    return result;
-  }
-
   // The stack
 
   void need(size_t count) const {
@@ -417,25 +407,20 @@ class Unpickler {
   }
 
   Heap& heap_;
-  const uint8_t* data_;
-  size_t size_;
-  size_t at_ = 0;
-  size_t opcode_at_ = 0;
+  Cursor cursor_;
+  uint64_t opcode_at_ = 0;
   int protocol_ = 0;
   std::vector<Value> stack_;
   std::vector<size_t> marks_;  // sizes of the stack
   size_t fence_ = 0;           // the last of them
   Memo memo_;
   std::vector<Value> fields_;
+  FastLane fast_lane_;
+  Lane lane_;
 };
 
 }  // namespace
 
-Value unpickle(checkpoint::Bytes file, Heap& heap) {
-  if (file.size() > Text::kMaxPosition / 2) unsupported("a file of this size");
-  heap.file = file;
-  heap.ints.push_back(0);
-  return Unpickler(file, heap).run();
-}
+Value unpickle(Source& source, FastLane fast_lane, Heap& heap) { return Unpickler(source, fast_lane, heap).run(); }
 
 }  // namespace dcp_fast::metadata

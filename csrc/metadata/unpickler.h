@@ -2,15 +2,18 @@
 // called or built is one of the few objects that objects.h knows. Opcodes: CPython's Lib/pickletools.py.
 #pragma once
 
-#include "checkpoint/bytes.h"
 #include "metadata/heap.h"
+#include "metadata/source.h"
 #include "metadata/value.h"
 
 namespace dcp_fast::metadata {
 
+// Whether to use lane.h, which makes no difference but in time and memory.
+enum class FastLane { kYes, kNo };
+
 // Fills the heap and returns the pickled object.
 //
-// Throws Error(kCorruptMetadata) with the byte offset, or Unsupported.
-Value unpickle(checkpoint::Bytes file, Heap& heap);
+// Throws Error(kCorruptMetadata) with the byte offset, Unsupported, or what reading the source throws.
+Value unpickle(Source& source, FastLane fast_lane, Heap& heap);
 
 }  // namespace dcp_fast::metadata

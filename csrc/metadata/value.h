@@ -1,5 +1,5 @@
 // A value on the stack or in the memo of the metadata unpickler: 8 bytes, as there are some seventeen for each chunk of
-// a checkpoint. What does not fit lies in the heap (heap.h) or stays in the file, and the value says where.
+// a checkpoint. What does not fit lies in the heap (heap.h), and the value says where.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@ enum class Tag : uint8_t {
   kTrue,
   kInt,           // the number itself
   kBigInt,        // a number of up to 64 bits that does not fit here: index into Heap::ints
-  kLiteral,       // a float, bytes or longer number: position of its opcode in the file
-  kText,          // position and length
+  kLiteral,       // a float, bytes or longer number: position of its opcode in Heap::literals
+  kText,          // index into Heap::texts
   kGlobal,        // Global
   kDType,         // code of a dtype, see names.h
   kLayout,        // code of a layout, see names.h
@@ -23,11 +23,16 @@ enum class Tag : uint8_t {
   kInts,          // a tuple of numbers: index into Heap::ints, where the count stands before the items
   kIntsInTuple,   // a tuple whose only item is such a tuple, the arguments of torch.Size: the same index
   kSize,          // torch.Size: likewise
+  kNumbers,       // only in the memo: a torch.Size whose numbers are columns already, see heap.h
+  kRowOffset,     // only in the memo: the offset of a storage row
+  kRowFqn,        // only in the memo: the FQN of a storage row
   kTuple,         // any other tuple: index into Heap::values, where the count stands before the items
   kList,          // index into Heap::lists
   kDict,          // slot and generation of a dict, see heap.h
   kPath,          // a pathlib path: index into Heap::paths
   kChunk,         // ChunkStorageMetadata: index into Heap::chunks, and so on
+  kChunks,        // in a list, several of them that are columns already: index into Heap::chunk_runs
+  kRows,          // in a dict, several storage rows: the first; it stands for a key, and the value is their number
   kTensor,
   kBytesEntry,
   kProperties,
@@ -60,21 +65,6 @@ class Value {
 
  private:
   uint64_t bits_ = 0;
-};
-
-// Where the bytes of a text lie. Positions past the end of the file lie in Heap::decoded.
-struct Text {
-  uint64_t position;
-  size_t length;
-
-  static constexpr int kLengthBits = 20;
-  static constexpr size_t kMaxLength = (size_t{1} << kLengthBits) - 1;
-  static constexpr uint64_t kMaxPosition = (uint64_t{1} << (Value::kPayloadBits - kLengthBits)) - 1;
-
-  static Text of(Value value) {
-    return {value.payload() >> kLengthBits, static_cast<size_t>(value.payload() & kMaxLength)};
-  }
-  Value value() const { return Value(Tag::kText, position << kLengthBits | length); }
 };
 
 }  // namespace dcp_fast::metadata

@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from dcp_fast import _native
-from dcp_fast.errors import CorruptMetadataError, LoadError, UntrustedMetadataError, typed_errors
+from dcp_fast.errors import CorruptMetadataError, LoadError, TruncatedFileError, UntrustedMetadataError, typed_errors
 from dcp_fast.garbage import paused_collection
 from dcp_fast.metadata.entries import Entries, StorageEntries, Unpickled
 from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.metadata.unpickler import RefusedError, RestrictedUnpickler
 
-__all__ = ["make_metadata", "parse_columns", "parse_metadata", "unpickle_metadata"]
+__all__ = [
+    "make_metadata",
+    "parse_columns",
+    "read_columns",
+    "read_metadata",
+    "unpickle_metadata",
+]
 
 
-def parse_metadata(pickled: bytes, path: str) -> Metadata:
+def read_metadata(path: str) -> Metadata:
     """Metadata as torch would unpickle it, but nothing that the file names is run.
 
     Args:
-        pickled: the content of the file.
-        path: named in errors.
+        path: of a regular file, which is read in small pieces.
 
     Raises:
+        FileAccessError: the file cannot be read.
         CorruptMetadataError: the file is damaged.
         UntrustedMetadataError: it names a global, or asks for something, that no DCP of torch writes.
     """
-    columns = parse_columns(pickled, path)
-    return unpickle_metadata(pickled, path) if columns is None else make_metadata(columns)
+    columns = read_columns(path)
+    return unpickle_metadata(Path(path).read_bytes(), path) if columns is None else make_metadata(columns)
 
 
 def parse_columns(pickled: bytes, path: str) -> _native.MetadataColumns | None:
     """The columns of metadata; None if only :func:`unpickle_metadata` can read it. Raises CorruptMetadataError."""
+    with _errors_of(path):
+        return _known(_native.parse_metadata(pickled))
+
+
+def read_columns(path: str) -> _native.MetadataColumns | None:
+    """The same for a regular file. Raises as :func:`read_metadata`."""
+    with _errors_of(path):
+        return _known(_native.read_metadata(path))
+
+
+@contextmanager
+def _errors_of(path: str) -> Iterator[None]:
     try:
         with typed_errors():
-            columns = _native.parse_metadata(pickled)
+            yield
     except LoadError as error:
-        raise type(error)(error.reason, path, "", error.offset, error.length, error.error_number) from None
+        cls = CorruptMetadataError if isinstance(error, TruncatedFileError) else type(error)
+        raise cls(error.reason, path, "", error.offset, error.length, error.error_number) from None
+
+
+def _known(columns: _native.MetadataColumns | str) -> _native.MetadataColumns | None:
+    """None for what has to be unpickled in Python, and for dtypes that this torch lacks."""
     if isinstance(columns, str) or any(_dtype(code) is None for code in columns.dtypes):
         return None
     return columns
@@ -71,7 +97,7 @@ def _planner_data(pickled: bytes) -> Any:
 
 
 def unpickle_metadata(pickled: bytes, path: str) -> Metadata:
-    """Likewise by the unpickler with an allow-list: :func:`parse_metadata` of what is not kept in columns."""
+    """Metadata of which there are no columns, by an unpickler with an allow-list. Raises as :func:`read_metadata`."""
     unpickler = RestrictedUnpickler(pickled)
     try:
         with paused_collection():

@@ -17,7 +17,7 @@ from torch.futures import Future
 from dcp_fast import _native
 from dcp_fast.cuda import CudaLimits
 from dcp_fast.garbage import paused_collection
-from dcp_fast.metadata import parse_metadata
+from dcp_fast.metadata import make_metadata, parse_columns, read_columns, unpickle_metadata
 from dcp_fast.report import LoadReport, begin, publish
 from dcp_fast.stand_in import StandIn
 from dcp_fast.storage import Storage
@@ -129,7 +129,8 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
             if self.trust_metadata:
                 return super().read_metadata(*args, **kwargs)
             rank = kwargs.get("rank")
-            return self.take_metadata(parse_metadata(self.pickled_metadata(rank), str(self._get_metadata_path(rank))))
+            columns = self.metadata_columns(rank)
+            return self.take_metadata(self.unpickled_metadata(rank) if columns is None else make_metadata(columns))
 
     # The steps of it, for when another rank takes some of them: see shared_metadata.py.
 
@@ -143,11 +144,19 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
             yield
         self._planning_started = time.perf_counter()
 
-    def pickled_metadata(self, rank: int | None = None) -> bytes:
-        """The content of the metadata file."""
-        with self.fs.create_stream(self._get_metadata_path(rank), "rb") as file:
-            content: bytes = file.read()
-        return content
+    def metadata_columns(self, rank: int | None = None) -> _native.MetadataColumns | None:
+        """The content of the metadata file; None if only :meth:`unpickled_metadata` can read it."""
+        path = self._get_metadata_path(rank)
+        if type(self.fs) is torch_filesystem.FileSystem:
+            return read_columns(str(path))
+        with self.fs.create_stream(path, "rb") as file:
+            return parse_columns(file.read(), str(path))
+
+    def unpickled_metadata(self, rank: int | None = None) -> Metadata:
+        """The content of the metadata file, by the unpickler with an allow-list."""
+        path = self._get_metadata_path(rank)
+        with self.fs.create_stream(path, "rb") as file:
+            return unpickle_metadata(file.read(), str(path))
 
     def take_metadata(self, metadata: Metadata) -> Metadata:
         """Give metadata what it has of its reader."""

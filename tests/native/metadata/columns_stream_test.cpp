@@ -76,7 +76,11 @@ void refused(const Stream& stream) {
   FAIL("not an error");
 }
 
-Columns parse(const std::string& pickle) { return metadata::parse(Exact(pickle).view()); }
+Columns parse(const std::string& pickle) {
+  const Exact exact(pickle);
+  metadata::MemorySource source(exact.view());
+  return metadata::parse(source);
+}
 
 std::string with_storage_meta(std::string pickle) {
   const std::string meta = object("StorageMeta") + "}(" + text("checkpoint_id") + global("pathlib", "PosixPath") +

@@ -22,7 +22,11 @@ namespace {
 
 using Numbers = std::vector<int64_t>;
 
-Columns parse(const std::string& pickle) { return metadata::parse(Exact(pickle).view()); }
+Columns parse(const std::string& pickle) {
+  const Exact bytes(pickle);
+  metadata::MemorySource source(bytes.view());
+  return metadata::parse(source);
+}
 
 // Parses what must be corrupt, and returns where.
 int64_t corrupt_at(const std::string& pickle) {

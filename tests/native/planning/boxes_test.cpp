@@ -21,8 +21,6 @@ constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
 // Tensors "0", "1", ... of chunks of equal dimensions, and bytes entries.
 class Metadata {
  public:
-  Metadata() { columns.row_table.reserve(100); }
-
   // Each chunk is its offsets and sizes.
   void tensor(uint32_t dims, const std::vector<Ints>& chunks) {
     metadata::Entry entry;
@@ -46,7 +44,6 @@ class Metadata {
     rows.file.push_back(file);
     rows.offset.push_back(0);
     rows.length.push_back(1);
-    columns.add_row_to_table(static_cast<uint32_t>(rows.size() - 1));
   }
 
   metadata::Columns columns;
@@ -116,6 +113,7 @@ TEST_CASE("records and files are numbered by their first boxes, each once") {
   metadata.row(0, 1, 1);
   metadata.row(0, 0, 2);
   const Boxes boxes = planning::find_boxes(metadata.columns, {0, 2, 0, 6, 6, 2, /**/ 1, 1, 0, 4, /**/ 0, 1, 0, 1});
+  REQUIRE(metadata.columns.make_row_table());
   const Records records = planning::find_records(metadata.columns, boxes);
   CHECK_FALSE(records.missing.has_value());
   CHECK(records.of_box == std::vector<uint32_t>{0, 1, 1, 2, 0});
@@ -130,5 +128,6 @@ TEST_CASE("a box whose chunk is stored nowhere is told") {
   metadata.tensor(1, {{0, 4}, {4, 4}});
   metadata.row(0, 0, 0);
   const Boxes boxes = planning::find_boxes(metadata.columns, {0, 1, 0, 8});
+  REQUIRE(metadata.columns.make_row_table());
   CHECK(planning::find_records(metadata.columns, boxes).missing == 1);
 }

@@ -1,26 +1,25 @@
-// This file and its neighbours bindings_*.cpp alone know Python: turns columns of integers into the native structures
-// and native errors into exceptions.
+// Layouts and the transfer program for Python.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <limits>
-#include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "bindings_metadata.h"
-#include "bindings_planning.h"
+#include "bindings/bindings.h"
+#include "bindings/python.h"
+#include "bindings/streams.h"
 #include "checkpoint/dtype.h"
 #include "cuda/staging.h"
 #include "error.h"
-#include "io/fault_injection.h"
+#include "io/file.h"
 #include "trace/recorder.h"
 #include "transfer/engine.h"
 #include "transfer/layouts.h"
@@ -75,51 +74,6 @@ class Column {
   py::buffer_info info_;
   py::ssize_t position_ = 0;
 };
-
-const char* kind_name(ErrorKind kind) {
-  switch (kind) {
-    case ErrorKind::kIo:
-      return "io";
-    case ErrorKind::kTruncated:
-      return "truncated";
-    case ErrorKind::kCorrupt:
-      return "corrupt";
-    case ErrorKind::kCorruptPickle:
-      return "corrupt_pickle";
-    case ErrorKind::kCorruptMetadata:
-      return "corrupt_metadata";
-    case ErrorKind::kSizeMismatch:
-      return "size_mismatch";
-    case ErrorKind::kCuda:
-      return "cuda";
-    case ErrorKind::kCudaOutOfMemory:
-      return "cuda_out_of_memory";
-  }
-  return "corrupt";
-}
-
-// True if a signal handler raised (Ctrl-C): its exception is then pending.
-bool interrupted() {
-  const py::gil_scoped_acquire gil;
-  return PyErr_CheckSignals() != 0;
-}
-
-template <typename Function>
-auto without_gil(const Function& function) {
-  try {
-    const py::gil_scoped_release release;
-    return function();
-  } catch (const Interrupted&) {
-    throw py::error_already_set();
-  }
-}
-
-// A path as Python's os functions pass it to the system: any bytes but NUL.
-std::string system_path(const py::str& path) {
-  PyObject* encoded = nullptr;
-  if (PyUnicode_FSConverter(path.ptr(), &encoded) == 0) throw py::error_already_set();  // ValueError for a NUL
-  return py::reinterpret_steal<py::bytes>(encoded);
-}
 
 Layouts read_layouts(const std::vector<py::str>& python_paths, const py::buffer& record_column,
                      const Options& options) {
@@ -213,127 +167,11 @@ py::tuple read_range(const py::str& python_path, int64_t offset, int64_t length,
   return py::make_tuple(bytes, counters.requests.load());
 }
 
-using StreamsByDevice = std::map<int, uint64_t>;  // torch's current streams, as handles
-
-std::map<int, cuda::StreamHandle> stream_handles(const StreamsByDevice& streams) {
-  std::map<int, cuda::StreamHandle> handles;
-  // NOLINTNEXTLINE(performance-no-int-to-ptr)
-  for (const auto& [device, stream] : streams) handles[device] = reinterpret_cast<cuda::StreamHandle>(stream);
-  return handles;
-}
-
-void synchronize(cuda::Staging& staging, const StreamsByDevice& streams) {
-  without_gil([&] {
-    staging.synchronize(stream_handles(streams), interrupted);
-    return 0;
-  });
-}
-
-// What holds GPU memory waits for the GPU before it goes. In a child of the process that made it nothing of the driver
-// may be called: the child's copy is left as it is.
-struct DeleteStaging {
-  pid_t owner = ::getpid();
-
-  void operator()(cuda::Staging* staging) const {
-    if (::getpid() != owner) return;
-    const py::gil_scoped_release release;
-    delete staging;
-  }
-};
-
 double seconds(io::ReadClock::Duration duration) { return std::chrono::duration<double>(duration).count(); }
 
-// Without a track, the event goes to that of the calling thread.
-void add_event(trace::Recorder& recorder, const std::optional<std::string>& track, const std::string& name,
-               int64_t begin, int64_t end, std::optional<int64_t> bytes) {
-  const trace::Track chosen = track ? recorder.track(*track) : recorder.thread_track();
-  trace::Arguments arguments;
-  arguments.bytes = bytes.value_or(trace::kNone);
-  recorder.add(chosen, recorder.keep(name), begin, end, arguments);
-}
-
-py::list events_of(const trace::Recorder& recorder) {
-  const auto optional = [](int64_t value) { return value == trace::kNone ? py::object(py::none()) : py::int_(value); };
-  const std::vector<trace::Event> events = recorder.events();
-  const std::vector<std::string> tracks = recorder.tracks();
-  py::list result;
-  for (const trace::Event& event : events) {
-    const trace::Arguments& arguments = event.arguments;
-    py::object path = py::none();
-    if (arguments.path != nullptr) {
-      path = py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(arguments.path->c_str()));
-    }
-    result.append(py::make_tuple(tracks[event.track], event.name, event.begin, event.end, optional(arguments.bytes),
-                                 path, optional(arguments.offset)));
-  }
-  return result;
-}
-
-// Installs faults while it is entered: `with FaultInjection("pread", nth=3, error_number=errno.EIO):`.
-class FaultInjection {
- public:
-  FaultInjection(const std::string& function, int64_t nth, int error_number, int64_t repeat, size_t short_bytes) {
-    io::Fault fault;
-    if (function == "open") {
-      fault.function = io::FaultFunction::kOpen;
-    } else if (function == "fstat") {
-      fault.function = io::FaultFunction::kFstat;
-    } else if (function == "pread") {
-      fault.function = io::FaultFunction::kPread;
-    } else if (function == "pread_nowait") {
-      fault.function = io::FaultFunction::kPreadNowait;
-    } else if (function == "close") {
-      fault.function = io::FaultFunction::kClose;
-    } else {
-      throw py::value_error("no such function: " + function);
-    }
-    fault.nth = nth;
-    fault.error_number = error_number;
-    fault.repeat = repeat;
-    fault.short_bytes = short_bytes;
-    calls_ = std::make_unique<io::FaultySystemCalls>(fault);
-  }
-  ~FaultInjection() { leave(); }
-  FaultInjection(const FaultInjection&) = delete;
-  FaultInjection& operator=(const FaultInjection&) = delete;
-
-  void enter() {
-    io::set_system_calls(calls_.get());
-    entered_ = true;
-  }
-  void leave() {
-    if (entered_) io::set_system_calls(nullptr);
-    entered_ = false;
-  }
-  int64_t calls() const { return calls_->calls(); }
-
- private:
-  std::unique_ptr<io::FaultySystemCalls> calls_;
-  bool entered_ = false;
-};
-
 }  // namespace
-}  // namespace dcp_fast
 
-PYBIND11_MODULE(_native, module) {
-  using namespace dcp_fast;  // NOLINT(google-build-using-namespace)
-  module.doc() = "Native engine of dcp_fast: finds payloads in checkpoint files and places boxes of them in memory.";
-
-  // args: kind, message, errno, record, item, path, offset, length; -1 and "" where unknown.
-  static py::handle native_error = py::exception<Error>(module, "NativeError").release();
-  py::register_exception_translator(
-      [](std::exception_ptr pointer) {  // NOLINT(performance-unnecessary-value-param): pybind11's signature
-        try {
-          if (pointer) std::rethrow_exception(pointer);
-        } catch (const Error& error) {
-          const py::tuple arguments =
-              py::make_tuple(kind_name(error.kind), error.what(), error.error_number, error.record, error.item,
-                             py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(error.path.c_str())),
-                             error.offset, error.length);
-          PyErr_SetObject(native_error.ptr(), arguments.ptr());
-        }
-      });
-
+void bind_transfer(py::module_& module) {
   py::list names;
   for (const checkpoint::DTypeInfo& dtype : checkpoint::kDTypes) names.append(std::string(dtype.name));
   module.attr("DTYPES") = py::tuple(names);
@@ -342,13 +180,6 @@ PYBIND11_MODULE(_native, module) {
       .value("AUTO", io::IoMode::kAuto)
       .value("CACHED", io::IoMode::kCached)
       .value("DIRECT", io::IoMode::kDirect);
-
-  py::class_<trace::Recorder, std::shared_ptr<trace::Recorder>>(module, "TraceRecorder")
-      .def(py::init<>())
-      .def("now", &trace::Recorder::now, "Nanoseconds since the recorder was made.")
-      .def("add", &add_event, py::arg("track"), py::arg("name"), py::arg("begin"), py::arg("end"),
-           py::arg("bytes") = py::none())
-      .def("events", &events_of, "Tuples of track, name, begin, end, bytes, path, offset; None where unknown.");
 
   py::class_<Options>(module, "Options")
       .def(py::init([](int threads, int64_t block_bytes, int64_t staging_bytes, io::IoMode mode,
@@ -420,42 +251,9 @@ PYBIND11_MODULE(_native, module) {
           },
           py::arg("wave"), py::arg("options"), py::arg("staging") = nullptr, py::arg("streams") = StreamsByDevice());
 
-  py::class_<cuda::DeviceStats>(module, "DeviceStats")
-      .def_readonly("bytes_copied", &cuda::DeviceStats::bytes_copied)
-      .def_readonly("copies", &cuda::DeviceStats::copies)
-      .def_readonly("launches", &cuda::DeviceStats::launches)
-      .def_readonly("copy_seconds", &cuda::DeviceStats::copy_seconds);
-
-  py::class_<cuda::Staging, std::unique_ptr<cuda::Staging, DeleteStaging>>(module, "CudaStaging")
-      .def(py::init([](int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes) {
-             return std::unique_ptr<cuda::Staging, DeleteStaging>(
-                 new cuda::Staging(pinned_bytes, device_bytes, block_bytes));
-           }),
-           py::kw_only(), py::arg("pinned_bytes"), py::arg("device_bytes"), py::arg("block_bytes"))
-      .def_property_readonly("pinned_bytes", &cuda::Staging::pinned_bytes)
-      .def_property_readonly("device_bytes", &cuda::Staging::device_bytes)
-      .def("synchronize", &synchronize, py::arg("streams"))
-      .def("drain", &cuda::Staging::drain, py::call_guard<py::gil_scoped_release>())
-      .def("take_stats", &cuda::Staging::take_stats)
-      .def("take_slot_seconds", &cuda::Staging::take_slot_seconds);
-
   module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"), py::arg("options"),
              "Exactly `length` bytes of a file, and how many requests brought them. Nothing is allocated before the "
              "file's size is checked.");
-  bind_metadata(module);
-  bind_metadata_stream(module);
-  bind_planning(module);
-
-  py::class_<FaultInjection>(module, "FaultInjection")
-      .def(py::init<const std::string&, int64_t, int, int64_t, size_t>(), py::arg("function"), py::arg("nth"),
-           py::arg("error_number") = 0, py::arg("repeat") = 1, py::arg("short_bytes") = 1)
-      .def(
-          "__enter__",
-          [](FaultInjection& faults) -> FaultInjection& {
-            faults.enter();
-            return faults;
-          },
-          py::return_value_policy::reference)
-      .def("__exit__", [](FaultInjection& faults, const py::args&) { faults.leave(); })
-      .def_property_readonly("calls", &FaultInjection::calls);
 }
+
+}  // namespace dcp_fast

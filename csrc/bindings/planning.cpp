@@ -1,7 +1,5 @@
 // Planning for Python: the search for overlaps, and its result as columns for the transfer or as tuples for ReadItems.
 
-#include "bindings_planning.h"
-
 #include <pybind11/stl.h>
 
 #include <cstddef>
@@ -11,7 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "bindings_values.h"
+#include "bindings/bindings.h"
+#include "bindings/python.h"
 #include "box/overlap.h"
 #include "planning/boxes.h"
 

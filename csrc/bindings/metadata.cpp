@@ -1,11 +1,10 @@
 // The metadata of a checkpoint for Python: columns as buffers, and rows as tuples for the objects that Python makes of
 // those that are looked at.
 
-#include "bindings_metadata.h"
-
 #include <pybind11/stl.h>
 
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -15,13 +14,15 @@
 #include <utility>
 #include <vector>
 
-#include "bindings_values.h"
-#include "checkpoint/bytes.h"
+#include "bindings/bindings.h"
+#include "bindings/python.h"
 #include "error.h"
+#include "io/file.h"
 #include "metadata/columns.h"
 #include "metadata/failure.h"
 #include "metadata/names.h"
 #include "metadata/parse.h"
+#include "metadata/source.h"
 
 namespace py = pybind11;
 
@@ -160,17 +161,36 @@ py::tuple row(const Columns& columns, size_t index) {
 }
 
 // The columns, or why only Python can read the metadata.
-py::object parse_metadata(const py::buffer& buffer) {
-  const py::buffer_info info = buffer.request();
-  const checkpoint::Bytes file(static_cast<const std::byte*>(info.ptr), static_cast<size_t>(info.size * info.itemsize));
+py::object columns_of(metadata::Source& source) {
   auto columns = std::make_shared<Columns>();
   try {
-    const py::gil_scoped_release release;
-    with_memory_errors([&] { *columns = metadata::parse(file); });
+    without_gil([&] { with_memory_errors([&] { *columns = metadata::parse(source); }); });
   } catch (const metadata::Unsupported& reason) {
     return to_python(reason.what(), "backslashreplace");  // it may quote what is no text
   }
   return py::cast(columns);
+}
+
+py::object parse_metadata(const py::buffer& buffer) {
+  const py::buffer_info info = buffer.request();
+  const auto size = static_cast<size_t>(info.size * info.itemsize);
+  metadata::MemorySource source({static_cast<const std::byte*>(info.ptr), size});
+  return columns_of(source);
+}
+
+py::object read_metadata(const py::str& path) {
+  // Other threads may keep the GIL for a while each time.
+  constexpr std::chrono::milliseconds kInterval(50);
+  auto next = std::chrono::steady_clock::now() + kInterval;
+  const auto interrupted_now_and_then = [next, kInterval]() mutable {
+    const auto now = std::chrono::steady_clock::now();
+    if (now < next) return false;
+    next = now + kInterval;
+    return interrupted();
+  };
+  const io::File file(system_path(path));
+  metadata::FileSource source(file, interrupted_now_and_then);
+  return columns_of(source);
 }
 
 template <typename Names>
@@ -214,6 +234,7 @@ void bind_metadata(py::module_& module) {
         return columns.has_version ? py::object(to_python(columns.version)) : py::object(py::none());
       });
   module.def("parse_metadata", &parse_metadata, py::arg("pickle"));
+  module.def("read_metadata", &read_metadata, py::arg("path"));
 }
 
 }  // namespace dcp_fast

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "bindings_metadata.h"
+#include "bindings/bindings.h"
 #include "error.h"
 #include "metadata/columns_stream.h"
 #include "metadata/failure.h"

@@ -1,4 +1,4 @@
-// Texts and tuples of Python.
+// What the bindings have in common: signals, the GIL, paths, texts and tuples.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,7 +8,33 @@
 #include <string>
 #include <string_view>
 
+#include "error.h"
+
 namespace dcp_fast {
+
+// True if a signal handler raised (Ctrl-C): its exception is then pending.
+inline bool interrupted() {
+  const pybind11::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+template <typename Function>
+auto without_gil(const Function& function) {
+  try {
+    const pybind11::gil_scoped_release release;
+    return function();
+  } catch (const Interrupted&) {
+    throw pybind11::error_already_set();
+  }
+}
+
+// A path as Python's os functions pass it to the system: any bytes but NUL.
+inline std::string system_path(const pybind11::str& path) {
+  PyObject* encoded = nullptr;
+  // ValueError for a NUL
+  if (PyUnicode_FSConverter(path.ptr(), &encoded) == 0) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::bytes>(encoded);
+}
 
 // Lone surrogates are texts too, as for pickle.
 inline pybind11::str to_python(std::string_view text, const char* errors = "surrogatepass") {

@@ -1,0 +1,16 @@
+// The parts of the module _native, which module.cpp puts together.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace dcp_fast {
+
+void bind_cuda(pybind11::module_& module);
+void bind_faults(pybind11::module_& module);
+void bind_metadata(pybind11::module_& module);
+void bind_metadata_stream(pybind11::module_& module);
+void bind_planning(pybind11::module_& module);
+void bind_trace(pybind11::module_& module);
+void bind_transfer(pybind11::module_& module);
+
+}  // namespace dcp_fast

@@ -1,0 +1,67 @@
+// The module _native. The files of this folder alone know Python: they turn columns of integers into the native
+// structures, and native errors into exceptions.
+
+#include <pybind11/pybind11.h>
+
+#include <exception>
+
+#include "bindings/bindings.h"
+#include "error.h"
+
+namespace py = pybind11;
+
+namespace dcp_fast {
+namespace {
+
+const char* kind_name(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::kIo:
+      return "io";
+    case ErrorKind::kTruncated:
+      return "truncated";
+    case ErrorKind::kCorrupt:
+      return "corrupt";
+    case ErrorKind::kCorruptPickle:
+      return "corrupt_pickle";
+    case ErrorKind::kCorruptMetadata:
+      return "corrupt_metadata";
+    case ErrorKind::kSizeMismatch:
+      return "size_mismatch";
+    case ErrorKind::kCuda:
+      return "cuda";
+    case ErrorKind::kCudaOutOfMemory:
+      return "cuda_out_of_memory";
+  }
+  return "corrupt";
+}
+
+}  // namespace
+}  // namespace dcp_fast
+
+PYBIND11_MODULE(_native, module) {
+  using namespace dcp_fast;  // NOLINT(google-build-using-namespace)
+  module.doc() = "Native engine of dcp_fast: finds payloads in checkpoint files and places boxes of them in memory.";
+
+  // args: kind, message, errno, record, item, path, offset, length; -1 and "" where unknown.
+  static py::handle native_error = py::exception<Error>(module, "NativeError").release();
+  py::register_exception_translator(
+      [](std::exception_ptr pointer) {  // NOLINT(performance-unnecessary-value-param): pybind11's signature
+        try {
+          if (pointer) std::rethrow_exception(pointer);
+        } catch (const Error& error) {
+          const py::tuple arguments =
+              py::make_tuple(kind_name(error.kind), error.what(), error.error_number, error.record, error.item,
+                             py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(error.path.c_str())),
+                             error.offset, error.length);
+          PyErr_SetObject(native_error.ptr(), arguments.ptr());
+        }
+      });
+
+  bind_trace(module);
+  bind_cuda(module);
+  bind_transfer(module);
+  bind_metadata(module);
+  bind_metadata_stream(module);
+  bind_planning(module);
+  bind_faults(module);
+}
