@@ -40,7 +40,7 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     trace: str | os.PathLike[str] | None = None,
-    share_metadata: bool = True,
+    share_metadata: bool = False,
     trust_metadata: bool | None = None,
     trust_bytes: bool | None = None,
 ) -> None:
@@ -56,11 +56,12 @@ def load(
     reader or planner was told.
 
     ``share_metadata``, which must be the same on all ranks: whether the first rank of the process group reads and
-    parses ``.metadata`` for all, and the others receive what it found. That takes them a fraction of the processor
-    time and memory, and storage is asked for the file once rather than once a rank. It is the default because it
-    saves most where metadata takes long, with many ranks a node or in all, and costs least elsewhere: one more
-    collective call, of 56 bytes. Ranks read their own all the same where they see different files, if the file is
-    smaller than 1 MiB, if it cannot be parsed natively, if a rank trusts metadata, or if its reader is not ours.
+    parses ``.metadata`` for all, and the others receive what it found. Storage is then asked for the file once rather
+    than by every rank or node, which pays where many nodes load from storage that they share. It is not the default
+    because ranks of one machine, whose page cache they share already, read the file in less time than it takes to send
+    its content around (see the benchmarks), and because it takes one more collective call, of 56 bytes. Ranks read
+    their own all the same where they see different files, if the file is smaller than 1 MiB, if it cannot be parsed
+    natively, if a rank trusts metadata, or if its reader is not ours.
 
     Raises:
         ValueError: one of these was given, but another reader or planner than ours is to be used.
@@ -154,5 +155,4 @@ def load_state_dict(
         process_group,
         coordinator_rank,
         no_dist,
-        share=True,
     )

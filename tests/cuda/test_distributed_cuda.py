@@ -189,7 +189,7 @@ def share_metadata(path: Path) -> None:
         mock.patch.object(shared_metadata, "_BLOCK_BYTES", 1000),
     ):
         state = {"rows": torch.zeros(SIZE)}
-        dcp_fast.load(state, checkpoint_id=path / "dtensors")
+        dcp_fast.load(state, checkpoint_id=path / "dtensors", share_metadata=True)
     assert image(state["rows"]) == image(values("rows"))
     report = dcp_fast.last_report()
     assert report is not None
