@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import ShardedBuffer, fill, image
+from metadata_cases import parse_metadata
 from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -25,6 +27,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 import dcp_fast
+from dcp_fast.plan import ColumnPlan
 from dcp_fast.planner import create_default_local_load_plan
 
 torch_plan = default_planner.create_default_local_load_plan
@@ -124,7 +127,7 @@ def random_problem(rng: random.Random) -> tuple[dict[str, Any], Metadata]:
     stored: dict[str, Any] = {}
     for number in range(rng.randint(1, 6)):
         fqn = f"k{number}"
-        size = [rng.choice([0, 1, 3, 8]) for _ in range(rng.randint(0, 3))]
+        size = [rng.choice([0, 1, 3, 8]) for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 3, 4, 5]))]
         kind = rng.random()
         if kind < 0.15:
             state[fqn] = rng.choice([1, "x", None, io.BytesIO(b""), torch.zeros(2)])
@@ -153,20 +156,31 @@ def attempt(function: Any, *args: Any) -> tuple[LoadPlan | None, Exception | Non
 
 
 def test_local_plans_of_random_state_dicts() -> None:
+    """With metadata as objects, as columns, and as columns of which some entries were looked at."""
     raised = 0
     planned = 0
+    in_columns = 0
     for seed in range(1500):
         rng = random.Random(f"plan {seed}")
         state, metadata = random_problem(rng)
         strict = rng.random() < 0.7
         expected, error = attempt(torch_plan, state, metadata, strict)
-        actual, our_error = attempt(create_default_local_load_plan, state, metadata, strict)
-        assert (type(our_error), str(our_error)) == (type(error), str(error)), seed
-        assert actual == expected, seed
+        columns, touched = (parse_metadata(pickle.dumps(metadata), "") for _ in range(2))
+        for fqn in rng.sample(sorted(metadata.state_dict_metadata), len(metadata.state_dict_metadata) // 2):
+            assert touched.state_dict_metadata[fqn] == metadata.state_dict_metadata[fqn]
+        for variant in (metadata, columns, touched):
+            actual, our_error = attempt(create_default_local_load_plan, state, variant, strict)
+            assert (type(our_error), str(our_error)) == (type(error), str(error)), seed
+            in_columns += isinstance(actual, ColumnPlan)
+            assert actual == expected, seed
+            for ours, theirs in zip(actual.items if actual else [], expected.items if expected else [], strict=True):
+                assert ours.dest_index.index == theirs.dest_index.index
+                assert ours.storage_index.index == theirs.storage_index.index
         raised += error is not None
         planned += len(expected.items) if expected else 0
     assert raised > 100
     assert planned > 1000
+    assert in_columns > 1000
 
 
 def test_warning_where_the_checkpoint_has_no_data(caplog: pytest.LogCaptureFixture) -> None:

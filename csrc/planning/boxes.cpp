@@ -51,7 +51,8 @@ class Search {
   void find(uint32_t number, const Entry& entry) {
     const auto count = static_cast<size_t>(next());
     const size_t row = 2 * size_t{entry.dims};
-    if (count > requests_.size() || row * count > requests_.size() - at_)
+    // Chunks of no dimensions take no room.
+    if (row == 0 ? count > std::numeric_limits<uint32_t>::max() : count > (requests_.size() - at_) / row)
       throw std::invalid_argument("a request is cut");
     wanted_.dims = stored_.dims = entry.dims;
     wanted_.count = count;

@@ -102,23 +102,7 @@ Columns everything() {
 }
 
 Columns random_columns(Random& random) {
-  std::string entries;
-  std::string storage;
-  for (int64_t i = random.between(0, 4); i > 0; --i) {
-    const std::string fqn = "k" + std::to_string(i);
-    if (random.chance(20)) {
-      entries += text(fqn) + object("BytesStorageMetadata");
-      storage += index(fqn, "N") + storage_info("f", 1, 2);
-      continue;
-    }
-    std::vector<int64_t> shape(random.below(4));
-    for (int64_t& n : shape) n = random.pick(std::vector<int64_t>{0, 1, 300, int64_t{1} << 40});
-    entries += text(fqn) + tensor(shape, list(std::vector<std::string>(random.below(3), chunk(shape, shape))));
-    storage += index(fqn, size(shape)) + storage_info("g" + std::to_string(i % 2), i, 2, random.chance(30) ? "]" : "");
-  }
-  const std::vector<std::string> planner_data = {"N", "}" + text("k0") + text("a") + number(1) + "\x86s",
-                                                 list({text("a"), "}", ")", number(5)}) + "q\x01h\x01\x86"};
-  const std::string pickle = pickle_of(entries, storage, random.pick(planner_data));
+  const std::string pickle = random_pickle(random);
   return parse(random.chance(50) ? with_storage_meta(pickle) : pickle);
 }
 

@@ -20,29 +20,6 @@ using metadata::StorageRows;
 
 namespace {
 
-std::string random_pickle(Random& random) {
-  std::string entries;
-  std::string storage;
-  const auto count = random.between(0, 4);
-  for (int64_t i = 0; i < count; ++i) {
-    const std::string fqn = "k" + std::to_string(i);
-    if (random.chance(20)) {
-      entries += text(fqn) + object("BytesStorageMetadata");
-      storage += index(fqn, "N") + storage_info("f", 1, 2);
-      continue;
-    }
-    std::vector<int64_t> shape(random.below(4));
-    for (int64_t& n : shape) n = random.pick(std::vector<int64_t>{0, 1, 300, int64_t{1} << 40});
-    std::vector<std::string> chunks(random.below(3), chunk(shape, shape));
-    entries += text(fqn) + tensor(shape, list(chunks));
-    storage += index(fqn, size(shape)) + storage_info("g" + std::to_string(i % 2), i, 2, random.chance(30) ? "]" : "");
-  }
-  const std::vector<std::string> planner_data = {"N", "}" + text("k0") + text("a") + number(1) + "\x86s",
-                                                 list({text("a"), "}", ")", number(5)}) + "q\x01h\x01\x86"};
-  std::string pickle = pickle_of(entries, storage, random.pick(planner_data));
-  return pickle;
-}
-
 std::string damaged(Random& random, std::string pickle, const std::string& other) {
   const size_t at = random.below(pickle.size() + 1);
   const size_t length = std::min<size_t>(random.pick(std::vector<size_t>{1, 2, 5, 40}), pickle.size() - at);

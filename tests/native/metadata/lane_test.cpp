@@ -155,7 +155,7 @@ class RandomMetadata {
   std::vector<uint32_t> sizes_[6];  // by dimensions
 };
 
-std::string random_pickle(Random& random, int oddity) {
+std::string odd_pickle(Random& random, int oddity) {
   Habits habits;
   habits.protocol = static_cast<int>(random.between(2, 5));
   habits.batch = random.pick(std::vector<size_t>{1, 2, 5, 1000});
@@ -174,7 +174,7 @@ TEST_CASE("the fast lane reads what the unpickler reads") {
   int read = 0;
   int refused = 0;
   for (int i = 0; i < 2'000; ++i) {
-    const std::string pickle = random_pickle(random, random.pick(std::vector<int>{0, 0, 5, 30}));
+    const std::string pickle = odd_pickle(random, random.pick(std::vector<int>{0, 0, 5, 30}));
     REQUIRE(same_in_both(pickle));
     ++(is_columns(parsed(pickle, FastLane::kYes)) ? read : refused);
   }
@@ -187,7 +187,7 @@ TEST_CASE("the fast lane refuses what the unpickler refuses") {
   int read = 0;
   int refused = 0;
   for (int i = 0; i < 10'000; ++i) {
-    std::string pickle = random_pickle(random, random.pick(std::vector<int>{0, 10}));
+    std::string pickle = odd_pickle(random, random.pick(std::vector<int>{0, 10}));
     for (int64_t left = random.between(1, 3); left > 0 && !pickle.empty(); --left) {
       const size_t at = random.below(pickle.size());
       switch (random.below(5)) {

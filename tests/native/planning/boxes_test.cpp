@@ -82,6 +82,7 @@ TEST_CASE("boxes of several tensors and chunks, with the destinations that they 
     CHECK(numbers_of(boxes, box) == numbers[i]);
   }
   CHECK(boxes.destinations == 4);
+  CHECK(planning::find_boxes(metadata.columns, {3, 5}).destinations == 5);
   CHECK(planning::find_boxes(metadata.columns, {}).boxes.empty());
 }
 
