@@ -48,6 +48,10 @@ class Phase(enum.Enum):
     WARM_UP = 1
     DECAY = 2
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # As since Python 3.11.4; before, enums were pickled as a call of getattr, which nobody should allow.
+        return type(self), (self.value,)
+
 
 class Tokens(int):
     pass

@@ -265,7 +265,8 @@ def damaged(path: Path) -> None:
     """Makes the middle of the metadata nonsense."""
     file = path / ".metadata"
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
+    middle = len(content) // 2
+    content[middle : middle + 64] = b"\xff" * 64  # no opcodes, and no text
     file.write_bytes(content)
 
 
