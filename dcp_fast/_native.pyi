@@ -131,7 +131,7 @@ class PlannedRecords:
     of_box: list[int]
     first_box: list[int]
     missing: int | None  # the first box whose chunk storage_data lacks
-    files: list[str]
+    files: tuple[list[str], list[int]]  # their names, and the first box of each
     def rows(self, all_opaque: bool) -> Rows: ...  # for read_layouts, files as numbered above
 
 class PlannedBoxes:

@@ -144,7 +144,8 @@ def _has_no_global_step(planner: LoadPlanner, reader: StorageReader) -> bool:
     """Whether plans need not be looked at together: torch's own planner and reader hand them on as they are."""
     for cls, name, default in _DEFAULT_STEPS:
         value: Any = reader if cls is StorageReader else planner
-        if name in vars(value) or getattr(type(value), name) is not default:
+        # Some hand everything on to another object, and have no method of their own.
+        if name in getattr(value, "__dict__", ()) or getattr(type(value), name, None) is not default:
             return False
     return True
 

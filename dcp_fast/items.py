@@ -6,6 +6,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def items_of(plan: LoadPlan, storage: Storage) -> ColumnItems | ListedItems:
     if isinstance(plan, ColumnPlan) and plan.tensors is not None:
         data = storage.storage_data
         if isinstance(data, LazyDict) and data.untouched_columns is plan.tensors.columns:
-            return ColumnItems(plan.tensors, [item for _, item in plan.byte_items], storage)
+            return ColumnItems(plan.tensors, plan.byte_items, storage)
     return ListedItems(plan.items, storage)
 
 
@@ -79,10 +80,9 @@ def box_of(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]
 class _Records:
     """Rows for ``_native.read_layouts``: file, offset, length, whether only Python can read it."""
 
-    def __init__(self, files: Sequence[str] = (), rows: Buffer = b"", fqns: Iterable[str] = ()) -> None:
+    def __init__(self, files: Sequence[str] = (), rows: Sequence[int] = (), fqns: Iterable[str] = ()) -> None:
         self.files = {name: number for number, name in enumerate(files)}
-        self.rows = array("q")
-        self.rows.frombytes(memoryview(rows).cast("B"))
+        self.rows = array("q", rows)
         self.fqns = list(fqns)
 
     def add(self, item: ReadItem, info: Any, all_opaque: bool) -> None:
@@ -158,19 +158,25 @@ class ColumnItems:
         paths, record_rows, record_fqns: as in ListedItems.
     """
 
-    def __init__(self, tensors: PlannedTensors, byte_items: Sequence[ReadItem], storage: Storage) -> None:
+    def __init__(self, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]], storage: Storage) -> None:
         self._tensors = tensors
-        self._byte_items = byte_items
+        self._byte_items = [item for _, item in byte_items]
         self._planned = planned = tensors.boxes.find_records()
         if planned.missing is not None:
             raise KeyError(tensors[planned.missing].storage_index)
         all_opaque = _nothing_native()
-        request_of, fqns = tensors.boxes.request, tensors.fqns
-        records = _Records(
-            planned.files, planned.rows(all_opaque), (fqns[request_of(box)] for box in planned.first_box)
-        )
-        for item in byte_items:
-            records.add(item, storage.storage_data[item.storage_index], all_opaque)
+        infos = [storage.storage_data[item.storage_index] for _, item in byte_items]
+        # In the plan's order, which tells what is written last where destinations share memory.
+        first_use = [(tensors.boxes.request(box), 1, name) for name, box in zip(*planned.files, strict=True)]
+        first_use += [(before, 0, info.relative_path) for (before, _), info in zip(byte_items, infos, strict=True)]
+        files = list(dict.fromkeys(name for *_, name in sorted(first_use, key=itemgetter(0, 1))))
+        rows = array("q", bytes(memoryview(planned.rows(all_opaque)).cast("B")))
+        if files != planned.files[0]:
+            numbers = [files.index(name) for name in planned.files[0]]
+            rows[::4] = array("q", [numbers[file] for file in rows[::4]])
+        records = _Records(files, rows, (tensors.fqns[tensors.boxes.request(box)] for box in planned.first_box))
+        for (_, item), info in zip(byte_items, infos, strict=True):
+            records.add(item, info, all_opaque)
         self.paths = list(map(storage.path, records.files))
         self.record_rows = records.rows
         self.record_fqns = records.fqns
@@ -180,8 +186,9 @@ class ColumnItems:
         tensors, boxes = self._tensors, self._tensors.boxes
         destinations = Destinations()
         for request, wanted, dims in boxes.destinations():
-            value: Any = state_dict.get(tensors.fqns[request]) if tensors.wanted[request] is None else None
-            if not is_whole(value):
+            fqn = tensors.fqns[request]
+            value: Any = state_dict[fqn] if tensors.wanted[request] is None and fqn in state_dict else None
+            if not is_whole(value) or value.dim() != dims:
                 value = find_state_dict_object(state_dict, tensors.destination(request, wanted, dims))
             destinations.add(value)
         return Resolved(

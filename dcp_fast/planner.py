@@ -188,7 +188,8 @@ class _Search:
 
     def wanted_chunks(self, value: Any) -> list[ChunkStorageMetadata]:
         """torch's ``_create_chunk_list``; the geometry of DTensors that are alike is computed once."""
-        if type(value) is not DTensor or type(value._local_tensor) is not torch.Tensor:
+        # DTensor asks its local tensor first, which may tell its chunks by an attribute of its own.
+        if type(value) is not DTensor or type(value._local_tensor) is not torch.Tensor or vars(value._local_tensor):
             return _create_chunk_list(value)
         key = (value.device_mesh, value.placements, value.shape)
         chunks = self.dtensor_chunks.get(key)
@@ -256,6 +257,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=StandIn):
     """
 
     trust_bytes_by_default: ClassVar[bool] = False
+    trust_bytes: bool = False  # for subclasses that do without our __init__
 
     def __init__(
         self,
@@ -272,9 +274,10 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=StandIn):
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         """Take and flatten the state dict."""
-        if not self.flatten_state_dict or not all(
+        is_flat = type(state_dict) is dict and all(
             type(key) is str and is_whole(value) and not value.is_meta for key, value in state_dict.items()
-        ):
+        )
+        if not (self.flatten_state_dict and is_flat):
             super().set_up_planner(state_dict, metadata, is_coordinator)
             return
         # What torch comes to after it has walked through a flat state dict four times.

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import dcp_fast
+from dcp_fast import _native
 from dcp_fast.errors import LoadError
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -49,6 +50,14 @@ def fast_error(path: Path, state: dict[str, Any], **options: Any) -> BaseExcepti
     """What dcp_fast raises for a load."""
     reader = fast_reader(path, **options)
     return _only_error(load_with(dcp_fast.load, state, storage_reader=reader, no_dist=True).errors)
+
+
+def metadata_calls(path: Path, function: str) -> int:
+    """How many calls come before those that read data."""
+    with _native.FaultInjection(function, nth=-1) as counter:
+        fast_reader(path).read_metadata()
+    assert counter.calls > 0
+    return counter.calls
 
 
 def torch_error(path: Path, state: dict[str, Any]) -> BaseException | None:

@@ -19,6 +19,7 @@ from damage import (
     check,
     fast_error,
     limited,
+    metadata_calls,
     open_files,
     replace_record,
     save_state,
@@ -28,7 +29,7 @@ from damage import (
     threads_vanish,
     wanted,
 )
-from helpers import Entry, ShardedBuffer, fast_reader, fill, write_checkpoint
+from helpers import Entry, ShardedBuffer, fill, write_checkpoint
 
 import dcp_fast
 from dcp_fast import _native
@@ -123,14 +124,6 @@ def test_failing_system_call(checkpoint: Path, function: str, number: int, expec
     assert_facts(error, type(error), span(checkpoint, "large").path, "large", span(checkpoint, "large"))
     assert_errno(error, number, span(checkpoint, "large").path)
     assert isinstance(error, type(OSError(number, "")))
-
-
-def metadata_calls(path: Path, function: str) -> int:
-    """How many calls come before those that read data."""
-    with _native.FaultInjection(function, nth=-1) as counter:
-        fast_reader(path).read_metadata()
-    assert counter.calls > 0
-    return counter.calls
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENOENT, errno.ENOMEM], ids=errno.errorcode.get)

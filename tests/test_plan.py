@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import Entry, ShardedBuffer, assert_same_load, fast_reader, fill, image, torch_planner, write_checkpoint
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 import dcp_fast
 from dcp_fast.plan import ColumnPlan, PlannedTensors
@@ -221,7 +224,7 @@ def test_metadata_of_another_reading(path: Path) -> None:
     assert state["z"].equal(expected["z"])
 
 
-@pytest.mark.parametrize("value", ["smaller", "gone", "no tensor", "shards"])
+@pytest.mark.parametrize("value", ["smaller", "of one dimension", "gone", "no tensor", "shards"])
 def test_state_dict_that_changes_after_planning(path: Path, value: str) -> None:
     """Torch looks destinations up when it reads."""
 
@@ -231,6 +234,8 @@ def test_state_dict_that_changes_after_planning(path: Path, value: str) -> None:
                 del self.state_dict["a"]
             elif value == "smaller":
                 self.state_dict["a"] = torch.zeros(3, 3)
+            elif value == "of one dimension":
+                self.state_dict["a"] = torch.zeros(12)
             elif value == "shards":
                 self.state_dict["a"] = ShardedBuffer.make((4, 3), [(0, 0)], [torch.zeros(4, 3)])
             else:
@@ -268,3 +273,86 @@ def test_flat_state_dicts_are_set_up_as_torch_does(path: Path) -> None:
 
 def test_columns_and_items_load_the_same(path: Path) -> None:
     assert_same_load(path, wanted)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_destinations_that_share_memory(tmp_path: Path, seed: int) -> None:
+    """Files are read in the order in which the plan names them, bytes entries included; the last writer wins."""
+    rng = random.Random(seed)
+    entries: dict[str, Any] = {}
+    for number in range(6):
+        file = f"__{rng.randrange(3)}_0.distcp"
+        is_bytes = rng.random() < 0.4
+        entries[f"k{number}"] = (
+            Entry(value=number, file=file) if is_bytes else Entry.of(fill((4,), FLOAT, number), file=file)
+        )
+    write_checkpoint(tmp_path, entries)
+    starts = [rng.randrange(5) for _ in entries]
+
+    def state() -> dict[str, Any]:
+        memory = torch.zeros(8)
+        return {
+            fqn: None if entry.value is not None else memory[start : start + 4]
+            for (fqn, entry), start in zip(entries.items(), starts, strict=True)
+        }
+
+    assert_same_load(tmp_path, state, changes=False)
+
+
+class Forwarding:
+    """Hands everything on to another object."""
+
+    def __init__(self, to: Any) -> None:
+        self._to = to
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._to, name)
+
+
+def test_readers_and_planners_that_hand_everything_on(path: Path) -> None:
+    expected = wanted()
+    dcp.load(expected, checkpoint_id=path)
+    for reader, planner in (
+        (Forwarding(fast_reader(path)), dcp_fast.DefaultLoadPlanner()),
+        (fast_reader(path), Forwarding(dcp_fast.DefaultLoadPlanner())),
+    ):
+        state = wanted()
+        dcp_fast.load(state, storage_reader=reader, planner=planner)
+        assert image(state) == image(expected)
+
+
+class WithoutInit(dcp_fast.DefaultLoadPlanner):
+    def __init__(self) -> None:
+        self.flatten_state_dict = self.flatten_sharded_tensors = True
+        self.allow_partial_load = False
+
+
+def test_planner_that_does_without_our_init(path: Path) -> None:
+    expected, state = wanted(), wanted()
+    dcp.load(expected, checkpoint_id=path)
+    dcp_fast.load(state, checkpoint_id=path, planner=WithoutInit())
+    dcp_fast.load(state, checkpoint_id=path, planner=WithoutInit(), trust_bytes=True)
+    assert image(state) == image(expected)
+
+
+def test_dtensors_whose_local_tensors_tell_their_chunks(gloo: None, tmp_path: Path) -> None:
+    """As Megatron-FSDP has them: alike to all appearances, each of other rows."""
+    whole = {"w1": fill((4, 4), FLOAT, 1), "w2": fill((4, 4), FLOAT, 2), "w3": fill((4, 4), FLOAT, 3)}
+    path = write_checkpoint(tmp_path / "c", {fqn: Entry.of(tensor) for fqn, tensor in whole.items()})
+    mesh = DeviceMesh("cpu", [0])
+
+    def rows(first: int | None) -> DTensor:
+        local = torch.zeros(4 if first is None else 2, 4)
+        value = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size((4, 4)), stride=(4, 1))
+        if first is not None:
+            local = value._local_tensor
+            chunk = ChunkStorageMetadata(torch.Size((first, 0)), torch.Size((2, 4)))
+            local.__create_chunk_list__ = lambda: [chunk]  # type: ignore[attr-defined]
+            local.__get_tensor_shard__ = lambda index: local  # type: ignore[attr-defined]
+        return value
+
+    state = {"w1": rows(0), "w2": rows(2), "w3": rows(None)}
+    dcp_fast.load(state, checkpoint_id=path)
+    assert state["w1"].to_local().equal(whole["w1"][:2])
+    assert state["w2"].to_local().equal(whole["w2"][2:])
+    assert state["w3"].to_local().equal(whole["w3"])

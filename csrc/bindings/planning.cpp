@@ -96,10 +96,10 @@ Rows record_rows(const PlannedRecords& planned, bool all_opaque) {
   return rows;
 }
 
-py::list file_names(const PlannedRecords& planned) {
+py::tuple files(const PlannedRecords& planned) {
   py::list names;
   for (const uint32_t file : planned.records.files) names.append(to_python(planned.columns->files[file]));
-  return names;
+  return py::make_tuple(names, planned.records.first_box_in_file);
 }
 
 box::Chunks make_chunks(std::vector<int64_t> values, size_t dims, size_t count) {
@@ -147,7 +147,7 @@ void bind_planning(py::module_& module) {
       .def_property_readonly("of_box", [](const PlannedRecords& planned) { return planned.records.of_box; })
       .def_property_readonly("first_box", [](const PlannedRecords& planned) { return planned.records.first_box; })
       .def_property_readonly("missing", [](const PlannedRecords& planned) { return planned.records.missing; })
-      .def_property_readonly("files", &file_names)
+      .def_property_readonly("files", &files)
       .def("rows", &record_rows, py::arg("all_opaque"));
   module.def("find_boxes", &find_boxes, py::arg("columns"), py::arg("requests"),
              "Boxes of all requests: rows of entry, number of wanted chunks, their offsets and sizes.");

@@ -125,7 +125,10 @@ Records find_records(const Columns& columns, const Boxes& boxes) {
       const uint32_t file = columns.rows.file[row];
       const auto [number_of_file, is_new_file] =
           numbers_of_files.emplace(file, static_cast<uint32_t>(records.files.size()));
-      if (is_new_file) records.files.push_back(file);
+      if (is_new_file) {
+        records.files.push_back(file);
+        records.first_box_in_file.push_back(static_cast<uint32_t>(i));
+      }
       records.file.push_back(number_of_file->second);
     }
     records.of_box.push_back(known->second);
