@@ -1,5 +1,6 @@
 #include "metadata/lane.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "metadata/sequences.h"
@@ -11,6 +12,9 @@ namespace {
 constexpr uint8_t kMemoize = 0x94;
 constexpr uint8_t kTuple1 = 0x85;
 constexpr uint8_t kNewObject = 0x81;
+constexpr uint8_t kFrame = 0x95;
+constexpr size_t kFrameBytes = 9;  // with its length
+constexpr size_t kNoFrame = SIZE_MAX;
 
 // Longer items are left to the unpickler.
 constexpr size_t kMaxItem = 4096;
@@ -98,22 +102,58 @@ bool Lane::read_items(uint8_t end, const Item& item) {
     const Window window = cursor_.window(kMaxItem);
     at_ = window.begin;
     end_ = window.end;
-    if (!is_first && opcode(end)) {
-      cursor_.advance_to(at_);
-      return true;
+    size_t frame = kNoFrame;
+    const auto read_item = [&] {
+      item_.width = 0;
+      item_.kept_count = 0;
+      number_count_ = 0;
+      return item() && has_room(heap_, number_count_);
+    };
+    bool is_end = !is_first && opcode(end);
+    if (!is_end && !read_item()) {
+      frame = leave_out_frame(window);
+      is_end = frame != kNoFrame && !is_first && opcode(end);
+      if (frame == kNoFrame || (!is_end && !read_item())) break;
     }
-    item_.width = 0;
-    item_.kept_count = 0;
-    number_count_ = 0;
-    if (!item() || !has_room(heap_, number_count_)) break;
-    std::vector<int64_t>& numbers = heap_.columns.numbers;
-    numbers.insert(numbers.end(), numbers_.data(), numbers_.data() + number_count_);
-    memo_.put(item_);
+    if (!is_end) {
+      std::vector<int64_t>& numbers = heap_.columns.numbers;
+      numbers.insert(numbers.end(), numbers_.data(), numbers_.data() + number_count_);
+      memo_.put(item_);
+    }
+    if (frame != kNoFrame) {
+      const auto taken = static_cast<size_t>(at_ - without_frame_.data());
+      at_ = window.begin + taken + (taken > frame ? kFrameBytes : 0);
+    }
     cursor_.advance_to(at_);
+    if (is_end) return true;
   }
   memo_.take_back(mark);
   cursor_.seek(begin);
+  forget_phrases();  // they may be of bytes that the file does not have any more
   return false;
+}
+
+size_t Lane::leave_out_frame(const Window& window) {
+  if (ahead() <= kFrameBytes || *at_ != kFrame) return kNoFrame;
+  const auto position = static_cast<size_t>(at_ - window.begin);
+  uint64_t length = 0;
+  for (size_t i = 0; i < 8; ++i) length |= uint64_t{at_[1 + i]} << (8 * i);
+  if (length > cursor_.left() - position - kFrameBytes) return kNoFrame;
+  const auto size = static_cast<size_t>(std::min<uint64_t>(end_ - window.begin, 2 * kMaxItem));
+  if (size <= position + kFrameBytes) return kNoFrame;
+  without_frame_.resize(size - kFrameBytes);
+  std::memcpy(without_frame_.data(), window.begin, position);
+  std::memcpy(without_frame_.data() + position, at_ + kFrameBytes, size - position - kFrameBytes);
+  at_ = without_frame_.data();
+  end_ = at_ + without_frame_.size();
+  return position;
+}
+
+void Lane::forget_phrases() {
+  for (Phrase* phrase :
+       {&chunk_begins_, &sizes_begin_, &key_begins_, &index_, &key_offset_, &value_begins_, &offset_, &length_}) {
+    *phrase = {};
+  }
 }
 
 bool Lane::chunk(ChunkRun& run) {
@@ -238,13 +278,14 @@ bool Lane::shape(size_t& dims) {
 bool Lane::text(uint32_t& index, bool& is_new) {
   if (ahead() < 5) return false;
   size_t length = 0;
+  size_t prefix = 0;
   is_new = true;
   if (*at_ == 0x8c) {  // SHORT_BINUNICODE
     length = at_[1];
-    at_ += 2;
+    prefix = 2;
   } else if (*at_ == 'X') {  // BINUNICODE
     for (size_t i = 0; i < 4; ++i) length |= size_t{at_[1 + i]} << (8 * i);
-    at_ += 5;
+    prefix = 5;
   } else {
     is_new = false;
     Value value;
@@ -253,9 +294,9 @@ bool Lane::text(uint32_t& index, bool& is_new) {
     index = static_cast<uint32_t>(value.payload());
     return value.is(Tag::kText);
   }
-  if (length > ahead() || length > kMaxText) return false;
-  index = heap_.intern({reinterpret_cast<const char*>(at_), length});
-  at_ += length;
+  if (length > ahead() - prefix || length > kMaxText) return false;
+  index = heap_.intern({reinterpret_cast<const char*>(at_ + prefix), length});
+  at_ += prefix + length;
   return index != TextTable::kNone && put();
 }
 
@@ -314,9 +355,9 @@ bool Lane::put() {
     at_ += 5;
     return index == next;
   }
-  const bool is_short = *at_ == 'q';  // BINPUT
+  if (*at_ != 'q') return false;  // BINPUT
   at_ += 2;
-  return is_short && index == next;
+  return index == next;
 }
 
 bool Lane::recall(Value& value) {

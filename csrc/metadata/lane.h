@@ -44,9 +44,13 @@ class Lane {
   bool read_items(uint8_t end, const Item& item);
   bool chunk(ChunkRun& run);
   bool row();
+  // Where the item stopped: if a frame begins there, its item begins anew in a copy that has it not. pickle begins a
+  // frame every 64 KiB, wherever in an item that is. Returns where in the window the frame is.
+  size_t leave_out_frame(const Window& window);
+  void forget_phrases();
 
-  // Parts of items. All are false at the first opcode that does not belong there; where they are then is of no
-  // interest.
+  // Parts of items. All are false at the first opcode that does not belong there; if it begins a frame, that is where
+  // they are then.
   template <typename Match>
   bool phrase(Phrase& known, const Match& match);
   bool begin_object(Global type, Known first_field);
@@ -75,6 +79,7 @@ class Lane {
   size_t number_count_ = 0;
   bool by_index_ = false;  // whether a phrase memoizes with an index of its own
 
+  std::vector<uint8_t> without_frame_;
   std::unordered_map<uint64_t, Value> recalled_sizes_;  // those of batches that were asked for
 
   // How many of them the last batch had: the rest of the file will be like it.
