@@ -34,7 +34,7 @@ ONE_ROUND_CHUNKS = 2_000_000
 # What torch takes per chunk varies a little with the size of the numbers; and planning needs memory as well.
 MEMORY_MARGIN = 1.2
 # Raise this when the generator writes something else, so that old files are not used.
-FORMAT = 1
+FORMAT = 2
 
 
 class Stage(enum.Enum):

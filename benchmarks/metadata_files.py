@@ -13,22 +13,28 @@ __all__ = ["COLUMNS", "ROWS", "fqns", "write_metadata"]
 
 COLUMNS = 1024
 ROWS = 4  # of each chunk
+_FRAME_BYTES = 64 << 10  # a frame ends with the object at hand once it has as many: CPython's Modules/_pickle.c
 _CHECKPOINT = "torch.distributed.checkpoint.metadata"
 
 
 class _Pickle:
-    """Opcodes of protocol 4, memoized as pickle does, flushed to a file every now and then."""
+    """Opcodes of protocol 4, memoized and put into frames as pickle does."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._parts: list[bytes] = [b"\x80\x04"]
+        self._file.write(b"\x80\x04")
+        self._frame: list[bytes] = []
+        self._frame_bytes = 0
         self._memo = 0
 
     def put(self, opcodes: bytes) -> None:
-        self._parts.append(opcodes)
+        self._frame.append(opcodes)
+        self._frame_bytes += len(opcodes)
+        if self._frame_bytes >= _FRAME_BYTES:
+            self.end_frame()
 
     def memoized(self, opcodes: bytes) -> int:
-        self._parts += (opcodes, b"\x94")
+        self.put(opcodes + b"\x94")
         self._memo += 1
         return self._memo - 1
 
@@ -45,9 +51,10 @@ class _Pickle:
         self.text(name)
         return self.memoized(b"\x93")
 
-    def flush(self) -> None:
-        self._file.write(b"".join(self._parts))
-        self._parts.clear()
+    def end_frame(self) -> None:
+        self._file.write(b"\x95" + struct.pack("<Q", self._frame_bytes) + b"".join(self._frame))
+        self._frame.clear()
+        self._frame_bytes = 0
 
 
 def _get(index: int) -> bytes:
@@ -151,7 +158,6 @@ def write_metadata(file: BinaryIO, tensors: int, ranks: int) -> None:
                 out.put(b"e")
             out.put(b"ub")
         out.put(b"u")
-        out.flush()
 
     out.text("planner_data")
     out.memoized(b"}")
@@ -203,10 +209,9 @@ def write_metadata(file: BinaryIO, tensors: int, ranks: int) -> None:
                 out.put(_number(length) + b"ub")
                 offset += length
             out.put(b"u")
-        out.flush()
     out.text("storage_meta")
     out.put(b"N")
     out.text("version")
     out.text("1.0.0")
     out.put(b"ub.")
-    out.flush()
+    out.end_frame()
