@@ -15,9 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeGuard, TypeVar
+from types import FrameType
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,7 +32,7 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 from dcp_fast import _native
 from dcp_fast.collectives import Outcome, collective_device, largest
 from dcp_fast.errors import LoadError, typed_errors
-from dcp_fast.metadata import make_metadata
+from dcp_fast.metadata import known_columns, make_metadata
 from dcp_fast.readers import FileSystemReader
 
 __all__ = ["share_metadata"]
@@ -107,6 +111,35 @@ def _agree(ranks: _DistWrapper, identity: list[int] | None) -> bool:
     return not has_none and highest == lowest
 
 
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], None]]:
+    """Keep Ctrl-C from taking this rank away between two broadcasts, for which the others would wait.
+
+    Yields:
+        What is to be called afterwards: it raises what Ctrl-C would have raised. A second Ctrl-C is not deferred.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    struck: list[tuple[int, FrameType | None]] = []
+
+    def strike() -> None:
+        if struck and callable(handler):
+            handler(*struck[0])
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        struck.append((number, frame))
+        if len(struck) > 1:
+            strike()
+
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield strike
+        return
+    signal.signal(signal.SIGINT, defer)
+    try:
+        yield strike
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 class _Exchange:
     """One rank's end of it."""
 
@@ -128,13 +161,19 @@ class _Exchange:
             parsed = Outcome(self._parse)
             encoder = None if parsed.error is not None else parsed.value[1]
             sizes = [] if encoder is None else encoder.sizes
-            self._sizes[: 1 + len(sizes)] = torch.tensor([len(sizes), *sizes])
-            self._broadcast(self._sizes)
-            while encoder is not None and (size := encoder.read(self._memory)) > 0:
-                if self._device_block is not self._block:
-                    self._device_block[:size].copy_(self._block[:size])
-                self._broadcast(self._device_block[:size])
-            return Outcome(lambda: self._reader.take_metadata(parsed.get()[0]())).get
+            with _deferred_interrupt() as interrupt:
+                self._sizes[: 1 + len(sizes)] = torch.tensor([len(sizes), *sizes])
+                self._broadcast(self._sizes)
+                while encoder is not None and (size := encoder.read(self._memory)) > 0:
+                    if self._device_block is not self._block:
+                        self._device_block[:size].copy_(self._block[:size])
+                    self._broadcast(self._device_block[:size])
+
+            def finish() -> Metadata:
+                interrupt()
+                return self._reader.take_metadata(parsed.get()[0]())
+
+            return Outcome(finish).get
 
     def _parse(self) -> tuple[Callable[[], Metadata], _native.ColumnsEncoder | None]:
         """What makes the metadata, and the columns as they are sent, if they are."""
@@ -148,17 +187,24 @@ class _Exchange:
     def receive(self) -> Callable[[], Metadata]:
         """Take what the coordinator sends."""
         with self._reader.metadata_stage(received=True):
-            self._broadcast(self._sizes)
-            count, *sizes = self._sizes.tolist()
+            with _deferred_interrupt() as interrupt:
+                self._broadcast(self._sizes)
+                count, *sizes = self._sizes.tolist()
+                decoder = Outcome(lambda: self._checked(_native.ColumnsDecoder, sizes, self._file_bytes))
+                for begin in range(0, sum(sizes), _BLOCK_BYTES):
+                    size = min(sum(sizes) - begin, _BLOCK_BYTES)
+                    self._broadcast(self._device_block[:size])
+                    if decoder.error is None:
+                        decoder = Outcome(partial(self._take_block, decoder.value, size))
+            interrupted = Outcome(interrupt)
+            if interrupted.error is not None:
+                return partial(_raise, interrupted.error)
             if count == 0:
                 return self._reader.read_metadata
-            decoder = Outcome(lambda: self._checked(_native.ColumnsDecoder, sizes, self._file_bytes))
-            for begin in range(0, sum(sizes), _BLOCK_BYTES):
-                size = min(sum(sizes) - begin, _BLOCK_BYTES)
-                self._broadcast(self._device_block[:size])
-                if decoder.error is None:
-                    decoder = Outcome(partial(self._take_block, decoder.value, size))
-            return Outcome(lambda: self._finish(decoder.get())).get
+            received = Outcome(lambda: self._finish(decoder.get()))
+            if received.error is None and received.value is None:
+                return self._reader.read_metadata
+            return cast(Callable[[], Metadata], received.get)
 
     def _take_block(self, decoder: _native.ColumnsDecoder, size: int) -> _native.ColumnsDecoder:
         if self._device_block is not self._block:
@@ -166,8 +212,10 @@ class _Exchange:
         self._checked(decoder.write, self._memory, size)
         return decoder
 
-    def _finish(self, decoder: _native.ColumnsDecoder) -> Metadata:
-        return self._reader.take_metadata(make_metadata(self._checked(decoder.finish)))
+    def _finish(self, decoder: _native.ColumnsDecoder) -> Metadata | None:
+        """None if this rank's torch lacks a dtype that the coordinator's has."""
+        columns = known_columns(self._checked(decoder.finish))
+        return None if columns is None else self._reader.take_metadata(make_metadata(columns))
 
     def _checked(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a native function. Its errors are those of what came from the coordinator."""

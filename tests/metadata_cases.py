@@ -44,7 +44,7 @@ write_metadata = _metadata_files.write_metadata
 def parse_metadata(pickled: bytes, path: str) -> Metadata:
     """What the reader makes of a file with this content."""
     columns = parse_columns(pickled, path)
-    return unpickle_metadata(pickled, path) if columns is None else metadata_of_columns(columns)
+    return unpickle_metadata(io.BytesIO(pickled), path) if columns is None else metadata_of_columns(columns)
 
 
 def chunk(offsets: list[int], sizes: list[int]) -> ChunkStorageMetadata:

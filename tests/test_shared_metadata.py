@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -327,6 +329,9 @@ class Garbling:
         return size
 
 
+struck: list[bool] = []
+
+
 @dataclass(frozen=True)
 class Fault:
     """Something that fails on one rank."""
@@ -341,6 +346,11 @@ class Fault:
             self.patch(faults, dcp_fast.FileSystemReader, "metadata_columns", failing(KeyboardInterrupt("injected")))
         elif self.stage == "interrupted before":
             self.patch(faults, shared_metadata, "_Exchange", failing(KeyboardInterrupt("injected")))
+        elif self.stage == "interrupted between blocks":
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            struck.clear()
+            broadcast = shared_metadata._Exchange._broadcast
+            self.patch(faults, shared_metadata._Exchange, "_broadcast", lambda *args: self.strike(broadcast(*args)))
         elif self.stage == "metadata_columns":
             self.patch(faults, dcp_fast.FileSystemReader, self.stage, failing(MemoryError("injected")))
         elif self.stage in ("encode_columns", "ColumnsDecoder"):
@@ -358,6 +368,13 @@ class Fault:
     def decoder(self, real: Any, args: Any) -> Any:
         with mock.patch.object(_native, "ColumnsDecoder", real):
             return Decoder(self.stage, *args)
+
+    @staticmethod
+    def strike(result: None) -> None:
+        # Once: a second Ctrl-C does not wait.
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler and not struck:
+            struck.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
 
     @staticmethod
     def patch(faults: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -386,11 +403,21 @@ def test_a_failure_reaches_all_ranks(ranks: Ranks, tmp_path: Path, fault: Fault)
         assert result.state == image(destinations())
 
 
-@pytest.mark.parametrize("fault", [Fault(0, "interrupted"), Fault(FAILING, "interrupted before")], ids=str)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(0, "interrupted"),
+        Fault(FAILING, "interrupted before"),
+        Fault(0, "interrupted between blocks"),
+        Fault(FAILING, "interrupted between blocks"),
+    ],
+    ids=str,
+)
 def test_an_interrupt_reaches_all_ranks(ranks: Ranks, tmp_path: Path, fault: Fault) -> None:
     results = ranks.run(WORLD, load, [save(tmp_path, values())], True, None, None, fault)
     for result in results:
-        assert result.failures == {fault.rank: "KeyboardInterrupt: injected"}
+        assert result.failures.keys() == {fault.rank}
+        assert result.failures[fault.rank].startswith("KeyboardInterrupt: ")
 
 
 @pytest.mark.parametrize("rank", [0, FAILING])

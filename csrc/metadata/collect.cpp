@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -51,12 +52,19 @@ void add_offset(Heap& heap, uint32_t shape) {
 // them is not theirs.
 uint32_t transforms_code(Heap& heap, Value value) {
   constexpr size_t kMaxTransforms = 64;
+  constexpr size_t kMaxName = 128;
+  // Rows mostly recall the one list. Nothing is ever taken from a list again: with as many items it has the same ones.
+  const uint64_t items = value.is(Tag::kList) ? heap.lists[value.payload()].items : 0;
+  RecentTransforms& recent = heap.recent_transforms;
+  if (recent.value == value && recent.items == items) return recent.code;
   Transforms transforms;
   transforms.is_list = value.is(Tag::kList);
   const auto add = [&](Value name) {
     if (!name.is(Tag::kText)) unsupported("transform descriptors of another type");
     if (transforms.names.size() == kMaxTransforms) unsupported("too many transform descriptors");
-    transforms.names.emplace_back(heap.text(name));
+    const std::string_view text = heap.text(name);
+    if (text.size() > kMaxName) unsupported("a long transform descriptor");
+    transforms.names.emplace_back(text);
   };
   if (transforms.is_list) {
     for_each_item(heap, heap.lists[value.payload()], add);
@@ -67,12 +75,13 @@ uint32_t transforms_code(Heap& heap, Value value) {
   }
   std::vector<Transforms>& known = heap.columns.transforms;
   const auto found = std::find(known.begin() + 1, known.end(), transforms);
+  const auto code = static_cast<uint32_t>(found - known.begin());
   if (found == known.end()) {
     if (known.size() == kMaxTransforms) unsupported("too many different transform descriptors");
     known.push_back(std::move(transforms));
-    return static_cast<uint32_t>(known.size() - 1);
   }
-  return static_cast<uint32_t>(found - known.begin());
+  recent = {value, items, code};
+  return code;
 }
 
 void add_transforms(Heap& heap, Value value) {

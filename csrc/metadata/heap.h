@@ -99,6 +99,13 @@ inline Value numbers_value(uint64_t position, size_t dims) {
   return Value(Tag::kNumbers, position << kDimsBits | dims);
 }
 
+// The transforms of the last row that had any, as the file has them and as a number.
+struct RecentTransforms {
+  Value value;
+  uint64_t items = 0;  // if the value is a list, which may have got more since
+  uint32_t code = 0;
+};
+
 struct Heap {
   explicit Heap(uint64_t size_of_file) : file_size(size_of_file) {
     ints.push_back(0);
@@ -113,6 +120,7 @@ struct Heap {
   // The columns so far: numbers, rows, transforms. FQNs and files are still numbers of `texts`.
   Columns columns;
   std::vector<ChunkRun> chunk_runs;
+  RecentTransforms recent_transforms;
 
   BlockList<int64_t> ints;  // index 0 holds the empty tuple
   BlockList<Value> values;

@@ -5,20 +5,27 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from dcp_fast import _native
-from dcp_fast.errors import CorruptMetadataError, LoadError, TruncatedFileError, UntrustedMetadataError, typed_errors
+from dcp_fast.errors import (
+    CorruptMetadataError,
+    LoadError,
+    OutOfMemoryError,
+    TruncatedFileError,
+    UntrustedMetadataError,
+    typed_errors,
+)
 from dcp_fast.garbage import paused_collection
 from dcp_fast.metadata.entries import Entries, StorageEntries, Unpickled
 from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.metadata.unpickler import RefusedError, RestrictedUnpickler
 
 __all__ = [
+    "known_columns",
     "make_metadata",
     "parse_columns",
     "read_columns",
@@ -39,19 +46,22 @@ def read_metadata(path: str) -> Metadata:
         UntrustedMetadataError: it names a global, or asks for something, that no DCP of torch writes.
     """
     columns = read_columns(path)
-    return unpickle_metadata(Path(path).read_bytes(), path) if columns is None else make_metadata(columns)
+    if columns is not None:
+        return make_metadata(columns)
+    with open(path, "rb") as file:
+        return unpickle_metadata(file, path)
 
 
 def parse_columns(pickled: bytes, path: str) -> _native.MetadataColumns | None:
     """The columns of metadata; None if only :func:`unpickle_metadata` can read it. Raises CorruptMetadataError."""
     with _errors_of(path):
-        return _known(_native.parse_metadata(pickled))
+        return known_columns(_native.parse_metadata(pickled))
 
 
 def read_columns(path: str) -> _native.MetadataColumns | None:
     """The same for a regular file. Raises as :func:`read_metadata`."""
     with _errors_of(path):
-        return _known(_native.read_metadata(path))
+        return known_columns(_native.read_metadata(path))
 
 
 @contextmanager
@@ -64,8 +74,8 @@ def _errors_of(path: str) -> Iterator[None]:
         raise cls(error.reason, path, "", error.offset, error.length, error.error_number) from None
 
 
-def _known(columns: _native.MetadataColumns | str) -> _native.MetadataColumns | None:
-    """None for what has to be unpickled in Python, and for dtypes that this torch lacks."""
+def known_columns(columns: _native.MetadataColumns | str) -> _native.MetadataColumns | None:
+    """None for what has to be unpickled in Python, which has words for dtypes that this torch lacks."""
     if isinstance(columns, str) or any(_dtype(code) is None for code in columns.dtypes):
         return None
     return columns
@@ -96,8 +106,10 @@ def _planner_data(pickled: bytes) -> Any:
     return LazyDict.of(Unpickled(pickled)) if pickled[2:3] == pickle.EMPTY_DICT else pickle.loads(pickled)
 
 
-def unpickle_metadata(pickled: bytes, path: str) -> Metadata:
+def unpickle_metadata(file: IO[bytes], path: str) -> Metadata:
     """Metadata of which there are no columns, by an unpickler with an allow-list. Raises as :func:`read_metadata`."""
+    with _errors_of(path):
+        pickled = file.read()
     unpickler = RestrictedUnpickler(pickled)
     try:
         with paused_collection():
@@ -115,8 +127,8 @@ def unpickle_metadata(pickled: bytes, path: str) -> Metadata:
             unpickler.position(),
             0,
         ) from None
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise OutOfMemoryError("out of memory to unpickle the metadata", path) from error
     except Exception as error:
         reason = f"the metadata cannot be unpickled: {type(error).__name__}: {error}"
         raise CorruptMetadataError(reason, path, "", min(unpickler.position(), len(pickled)), 0) from error

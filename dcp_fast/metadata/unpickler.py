@@ -12,7 +12,7 @@ import collections
 import copyreg
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -140,7 +140,20 @@ def _check_keys(keys: list[Any]) -> None:
             _expect(type(key.offset) in (torch.Size, type(None)), "an index whose offset is no torch.Size")
         else:
             parts = tuple(key) if type(key) in (tuple, torch.Size) else (key,)
-        _expect(all(type(part) in _ATOMS for part in parts), f"a key that is a {type(key).__name__}")
+        if not all(type(part) in _ATOMS for part in parts):
+            raise RefusedError(f"a key that is a {type(key).__name__}")
+
+
+# What is not on the allow-list may be built so that its hash, its text or a comparison takes time and memory without
+# bounds: a hundred bytes of nested tuples will do. So nothing but types and functions is hashed, compared or shown.
+
+
+def _is_one_of(value: Any, allowed: Collection[Any]) -> bool:
+    return any(value is each for each in allowed)
+
+
+def _name(value: Any) -> str:
+    return value.__qualname__ if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def _call(function: Any, arguments: Any) -> Any:
@@ -151,25 +164,27 @@ def _call(function: Any, arguments: Any) -> Any:
         return _new(function, arguments)
     if function is torch.serialization._get_layout:
         _expect(kinds == [str], "a layout that is no text")
-    elif function in ENUMS:
+    elif _is_one_of(function, ENUMS):
         _expect(kinds == [int], "an enum of no number")
     elif function is getattr:  # how Python 3.11 pickles the members of enums
-        _expect(len(arguments) == 2 and arguments[0] in ENUMS and kinds[1] is str, "getattr of other than an enum")
+        _expect(len(arguments) == 2 and kinds[1] is str, "getattr of other than an enum")
+        _expect(_is_one_of(arguments[0], ENUMS), "getattr of other than an enum")
         return arguments[0][arguments[1]]
     elif function is copyreg._reconstructor:  # type: ignore[attr-defined]
-        _expect(len(arguments) == 3 and arguments[1:] == (object, None), "_reconstructor of other than an object")
+        _expect(len(arguments) == 3, "_reconstructor of other than an object")
+        _expect(arguments[1] is object and arguments[2] is None, "_reconstructor of other than an object")
         return _new(arguments[0], ())
     elif function is codecs.encode:
         _expect(kinds == [str, str] and arguments[1] == "latin1", "encode of other than bytes")
-    elif function in (dict, collections.OrderedDict):
+    elif _is_one_of(function, (dict, collections.OrderedDict)):
         _expect(not arguments, "a dict with arguments")
-    elif function in (set, frozenset):
+    elif _is_one_of(function, (set, frozenset)):
         _expect(kinds in ([], [list]), "a set of other than a list")
         _check_keys(arguments[0] if arguments else [])
     elif function is complex:
         _expect(kinds == [float, float], "a complex number of other than floats")
-    else:
-        _expect(function in PATHS and set(kinds) <= {str}, f"a call of {getattr(function, '__qualname__', function)}")
+    elif not _is_one_of(function, PATHS) or not set(kinds) <= {str}:
+        raise RefusedError(f"a call of {_name(function)}")
     return function(*arguments)
 
 
@@ -180,10 +195,8 @@ def _new(cls: Any, arguments: Any) -> Any:
         _expect(type(numbers) in (tuple, list, torch.Size), "a torch.Size of other than numbers")
         _expect(all(type(number) is int for number in numbers), "a torch.Size of other than numbers")
         return torch.Size(numbers)
-    _expect(
-        isinstance(cls, type) and (cls in DATA_CLASSES or cls in PROPERTIES) and arguments == (),
-        f"an object of {getattr(cls, '__qualname__', cls)}",
-    )
+    if not _is_one_of(cls, (*DATA_CLASSES, *PROPERTIES)) or type(arguments) is not tuple or arguments:
+        raise RefusedError(f"an object of {_name(cls)}")
     return object.__new__(cls)
 
 
@@ -194,8 +207,10 @@ def _set_state(instance: Any, state: Any) -> None:
         _expect(kinds == [torch.dtype, torch.layout, bool, PROPERTIES[cls], bool], "properties of other types")
         instance.__setstate__(state)
         return
-    _expect(cls in DATA_CLASSES and type(state) is dict, f"state of a {cls.__name__}")
+    if cls not in DATA_CLASSES or type(state) is not dict:
+        raise RefusedError(f"state of a {cls.__name__}")
     for name in state:
         # Fields that this torch does not have are those of a later one. Special methods would be as good as code.
-        _expect(type(name) is str and not name.startswith("__"), f"the field {name!r} of a {cls.__name__}")
+        if type(name) is not str or name.startswith("__"):
+            raise RefusedError(f"the field {name!r} of a {cls.__name__}")
     vars(instance).update(state)

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal, cast
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint._extension import ExtensionRegistry
@@ -156,7 +156,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         """The content of the metadata file, by the unpickler with an allow-list."""
         path = self._get_metadata_path(rank)
         with self.fs.create_stream(path, "rb") as file:
-            return unpickle_metadata(file.read(), str(path))
+            return unpickle_metadata(cast(IO[bytes], file), str(path))
 
     def take_metadata(self, metadata: Metadata) -> Metadata:
         """Give metadata what it has of its reader."""
