@@ -165,7 +165,7 @@ def _for_host(scale: float) -> dict[str, Workload]:
             Wanted(),
             {
                 warm: (
-                    Target(Metric.SPEEDUP, 8),
+                    Target(Metric.SPEEDUP, 35),
                     Target(Metric.READ_DATA_SPEEDUP, 40),
                     Target(Metric.READS_PER_RECORD, 64),
                 )
