@@ -139,7 +139,7 @@ size_t Lane::leave_out_frame(const Window& window) {
   uint64_t length = 0;
   for (size_t i = 0; i < 8; ++i) length |= uint64_t{at_[1 + i]} << (8 * i);
   if (length > cursor_.left() - position - kFrameBytes) return kNoFrame;
-  const auto size = static_cast<size_t>(std::min<uint64_t>(end_ - window.begin, 2 * kMaxItem));
+  const auto size = static_cast<size_t>(std::min<uint64_t>(static_cast<uint64_t>(end_ - window.begin), 2 * kMaxItem));
   if (size <= position + kFrameBytes) return kNoFrame;
   without_frame_.resize(size - kFrameBytes);
   std::memcpy(without_frame_.data(), window.begin, position);
