@@ -21,6 +21,7 @@ from helpers import (
     torch_reader,
     write_checkpoint,
 )
+from tensor_subclasses import Attributed, Functional, Negated, Plain
 
 import dcp_fast
 
@@ -98,51 +99,6 @@ def test_normal_tensor_in_inference_mode(stored: Path) -> None:
 
 
 # Tensor subclasses
-
-
-class Plain(torch.Tensor):
-    pass
-
-
-class Attributed(torch.Tensor):
-    """A subclass whose elements are stored as they are, with something of its own."""
-
-    extra = 3
-
-
-class Functional(torch.Tensor):
-    """Counts what it is asked for."""
-
-    calls = 0
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__name__", "") == "copy_":
-            Functional.calls += 1
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
-class Negated(torch.Tensor):
-    """A wrapper: holds its elements with the other sign in another tensor."""
-
-    wrapped: torch.Tensor
-
-    @staticmethod
-    def make(wrapped: torch.Tensor) -> Negated:
-        self = torch.Tensor._make_wrapper_subclass(Negated, wrapped.size(), strides=wrapped.stride(), dtype=FLOAT)
-        self.wrapped = wrapped
-        return self
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        if name == "copy_":
-            source = args[1].to(FLOAT)
-            args[0].wrapped.copy_(-source)
-            return args[0]
-        if name in {"detach", "slice", "alias", "narrow", "view", "as_strided"}:
-            return Negated.make(function(args[0].wrapped, *args[1:], **(kwargs or {})))
-        raise NotImplementedError(name)
 
 
 @pytest.mark.parametrize("cls", [Plain, Attributed, Functional])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,17 @@ from helpers import (
     torch_reader,
     write_checkpoint,
 )
+from hooked_planners import (
+    WHOLE,
+    Doubling,
+    Elsewhere,
+    OtherDtype,
+    Recording,
+    Scratch,
+    assert_one_at_a_time,
+    mixed_state,
+    write_mixed,
+)
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -30,88 +40,24 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 import dcp_fast
 
-WHOLE = fill((12, 9), torch.int32)
 BASES = [dcp.DefaultLoadPlanner, dcp_fast.DefaultLoadPlanner]
-
-Call = tuple[str, Any, Any]
 
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
-    """Tensors of several chunks whose records lie in three files, out of order, between values."""
-    chunks = [((i, j), WHOLE[i : i + 5, j : j + 4].clone()) for j in (0, 4, 8) for i in (5, 0, 10)]
-    return write_checkpoint(
-        tmp_path / "ckpt",
-        {
-            "z": Entry((12, 9), torch.int32, chunks, file="__%d_0.distcp"),
-            "value": Entry(value=5, file="__2_0.distcp"),
-            "half": Entry.of(fill((6, 2), torch.float16), file="__0_0.distcp"),
-            "old": Entry.of(fill((3,), torch.float32), file="__4_0.distcp", legacy=True),
-            "a": Entry.of(fill((4,), torch.float64), file="__2_0.distcp"),
-        },
-    )
-
-
-def make() -> dict[str, Any]:
-    parts = [((0, 2), (7, 5)), ((7, 0), (5, 9)), ((0, 7), (7, 2))]
-    shards = [torch.zeros(sizes, dtype=torch.int32) for _, sizes in parts]
-    return {
-        "a": torch.zeros(4, dtype=torch.float64),
-        "half": torch.zeros(6, 2, dtype=torch.float32),
-        "old": torch.zeros(3),
-        "value": 0,
-        "z": ShardedBuffer.make((12, 9), [at for at, _ in parts], shards),
-    }
-
-
-class Recording:
-    """Mixed into a planner: notes which hooks are called, and with what."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.calls: list[Call] = []
-
-    def note(self, name: str, item: Any) -> None:
-        index = item.dest_index if isinstance(item, ReadItem) else item
-        source = (item.storage_index, item.storage_offsets, item.lengths) if isinstance(item, ReadItem) else None
-        self.calls.append((name, (index.fqn, index.offset, index.index), source))
-
-    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
-        self.note("resolve", item)
-        return super().resolve_tensor(item)  # type: ignore[misc]
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        self.note("lookup", index)
-        return super().lookup_tensor(index)  # type: ignore[misc]
-
-    def transform_tensor(self, item: ReadItem, tensor: torch.Tensor) -> torch.Tensor:
-        self.note("transform", item)
-        return super().transform_tensor(item, tensor)  # type: ignore[misc]
-
-    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
-        self.note("commit", item)
-        self.calls.append(("committed", image(tensor), None))
-        super().commit_tensor(item, tensor)  # type: ignore[misc]
-
-    def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
-        self.note("bytes", item)
-        self.calls.append(("value", value.getvalue(), value.tell()))
-        super().load_bytes(item, value)  # type: ignore[misc]
+    return write_mixed(tmp_path / "ckpt", fill((6, 2), torch.float16))
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_calls_come_in_torchs_order(stored: Path, base: type) -> None:
     cls = type("Planner", (Recording, base), {})
     planners = [cls(), cls()]
-    states = [make(), make()]
+    states = [mixed_state(), mixed_state()]
     torch_load(states[0], storage_reader=torch_reader(stored), planner=planners[0])
     dcp_fast.load(states[1], storage_reader=fast_reader(stored), planner=planners[1])
     assert planners[1].calls == planners[0].calls
     assert image(states[1]) == image(states[0])
-    names = [name for name, _, _ in planners[0].calls if name in {"resolve", "commit", "bytes"}]
-    assert names.count("resolve") > 10
-    for before, after in itertools.pairwise(names):
-        assert (before == "resolve") == (after == "commit")
+    assert_one_at_a_time(planners[0].calls)
 
 
 HOOKS = ["resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor", "load_bytes"]
@@ -139,66 +85,13 @@ def test_one_hook(stored: Path, hook: str, where: str, monkeypatch: pytest.Monke
             monkeypatch.setattr(dcp.DefaultLoadPlanner, hook, override)
         return planner
 
-    states = [make(), make()]
+    states = [mixed_state(), mixed_state()]
     torch_load(states[0], storage_reader=torch_reader(stored), planner=planner("torch"))
     monkeypatch.undo()
     dcp_fast.load(states[1], storage_reader=fast_reader(stored), planner=planner("fast"))
     assert seen["fast"] == seen["torch"]
     assert seen["torch"]
     assert image(states[1]) == image(states[0])
-
-
-class Doubling(dcp.DefaultLoadPlanner):
-    """Loads into a buffer of its own and copies twice the values to where they belong."""
-
-    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
-        self.target = super().resolve_tensor(item)
-        return torch.empty_like(self.target)
-
-    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
-        self.target.copy_(tensor * 2)
-
-
-class Scratch(dcp_fast.DefaultLoadPlanner):
-    """One scratch buffer for all items: each must be committed before the next one is resolved."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scratch = torch.empty(1 << 14, dtype=torch.uint8)
-
-    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
-        self.target = super().resolve_tensor(item)
-        size = self.target.numel() * self.target.itemsize
-        return self.scratch[:size].view(self.target.dtype).view(self.target.shape)
-
-    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
-        assert tensor.data_ptr() == self.scratch.data_ptr()
-        self.target.copy_(tensor)
-        self.scratch.fill_(255)
-
-
-class OtherDtype(dcp.DefaultLoadPlanner):
-    """Loads in double precision, and flips the order of the elements on the way."""
-
-    def transform_tensor(self, item: ReadItem, tensor: torch.Tensor) -> torch.Tensor:
-        self.target = super().transform_tensor(item, tensor)
-        return torch.zeros(self.target.shape, dtype=torch.float64)
-
-    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
-        self.target.copy_(tensor.flip(list(range(tensor.dim()))))
-
-
-class Elsewhere(dcp_fast.DefaultLoadPlanner):
-    """Puts everything into tensors that the state dict does not hold."""
-
-    def set_up_planner(self, state_dict: STATE_DICT_TYPE, metadata: Any = None, is_coordinator: bool = False) -> None:
-        super().set_up_planner(state_dict, metadata, is_coordinator)
-        self.loaded: dict[Any, torch.Tensor] = {}
-        state_dict["elsewhere"] = self.loaded
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        key = f"{index.fqn} {index.offset}"
-        return self.loaded.setdefault(key, torch.zeros_like(super().lookup_tensor(index)))
 
 
 class SkipSome(dcp_fast.DefaultLoadPlanner):
@@ -209,7 +102,7 @@ class SkipSome(dcp_fast.DefaultLoadPlanner):
 @pytest.mark.parametrize("planner", [Doubling, Scratch, OtherDtype, Elsewhere, SkipSome])
 @pytest.mark.parametrize("options", [{}, {"staging_bytes": 1, "threads": 1}])
 def test_planners_with_ideas(stored: Path, planner: Callable[[], LoadPlanner], options: dict[str, Any]) -> None:
-    assert_same_load(stored, make, planner=planner, options=options, fallback=None)
+    assert_same_load(stored, mixed_state, planner=planner, options=options, fallback=None)
 
 
 @pytest.mark.parametrize("size", [(3,), (4, 1), (5,), ()])
@@ -227,7 +120,7 @@ def test_hook_that_raises(stored: Path, hook: str) -> None:
         raise KeyError("of the planner")
 
     planner = type("Failing", (dcp_fast.DefaultLoadPlanner,), {hook: fail})
-    assert_same_load(stored, make, planner=planner, raises=KeyError)
+    assert_same_load(stored, mixed_state, planner=planner, raises=KeyError)
 
 
 class FromScratch(LoadPlanner):
@@ -265,7 +158,7 @@ class FromScratch(LoadPlanner):
 
 
 def test_planner_from_scratch(stored: Path) -> None:
-    assert_same_load(stored, make, planner=FromScratch, fallback=None)
+    assert_same_load(stored, mixed_state, planner=FromScratch, fallback=None)
 
 
 class WholeChunks(FromScratch):
@@ -301,7 +194,7 @@ class Renaming(dcp.DefaultLoadPlanner):
 
 def test_renaming_planner(stored: Path) -> None:
     assert_same_load(
-        stored, lambda: {f"foo_{key}": value for key, value in make().items()}, planner=Renaming, fallback=1
+        stored, lambda: {f"foo_{key}": value for key, value in mixed_state().items()}, planner=Renaming, fallback=1
     )
 
 
@@ -339,4 +232,4 @@ def test_empty_state_dict_planner(stored: Path) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 def test_planner_that_does_not_flatten(stored: Path, base: Any) -> None:
-    assert_same_load(stored, make, planner=lambda: base(flatten_state_dict=False), fallback=1)
+    assert_same_load(stored, mixed_state, planner=lambda: base(flatten_state_dict=False), fallback=1)

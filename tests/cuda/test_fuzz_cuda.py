@@ -5,19 +5,17 @@ A failure names its seed: `pytest tests/cuda/test_fuzz_cuda.py --fuzz-seed SEED`
 
 from __future__ import annotations
 
-import itertools
 import random
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from fuzz_cases import Case, compare, make_case
+from fuzz_cases import Case, compare_cases, compare_for_long, make_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 
 CASES = 300
-LONG_SECONDS = 600.0
 
 
 def make_cuda_case(path: Path, seed: int) -> Case:
@@ -34,23 +32,15 @@ def make_cuda_case(path: Path, seed: int) -> Case:
     return case
 
 
-def test_random_checkpoints(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    only = request.config.getoption("--fuzz-seed")
-    seeds = range(CASES) if only is None else [only]
-    results = [compare(make_cuda_case(tmp_path / str(seed), seed)) for seed in seeds]
-    if only is None:
-        assert sum(changed for changed, _ in results) > CASES * 0.9
-        assert CASES * 0.05 < sum(fallback for _, fallback in results) < CASES * 0.7
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[[int], Case]:
+    return lambda seed: make_cuda_case(tmp_path / str(seed), seed)
+
+
+def test_random_checkpoints(make: Callable[[int], Case], request: pytest.FixtureRequest) -> None:
+    compare_cases(make, CASES, request.config.getoption("--fuzz-seed"))
 
 
 @pytest.mark.long
-def test_random_checkpoints_for_long(tmp_path: Path) -> None:
-    start = time.monotonic()
-    first = time.time_ns() % (1 << 40) + CASES
-    count = 0
-    for seed in itertools.count(first):
-        if time.monotonic() - start > LONG_SECONDS:
-            break
-        compare(make_cuda_case(tmp_path / str(seed), seed))
-        count += 1
-    assert count > CASES
+def test_random_checkpoints_for_long(make: Callable[[int], Case]) -> None:
+    compare_for_long(make, CASES)

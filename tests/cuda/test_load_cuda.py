@@ -24,6 +24,7 @@ from helpers import (
     torch_reader,
     write_checkpoint,
 )
+from tensor_subclasses import Functional, Negated, Plain
 from torch.distributed.checkpoint._extension import ZStandard
 
 import dcp_fast
@@ -271,45 +272,6 @@ def test_inference_tensor(cuda: torch.device, stored: Path, inside: bool, dtype:
 
     with torch.inference_mode(inside):
         assert_same_load(stored, pair(make, cuda))
-
-
-class Plain(torch.Tensor):
-    pass
-
-
-class Functional(torch.Tensor):
-    """Counts the copies that go through it."""
-
-    calls = 0
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__name__", "") == "copy_":
-            Functional.calls += 1
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
-class Negated(torch.Tensor):
-    """A wrapper: holds its elements with the other sign in another tensor."""
-
-    wrapped: torch.Tensor
-
-    @staticmethod
-    def make(wrapped: torch.Tensor) -> Negated:
-        facts = {"strides": wrapped.stride(), "dtype": FLOAT, "device": wrapped.device}
-        self = torch.Tensor._make_wrapper_subclass(Negated, wrapped.size(), **facts)
-        self.wrapped = wrapped
-        return self
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        if name == "copy_":
-            args[0].wrapped.copy_(-args[1].to(FLOAT))
-            return args[0]
-        if name in {"detach", "slice", "alias", "narrow", "view", "as_strided"}:
-            return Negated.make(function(args[0].wrapped, *args[1:], **(kwargs or {})))
-        raise NotImplementedError(name)
 
 
 @pytest.mark.parametrize("cls", [Plain, Functional])

@@ -1,0 +1,54 @@
+"""Subclasses of tensors that are destinations or are stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["Attributed", "Functional", "Negated", "Plain"]
+
+
+class Plain(torch.Tensor):
+    pass
+
+
+class Attributed(torch.Tensor):
+    """A subclass whose elements are stored as they are, with something of its own."""
+
+    extra = 3
+
+
+class Functional(torch.Tensor):
+    """Counts the copies that go through it."""
+
+    calls = 0
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") == "copy_":
+            Functional.calls += 1
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Negated(torch.Tensor):
+    """A wrapper: holds its elements with the other sign in another tensor."""
+
+    wrapped: torch.Tensor
+
+    @staticmethod
+    def make(wrapped: torch.Tensor) -> Negated:
+        facts = {"strides": wrapped.stride(), "dtype": torch.float32, "device": wrapped.device}
+        self = torch.Tensor._make_wrapper_subclass(Negated, wrapped.size(), **facts)
+        self.wrapped = wrapped
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name == "copy_":
+            args[0].wrapped.copy_(-args[1].to(torch.float32))
+            return args[0]
+        if name in {"detach", "slice", "alias", "narrow", "view", "as_strided"}:
+            return Negated.make(function(args[0].wrapped, *args[1:], **(kwargs or {})))
+        raise NotImplementedError(name)
