@@ -60,25 +60,30 @@ Loops collapse(const std::vector<int64_t>& sizes, const std::vector<int64_t>& so
                const std::vector<int64_t>& destination_strides, int64_t itemsize) {
   // First: an empty tensor's strides may be anything, and too large to compute with.
   if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return {};
-  Loops sorted;
+  // Every item of a load comes by here several times: one allocation.
+  Loops loops;
+  loops.reserve(sizes.size() + 1);
   for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] > 1) sorted.push_back({sizes[i], source_strides[i] * itemsize, destination_strides[i] * itemsize});
+    if (sizes[i] <= 1) continue;
+    const Dim dim{sizes[i], source_strides[i] * itemsize, destination_strides[i] * itemsize};
+    const auto place = std::upper_bound(loops.begin(), loops.end(), dim,
+                                        [](const Dim& a, const Dim& b) { return a.source_stride > b.source_stride; });
+    loops.insert(place, dim);
   }
-  std::stable_sort(sorted.begin(), sorted.end(),
-                   [](const Dim& a, const Dim& b) { return a.source_stride > b.source_stride; });
-  sorted.push_back({itemsize, 1, 1});
-  // Innermost first while joining.
-  Loops joined;
-  for (auto dim = sorted.rbegin(); dim != sorted.rend(); ++dim) {
-    if (!joined.empty() && dim->source_stride == joined.back().size * joined.back().source_stride &&
-        dim->destination_stride == joined.back().size * joined.back().destination_stride) {
-      joined.back().size *= dim->size;
+  loops.push_back({itemsize, 1, 1});
+  // From the innermost loop outwards; those from `joined` on are done.
+  size_t joined = loops.size() - 1;
+  for (size_t i = joined; i-- > 0;) {
+    Dim& inner = loops[joined];
+    if (loops[i].source_stride == inner.size * inner.source_stride &&
+        loops[i].destination_stride == inner.size * inner.destination_stride) {
+      inner.size *= loops[i].size;
     } else {
-      joined.push_back(*dim);
+      loops[--joined] = loops[i];
     }
   }
-  std::reverse(joined.begin(), joined.end());
-  return joined;
+  loops.erase(loops.begin(), loops.begin() + static_cast<std::ptrdiff_t>(joined));
+  return loops;
 }
 
 bool source_is_disjoint(const Loops& loops) {
