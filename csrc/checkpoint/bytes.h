@@ -7,6 +7,8 @@
 #include <cstring>
 #include <string_view>
 
+#include "little_endian.h"
+
 namespace dcp_fast::checkpoint {
 
 class Bytes {
@@ -59,8 +61,7 @@ class Bytes {
   }
   uint64_t unsigned_integer(size_t width) {
     if (!take(width)) return 0;
-    uint64_t value = 0;
-    for (size_t i = 0; i < width; ++i) value |= static_cast<uint64_t>(data_[position_ + i]) << (8 * i);
+    const uint64_t value = from_little_endian(data_ + position_, width);
     position_ += width;
     return value;
   }

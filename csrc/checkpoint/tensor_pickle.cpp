@@ -3,6 +3,8 @@
 #include <limits>
 #include <utility>
 
+#include "little_endian.h"
+
 namespace dcp_fast::checkpoint {
 
 namespace {
@@ -127,9 +129,7 @@ class TensorUnpickler {
     const size_t width = pickle_.u8();
     if (width > 8) return false;
     const std::string_view digits = pickle_.text(width);
-    uint64_t number = 0;
-    for (size_t i = 0; i < digits.size(); ++i)
-      number |= static_cast<uint64_t>(static_cast<uint8_t>(digits[i])) << (8 * i);
+    const uint64_t number = from_little_endian(digits.data(), digits.size());
     const bool negative = !digits.empty() && (static_cast<uint8_t>(digits.back()) & 0x80) != 0;
     return !negative && push_number(Kind::kInt, static_cast<int64_t>(number));
   }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string_view>
 
+#include "little_endian.h"
 #include "metadata/failure.h"
 #include "metadata/source.h"
 
@@ -50,12 +51,7 @@ class Cursor {
     window_.begin += count;
     return begin;
   }
-  uint64_t unsigned_integer(size_t width) {
-    const uint8_t* bytes = take(width);
-    uint64_t value = 0;
-    for (size_t i = 0; i < width; ++i) value |= uint64_t{bytes[i]} << (8 * i);
-    return value;
-  }
+  uint64_t unsigned_integer(size_t width) { return from_little_endian(take(width), width); }
   // Up to and past the next newline, which is left out.
   std::string_view line() {
     for (uint64_t wanted = 1;;) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "little_endian.h"
 #include "metadata/sequences.h"
 
 namespace dcp_fast::metadata {
@@ -136,8 +137,7 @@ bool Lane::read_items(uint8_t end, const Item& item) {
 size_t Lane::leave_out_frame(const Window& window) {
   if (ahead() <= kFrameBytes || *at_ != kFrame) return kNoFrame;
   const auto position = static_cast<size_t>(at_ - window.begin);
-  uint64_t length = 0;
-  for (size_t i = 0; i < 8; ++i) length |= uint64_t{at_[1 + i]} << (8 * i);
+  const uint64_t length = from_little_endian(at_ + 1, 8);
   if (length > cursor_.left() - position - kFrameBytes) return kNoFrame;
   const auto size = static_cast<size_t>(std::min<uint64_t>(static_cast<uint64_t>(end_ - window.begin), 2 * kMaxItem));
   if (size <= position + kFrameBytes) return kNoFrame;
@@ -284,7 +284,7 @@ bool Lane::text(uint32_t& index, bool& is_new) {
     length = at_[1];
     prefix = 2;
   } else if (*at_ == 'X') {  // BINUNICODE
-    for (size_t i = 0; i < 4; ++i) length |= size_t{at_[1 + i]} << (8 * i);
+    length = from_little_endian(at_ + 1, 4);
     prefix = 5;
   } else {
     is_new = false;
@@ -303,28 +303,23 @@ bool Lane::text(uint32_t& index, bool& is_new) {
 bool Lane::integer(int64_t& number) {
   constexpr size_t kLongest = 10;
   if (ahead() < kLongest) return false;
-  const auto bytes = [&](const uint8_t* first, size_t width) {
-    uint64_t value = 0;
-    for (size_t i = 0; i < width; ++i) value |= uint64_t{first[i]} << (8 * i);
-    return value;
-  };
   switch (*at_) {
     case 'K':  // BININT1
       number = at_[1];
       at_ += 2;
       return true;
     case 'M':  // BININT2
-      number = static_cast<int64_t>(bytes(at_ + 1, 2));
+      number = static_cast<int64_t>(from_little_endian(at_ + 1, 2));
       at_ += 3;
       return true;
     case 'J':  // BININT
-      number = static_cast<int32_t>(bytes(at_ + 1, 4));
+      number = static_cast<int32_t>(from_little_endian(at_ + 1, 4));
       at_ += 5;
       return true;
     case 0x8a: {  // LONG1
       const size_t width = at_[1];
       if (width > 8) return false;
-      uint64_t value = bytes(at_ + 2, width);
+      uint64_t value = from_little_endian(at_ + 2, width);
       if (width > 0 && width < 8 && (at_[1 + width] & 0x80) != 0) value |= ~uint64_t{0} << (8 * width);
       number = static_cast<int64_t>(value);
       at_ += 2 + width;
@@ -351,7 +346,7 @@ bool Lane::put() {
   by_index_ = true;
   uint64_t index = at_[1];
   if (*at_ == 'r') {  // LONG_BINPUT
-    for (size_t i = 1; i < 4; ++i) index |= uint64_t{at_[1 + i]} << (8 * i);
+    index = from_little_endian(at_ + 1, 4);
     at_ += 5;
     return index == next;
   }
@@ -364,7 +359,7 @@ bool Lane::recall(Value& value) {
   if (ahead() < 5) return false;
   uint64_t index = at_[1];
   if (*at_ == 'j') {  // LONG_BINGET
-    for (size_t i = 1; i < 4; ++i) index |= uint64_t{at_[1 + i]} << (8 * i);
+    index = from_little_endian(at_ + 1, 4);
     at_ += 5;
   } else if (*at_ == 'h') {  // BINGET
     at_ += 2;

@@ -1,0 +1,20 @@
+// Integers as pickles and zip archives hold them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace dcp_fast {
+
+// The unsigned integer of `width` bytes, at most 8, the lowest one first.
+inline uint64_t from_little_endian(const void* bytes, size_t width) {
+  uint64_t value = 0;
+  if (width > 0) std::memcpy(&value, bytes, width);  // of nothing there need not be an address
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  value = __builtin_bswap64(value);
+#endif
+  return value;
+}
+
+}  // namespace dcp_fast
