@@ -121,7 +121,7 @@ std::optional<int64_t> storage_span(const PickledTensor& tensor) {
 
 }  // namespace
 
-ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
+ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length, KnownPickles& pickles) {
   const auto size = static_cast<uint64_t>(length);
   const ZipTail zip = parse_zip_tail(tail, size);
   if (zip.status == ZipTail::Status::kNeedsMore) return needs_more(head, tail, 0, zip.needed, length);
@@ -149,7 +149,9 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
   const std::optional<uint64_t> pickle_offset = local_data_offset(head, *entries->pickle);
   if (!pickle_offset || *pickle_offset + entries->pickle->size > head.size()) return unknown("no header for data.pkl");
   const Bytes pickle(head.data() + *pickle_offset, entries->pickle->size);
-  if (entries->pickle->crc32 != 0 && crc32(pickle.data(), pickle.size()) != entries->pickle->crc32) {
+  const PickledTensor* tensor = pickles.find(pickle, entries->pickle->crc32);
+  if (tensor == nullptr && entries->pickle->crc32 != 0 &&
+      crc32(pickle.data(), pickle.size()) != entries->pickle->crc32) {
     ParsedRecord parsed = corrupt("the checksum of data.pkl is wrong");
     parsed.status = Status::kCorruptPickle;
     return parsed;
@@ -160,8 +162,11 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
     head.seek(*offset);
     if (head.text(entries->byteorder->size) != "little") return unknown("not little-endian");
   }
-  std::optional<PickledTensor> tensor = parse_tensor_pickle(pickle);
-  if (!tensor) return unknown("not the pickle of a plain tensor");
+  if (tensor == nullptr) {
+    std::optional<PickledTensor> parsed = parse_tensor_pickle(pickle);
+    if (!parsed) return unknown("not the pickle of a plain tensor");
+    tensor = pickles.keep(pickle, entries->pickle->crc32, std::move(*parsed));
+  }
 
   if (entries->storages.size() != 1) return unknown("not exactly one storage");
   const ZipEntry& storage = *entries->storages[0];
@@ -192,8 +197,8 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length) {
   parsed.layout.dtype = tensor->dtype;
   parsed.layout.begin = static_cast<int64_t>(*data);
   if (*span > 0) parsed.layout.begin += tensor->storage_offset * info(tensor->dtype).itemsize;
-  parsed.layout.sizes = std::move(tensor->sizes);
-  parsed.layout.strides = std::move(tensor->strides);
+  parsed.layout.sizes = tensor->sizes;
+  parsed.layout.strides = tensor->strides;
   return parsed;
 }
 

@@ -11,6 +11,7 @@
 
 #include "checkpoint/bytes.h"
 #include "checkpoint/dtype.h"
+#include "checkpoint/known_pickles.h"
 
 namespace dcp_fast::checkpoint {
 
@@ -42,7 +43,8 @@ struct ParsedRecord {
   TensorLayout layout;
 };
 
-// Parses a record of `length` bytes of which the first and last are given; they may overlap.
-ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length);
+// Parses a record of `length` bytes of which the first and last are given; they may overlap. `pickles` may remember
+// those of other records.
+ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length, KnownPickles& pickles);
 
 }  // namespace dcp_fast::checkpoint

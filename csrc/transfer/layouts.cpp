@@ -18,6 +18,7 @@ namespace {
 
 using checkpoint::Bytes;
 using checkpoint::kHeadBytes;
+using checkpoint::KnownPickles;
 using checkpoint::kTailBytes;
 using checkpoint::ParsedRecord;
 
@@ -127,9 +128,10 @@ std::vector<Span> join_windows(const Layouts& layouts, const std::vector<Window>
 }
 
 // Parses what is there, and reads more as long as the parser asks for more.
-void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, const Worker& worker, const io::File& file) {
+void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, KnownPickles& pickles, const Worker& worker,
+           const io::File& file) {
   const Record& record = layouts.records[index];
-  ParsedRecord parsed = checkpoint::parse_record(head, tail, record.length);
+  ParsedRecord parsed = checkpoint::parse_record(head, tail, record.length, pickles);
   std::vector<std::byte> bytes;
   while (parsed.status == ParsedRecord::Status::kNeedsMore) {
     const auto head_size = static_cast<size_t>(parsed.head);
@@ -141,7 +143,7 @@ void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, const Worker&
     const bool grew = head_size > head.size() || tail_size > tail.size();
     head = Bytes(bytes.data(), head_size);
     tail = Bytes(bytes.data() + head_size, tail_size);
-    parsed = checkpoint::parse_record(head, tail, record.length);
+    parsed = checkpoint::parse_record(head, tail, record.length, pickles);
     if (!grew && parsed.status == ParsedRecord::Status::kNeedsMore) {
       parsed.status = ParsedRecord::Status::kUnknown;
       parsed.reason = "header cut short";
@@ -170,6 +172,7 @@ class LayoutReader {
   void read(size_t span_index, Worker& worker) {
     const Span& span = spans_[span_index];
     size_t record = windows_[span.first_window].record;
+    KnownPickles pickles;
     try {
       with_memory_errors([&] {
         const io::File& file = worker.open(files_, span.file);
@@ -178,7 +181,7 @@ class LayoutReader {
         for (size_t i = span.first_window; i < span.first_window + span.windows; ++i) {
           worker.stop_if_cancelled();  // a record may ask for more reads
           record = windows_[i].record;
-          take(windows_[i], data + (windows_[i].begin - span.begin), worker, file);
+          take(windows_[i], data + (windows_[i].begin - span.begin), pickles, worker, file);
         }
       });
     } catch (Error& error) {
@@ -187,9 +190,10 @@ class LayoutReader {
   }
 
  private:
-  void take(const Window& window, const std::byte* data, const Worker& worker, const io::File& file) {
+  void take(const Window& window, const std::byte* data, KnownPickles& pickles, const Worker& worker,
+            const io::File& file) {
     const Bytes bytes(data, static_cast<size_t>(window.end - window.begin));
-    if (window.part == Part::kWhole) return parse(layouts_, window.record, bytes, bytes, worker, file);
+    if (window.part == Part::kWhole) return parse(layouts_, window.record, bytes, bytes, pickles, worker, file);
     Ends& ends = ends_[window.record];
     {
       const std::scoped_lock lock(ends_mutex_);
@@ -198,7 +202,7 @@ class LayoutReader {
     std::memcpy(ends.bytes.get() + (window.part == Part::kHead ? 0 : kHeadBytes), data, bytes.size());
     if (ends.missing.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     parse(layouts_, window.record, Bytes(ends.bytes.get(), kHeadBytes),
-          Bytes(ends.bytes.get() + kHeadBytes, kTailBytes), worker, file);
+          Bytes(ends.bytes.get() + kHeadBytes, kTailBytes), pickles, worker, file);
     ends.bytes.reset();
   }
 

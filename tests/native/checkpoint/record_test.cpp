@@ -11,20 +11,21 @@
 
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
+using checkpoint::KnownPickles;
 using checkpoint::ParsedRecord;
 using Status = checkpoint::ParsedRecord::Status;
 
 namespace {
 
 // Parses with windows of the given sizes, and again with what is asked for, as the layout stage does.
-ParsedRecord parse(const std::string& record, size_t head_size, size_t tail_size, int* rounds = nullptr) {
+ParsedRecord parse(const std::string& record, size_t head_size, size_t tail_size, KnownPickles& pickles, int* rounds) {
   const auto length = static_cast<int64_t>(record.size());
   for (int round = 1;; ++round) {
     head_size = std::min(head_size, record.size());
     tail_size = std::min(tail_size, record.size());
     const Exact head(std::string_view(record).substr(0, head_size));
     const Exact tail(std::string_view(record).substr(record.size() - tail_size));
-    ParsedRecord parsed = checkpoint::parse_record(head.view(), tail.view(), length);
+    ParsedRecord parsed = checkpoint::parse_record(head.view(), tail.view(), length, pickles);
     if (rounds != nullptr) *rounds = round;
     if (parsed.status != Status::kNeedsMore) return parsed;
     REQUIRE(parsed.head <= std::min<int64_t>(length, checkpoint::kMaxWindowBytes));
@@ -35,6 +36,21 @@ ParsedRecord parse(const std::string& record, size_t head_size, size_t tail_size
     head_size = static_cast<size_t>(parsed.head);
     tail_size = static_cast<size_t>(parsed.tail);
   }
+}
+
+ParsedRecord parse(const std::string& record, size_t head_size, size_t tail_size, int* rounds = nullptr) {
+  KnownPickles none;
+  ParsedRecord parsed = parse(record, head_size, tail_size, none, rounds);
+  // What was parsed before, by any test, makes no difference.
+  static KnownPickles known;
+  const ParsedRecord again = parse(record, head_size, tail_size, known, nullptr);
+  REQUIRE(again.status == parsed.status);
+  REQUIRE(again.reason == parsed.reason);
+  REQUIRE(again.layout.dtype == parsed.layout.dtype);
+  REQUIRE(again.layout.begin == parsed.layout.begin);
+  REQUIRE(again.layout.sizes == parsed.layout.sizes);
+  REQUIRE(again.layout.strides == parsed.layout.strides);
+  return parsed;
 }
 
 ParsedRecord parse(const std::string& record) { return parse(record, checkpoint::kHeadBytes, checkpoint::kTailBytes); }
@@ -117,7 +133,9 @@ TEST_CASE("a long directory is asked for") {
   const std::string record = archive.finish();
   const Exact head(std::string_view(record).substr(0, checkpoint::kHeadBytes));
   const Exact tail(std::string_view(record).substr(record.size() - checkpoint::kTailBytes));
-  const ParsedRecord first = checkpoint::parse_record(head.view(), tail.view(), static_cast<int64_t>(record.size()));
+  KnownPickles pickles;
+  const ParsedRecord first =
+      checkpoint::parse_record(head.view(), tail.view(), static_cast<int64_t>(record.size()), pickles);
   CHECK(first.status == Status::kNeedsMore);
   CHECK(first.tail > checkpoint::kTailBytes);
   CHECK(first.head >= checkpoint::kHeadBytes);
@@ -243,6 +261,27 @@ TEST_CASE("checksum 0 means that none was computed") {
   CHECK(parse(archive.finish()).status == Status::kTensor);
 }
 
+TEST_CASE("a pickle is known by all its bytes and its checksum, until four others came") {
+  std::vector<std::string> pickles;
+  for (int64_t size = 1; size <= 5; ++size) pickles.push_back(tensor_pickle({0, {size}, {1}, 0, size}));
+  const auto view = [](const std::string& text) {
+    return checkpoint::Bytes(reinterpret_cast<const std::byte*>(text.data()), text.size());
+  };
+  const auto parsed = [&view](const std::string& text) { return *checkpoint::parse_tensor_pickle(view(text)); };
+  KnownPickles known;
+  CHECK(known.find(checkpoint::Bytes(), 0) == nullptr);
+  CHECK(known.keep(view(pickles[0]), 7, parsed(pickles[0]))->sizes == std::vector<int64_t>{1});
+  REQUIRE(known.find(view(std::string(pickles[0])), 7) != nullptr);
+  CHECK(known.find(view(pickles[0]), 7)->sizes == std::vector<int64_t>{1});
+  CHECK(known.find(view(pickles[0]), 8) == nullptr);
+  CHECK(known.find(view(pickles[1]), 7) == nullptr);
+  CHECK(known.find(view(pickles[0].substr(1)), 7) == nullptr);
+  for (size_t i = 1; i < pickles.size(); ++i) known.keep(view(pickles[i]), 7, parsed(pickles[i]));
+  CHECK(known.find(view(pickles[0]), 7) == nullptr);
+  CHECK(known.find(view(pickles[1]), 7)->sizes == std::vector<int64_t>{2});
+  CHECK(known.find(view(pickles[4]), 7)->sizes == std::vector<int64_t>{5});
+}
+
 TEST_CASE("what torch.save of a plain tensor never writes is left to torch.load") {
   const std::string pickle = tensor_pickle(kSpec);
   const std::string storage = storage_for(kSpec);
@@ -258,6 +297,7 @@ TEST_CASE("what torch.save of a plain tensor never writes is left to torch.load"
   unknown(archive);
   unknown(Archive::of_tensor(pickle, storage, 64, "big"));
   unknown(Archive::of_tensor(Pickle().protocol(2).raw("}.").bytes, storage));
+  unknown(Archive::of_tensor("", storage));
   Archive bare;
   bare.add("data/0", storage);
   unknown(bare);
