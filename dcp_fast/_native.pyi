@@ -129,7 +129,7 @@ class PlannedRecords:
     """The stored tensors that boxes are parts of."""
 
     of_box: list[int]
-    first_box: list[int]
+    requests: list[int]  # of the first box of each
     missing: int | None  # the first box whose chunk storage_data lacks
     files: tuple[list[str], list[int]]  # their names, and the first box of each
     def rows(self, all_opaque: bool) -> Rows: ...  # for read_layouts, files as numbered above
@@ -145,6 +145,8 @@ class PlannedBoxes:
     def request(self, index: int) -> int: ...
     def find_records(self) -> PlannedRecords: ...
     def rows(self, records: PlannedRecords) -> Rows: ...  # for Program
+
+WHOLE: int  # a request for a whole tensor: its entry, and this in place of the number of wanted chunks
 
 def find_boxes(columns: MetadataColumns, requests: Sequence[int]) -> PlannedBoxes: ...
 def find_overlaps(

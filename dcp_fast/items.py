@@ -174,7 +174,7 @@ class ColumnItems:
         if files != planned.files[0]:
             numbers = [files.index(name) for name in planned.files[0]]
             rows[::4] = array("q", [numbers[file] for file in rows[::4]])
-        records = _Records(files, rows, (tensors.fqns[tensors.boxes.request(box)] for box in planned.first_box))
+        records = _Records(files, rows, map(tensors.fqns.__getitem__, planned.requests))
         for (_, item), info in zip(byte_items, infos, strict=True):
             records.add(item, info, all_opaque)
         self.paths = list(map(storage.path, records.files))
@@ -185,9 +185,10 @@ class ColumnItems:
         """As that of ListedItems."""
         tensors, boxes = self._tensors, self._tensors.boxes
         destinations = Destinations()
+        fqns, chunks = tensors.fqns, tensors.wanted
         for request, wanted, dims in boxes.destinations():
-            fqn = tensors.fqns[request]
-            value: Any = state_dict[fqn] if tensors.wanted[request] is None and fqn in state_dict else None
+            fqn = fqns[request]
+            value: Any = state_dict[fqn] if chunks[request] is None and fqn in state_dict else None
             if not is_whole(value) or value.dim() != dims:
                 value = find_state_dict_object(state_dict, tensors.destination(request, wanted, dims))
             destinations.add(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -115,15 +115,16 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
     was without a word; so does this function, but it logs a warning that names the tensors.
     """
     search = _Search(metadata)
+    find, add_whole = search.find, search.add_whole
     for fqn, value in state_dict.items():
-        entry = search.find(fqn)
+        entry = find(fqn)
         if entry is None:
             if strict:
                 raise RuntimeError(f"Missing key in checkpoint state_dict: {fqn}.")
             continue
         number, stored_size = entry
-        if number is not None and stored_size is not None and is_whole(value) and value.size() == stored_size:
-            search.add_whole(fqn, number, stored_size)
+        if number is not None and stored_size is not None and is_whole(value) and value.shape == stored_size:
+            add_whole(fqn, number)
             continue
         if stored_size is not None and getattr(value, "size", None) is not None:
             size = global_size(value)
@@ -176,9 +177,12 @@ class _Search:
         self.made: list[tuple[int, ReadItem]] = []
         self.incomplete: set[str] = set()  # FQNs
         self.dtensor_chunks: dict[Any, list[ChunkStorageMetadata]] = {}
+        # The number of a key's entry in the columns, if it is there, and the size of its tensor, if it is one.
+        self.find: Callable[[str], tuple[int | None, Sequence[int] | None] | None] = self._find
+        if self.columns is not None and cast(LazyDict[str, Any], self.metadata).untouched_columns is not None:
+            self.find = self.columns.find_size
 
-    def find(self, fqn: str) -> tuple[int | None, Sequence[int] | None] | None:
-        """The number of a key's entry in the columns, if it is there, and the size of its tensor, if it is one."""
+    def _find(self, fqn: str) -> tuple[int | None, Sequence[int] | None] | None:
         if self.columns is not None and not cast(LazyDict[str, Any], self.metadata).made(fqn):
             return self.columns.find_size(fqn)
         entry = self.metadata.get(fqn)
@@ -200,8 +204,8 @@ class _Search:
     def add_bytes(self, fqn: str, value: Any) -> None:
         self.made += ((len(self.fqns), item) for item in _create_read_items(fqn, BytesStorageMetadata(), value))
 
-    def add_whole(self, fqn: str, number: int, size: Sequence[int]) -> None:
-        self.requests += (number, 1, *(0,) * len(size), *size)
+    def add_whole(self, fqn: str, number: int) -> None:
+        self.requests += (number, _native.WHOLE)
         self.fqns.append(fqn)
         self.wanted.append(None)
 

@@ -111,7 +111,7 @@ py::memoryview chunks(const std::shared_ptr<Columns>& columns, size_t entry) {
 int64_t found(uint32_t row) { return row == HashTable::kNone ? -1 : int64_t{row}; }
 
 int64_t find_entry(const Columns& columns, const py::str& fqn) {
-  const uint32_t index = columns.fqns.find(from_python(fqn));
+  const uint32_t index = columns.fqns.find(Utf8(fqn).view());
   return index < columns.entries.size() ? int64_t{index} : -1;
 }
 
@@ -125,7 +125,7 @@ py::object find_size(const Columns& columns, const py::str& fqn) {
 }
 
 int64_t find_row(const Columns& columns, const py::str& fqn, const std::optional<std::vector<int64_t>>& offset) {
-  const uint32_t index = columns.fqns.find(from_python(fqn));
+  const uint32_t index = columns.fqns.find(Utf8(fqn).view());
   if (index == metadata::TextTable::kNone) return -1;
   if (!offset) return found(columns.find_row(index, nullptr, StorageRows::kNoOffset));
   if (offset->size() >= StorageRows::kNoOffset) return -1;

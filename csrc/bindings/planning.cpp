@@ -145,12 +145,14 @@ void bind_planning(py::module_& module) {
           py::arg("records"));
   py::class_<PlannedRecords>(module, "PlannedRecords")
       .def_property_readonly("of_box", [](const PlannedRecords& planned) { return planned.records.of_box; })
-      .def_property_readonly("first_box", [](const PlannedRecords& planned) { return planned.records.first_box; })
+      .def_property_readonly("requests", [](const PlannedRecords& planned) { return planned.records.requests; })
       .def_property_readonly("missing", [](const PlannedRecords& planned) { return planned.records.missing; })
       .def_property_readonly("files", &files)
       .def("rows", &record_rows, py::arg("all_opaque"));
+  module.attr("WHOLE") = planning::kWhole;
   module.def("find_boxes", &find_boxes, py::arg("columns"), py::arg("requests"),
-             "Boxes of all requests: rows of entry, number of wanted chunks, their offsets and sizes.");
+             "Boxes of all requests: rows of entry, number of wanted chunks, their offsets and sizes; or of entry and "
+             "WHOLE.");
   module.def("find_overlaps", &find_overlaps, py::arg("dims"), py::arg("wanted"), py::arg("wanted_count"),
              py::arg("stored"), py::arg("stored_count"),
              "Rows of wanted index, stored index, stored offsets, wanted offsets, lengths; see csrc/box/overlap.h.");

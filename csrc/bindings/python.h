@@ -43,11 +43,29 @@ inline pybind11::str to_python(std::string_view text, const char* errors = "surr
   return pybind11::reinterpret_steal<pybind11::str>(result);
 }
 
-inline std::string from_python(const pybind11::str& text) {
-  PyObject* encoded = PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass");
-  if (encoded == nullptr) throw pybind11::error_already_set();
-  return pybind11::reinterpret_steal<pybind11::bytes>(encoded);
-}
+// A text of Python's in UTF-8.
+class Utf8 {
+ public:
+  explicit Utf8(const pybind11::str& text) {
+    pybind11::ssize_t size = 0;
+    const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);  // kept by the text itself
+    if (data == nullptr) {
+      PyErr_Clear();
+      encoded_ =
+          pybind11::reinterpret_steal<pybind11::bytes>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
+      if (!encoded_) throw pybind11::error_already_set();
+      data = PyBytes_AS_STRING(encoded_.ptr());
+      size = PyBytes_GET_SIZE(encoded_.ptr());
+    }
+    view_ = {data, static_cast<size_t>(size)};
+  }
+
+  std::string_view view() const { return view_; }
+
+ private:
+  pybind11::object encoded_;
+  std::string_view view_;
+};
 
 inline pybind11::tuple to_python(const int64_t* numbers, size_t count) {
   pybind11::tuple result(count);

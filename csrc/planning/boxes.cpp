@@ -49,24 +49,36 @@ class Search {
   }
 
   void find(uint32_t number, const Entry& entry) {
-    const auto count = static_cast<size_t>(next());
+    take_wanted(next(), entry);
+    const int64_t* stored = columns_.numbers.data() + entry.chunks;
+    stored_.dims = entry.dims;
+    stored_.count = entry.chunk_count;
+    stored_.values.assign(stored, stored + 2 * size_t{entry.dims} * stored_.count);
+    int64_t elements = 0;
+    for (size_t chunk = 0; chunk < wanted_.count; ++chunk) add(elements, product(wanted_.sizes(chunk), entry.dims));
+    const auto request = static_cast<uint32_t>(found_.entries.size());
+    if (append(request, box::find_overlaps(wanted_, stored_)) < elements) found_.uncovered.push_back(request);
+    found_.entries.push_back(number);
+  }
+
+  void take_wanted(int64_t chunks, const Entry& entry) {
+    wanted_.dims = entry.dims;
+    if (chunks == kWhole) {
+      const int64_t* size = columns_.numbers.data() + entry.size;
+      wanted_.count = 1;
+      wanted_.values.assign(entry.dims, 0);
+      wanted_.values.insert(wanted_.values.end(), size, size + entry.dims);
+      return;
+    }
+    const auto count = static_cast<size_t>(chunks);
     const size_t row = 2 * size_t{entry.dims};
     // Chunks of no dimensions take no room.
     if (row == 0 ? count > std::numeric_limits<uint32_t>::max() : count > (requests_.size() - at_) / row)
       throw std::invalid_argument("a request is cut");
-    wanted_.dims = stored_.dims = entry.dims;
-    wanted_.count = count;
-    stored_.count = entry.chunk_count;
     const int64_t* wanted = requests_.data() + at_;
-    const int64_t* stored = columns_.numbers.data() + entry.chunks;
+    wanted_.count = count;
     wanted_.values.assign(wanted, wanted + row * count);
-    stored_.values.assign(stored, stored + row * stored_.count);
     at_ += wanted_.values.size();
-    int64_t elements = 0;
-    for (size_t chunk = 0; chunk < count; ++chunk) add(elements, product(wanted_.sizes(chunk), entry.dims));
-    const auto request = static_cast<uint32_t>(found_.entries.size());
-    if (append(request, box::find_overlaps(wanted_, stored_)) < elements) found_.uncovered.push_back(request);
-    found_.entries.push_back(number);
   }
 
   // Returns how many elements the overlaps have.
@@ -121,7 +133,7 @@ Records find_records(const Columns& columns, const Boxes& boxes) {
     const auto [known, is_new] = by_row.emplace(row, static_cast<uint32_t>(records.rows.size()));
     if (is_new) {
       records.rows.push_back(row);
-      records.first_box.push_back(static_cast<uint32_t>(i));
+      records.requests.push_back(box.request);
       const uint32_t file = columns.rows.file[row];
       const auto [number_of_file, is_new_file] =
           numbers_of_files.emplace(file, static_cast<uint32_t>(records.files.size()));

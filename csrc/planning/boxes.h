@@ -32,6 +32,9 @@ struct Boxes {
   const int64_t* lengths(const Box& box) const { return destination_offsets(box) + box.dims; }
 };
 
+// Stands for the number of wanted chunks, and for the chunks, of a tensor that is wanted whole.
+inline constexpr int64_t kWhole = -1;
+
 // `requests` has a row for each tensor: its entry, the number of wanted chunks, their offsets and sizes one by one.
 // Throws std::invalid_argument for rows that are cut, or of an entry that is no tensor.
 Boxes find_boxes(const metadata::Columns& columns, const std::vector<int64_t>& requests);
@@ -42,9 +45,9 @@ struct Records {
   std::vector<uint32_t> rows;   // of storage_data, for each record
   std::vector<uint32_t> files;  // that hold records, as numbered in the columns
   std::vector<uint32_t> first_box_in_file;
-  std::vector<uint32_t> file;       // of each record: its number in `files`
-  std::vector<uint32_t> first_box;  // for each record
-  std::optional<size_t> missing;    // the first box whose chunk storage_data lacks; then nothing else is complete
+  std::vector<uint32_t> file;      // of each record: its number in `files`
+  std::vector<uint32_t> requests;  // of the first box of each record
+  std::optional<size_t> missing;   // the first box whose chunk storage_data lacks; then nothing else is complete
 };
 
 Records find_records(const metadata::Columns& columns, const Boxes& boxes);

@@ -27,6 +27,8 @@ class Metadata {
     entry.kind = metadata::EntryKind::kTensor;
     entry.dims = dims;
     entry.chunk_count = static_cast<uint32_t>(chunks.size());
+    entry.size = columns.numbers.size();
+    for (uint32_t dim = 0; dim < dims; ++dim) columns.numbers.push_back(10 + dim);
     entry.chunks = columns.numbers.size();
     for (const Ints& chunk : chunks) columns.numbers.insert(columns.numbers.end(), chunk.begin(), chunk.end());
     add(entry);
@@ -86,6 +88,23 @@ TEST_CASE("boxes of several tensors and chunks, with the destinations that they 
   CHECK(planning::find_boxes(metadata.columns, {}).boxes.empty());
 }
 
+TEST_CASE("a tensor that is wanted whole is one chunk of its size") {
+  Metadata metadata;
+  metadata.tensor(2, {{0, 0, 4, 11}, {4, 0, 6, 11}});
+  metadata.tensor(0, {{}});
+  metadata.tensor(1, {{0, 9}});
+  const auto whole = planning::kWhole;
+  const Boxes boxes = planning::find_boxes(metadata.columns, {0, whole, /**/ 1, whole, /**/ 2, whole});
+  const Boxes same = planning::find_boxes(metadata.columns, {0, 1, 0, 0, 10, 11, /**/ 1, 1, /**/ 2, 1, 0, 10});
+  REQUIRE(boxes.boxes.size() == 4);
+  REQUIRE(same.boxes.size() == 4);
+  for (size_t i = 0; i < 4; ++i) CHECK(numbers_of(boxes, boxes.boxes[i]) == numbers_of(same, same.boxes[i]));
+  CHECK(numbers_of(boxes, boxes.boxes[1]) == Ints{0, 0, 4, 0, 6, 11});
+  CHECK(boxes.entries == same.entries);
+  CHECK(boxes.destinations == 3);
+  CHECK(boxes.uncovered == std::vector<uint32_t>{2});
+}
+
 TEST_CASE("tensors of which the checkpoint lacks something are told, absurd sizes included") {
   Metadata metadata;
   metadata.tensor(1, {{0, 4}, {6, 4}});
@@ -101,7 +120,7 @@ TEST_CASE("requests that are cut, or of no tensor, are refused") {
   metadata.tensor(1, {{0, 4}});
   metadata.bytes();
   for (const Ints& requests : std::vector<Ints>{
-           {0}, {0, 1}, {0, 1, 0}, {0, 2, 0, 4}, {0, -1, 0, 4}, {0, kMax, 0, 4}, {1, 0}, {2, 0}, {-1, 0}}) {
+           {0}, {0, 1}, {0, 1, 0}, {0, 2, 0, 4}, {0, -2, 0, 4}, {0, kMax, 0, 4}, {1, 0}, {2, 0}, {-1, 0}}) {
     CHECK_THROWS_AS(planning::find_boxes(metadata.columns, requests), std::invalid_argument);
   }
 }
@@ -119,7 +138,7 @@ TEST_CASE("records and files are numbered by their first boxes, each once") {
   CHECK_FALSE(records.missing.has_value());
   CHECK(records.of_box == std::vector<uint32_t>{0, 1, 1, 2, 0});
   CHECK(records.rows == std::vector<uint32_t>{2, 1, 0});
-  CHECK(records.first_box == std::vector<uint32_t>{0, 1, 3});
+  CHECK(records.requests == std::vector<uint32_t>{0, 0, 1});
   CHECK(records.files == std::vector<uint32_t>{2, 1});
   CHECK(records.file == std::vector<uint32_t>{0, 1, 0});
 }
