@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from functools import cache
 
 import torch
 
@@ -14,6 +15,8 @@ __all__ = ["DTYPES", "HOST", "Destinations", "is_plain"]
 # Native dtype codes by torch.dtype, and back. A name that this torch does not have never matches a tensor of it.
 DTYPES: list[torch.dtype | None] = [getattr(torch, name, None) for name in _native.DTYPES]
 _CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(DTYPES) if dtype is not None}
+_STRIDED = torch.strided
+_REAL = frozenset(dtype for dtype in _CODES if not dtype.is_complex)
 
 _UNKNOWN = -1
 
@@ -39,25 +42,20 @@ class Destinations:
 
     def add(self, tensor: torch.Tensor) -> int:
         """The index of the tensor, which is kept alive from here on."""
-        plain = is_plain(tensor)
-        sizes = tensor.size()
-        address = tensor.data_ptr() if plain else _address(tensor)
+        # Tens of thousands of tensors come by here: each is asked for as little as will do.
+        if is_plain(tensor):
+            sizes, strides, address = tensor.shape, tensor.stride(), tensor.data_ptr()
+            device = HOST if tensor.is_cpu else self._device(tensor)
+        else:
+            sizes, address, device = tensor.size(), _address(tensor), _ELSEWHERE
+            strides = tensor.stride() if tensor.layout is torch.strided else (0,) * len(sizes)
         if address == 0 and tensor.numel() > 0:
             self.all_have_addresses = False
-        self._column += (
-            address,
-            self._device(tensor) if plain else _ELSEWHERE,
-            _CODES.get(tensor.dtype, _UNKNOWN),
-            len(sizes),
-            *sizes,
-            *(tensor.stride() if plain or tensor.layout is torch.strided else (0,) * len(sizes)),
-        )
+        self._column += (address, device, _CODES.get(tensor.dtype, _UNKNOWN), len(sizes), *sizes, *strides)
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
     def _device(self, tensor: torch.Tensor) -> int:
-        if tensor.is_cpu:
-            return HOST
         device = device_of(tensor)
         if device is None:
             return _ELSEWHERE
@@ -72,28 +70,22 @@ def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's elements lie in memory as they are: no subclass that reinterprets them, no lazy bits."""
     return (
         _is_plain_type(type(tensor))
-        and tensor.layout is torch.strided
-        and not tensor.is_quantized
-        and not tensor.is_conj()
+        and tensor.layout is _STRIDED
         and not tensor.is_neg()
+        and (tensor.dtype in _REAL or not (tensor.is_quantized or tensor.is_conj()))
     )
 
 
-_plain_types: dict[type, bool] = {torch.Tensor: True, torch.nn.Parameter: True}
-
-
+@cache
 def _is_plain_type(cls: type) -> bool:
-    plain = _plain_types.get(cls)
-    if plain is None:
-        # A subclass that overrides neither hook cannot tell a native write from copy_.
-        functions = (cls.__torch_function__, torch.Tensor.__torch_function__)  # type: ignore[attr-defined]
-        default_function = getattr(functions[0], "__func__", functions[0]) in (
-            getattr(functions[1], "__func__", functions[1]),
-            torch._C._disabled_torch_function_impl,
-        )
-        default_dispatch = cls.__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
-        plain = _plain_types[cls] = default_function and default_dispatch
-    return plain
+    # A subclass that overrides neither hook cannot tell a native write from copy_.
+    functions = (cls.__torch_function__, torch.Tensor.__torch_function__)  # type: ignore[attr-defined]
+    default_function = getattr(functions[0], "__func__", functions[0]) in (
+        getattr(functions[1], "__func__", functions[1]),
+        torch._C._disabled_torch_function_impl,
+    )
+    default_dispatch = cls.__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+    return default_function and default_dispatch
 
 
 def _address(tensor: torch.Tensor) -> int:

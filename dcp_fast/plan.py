@@ -26,7 +26,7 @@ def is_whole(value: object) -> bool:
 
     Attributes of its own may make any tensor a part (torch.distributed.checkpoint.protocol, since torch 2.14).
     """
-    return type(value) in _WHOLE_TYPES and not vars(value)
+    return type(value) in _WHOLE_TYPES and not value.__dict__
 
 
 @dataclass
