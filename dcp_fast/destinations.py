@@ -44,7 +44,7 @@ class Destinations:
         """The index of the tensor, which is kept alive from here on."""
         # Tens of thousands of tensors come by here: each is asked for as little as will do.
         if is_plain(tensor):
-            sizes, strides, address = tensor.shape, tensor.stride(), tensor.data_ptr()
+            sizes, strides, address = tensor.size(), tensor.stride(), tensor.data_ptr()
             device = HOST if tensor.is_cpu else self._device(tensor)
         else:
             sizes, address, device = tensor.size(), _address(tensor), _ELSEWHERE
