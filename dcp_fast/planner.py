@@ -115,7 +115,7 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
     was without a word; so does this function, but it logs a warning that names the tensors.
     """
     search = _Search(metadata)
-    find, add_whole = search.find, search.add_whole
+    find, add_whole = search.finder(), search.add_whole
     for fqn, value in state_dict.items():
         entry = find(fqn)
         if entry is None:
@@ -177,10 +177,12 @@ class _Search:
         self.made: list[tuple[int, ReadItem]] = []
         self.incomplete: set[str] = set()  # FQNs
         self.dtensor_chunks: dict[Any, list[ChunkStorageMetadata]] = {}
-        # The number of a key's entry in the columns, if it is there, and the size of its tensor, if it is one.
-        self.find: Callable[[str], tuple[int | None, Sequence[int] | None] | None] = self._find
+
+    def finder(self) -> Callable[[str], tuple[int | None, Sequence[int] | None] | None]:
+        """What tells the number of a key's entry, if the columns have it, and the size of its tensor, if it is one."""
         if self.columns is not None and cast(LazyDict[str, Any], self.metadata).untouched_columns is not None:
-            self.find = self.columns.find_size
+            return self.columns.find_size
+        return self._find
 
     def _find(self, fqn: str) -> tuple[int | None, Sequence[int] | None] | None:
         if self.columns is not None and not cast(LazyDict[str, Any], self.metadata).made(fqn):

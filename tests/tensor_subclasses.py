@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Attributed", "Functional", "Negated", "Plain"]
+__all__ = ["Attributed", "Functional", "Misshapen", "Negated", "Plain"]
 
 
 class Plain(torch.Tensor):
@@ -17,6 +17,14 @@ class Attributed(torch.Tensor):
     """A subclass whose elements are stored as they are, with something of its own."""
 
     extra = 3
+
+
+class Misshapen(torch.Tensor):
+    """Has a shape of its own, of as many elements as its owner likes; torch goes by the size."""
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size([1000])
 
 
 class Functional(torch.Tensor):

@@ -21,7 +21,7 @@ from helpers import (
     torch_reader,
     write_checkpoint,
 )
-from tensor_subclasses import Attributed, Functional, Negated, Plain
+from tensor_subclasses import Attributed, Functional, Misshapen, Negated, Plain
 
 import dcp_fast
 
@@ -101,7 +101,7 @@ def test_normal_tensor_in_inference_mode(stored: Path) -> None:
 # Tensor subclasses
 
 
-@pytest.mark.parametrize("cls", [Plain, Attributed, Functional])
+@pytest.mark.parametrize("cls", [Plain, Attributed, Misshapen, Functional])
 def test_subclass(stored: Path, cls: type[torch.Tensor]) -> None:
     Functional.calls = 0
     outcome = assert_same_load(stored, pair(lambda: torch.zeros(6, 4).as_subclass(cls)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import logging
 import pickle
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,27 @@ def test_planner_arguments_through_torchs_reader(tmp_path: Path, flatten: bool, 
         assert state["t"].count_nonzero() > 0
         states.append(image(state))
     assert states[1] == states[0]
+
+
+@pytest.mark.parametrize("touched", [False, True])
+@pytest.mark.parametrize("base", [dcp.FileSystemReader, dcp_fast.FileSystemReader])
+def test_a_load_leaves_nothing_for_the_cyclic_collector(tmp_path: Path, base: Any, touched: bool) -> None:
+    """Metadata may take gigabytes, and those who train may have turned the collector off."""
+    dcp.save({"t": torch.ones(3), "u": torch.ones(2)}, checkpoint_id=tmp_path)
+    seen: list[Any] = []
+
+    class Watched(base):  # type: ignore[misc]
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            metadata = super().read_metadata(*args, **kwargs)
+            seen.append(weakref.ref(metadata))
+            if touched:
+                seen.append(weakref.ref(metadata.state_dict_metadata["t"]))
+            return metadata
+
+    gc.collect()
+    gc.disable()
+    try:
+        dcp_fast.load({"t": torch.zeros(3), "u": torch.zeros(2)}, storage_reader=Watched(tmp_path))
+        assert [reference() for reference in seen] == [None] * (1 + touched)
+    finally:
+        gc.enable()

@@ -27,7 +27,7 @@ class KnownPickles {
     return nullptr;
   }
 
-  // Remembers a pickle, whose checksum is right, in place of the one that was kept longest.
+  // Remembers a pickle, whose checksum is right or 0 for none, in place of the one that was kept longest.
   const PickledTensor* keep(const Bytes& pickle, uint32_t crc32, PickledTensor tensor) {
     Known& known = known_[next_++ % known_.size()];
     known.crc32 = crc32;

@@ -35,8 +35,8 @@ struct Boxes {
 // Stands for the number of wanted chunks, and for the chunks, of a tensor that is wanted whole.
 inline constexpr int64_t kWhole = -1;
 
-// `requests` has a row for each tensor: its entry, the number of wanted chunks, their offsets and sizes one by one.
-// Throws std::invalid_argument for rows that are cut, or of an entry that is no tensor.
+// `requests` has a row for each tensor: its entry, the number of wanted chunks, their offsets and sizes one by one; or
+// its entry and kWhole. Throws std::invalid_argument for rows that are cut, or of an entry that is no tensor.
 Boxes find_boxes(const metadata::Columns& columns, const std::vector<int64_t>& requests);
 
 // The stored tensors that boxes are parts of, each once, in the order of their first boxes.
