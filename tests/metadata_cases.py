@@ -28,7 +28,15 @@ from torch.distributed.checkpoint.metadata import (
 from dcp_fast.metadata import make_metadata as metadata_of_columns
 from dcp_fast.metadata import parse_columns, unpickle_metadata
 
-__all__ = ["OldPickler", "make_metadata", "old_metadata", "parse_metadata", "random_metadata", "write_metadata"]
+__all__ = [
+    "OldPickler",
+    "assert_same_metadata",
+    "make_metadata",
+    "old_metadata",
+    "parse_metadata",
+    "random_metadata",
+    "write_metadata",
+]
 
 # The benchmark's generator, by its path: the checkout must not be imported from here.
 _spec = importlib.util.spec_from_file_location(
@@ -164,3 +172,18 @@ def old_metadata(metadata: Metadata, protocol: int, version: str) -> bytes:
     stream = io.BytesIO()
     OldPickler(stream, protocol, **options).dump(metadata)
     return stream.getvalue()
+
+
+def assert_same_metadata(ours: Metadata, theirs: Metadata) -> None:
+    """Equal in both directions, in the same order, and of the same types inside."""
+    assert list(ours.state_dict_metadata) == list(theirs.state_dict_metadata)
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert theirs.storage_data == ours.storage_data
+    if theirs.storage_data is not None:
+        assert [repr(key) for key in ours.storage_data] == [repr(key) for key in theirs.storage_data]
+    assert repr(ours.planner_data) == repr(theirs.planner_data)
+    assert repr(ours.state_dict_metadata) == repr(theirs.state_dict_metadata)
+    assert repr(ours.storage_data) == repr(theirs.storage_data)
+    assert type(ours) is type(theirs) is Metadata
+    assert ours == theirs
+    assert theirs == ours
