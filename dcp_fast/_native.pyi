@@ -131,7 +131,7 @@ class PlannedRecords:
     of_box: list[int]
     requests: list[int]  # of the first box of each
     missing: int | None  # the first box whose chunk storage_data lacks
-    files: tuple[list[str], list[int]]  # their names, and the first box of each
+    files: tuple[list[str], list[int]]  # their names, and the requests of the first box of each
     def rows(self, all_opaque: bool) -> Rows: ...  # for read_layouts, files as numbered above
 
 class PlannedBoxes:
@@ -142,7 +142,6 @@ class PlannedBoxes:
     ) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]: ...
     def destinations(self) -> list[tuple[int, int, int]]: ...  # request, wanted chunk and dimensions of each
     destination_of_box: list[int]
-    def request(self, index: int) -> int: ...
     def find_records(self) -> PlannedRecords: ...
     def rows(self, records: PlannedRecords) -> Rows: ...  # for Program
 

@@ -43,12 +43,13 @@ class Destinations:
     def add(self, tensor: torch.Tensor) -> int:
         """The index of the tensor, which is kept alive from here on."""
         # Tens of thousands of tensors come by here: each is asked for as little as will do.
+        sizes = tensor.size()
         if is_plain(tensor):
-            sizes, strides, address = tensor.size(), tensor.stride(), tensor.data_ptr()
+            address, strides = tensor.data_ptr(), tensor.stride()
             device = HOST if tensor.is_cpu else self._device(tensor)
         else:
-            sizes, address, device = tensor.size(), _address(tensor), _ELSEWHERE
-            strides = tensor.stride() if tensor.layout is torch.strided else (0,) * len(sizes)
+            address, device = _address(tensor), _ELSEWHERE
+            strides = tensor.stride() if tensor.layout is _STRIDED else (0,) * len(sizes)
         if address == 0 and tensor.numel() > 0:
             self.all_have_addresses = False
         self._column += (address, device, _CODES.get(tensor.dtype, _UNKNOWN), len(sizes), *sizes, *strides)

@@ -167,13 +167,14 @@ class ColumnItems:
         all_opaque = _nothing_native()
         infos = [storage.storage_data[item.storage_index] for _, item in byte_items]
         # In the plan's order, which tells what is written last where destinations share memory.
-        first_use = [(tensors.boxes.request(box), 1, name) for name, box in zip(*planned.files, strict=True)]
+        names, requests = planned.files
+        first_use = [(request, 1, name) for name, request in zip(names, requests, strict=True)]
         first_use += [(before, 0, info.relative_path) for (before, _), info in zip(byte_items, infos, strict=True)]
         files = list(dict.fromkeys(name for *_, name in sorted(first_use, key=itemgetter(0, 1))))
         rows = array("q", bytes(memoryview(planned.rows(all_opaque)).cast("B")))
-        if files != planned.files[0]:
-            numbers = [files.index(name) for name in planned.files[0]]
-            rows[::4] = array("q", [numbers[file] for file in rows[::4]])
+        if files != names:
+            numbers = {name: number for number, name in enumerate(files)}
+            rows[::4] = array("q", [numbers[names[file]] for file in rows[::4]])
         records = _Records(files, rows, map(tensors.fqns.__getitem__, planned.requests))
         for (_, item), info in zip(byte_items, infos, strict=True):
             records.add(item, info, all_opaque)

@@ -30,7 +30,7 @@ from helpers import (
 
 import dcp_fast
 
-__all__ = ["Case", "compare", "compare_cases", "compare_for_long", "make_case"]
+__all__ = ["Case", "compare_cases", "compare_for_long", "make_case"]
 
 # No conversion between these is undefined for the values that `values` makes, NaN aside (see `convertible`).
 CONVERSIONS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.int8]
@@ -117,6 +117,26 @@ def compare(case: Case) -> tuple[bool, bool]:
         shutil.rmtree(case.path)
 
 
+def compare_cases(make: Callable[[int], Case], count: int, only: int | None) -> None:
+    """Compare the cases of the first ``count`` seeds, or ``only`` that of one; they are no easy ones on the whole."""
+    results = [compare(make(seed)) for seed in (range(count) if only is None else [only])]
+    if only is None:
+        assert sum(changed for changed, _ in results) > count * 0.9
+        assert count * 0.05 < sum(fallback for _, fallback in results) < count * 0.7
+
+
+def compare_for_long(make: Callable[[int], Case], first: int) -> None:
+    """Compare cases of other seeds than the ``first`` ones, which differ from run to run."""
+    start = time.monotonic()
+    done = 0
+    for seed in itertools.count(time.time_ns() % (1 << 40) + first):
+        if time.monotonic() - start > LONG_SECONDS:
+            break
+        compare(make(seed))
+        done += 1
+    assert done > first
+
+
 def same(actual: Outcome, expected: Outcome) -> bool:
     if expected.errors is None or actual.errors is None:
         return actual.errors is expected.errors and actual.image() == expected.image()
@@ -152,26 +172,6 @@ def random_size(rng: random.Random) -> tuple[int, ...]:
     if dims <= 2 and rng.random() < 0.15:
         return tuple(rng.choice([200, 333, 512]) for _ in range(dims))
     return tuple(rng.choice([0, 1, 2, 3, 5, 8, 13]) if rng.random() < 0.95 else 40 for _ in range(dims))
-
-
-def compare_cases(make: Callable[[int], Case], count: int, only: int | None) -> None:
-    """Compare the cases of the first ``count`` seeds, or ``only`` that of one; they are no easy ones on the whole."""
-    results = [compare(make(seed)) for seed in (range(count) if only is None else [only])]
-    if only is None:
-        assert sum(changed for changed, _ in results) > count * 0.9
-        assert count * 0.05 < sum(fallback for _, fallback in results) < count * 0.7
-
-
-def compare_for_long(make: Callable[[int], Case], first: int) -> None:
-    """Compare cases of other seeds than the ``first`` ones, which differ from run to run."""
-    start = time.monotonic()
-    done = 0
-    for seed in itertools.count(time.time_ns() % (1 << 40) + first):
-        if time.monotonic() - start > LONG_SECONDS:
-            break
-        compare(make(seed))
-        done += 1
-    assert done > first
 
 
 # The stored side

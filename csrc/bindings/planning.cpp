@@ -99,7 +99,7 @@ Rows record_rows(const PlannedRecords& planned, bool all_opaque) {
 py::tuple files(const PlannedRecords& planned) {
   py::list names;
   for (const uint32_t file : planned.records.files) names.append(to_python(planned.columns->files[file]));
-  return py::make_tuple(names, planned.records.first_box_in_file);
+  return py::make_tuple(names, planned.records.requests_of_files);
 }
 
 box::Chunks make_chunks(std::vector<int64_t> values, size_t dims, size_t count) {
@@ -123,7 +123,6 @@ void bind_planning(py::module_& module) {
   py::class_<PlannedBoxes>(module, "PlannedBoxes")
       .def("__len__", [](const PlannedBoxes& planned) { return planned.boxes.boxes.size(); })
       .def_property_readonly("uncovered", [](const PlannedBoxes& planned) { return planned.boxes.uncovered; })
-      .def("request", [](const PlannedBoxes& planned, size_t index) { return planned.boxes.boxes.at(index).request; })
       .def_property_readonly("destination_of_box",
                              [](const PlannedBoxes& planned) {
                                std::vector<uint32_t> numbers;

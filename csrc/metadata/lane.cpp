@@ -139,7 +139,7 @@ size_t Lane::leave_out_frame(const Window& window) {
   const auto position = static_cast<size_t>(at_ - window.begin);
   const uint64_t length = from_little_endian(at_ + 1, 8);
   if (length > cursor_.left() - position - kFrameBytes) return kNoFrame;
-  const auto size = static_cast<size_t>(std::min<uint64_t>(static_cast<uint64_t>(end_ - window.begin), 2 * kMaxItem));
+  const size_t size = std::min(position + ahead(), 2 * kMaxItem);
   if (size <= position + kFrameBytes) return kNoFrame;
   without_frame_.resize(size - kFrameBytes);
   std::memcpy(without_frame_.data(), window.begin, position);

@@ -139,7 +139,7 @@ Records find_records(const Columns& columns, const Boxes& boxes) {
           numbers_of_files.emplace(file, static_cast<uint32_t>(records.files.size()));
       if (is_new_file) {
         records.files.push_back(file);
-        records.first_box_in_file.push_back(static_cast<uint32_t>(i));
+        records.requests_of_files.push_back(box.request);
       }
       records.file.push_back(number_of_file->second);
     }

@@ -42,12 +42,12 @@ Boxes find_boxes(const metadata::Columns& columns, const std::vector<int64_t>& r
 // The stored tensors that boxes are parts of, each once, in the order of their first boxes.
 struct Records {
   std::vector<uint32_t> of_box;
-  std::vector<uint32_t> rows;   // of storage_data, for each record
-  std::vector<uint32_t> files;  // that hold records, as numbered in the columns
-  std::vector<uint32_t> first_box_in_file;
-  std::vector<uint32_t> file;      // of each record: its number in `files`
-  std::vector<uint32_t> requests;  // of the first box of each record
-  std::optional<size_t> missing;   // the first box whose chunk storage_data lacks; then nothing else is complete
+  std::vector<uint32_t> rows;               // of storage_data, for each record
+  std::vector<uint32_t> files;              // that hold records, as numbered in the columns
+  std::vector<uint32_t> file;               // of each record: its number in `files`
+  std::vector<uint32_t> requests;           // of the first box of each record
+  std::vector<uint32_t> requests_of_files;  // likewise of each file
+  std::optional<size_t> missing;  // the first box whose chunk storage_data lacks; then nothing else is complete
 };
 
 Records find_records(const metadata::Columns& columns, const Boxes& boxes);

@@ -140,6 +140,7 @@ TEST_CASE("records and files are numbered by their first boxes, each once") {
   CHECK(records.rows == std::vector<uint32_t>{2, 1, 0});
   CHECK(records.requests == std::vector<uint32_t>{0, 0, 1});
   CHECK(records.files == std::vector<uint32_t>{2, 1});
+  CHECK(records.requests_of_files == std::vector<uint32_t>{0, 0});
   CHECK(records.file == std::vector<uint32_t>{0, 1, 0});
 }
 
