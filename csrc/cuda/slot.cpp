@@ -48,6 +48,17 @@ uint32_t widest_vector(DeviceAddress destination, const std::vector<BoxDim>& dim
 
 }  // namespace
 
+void SlotPlan::add_straight(const StraightCopy& copy) {
+  if (!straight.empty()) {
+    StraightCopy& last = straight.back();
+    if (last.offset + last.bytes == copy.offset && last.destination + last.bytes == copy.destination) {
+      last.bytes += copy.bytes;
+      return;
+    }
+  }
+  straight.push_back(copy);
+}
+
 void SlotPlan::write_descriptors(std::byte* slot) const {
   if (entries.empty()) return;
   if (!dims.empty()) std::memcpy(slot + descriptors, dims.data(), dims.size() * sizeof(BoxDim));
@@ -116,7 +127,7 @@ SlotPlan SlotPacker::finish() {
     const Box& box = boxes_[i];
     if (!box.straight) continue;
     plan.offsets[i] = box.page_position ? round_up(plan.bytes, kPage) + *box.page_position : plan.bytes;
-    plan.straight.push_back({plan.offsets[i], box.bytes, box.destination});
+    plan.add_straight({plan.offsets[i], box.bytes, box.destination});
     plan.bytes = round_up(plan.offsets[i] + box.bytes, box.page_position ? kPage : kAlignment);
   }
   boxes_.clear();

@@ -37,6 +37,8 @@ struct SlotPlan {
   std::vector<BoxCopy> entries;
   uint32_t bytes = 0;  // of the slot that are used
 
+  // Neighbours on both sides are one copy.
+  void add_straight(const StraightCopy& copy);
   uint32_t entries_offset() const { return descriptors + static_cast<uint32_t>(dims.size() * sizeof(BoxDim)); }
   // Puts dims and entries where they belong in a slot.
   void write_descriptors(std::byte* slot) const;

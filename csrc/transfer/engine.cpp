@@ -38,11 +38,11 @@ Boxes boxes_of(const Program& program, int32_t wave) {
   return boxes;
 }
 
-std::vector<Policy> policies_for(const Layouts& layouts, int64_t block_bytes) {
+std::vector<Policy> policies_for(const Layouts& layouts, int64_t block_bytes, int64_t run_bytes) {
   std::vector<Policy> policies;
   policies.reserve(layouts.modes.size());
   for (const io::IoMode mode : layouts.modes) {
-    policies.push_back({request_cost(mode), block_bytes, mode == io::IoMode::kDirect});
+    policies.push_back({request_cost(mode), block_bytes, mode == io::IoMode::kDirect, run_bytes});
   }
   return policies;
 }
@@ -107,14 +107,14 @@ Stats run_wave(const Program& program, int32_t wave, const Options& options, con
   const Layouts& layouts = program.layouts();
   const Settled settled = settle(options, layouts.any_direct());
   const Boxes boxes = boxes_of(program, wave);
-  const std::vector<Policy> policies = policies_for(layouts, settled.block_bytes);
+  const std::vector<Policy> policies = policies_for(layouts, settled.block_bytes, settled.block_bytes);
   Reader reader(program, policies);
   const Schedule schedule = join_pieces(split_boxes(boxes.host, policies), policies);
   std::optional<DeviceWave> devices;
   if (!boxes.devices.empty()) {
     if (cuda.staging == nullptr) throw std::invalid_argument("boxes for a GPU need staging");
-    // Some blocks pass through the memory of a thread too, whose size `settled` bounds.
-    devices.emplace(boxes, policies_for(layouts, std::min(cuda.staging->block_bytes(), settled.block_bytes)), cuda,
+    const int64_t slot_block = cuda.staging->block_bytes();
+    devices.emplace(boxes, policies_for(layouts, std::min(slot_block, settled.block_bytes), slot_block), cuda,
                     options.recorder.get());
   }
   const size_t slots = devices ? devices->tasks() : 0;

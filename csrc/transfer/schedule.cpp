@@ -30,14 +30,15 @@ class Splitter {
   void split(const Piece& piece) {
     if (piece.loops.empty()) return;
     const Dim outer = piece.loops[0];
-    if (read_cost(policy_, piece.loops, 0) <= policy_.block_bytes) {
+    const bool contiguous = piece.loops.size() == 1;
+    const int64_t most = contiguous ? policy_.run_bytes : policy_.block_bytes;
+    if (read_cost(policy_, piece.loops, 0) <= most) {
       pieces_.push_back(piece);
       return;
     }
-    const bool contiguous = piece.loops.size() == 1;
     const int64_t step =
         is_one_request(policy_, piece.loops, 0) ? outer.source_stride : read_cost(policy_, piece.loops, 0) / outer.size;
-    const int64_t group = std::max<int64_t>(1, policy_.block_bytes / step);
+    const int64_t group = std::max<int64_t>(1, most / step);
     for (int64_t begin = 0; begin < outer.size; begin += group) {
       Piece part = piece;
       part.source += begin * outer.source_stride;

@@ -38,8 +38,11 @@ struct Schedule {
 // costs the gaps. So each loop of a box decides by comparing its gap with what a request costs, in bytes.
 struct Policy {
   int64_t request_cost = 0;
-  int64_t block_bytes = 0;
-  bool direct_io = false;  // every read goes through staging
+  int64_t block_bytes = 0;  // the most that one request reads
+  bool direct_io = false;   // every read goes through staging
+  // Likewise of a contiguous box. More than a block where that is read straight into place, as into a slot: blocks are
+  // small where many threads share the memory that other boxes pass through.
+  int64_t run_bytes = 0;
 
   // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;

@@ -105,6 +105,27 @@ TEST_CASE("device: rows and columns are sliced on the host and copied straight, 
   CHECK(gpu.staging.pinned_bytes() <= 64 * kMiB);
 }
 
+TEST_CASE("device: a large load takes one copy a slot, whatever the number of threads") {
+  const Clean clean;
+  Matrix matrix(4096, 64 * kMiB / 4096 / checkpoint::info(checkpoint::DType{0}).itemsize);
+  matrix.want(0, {0, 0}, matrix.sizes);
+  for (const io::IoMode mode : {io::IoMode::kCached, io::IoMode::kDirect}) {
+    for (const int threads : {1, 2, 3, 4, 8, 16, 32, 64}) {
+      CAPTURE(threads);
+      Gpu gpu;
+      Options options;
+      options.threads = threads;
+      options.staging_bytes = 16 * kMiB;  // half of what a reader has by default: 64 threads get 256 KiB each
+      options.mode = mode;
+      const DeviceStats stats = load(matrix, gpu, options);
+      CHECK(stats.bytes_copied == 64 * kMiB);
+      CHECK(stats.copies <= 64 * kMiB / static_cast<int64_t>(gpu.staging.slot_bytes()) * 11 / 10);
+      CHECK(stats.launches == 0);
+    }
+  }
+  CHECK(matrix.arrived());
+}
+
 TEST_CASE("device: a destination with gaps is filled by the kernel") {
   const Clean clean;
   Matrix matrix(2048, 1024);

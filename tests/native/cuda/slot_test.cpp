@@ -152,6 +152,22 @@ TEST_CASE("slot: a few small contiguous boxes need no launch, many do, and so do
   CHECK(plan_of(1, true).straight.empty());
 }
 
+TEST_CASE("slot: neighbours in the slot and in the destination are one copy") {
+  constexpr int64_t kBytes = 100000;  // a multiple of the alignment of boxes
+  const auto copies = [](int64_t bytes, uint64_t gap) {
+    SlotPacker packer(1 << 20);
+    for (uint64_t i = 0; i < 4; ++i) {
+      REQUIRE(packer.add({{bytes, 1, 1}}, 4096 + i * (static_cast<uint64_t>(bytes) + gap)));
+    }
+    return packer.finish().straight;
+  };
+  REQUIRE(copies(kBytes, 0).size() == 1);
+  CHECK(copies(kBytes, 0)[0].bytes == 4 * kBytes);
+  CHECK(copies(kBytes, 0)[0].destination == 4096);
+  CHECK(copies(kBytes, 16).size() == 4);
+  CHECK(copies(kBytes + 1, 0).size() == 4);
+}
+
 TEST_CASE("slot: vectors are as wide as every address and stride allows") {
   struct Case {
     box::Loops loops;

@@ -26,7 +26,8 @@ std::vector<Policy> policies_for(Random& random, size_t files) {
   std::vector<Policy> policies;
   for (size_t i = 0; i < files; ++i) {
     const int64_t cost = random.pick(std::vector<int64_t>{1, 16, 100, 1000, 100000});
-    policies.push_back({cost, random.pick(std::vector<int64_t>{64, 500, kBlock, 100000}), random.chance(50)});
+    const int64_t block = random.pick(std::vector<int64_t>{64, 500, kBlock, 100000});
+    policies.push_back({cost, block, random.chance(50), random.chance(50) ? block : 5 * block});
   }
   return policies;
 }
@@ -110,7 +111,8 @@ TEST_CASE("pieces partition the boxes, stay within a block, and tasks partition 
         const Piece& piece = schedule.pieces[p];
         REQUIRE(!piece.loops.empty());
         REQUIRE(boxes[piece.item].file == task.file);
-        REQUIRE(largest_read(policy, piece.loops) <= policy.block_bytes);
+        const bool contiguous = piece.loops.size() == 1;
+        REQUIRE(largest_read(policy, piece.loops) <= (contiguous ? policy.run_bytes : policy.block_bytes));
         const int64_t requests = requests_for(policy, piece.loops);
         if (requests > 1) REQUIRE(requests * policy.request_cost <= policy.block_bytes);
         actual.add(task.file, piece.loops, 0, piece.source, piece.destination);
@@ -152,7 +154,7 @@ TEST_CASE("tasks ascend by file and offset") {
 
 TEST_CASE("small neighbours are joined") {
   for (const bool direct : {false, true}) {
-    const Policy policy{8192, 1 << 20, direct};
+    const Policy policy{8192, 1 << 20, direct, 1 << 20};
     std::vector<Piece> boxes;
     for (int64_t i = 0; i < 256; ++i) {
       Piece box;
@@ -171,17 +173,29 @@ TEST_CASE("small neighbours are joined") {
 TEST_CASE("large contiguous boxes are read straight into place, block by block") {
   std::vector<Piece> boxes(1);
   boxes[0].loops = {{10 * kBlock + 5, 1, 1}};
-  const Schedule schedule = make_schedule(boxes, {{16, kBlock, false}});
+  const Schedule schedule = make_schedule(boxes, {{16, kBlock, false, kBlock}});
   REQUIRE(schedule.tasks.size() == 11);
   for (const Task& task : schedule.tasks) CHECK(task.pieces == 1);
   CHECK(schedule.pieces.back().source == 10 * kBlock);
   CHECK(schedule.pieces.back().loops == box::Loops{{5, 1, 1}});
 }
 
+TEST_CASE("contiguous boxes come in larger requests than others where they need no memory to pass through") {
+  std::vector<Piece> boxes(2);
+  boxes[0].loops = {{10 * kBlock, 1, 1}};
+  boxes[1].source = 1 << 20;
+  boxes[1].loops = {{10 * kBlock / 64, 66, 64}, {64, 1, 1}};
+  const Schedule schedule = make_schedule(boxes, {{16, kBlock, false, 5 * kBlock}});
+  REQUIRE(schedule.pieces.size() == 2 + 11);
+  CHECK(schedule.pieces[0].loops == box::Loops{{5 * kBlock, 1, 1}});
+  CHECK(schedule.tasks[0].pieces == 1);
+  CHECK(schedule.tasks[1].pieces == 1);
+}
+
 TEST_CASE("a read goes through gaps only where they are cheaper than a request") {
-  const Policy policy{1000, 1 << 20, false};
+  const Policy policy{1000, 1 << 20, false, 1 << 20};
   CHECK_FALSE(policy.reads_through({{4096, 1, 1}}, 0));
-  CHECK(Policy{1000, 1 << 20, true}.reads_through({{4096, 1, 1}}, 0));
+  CHECK(Policy{1000, 1 << 20, true, 1 << 20}.reads_through({{4096, 1, 1}}, 0));
   CHECK(policy.reads_through({{10, 1100, 100}, {100, 1, 1}}, 0));
   CHECK_FALSE(policy.reads_through({{10, 1101, 100}, {100, 1, 1}}, 0));
   const box::Loops far_groups = {{3, 100000, 1000}, {10, 200, 100}, {100, 1, 1}};
@@ -199,8 +213,8 @@ TEST_CASE("a box of small runs far apart is many tasks of few requests") {
     CHECK(schedule.tasks.size() == schedule.pieces.size());
     return most;
   };
-  const Policy cached{8 << 10, 1 << 20, false};
-  const Policy direct{256 << 10, 1 << 20, true};
+  const Policy cached{8 << 10, 1 << 20, false, 1 << 20};
+  const Policy direct{256 << 10, 1 << 20, true, 1 << 20};
   const box::Loops column = {{6000, 300 << 10, 4}, {4, 1, 1}};
   CHECK(most_requests(cached, column) == 127);
   CHECK(most_requests(direct, column) == 3);
@@ -215,5 +229,5 @@ TEST_CASE("a box of small runs far apart is many tasks of few requests") {
 
 TEST_CASE("nothing makes an empty schedule") {
   CHECK(make_schedule({}, {}).tasks.empty());
-  CHECK(make_schedule(std::vector<Piece>(3), {{1, kBlock, false}}).tasks.empty());
+  CHECK(make_schedule(std::vector<Piece>(3), {{1, kBlock, false, kBlock}}).tasks.empty());
 }
