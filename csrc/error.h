@@ -21,6 +21,7 @@ enum class ErrorKind {
   kSizeMismatch,     // a box does not fit its stored tensor or its destination
   kCuda,             // a call of the CUDA driver failed, or work that it was given
   kCudaOutOfMemory,
+  kCudaRefused,  // the driver does not give what a load needs: pinned memory, or the kernel; other work goes on
 };
 
 struct Error : std::runtime_error {

@@ -39,6 +39,11 @@ struct DeleteStaging {
 }  // namespace
 
 void bind_cuda(py::module_& module) {
+  module.def(
+      "require_not_capturing",
+      [](const StreamsByDevice& streams) { cuda::require_not_capturing(stream_handles(streams)); }, py::arg("streams"),
+      py::call_guard<py::gil_scoped_release>());
+
   py::class_<cuda::DeviceStats>(module, "DeviceStats")
       .def_readonly("bytes_copied", &cuda::DeviceStats::bytes_copied)
       .def_readonly("copies", &cuda::DeviceStats::copies)
@@ -53,6 +58,7 @@ void bind_cuda(py::module_& module) {
            py::kw_only(), py::arg("pinned_bytes"), py::arg("device_bytes"), py::arg("block_bytes"))
       .def_property_readonly("pinned_bytes", &cuda::Staging::pinned_bytes)
       .def_property_readonly("device_bytes", &cuda::Staging::device_bytes)
+      .def("prepare", &cuda::Staging::prepare, py::arg("device"), py::call_guard<py::gil_scoped_release>())
       .def("synchronize", &synchronize, py::arg("streams"))
       .def("drain", &cuda::Staging::drain, py::call_guard<py::gil_scoped_release>())
       .def("take_stats", &cuda::Staging::take_stats)

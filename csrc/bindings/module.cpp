@@ -31,6 +31,8 @@ const char* kind_name(ErrorKind kind) {
       return "cuda";
     case ErrorKind::kCudaOutOfMemory:
       return "cuda_out_of_memory";
+    case ErrorKind::kCudaRefused:
+      return "cuda_refused";
   }
   return "corrupt";
 }

@@ -1,11 +1,12 @@
 #include "cuda/device.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <thread>
 #include <utility>
 
-#include "cuda/box_copy_ptx.h"
+#include "cuda/numa.h"
 #include "error.h"
 
 namespace dcp_fast::cuda {
@@ -57,10 +58,32 @@ DeviceStats& DeviceStats::join(const DeviceStats& other) {
   return *this;
 }
 
+void require_not_capturing(const std::map<int, StreamHandle>& torch_streams) {
+  for (const auto& [ordinal, stream] : torch_streams) {
+    naming(ordinal, [ordinal = ordinal, stream = stream] {
+      const PrimaryContext context(ordinal);
+      const CurrentContext current(context);
+      int status = kCaptureNone;
+      DCP_FAST_CUDA(cuStreamIsCapturing, stream, &status);
+      if (status == kCaptureNone) return;
+      throw Error(ErrorKind::kCuda,
+                  "torch's current stream is being captured into a CUDA graph, which cannot hold a load: load before "
+                  "the capture begins or after it has ended");
+    });
+  }
+}
+
 Device::Device(int ordinal, size_t slots, size_t slot_bytes)
-    : ordinal_(ordinal), slot_bytes_(slot_bytes), context_(naming(ordinal, [=] { return PrimaryContext(ordinal); })) {
+    : ordinal_(ordinal),
+      slot_bytes_(slot_bytes),
+      context_(naming(ordinal, [=] { return PrimaryContext(ordinal); })),
+      launcher_(context_.device(), [this](const auto& work) { in_context(work); }) {
   try {
     in_context([&] {
+      std::array<char, 32> bus_id{};
+      if (driver().cuDeviceGetPCIBusId(bus_id.data(), bus_id.size(), context_.device()) == kSuccess) {
+        numa_node_ = numa_node_of(bus_id.data());
+      }
       copy_stream_ = make_stream();
       kernel_stream_ = make_stream();
       for (Event* event : {&began_, &torch_before_, &torch_after_, &copies_done_, &kernels_done_})
@@ -83,17 +106,17 @@ Device::~Device() {
 
 void Device::release() noexcept {
   in_context_if_possible([&] {
+    launcher_.release();
     slots_.clear();
     for (Event* event : {&began_, &torch_before_, &torch_after_, &copies_done_, &kernels_done_}) event->reset();
     staging_.reset();
-    module_.reset();
     kernel_stream_.reset();
     copy_stream_.reset();
   });
 }
 
 void Device::begin(StreamHandle torch_stream, trace::Recorder* recorder) {
-  const std::scoped_lock lock(mutex_);
+  const std::scoped_lock lock(copying_, counting_);
   in_context([&] {
     recorder_ = recorder;
     if (recorder_ != nullptr) {
@@ -109,55 +132,76 @@ void Device::begin(StreamHandle torch_stream, trace::Recorder* recorder) {
   });
 }
 
-void Device::submit(size_t index, const std::byte* memory, const SlotPlan& plan) {
-  const std::scoped_lock lock(mutex_);
-  in_context([&] {
-    Slot& slot = slots_[index];
-    slot.launched = !plan.entries.empty();
-    slot.bytes = plan.staged_bytes;
-    for (const StraightCopy& copy : plan.straight) slot.bytes += copy.bytes;
-    slot.staged_bytes = plan.staged_bytes;
-    slot.timed = false;
-    const DeviceAddress staging = staging_.get() + index * slot_bytes_;
-    DCP_FAST_CUDA(cuEventRecord, slot.copy_begin.get(), copy_stream_.get());
-    for (const StraightCopy& copy : plan.straight) {
-      DCP_FAST_CUDA(cuMemcpyHtoDAsync_v2, copy.destination, memory + copy.offset, copy.bytes, copy_stream_.get());
-    }
-    if (slot.launched) DCP_FAST_CUDA(cuMemcpyHtoDAsync_v2, staging, memory, plan.staged_bytes, copy_stream_.get());
-    DCP_FAST_CUDA(cuEventRecord, slot.copied.get(), copy_stream_.get());
-    stats_.bytes_copied += slot.bytes;
-    stats_.copies += static_cast<int64_t>(plan.straight.size()) + (slot.launched ? 1 : 0);
-    if (slot.launched) launch(slot, staging, plan);
-  });
-}
-
 void Device::prepare_to_launch() {
-  const std::scoped_lock lock(mutex_);
-  if (function_ != nullptr) return;
   in_context([&] {
     if (!staging_) staging_ = allocate(slots_.size() * slot_bytes_);
-    if (!module_) module_ = load_module(kBoxCopyPtx);
-    DCP_FAST_CUDA(cuModuleGetFunction, &function_, module_.get(), "dcp_fast_box_copy");
+  });
+  launcher_.prepare();
+}
+
+void Device::submit(size_t index, const std::byte* memory, const SlotPlan& plan) {
+  Slot& slot = slots_[index];
+  slot.launched = !plan.entries.empty();
+  slot.bytes = plan.staged_bytes;
+  for (const StraightCopy& copy : plan.straight) slot.bytes += copy.bytes;
+  slot.staged_bytes = plan.staged_bytes;
+  slot.timed = false;
+  const DeviceAddress staging = staging_.get() + index * slot_bytes_;
+  in_context([&] {
+    copy(slot, staging, memory, plan);
+    {
+      const std::scoped_lock lock(counting_);
+      stats_.bytes_copied += slot.bytes;
+      stats_.copies += static_cast<int64_t>(plan.straight.size()) + (slot.launched ? 1 : 0);
+      stats_.launches += slot.launched ? 1 : 0;
+    }
+    if (!slot.launched) return;
+    const uint32_t entries = plan.entries_offset();
+    const auto count = static_cast<uint32_t>(plan.entries.size());
+    launcher_.submit(index, [this, &slot, staging, entries, count](FunctionHandle function) {
+      launch(function, slot, staging, entries, count);
+    });
   });
 }
 
-void Device::launch(const Slot& slot, DeviceAddress staging, const SlotPlan& plan) {
+void Device::copy(Slot& slot, DeviceAddress staging, const std::byte* memory, const SlotPlan& plan) {
+  const std::scoped_lock lock(copying_);
+  DCP_FAST_CUDA(cuEventRecord, slot.copy_begin.get(), copy_stream_.get());
+  for (const StraightCopy& copy : plan.straight) {
+    DCP_FAST_CUDA(cuMemcpyHtoDAsync_v2, copy.destination, memory + copy.offset, copy.bytes, copy_stream_.get());
+  }
+  if (slot.launched) DCP_FAST_CUDA(cuMemcpyHtoDAsync_v2, staging, memory, plan.staged_bytes, copy_stream_.get());
+  DCP_FAST_CUDA(cuEventRecord, slot.copied.get(), copy_stream_.get());
+}
+
+void Device::launch(FunctionHandle function, const Slot& slot, DeviceAddress staging, uint32_t entries,
+                    uint32_t count) {
   uint64_t base = staging;
-  uint32_t offset = plan.entries_offset();
-  auto count = static_cast<uint32_t>(plan.entries.size());
-  void* arguments[] = {&base, &offset, &count};
+  void* arguments[] = {&base, &entries, &count};
   DCP_FAST_CUDA(cuStreamWaitEvent, kernel_stream_.get(), slot.copied.get(), 0);
   DCP_FAST_CUDA(cuEventRecord, slot.kernel_begin.get(), kernel_stream_.get());
-  DCP_FAST_CUDA(cuLaunchKernel, function_, count, 1, 1, kThreadsPerBlock, 1, 1, 0, kernel_stream_.get(), arguments,
+  DCP_FAST_CUDA(cuLaunchKernel, function, count, 1, 1, kThreadsPerBlock, 1, 1, 0, kernel_stream_.get(), arguments,
                 nullptr);
   DCP_FAST_CUDA(cuEventRecord, slot.placed.get(), kernel_stream_.get());
-  ++stats_.launches;
+}
+
+bool Device::is_done(size_t index) {
+  const Slot& slot = slots_[index];
+  if (slot.launched && !launcher_.is_settled(index)) return false;
+  bool done = false;
+  in_context([&] {
+    const Result result = driver().cuEventQuery((slot.launched ? slot.placed : slot.copied).get());
+    done = result != kErrorNotReady;
+    if (done) check("cuEventQuery", result);
+  });
+  return done;
 }
 
 void Device::wait(size_t index) {
   Slot& slot = slots_[index];
+  if (slot.launched) launcher_.wait(index);
   in_context([&] { DCP_FAST_CUDA(cuEventSynchronize, (slot.launched ? slot.placed : slot.copied).get()); });
-  const std::scoped_lock lock(mutex_);
+  const std::scoped_lock lock(counting_);
   if (!slot.timed) in_context([&] { count_times(slot); });
 }
 
@@ -176,7 +220,8 @@ void Device::count_times(Slot& slot) {
 }
 
 void Device::end(StreamHandle torch_stream) {
-  const std::scoped_lock lock(mutex_);
+  launcher_.wait_for_all();
+  const std::scoped_lock lock(copying_);
   in_context([&] {
     DCP_FAST_CUDA(cuEventRecord, copies_done_.get(), copy_stream_.get());
     DCP_FAST_CUDA(cuEventRecord, kernels_done_.get(), kernel_stream_.get());
@@ -206,6 +251,7 @@ void Device::synchronize(StreamHandle torch_stream, const std::function<bool()>&
 }
 
 void Device::drain() noexcept {
+  launcher_.join();
   in_context_if_possible([&] {
     // Both, whatever becomes of one: then the other is all the more to be waited for. By events, as a thread that waits
     // for a stream may spin.
@@ -221,7 +267,7 @@ void Device::drain() noexcept {
 }
 
 DeviceStats Device::take_stats() {
-  const std::scoped_lock lock(mutex_);
+  const std::scoped_lock lock(counting_);
   recorder_ = nullptr;
   // What is still under way belongs to this load, not to the next one, which will wait for it.
   for (Slot& slot : slots_) slot.timed = true;

@@ -9,10 +9,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "cuda/launcher.h"
 #include "cuda/resources.h"
 #include "cuda/slot.h"
 #include "trace/recorder.h"
@@ -29,6 +31,9 @@ struct DeviceStats {
   DeviceStats& join(const DeviceStats& other);
 };
 
+// Throws Error(kCuda), before anything is enqueued, if torch's streams record a CUDA graph rather than work.
+void require_not_capturing(const std::map<int, StreamHandle>& torch_streams);
+
 class Device {
  public:
   Device(int ordinal, size_t slots, size_t slot_bytes);
@@ -40,6 +45,8 @@ class Device {
   int ordinal() const { return ordinal_; }
   const PrimaryContext& context() const { return context_; }
   int64_t staging_bytes() const { return staging_ ? static_cast<int64_t>(slots_.size() * slot_bytes_) : 0; }
+  // Near which host memory is to be; -1 if that does not matter or is not known.
+  int numa_node() const { return numa_node_; }
 
   // Does work with the device's context; errors name the device.
   void in_context(const std::function<void()>& work) const;
@@ -47,13 +54,18 @@ class Device {
   // What is submitted from here on waits for the work that torch's stream has now.
   void begin(StreamHandle torch_stream, trace::Recorder* recorder);
 
-  // Allocates staging memory, and has the driver compile the kernel. Needed once, before a plan with entries.
+  // Allocates staging memory, and loads the kernel or begins to compile it. Needed once, before a plan with entries.
+  // Throws Error(kCuda, kCudaOutOfMemory, kCudaRefused); if compiling fails, what waits for a launch does.
   void prepare_to_launch();
+  void wait_for_kernel() { launcher_.wait_for_all(); }
 
   // Enqueues the copies of a slot, and the launch that places its boxes. Thread-safe.
   void submit(size_t slot, const std::byte* memory, const SlotPlan& plan);
 
-  // Waits until the work that a slot was last submitted for is done. Throws Error(kCuda) if it failed.
+  // Whether the work that a slot was last submitted for is done, or failed. Throws Error(kCuda).
+  bool is_done(size_t slot);
+
+  // Waits until it is done. Throws Error(kCuda) if it failed.
   void wait(size_t slot);
 
   // Torch's stream waits for all that was submitted.
@@ -82,13 +94,15 @@ class Device {
 
   void release() noexcept;
   void in_context_if_possible(const std::function<void()>& work) const noexcept;
-  void launch(const Slot& slot, DeviceAddress staging, const SlotPlan& plan);
+  void copy(Slot& slot, DeviceAddress staging, const std::byte* memory, const SlotPlan& plan);
+  void launch(FunctionHandle function, const Slot& slot, DeviceAddress staging, uint32_t entries, uint32_t count);
   void count_times(Slot& slot);
 
   const int ordinal_;
   const size_t slot_bytes_;
   PrimaryContext context_;
-  std::mutex mutex_;  // for what follows
+  int numa_node_ = -1;
+  std::mutex copying_;  // the copies of a slot follow each other, so that its two events tell how long they took
   Stream copy_stream_;
   Stream kernel_stream_;
   std::vector<Slot> slots_;
@@ -98,11 +112,11 @@ class Device {
   Event copies_done_;
   Event kernels_done_;
   DeviceMemory staging_;  // for every slot; only once a box needs it
-  Module module_;
-  FunctionHandle function_ = nullptr;
+  std::mutex counting_;   // for what follows
   DeviceStats stats_;
   trace::Recorder* recorder_ = nullptr;
   int64_t began_at_ = 0;
+  Launcher launcher_;  // last: its thread uses all of the above
 };
 
 }  // namespace dcp_fast::cuda

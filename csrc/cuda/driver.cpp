@@ -2,8 +2,10 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <mutex>
 #include <string>
 #include <type_traits>
@@ -81,5 +83,16 @@ const Driver& driver() {
 }
 
 void check(const char* function, Result result) { check(driver(), function, result); }
+
+bool is_refusal(Result result) {
+  // All that break a context, or are about to end the process: see CUresult in cuda.h.
+  static constexpr Result kBroken[] = {4, 214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 999};
+  return result != kSuccess && std::find(std::begin(kBroken), std::end(kBroken), result) == std::end(kBroken);
+}
+
+void require(const char* function, Result result) {
+  if (is_refusal(result)) throw Error(ErrorKind::kCudaRefused, describe(driver(), function, result));
+  check(function, result);
+}
 
 }  // namespace dcp_fast::cuda

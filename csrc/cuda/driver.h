@@ -23,6 +23,12 @@ const Driver& driver();
 // Throws Error(kCuda), or Error(kCudaOutOfMemory), if the call that `function` names failed.
 void check(const char* function, Result result);
 
+// Whether a call that failed left its context as it was: what was asked for is not to be had, and all else goes on.
+bool is_refusal(Result result);
+
+// Likewise as check(), but Error(kCudaRefused) where all else goes on.
+void require(const char* function, Result result);
+
 // Calls a function of the driver and checks its result.
 #define DCP_FAST_CUDA(name, ...) ::dcp_fast::cuda::check(#name, ::dcp_fast::cuda::driver().name(__VA_ARGS__))
 

@@ -21,6 +21,10 @@ inline constexpr Result kSuccess = 0;
 inline constexpr Result kErrorOutOfMemory = 2;
 inline constexpr Result kErrorNotReady = 600;
 inline constexpr unsigned kHostRegisterPortable = 1;
+inline constexpr unsigned kHostAllocPortable = 1;
+inline constexpr int kCapabilityMajor = 75;  // of CUdevice_attribute
+inline constexpr int kCapabilityMinor = 76;
+inline constexpr int kCaptureNone = 0;  // of CUstreamCaptureStatus
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventBlockingSync = 1;
 
@@ -30,6 +34,8 @@ inline constexpr unsigned kEventBlockingSync = 1;
   X(cuGetErrorName, (Result, const char**))                                                                \
   X(cuGetErrorString, (Result, const char**))                                                              \
   X(cuDeviceGet, (Ordinal*, int))                                                                          \
+  X(cuDeviceGetAttribute, (int*, int, Ordinal))                                                            \
+  X(cuDeviceGetPCIBusId, (char*, int, Ordinal))                                                            \
   X(cuDevicePrimaryCtxRetain, (ContextHandle*, Ordinal))                                                   \
   X(cuDevicePrimaryCtxRelease_v2, (Ordinal))                                                               \
   X(cuCtxGetCurrent, (ContextHandle*))                                                                     \
@@ -38,11 +44,14 @@ inline constexpr unsigned kEventBlockingSync = 1;
   X(cuMemFree_v2, (DeviceAddress))                                                                         \
   X(cuMemHostRegister_v2, (void*, size_t, unsigned))                                                       \
   X(cuMemHostUnregister, (void*))                                                                          \
+  X(cuMemHostAlloc, (void**, size_t, unsigned))                                                            \
+  X(cuMemFreeHost, (void*))                                                                                \
   X(cuMemcpyHtoDAsync_v2, (DeviceAddress, const void*, size_t, StreamHandle))                              \
   X(cuStreamCreate, (StreamHandle*, unsigned))                                                             \
   X(cuStreamDestroy_v2, (StreamHandle))                                                                    \
   X(cuStreamSynchronize, (StreamHandle))                                                                   \
   X(cuStreamWaitEvent, (StreamHandle, EventHandle, unsigned))                                              \
+  X(cuStreamIsCapturing, (StreamHandle, int*))                                                             \
   X(cuEventCreate, (EventHandle*, unsigned))                                                               \
   X(cuEventDestroy_v2, (EventHandle))                                                                      \
   X(cuEventRecord, (EventHandle, StreamHandle))                                                            \

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Compiles box_copy.cu to box_copy.ptx, the text that ships, or with --check compares the two.
+"""Compiles box_copy.cu to what ships: box_copy.ptx, and from that box_copy.sm_*.cubin. With --check compares instead.
 
 Drivers refuse PTX of a version that is newer than they are, and nvcc always writes its own version: text from nvcc 13
 would not load under a driver for CUDA 12. The kernel needs nothing beyond PTX 6.0 and compute capability 5.0, so
 this is what the text is declared to be. Every driver since CUDA 9 takes it, and ptxas holds it to this declaration, as
 tests/test_kernel_ptx.py makes sure. What differs between two runs or machines is left out.
+
+The cubins spare common devices the compiling: the driver takes one for every device of the same major version that is
+as new or newer, as long as it is as new as the compiler that made it. All others, devices and drivers, take the text.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,6 +30,8 @@ SHIPPED = HERE / "box_copy.ptx"
 ARCHITECTURE = "compute_75"
 PTX_VERSION = "6.0"
 PTX_TARGET = "sm_50"
+# Ampere and Ada, Hopper, and both kinds of Blackwell.
+BINARY_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 OTHER_COMPILER = 2  # exit status: another nvcc made the shipped text, and there is nothing to compare
 
@@ -60,6 +66,20 @@ def normalize(ptx: str, version: str) -> str:
     return header + "\n".join(line for line in lines if line) + "\n"
 
 
+def binary(architecture: str) -> Path:
+    """Where the cubin for an architecture lies."""
+    return SHIPPED.with_suffix(f".{architecture}.cubin")
+
+
+def assemble(ptxas: Path, architecture: str) -> bytes:
+    """The cubin that the shipped text assembles to. It names its own command, which is the same wherever it runs."""
+    name = binary(architecture).name
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(SHIPPED, folder)
+        subprocess.run([ptxas, "-O3", f"-arch={architecture}", SHIPPED.name, "-o", name], check=True, cwd=folder)
+        return (Path(folder) / name).read_bytes()
+
+
 def check(shipped: str, generated: str) -> int:
     header, made_anew = shipped.partition("\n")[0], generated.partition("\n")[0]
     if header != made_anew:
@@ -78,9 +98,17 @@ def main() -> int:
     if nvcc is None:
         parser.error("no nvcc in PATH or under CUDA_HOME")
     generated = normalize(compile_kernel(nvcc), nvcc_version(nvcc))
+    ptxas = nvcc.resolve().with_name("ptxas")
     if arguments.check:
-        return check(SHIPPED.read_text(), generated)
+        status = check(SHIPPED.read_text(), generated)
+        for architecture in BINARY_ARCHITECTURES if status == 0 else ():
+            if binary(architecture).read_bytes() != assemble(ptxas, architecture):
+                print(f"{binary(architecture).name} is not what {SHIPPED.name} assembles to")
+                status = 1
+        return status
     SHIPPED.write_text(generated)
+    for architecture in BINARY_ARCHITECTURES:
+        binary(architecture).write_bytes(assemble(ptxas, architecture))
     return 0
 
 

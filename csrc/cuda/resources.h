@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "cuda/driver.h"
-#include "io/buffer.h"
 
 namespace dcp_fast::cuda {
 
@@ -44,24 +43,7 @@ using DeviceMemory = Owned<DeviceAddress, &Driver::cuMemFree_v2>;
 Stream make_stream();
 // An event that knows its time. A thread that waits for it sleeps.
 Event make_event();
-// `text` is PTX, which the driver compiles, and ends with a zero.
-Module load_module(const char* text);
 DeviceMemory allocate(size_t size);
-
-// Host memory that any device copies from at full speed and without the host's doing.
-class PinnedMemory {
- public:
-  explicit PinnedMemory(size_t size);
-  ~PinnedMemory();
-  PinnedMemory(const PinnedMemory&) = delete;
-  PinnedMemory& operator=(const PinnedMemory&) = delete;
-
-  std::byte* data() const { return data_; }
-
- private:
-  io::AlignedBuffer buffer_;
-  std::byte* data_ = nullptr;
-};
 
 // The primary context of a device, which torch uses too.
 class PrimaryContext {
@@ -72,6 +54,7 @@ class PrimaryContext {
   PrimaryContext& operator=(const PrimaryContext&) = delete;
 
   ContextHandle get() const { return handle_; }
+  Ordinal device() const { return device_; }
 
  private:
   Ordinal device_ = 0;

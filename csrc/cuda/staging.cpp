@@ -1,11 +1,13 @@
 #include "cuda/staging.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <utility>
 
-#include "error.h"
-#include "io/buffer.h"
+#include "cuda/numa.h"
 
 namespace dcp_fast::cuda {
 
@@ -17,10 +19,11 @@ constexpr int64_t kMaxBlock = 1 << 30;  // offsets within a slot have 32 bits
 constexpr int64_t kWantedSlots = 4;
 
 // With room for the descriptors of a full block, or of many small boxes in place of it, or for the rest of the pages
-// that a block touches. Whole pages.
+// that a block touches. Whole pages of the system: each slot is pinned on its own.
 int64_t with_descriptors(int64_t block) {
-  constexpr auto kPage = static_cast<int64_t>(io::kDirectAlignment);
-  return (block + std::max(block / 64, 3 * kPage) + kPage - 1) / kPage * kPage;
+  constexpr auto kDirect = static_cast<int64_t>(io::kDirectAlignment);
+  const int64_t page = std::max<int64_t>(kDirect, ::sysconf(_SC_PAGESIZE));
+  return (block + std::max(block / 64, 3 * kDirect) + page - 1) / page * page;
 }
 
 int64_t settle_block(int64_t memory, int64_t block) {
@@ -33,9 +36,8 @@ int64_t settle_block(int64_t memory, int64_t block) {
 Staging::Staging(int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes)
     : block_bytes_(settle_block(std::min(pinned_bytes, device_bytes), block_bytes)),
       slot_bytes_(static_cast<size_t>(with_descriptors(block_bytes_))),
-      slots_(std::max<size_t>(1, static_cast<size_t>(std::min(pinned_bytes, device_bytes)) / slot_bytes_)),
-      users_(slots_) {
-  for (size_t slot = 0; slot < slots_; ++slot) order_.push_back(slot);
+      slots_(std::max<size_t>(1, static_cast<size_t>(std::min(pinned_bytes, device_bytes)) / slot_bytes_)) {
+  for (size_t slot = slots_.size(); slot-- > 0;) fresh_.push_back(slot);
 }
 
 Staging::~Staging() {
@@ -43,13 +45,16 @@ Staging::~Staging() {
   if (devices_.empty()) return;
   try {
     const CurrentContext current(devices_.begin()->second.context());
-    memory_.reset();
+    slots_.clear();
   } catch (...) {  // the context is broken
-    memory_.reset();
+    slots_.clear();
   }
 }
 
-int64_t Staging::pinned_bytes() const { return memory_ ? static_cast<int64_t>(slots_ * slot_bytes_) : 0; }
+int64_t Staging::pinned_bytes() const {
+  const std::scoped_lock lock(mutex_);
+  return static_cast<int64_t>(pinned_ * slot_bytes_);
+}
 
 int64_t Staging::device_bytes() const {
   int64_t most = 0;
@@ -58,17 +63,37 @@ int64_t Staging::device_bytes() const {
 }
 
 Device& Staging::device(int ordinal) {
-  const auto found = devices_.try_emplace(ordinal, ordinal, slots_, slot_bytes_).first;
-  Device& device = found->second;
-  if (!memory_) device.in_context([this] { memory_ = std::make_unique<PinnedMemory>(slots_ * slot_bytes_); });
-  return device;
+  const size_t bytes = slots_.size() * slot_bytes_;
+  std::byte* ring = ring_.reserve(bytes);
+#ifdef MADV_DONTFORK
+  // After a fork the first write to a page may move it away from where devices read it.
+  static_cast<void>(::madvise(ring, bytes, MADV_DONTFORK));
+#endif
+  return devices_.try_emplace(ordinal, ordinal, slots_.size(), slot_bytes_).first->second;
 }
 
-SlotLease Staging::acquire() {
+void Staging::prepare(int ordinal) {
+  Device& device = this->device(ordinal);
+  device.prepare_to_launch();
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!fresh_.empty() && pin_one(device, lock)) {
+    }
+    if (error_) throw Error(*error_);
+  }
+  device.wait_for_kernel();
+}
+
+SlotLease Staging::acquire(Device& device) {
   const auto start = std::chrono::steady_clock::now();
   std::unique_lock<std::mutex> lock(mutex_);
-  returned_.wait(lock, [this] { return !order_.empty() || error_; });
-  if (error_) throw Error(*error_);
+  for (;;) {
+    returned_.wait(lock, [this] { return !order_.empty() || !fresh_.empty() || error_; });
+    if (error_) throw Error(*error_);
+    // Memory that is pinned already and still in the cache, if some is free, is filled sooner than fresh memory.
+    if (fresh_.empty() || (!order_.empty() && is_done(order_.front()))) break;
+    pin_one(device, lock);
+  }
   SlotLease lease(*this, order_.front());
   order_.pop_front();
   lock.unlock();
@@ -78,21 +103,57 @@ SlotLease Staging::acquire() {
   return lease;
 }
 
+// Pins a fresh slot, without the lock. False if the driver refuses: then the ring is what is pinned already, and only
+// if that is nothing it is an error.
+bool Staging::pin_one(Device& device, std::unique_lock<std::mutex>& lock) {
+  const size_t slot = fresh_.back();
+  fresh_.pop_back();
+  ++pinning_;
+  lock.unlock();
+  std::optional<Error> refusal;
+  try {
+    pin(slot, device);
+  } catch (const Error& error) {
+    refusal = error;
+  }
+  lock.lock();
+  --pinning_;
+  if (!refusal) {
+    ++pinned_;
+    order_.push_front(slot);
+    returned_.notify_one();
+    return true;
+  }
+  fresh_.clear();
+  const bool hopeless = pinned_ == 0 && pinning_ == 0;
+  if (!error_ && (hopeless || refusal->kind != ErrorKind::kCudaRefused)) error_ = refusal;
+  returned_.notify_all();
+  return false;
+}
+
+void Staging::pin(size_t slot, Device& device) {
+  std::byte* memory = ring_.reserve(0) + slot * slot_bytes_;
+  prefer_node(memory, slot_bytes_, device.numa_node());
+  device.in_context([&] { slots_[slot].memory = std::make_unique<PinnedMemory>(memory, slot_bytes_); });
+}
+
 void Staging::fail(const Error& error) {
   const std::scoped_lock lock(mutex_);
   if (!error_) error_ = error;
   returned_.notify_all();
 }
 
+bool Staging::is_done(size_t slot) { return slots_[slot].user == nullptr || slots_[slot].user->is_done(slot); }
+
 void Staging::wait(size_t slot) {
-  if (users_[slot] == nullptr) return;
-  users_[slot]->wait(slot);
-  users_[slot] = nullptr;
+  if (slots_[slot].user == nullptr) return;
+  slots_[slot].user->wait(slot);
+  slots_[slot].user = nullptr;
 }
 
 void Staging::submit(size_t slot, Device& device, const SlotPlan& plan) {
-  users_[slot] = &device;
-  device.submit(slot, memory_->data() + slot * slot_bytes_, plan);
+  slots_[slot].user = &device;
+  device.submit(slot, slots_[slot].memory->data(), plan);
   const std::scoped_lock lock(mutex_);
   order_.push_back(slot);
   returned_.notify_one();
@@ -109,7 +170,7 @@ void Staging::synchronize(const std::map<int, StreamHandle>& torch_streams, cons
     const auto stream = torch_streams.find(ordinal);
     if (stream != torch_streams.end()) device.synchronize(stream->second, interrupted);
   }
-  for (size_t slot = 0; slot < slots_; ++slot) wait(slot);
+  for (size_t slot = 0; slot < slots_.size(); ++slot) wait(slot);
 }
 
 void Staging::drain() noexcept {
@@ -134,7 +195,7 @@ SlotLease::~SlotLease() {
   if (staging_ != nullptr) staging_->give_back(slot_);
 }
 
-std::byte* SlotLease::data() const { return staging_->memory_->data() + slot_ * staging_->slot_bytes_; }
+std::byte* SlotLease::data() const { return staging_->slots_[slot_].memory->data(); }
 
 void SlotLease::about_to_write(size_t bytes) const {
   if (driver().simcuda_host_write != nullptr) driver().simcuda_host_write(data(), bytes, "reader");

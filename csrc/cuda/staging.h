@@ -13,9 +13,10 @@
 #include <vector>
 
 #include "cuda/device.h"
-#include "cuda/resources.h"
+#include "cuda/pinned.h"
 #include "cuda/slot.h"
 #include "error.h"
+#include "io/buffer.h"
 
 namespace dcp_fast::cuda {
 
@@ -26,8 +27,8 @@ class SlotLease;
 class Staging {
  public:
   // `pinned_bytes` of host memory, and at most `device_bytes` on each device, in slots that carry boxes of up to
-  // `block_bytes`, or less if there is not memory enough for some of those. Pins the memory when a device is first
-  // used.
+  // `block_bytes`, or less if there is not memory enough for some of those. Each slot is pinned when it is first
+  // needed, by the thread that needs it: reading need not wait for the rest of the ring.
   Staging(int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes);
   ~Staging();
   Staging(const Staging&) = delete;
@@ -36,7 +37,7 @@ class Staging {
   // The largest box that always fits a slot.
   int64_t block_bytes() const { return block_bytes_; }
   size_t slot_bytes() const { return slot_bytes_; }
-  size_t slots() const { return slots_; }
+  size_t slots() const { return slots_.size(); }
   int64_t pinned_bytes() const;
   // The most that any device holds.
   int64_t device_bytes() const;
@@ -44,9 +45,14 @@ class Staging {
   // Makes a device ready on its first use. Throws Error(kCuda, kCudaOutOfMemory), std::bad_alloc.
   Device& device(int ordinal);
 
-  // Waits for a slot. Thread-safe. Throws Error(kCuda) if the work that it was submitted for failed, and the error of
-  // `fail`, after which a staging is good for nothing.
-  SlotLease acquire();
+  // Pins the whole ring, near the device, and loads the kernel: the first load need not. Throws as device() does, and
+  // Error(kCudaRefused).
+  void prepare(int ordinal);
+
+  // Waits for a slot that is to be submitted to a device. Thread-safe. Throws Error(kCudaRefused) if no memory at all
+  // can be pinned, Error(kCuda) if the work that a slot was submitted for failed, and the error of `fail`, after which
+  // a staging is good for nothing.
+  SlotLease acquire(Device& device);
   void fail(const Error& error);
 
   // The host waits for what torch's streams have now, and for the work of all slots. Throws Error(kCuda) if that
@@ -63,19 +69,29 @@ class Staging {
  private:
   friend class SlotLease;
 
+  struct Slot {
+    std::unique_ptr<PinnedMemory> memory;
+    Device* user = nullptr;  // whose work is to be waited for
+  };
+
   void submit(size_t slot, Device& device, const SlotPlan& plan);
   void give_back(size_t slot);
+  bool is_done(size_t slot);
   void wait(size_t slot);
+  bool pin_one(Device& device, std::unique_lock<std::mutex>& lock);
+  void pin(size_t slot, Device& device);
 
   const int64_t block_bytes_;
   const size_t slot_bytes_;
-  const size_t slots_;
-  std::unique_ptr<PinnedMemory> memory_;
+  io::AlignedBuffer ring_;  // where slots lie, unless the driver wants memory of its own
   std::map<int, Device> devices_;
-  std::vector<Device*> users_;  // by slot: whose work is to be waited for
-  std::mutex mutex_;            // for what follows
+  std::vector<Slot> slots_;
+  mutable std::mutex mutex_;  // for what follows
   std::condition_variable returned_;
-  std::deque<size_t> order_;  // slots that nobody holds; those that were submitted first come first
+  std::deque<size_t> order_;   // pinned slots that nobody holds; those that were submitted first come first
+  std::vector<size_t> fresh_;  // slots that are not pinned yet
+  size_t pinning_ = 0;         // how many threads pin one
+  size_t pinned_ = 0;
   std::optional<Error> error_;
   double slot_seconds_ = 0;
 };

@@ -70,7 +70,7 @@ class DeviceWave {
     SlotTask& task = tasks_[index];
     cuda::SlotLease slot = [&] {
       const trace::Span wait(worker.counters->recorder, "wait for slot");
-      return cuda_.staging->acquire();
+      return cuda_.staging->acquire(*devices_.at(task.device));
     }();
     try {
       with_memory_errors([&] {

@@ -39,6 +39,14 @@ template <>
 struct Ours<CUfunction> {
   using Type = ours::FunctionHandle;
 };
+template <>
+struct Ours<CUdevice_attribute> {
+  using Type = int;
+};
+template <>
+struct Ours<CUstreamCaptureStatus> {
+  using Type = int;
+};
 template <typename T>
 struct Ours<T*> {
   using Type = typename Ours<T>::Type*;
@@ -60,6 +68,11 @@ static_assert(ours::kSuccess == CUDA_SUCCESS);
 static_assert(ours::kErrorOutOfMemory == CUDA_ERROR_OUT_OF_MEMORY);
 static_assert(ours::kErrorNotReady == CUDA_ERROR_NOT_READY);
 static_assert(ours::kHostRegisterPortable == CU_MEMHOSTREGISTER_PORTABLE);
+static_assert(ours::kHostAllocPortable == CU_MEMHOSTALLOC_PORTABLE);
+static_assert(ours::kCapabilityMajor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+static_assert(ours::kCapabilityMinor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+static_assert(ours::kCaptureNone == CU_STREAM_CAPTURE_STATUS_NONE);
+static_assert(sizeof(CUdevice_attribute) == sizeof(int) && sizeof(CUstreamCaptureStatus) == sizeof(int));
 static_assert(ours::kStreamNonBlocking == CU_STREAM_NON_BLOCKING);
 static_assert(ours::kEventBlockingSync == CU_EVENT_BLOCKING_SYNC);
 

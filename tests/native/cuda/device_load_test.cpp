@@ -173,7 +173,7 @@ TEST_CASE("device: torch's work before the load is waited for, torch's work afte
   Gpu gpu;
   const cuda::PrimaryContext context(0);
   const cuda::CurrentContext current(context);
-  const cuda::PinnedMemory* results[2] = {};
+  io::AlignedBuffer buffers[2];
   std::vector<std::unique_ptr<cuda::PinnedMemory>> pinned;
   const TorchStream& torch = gpu.streams[0];
   for (size_t i = 0; i < 2; ++i) torch.fill(*matrix.memories[i], matrix.expected[i].size(), '#');
@@ -183,13 +183,13 @@ TEST_CASE("device: torch's work before the load is waited for, torch's work afte
   options.threads = 1;  // the straight copy comes last, so that waiting for the kernel does not cover for it
   gpu.run(program, options);
   for (size_t i = 0; i < 2; ++i) {
-    pinned.push_back(std::make_unique<cuda::PinnedMemory>(matrix.expected[i].size()));
-    results[i] = pinned.back().get();
-    torch.download(results[i]->data(), *matrix.memories[i], matrix.expected[i].size());
+    const size_t bytes = matrix.expected[i].size();
+    pinned.push_back(std::make_unique<cuda::PinnedMemory>(buffers[i].reserve(bytes), bytes));
+    torch.download(pinned[i]->data(), *matrix.memories[i], bytes);
   }
   torch.synchronize();
   for (size_t i = 0; i < 2; ++i) {
-    const std::string got(reinterpret_cast<const char*>(results[i]->data()), matrix.expected[i].size());
+    const std::string got(reinterpret_cast<const char*>(pinned[i]->data()), matrix.expected[i].size());
     CHECK((got == matrix.expected[i]));
   }
 }

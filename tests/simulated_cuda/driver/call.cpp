@@ -1,6 +1,9 @@
 #include "driver/call.h"
 
 #include <algorithm>
+#include <chrono>
+#include <mutex>
+#include <thread>
 #include <utility>
 
 namespace simcuda {
@@ -74,6 +77,17 @@ void Call::synchronize(const Context& of, const std::shared_ptr<Completion>& com
     throw DriverError{of.sticky};
   }
   simulator.races.host_waited_for(known);
+}
+
+void Call::take(double seconds) {
+  if (seconds <= 0) return;
+  static std::mutex one_at_a_time;
+  lock.unlock();
+  {
+    const std::scoped_lock busy(one_at_a_time);
+    std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
+  }
+  lock.lock();
 }
 
 void Call::finish() {

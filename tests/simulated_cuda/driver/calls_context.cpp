@@ -1,4 +1,6 @@
 // Driver calls: the driver itself, devices, and contexts.
+#include <cstdio>
+
 #include "driver/call.h"
 #include "driver/error_names.h"
 
@@ -101,6 +103,13 @@ CUresult CUDAAPI cuDeviceGetAttribute(int* value, CUdevice_attribute wanted, CUd
       call.simulator.reports.add("UNKNOWN: " + call.label() + ": attribute " + std::to_string(wanted));
       throw DriverError{CUDA_ERROR_INVALID_VALUE};
     }
+  });
+}
+
+CUresult CUDAAPI cuDeviceGetPCIBusId(char* text, int capacity, CUdevice device) {
+  return call("cuDeviceGetPCIBusId", Needs::kDriver, [&](Call& call) {
+    require(text != nullptr && capacity > 0);
+    std::snprintf(text, static_cast<size_t>(capacity), "0000:%02X:00.0", call.simulator.context_of(device).device + 1);
   });
 }
 

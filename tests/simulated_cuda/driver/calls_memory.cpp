@@ -62,6 +62,7 @@ CUresult CUDAAPI cuMemHostAlloc(void** address, size_t bytes, unsigned int flags
     constexpr unsigned int kKnown =
         CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP | CU_MEMHOSTALLOC_WRITECOMBINED;
     require(address != nullptr && bytes > 0 && (flags & ~kKnown) == 0);
+    call.take(call.simulator.settings.pin_seconds_per_byte * static_cast<double>(bytes));
     void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw DriverError{CUDA_ERROR_OUT_OF_MEMORY};
     std::memset(memory, kPoison, bytes);
@@ -87,6 +88,7 @@ CUresult CUDAAPI cuMemHostRegister_v2(void* address, size_t bytes, unsigned int 
   return call("cuMemHostRegister_v2", Needs::kContext, [&](Call& call) {
     constexpr unsigned int kKnown = CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP;
     require(address != nullptr && bytes > 0 && (flags & ~kKnown) == 0);
+    call.take(call.simulator.settings.pin_seconds_per_byte * static_cast<double>(bytes));
     const auto begin = reinterpret_cast<uint64_t>(address);
     const bool portable = (flags & CU_MEMHOSTREGISTER_PORTABLE) != 0;
     const HostRange* range = call.simulator.host.add({{begin, begin + bytes},

@@ -57,6 +57,14 @@ CUresult CUDAAPI cuStreamQuery(CUstream handle) {
   });
 }
 
+CUresult CUDAAPI cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
+  return call("cuStreamIsCapturing", Needs::kContext, [&](Call& call) {
+    require(status != nullptr);
+    static_cast<void>(call.stream(handle));
+    *status = call.simulator.settings.capturing ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+  });
+}
+
 CUresult CUDAAPI cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned int flags) {
   return call("cuStreamWaitEvent", Needs::kContext, [&](Call& call) {
     require(flags == CU_EVENT_WAIT_DEFAULT);

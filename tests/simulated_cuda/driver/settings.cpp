@@ -7,6 +7,7 @@ namespace simcuda {
 namespace {
 
 constexpr double kMicro = 1e-6;
+constexpr double kMilli = 1e-3;
 
 double environment(const char* name, double otherwise) {
   const char* text = std::getenv(name);  // NOLINT(concurrency-mt-unsafe): nobody sets it here
@@ -41,6 +42,12 @@ bool Settings::set(const std::string& key, double value) {
     races = value != 0;
   } else if (key == "memory_mb") {
     memory_bytes = static_cast<size_t>(value * 1048576);
+  } else if (key == "pin_ms_per_64mb") {
+    pin_seconds_per_byte = value * kMilli / (64 << 20);
+  } else if (key == "compile_ms") {
+    compile_seconds = value * kMilli;
+  } else if (key == "capturing") {
+    capturing = value != 0;
   } else if (key == "seed") {
     seed = static_cast<uint64_t>(value);
   } else {
