@@ -147,20 +147,18 @@ void Device::submit(size_t index, const std::byte* memory, const SlotPlan& plan)
   slot.staged_bytes = plan.staged_bytes;
   slot.timed = false;
   const DeviceAddress staging = staging_.get() + index * slot_bytes_;
-  in_context([&] {
-    copy(slot, staging, memory, plan);
-    {
-      const std::scoped_lock lock(counting_);
-      stats_.bytes_copied += slot.bytes;
-      stats_.copies += static_cast<int64_t>(plan.straight.size()) + (slot.launched ? 1 : 0);
-      stats_.launches += slot.launched ? 1 : 0;
-    }
-    if (!slot.launched) return;
-    const uint32_t entries = plan.entries_offset();
-    const auto count = static_cast<uint32_t>(plan.entries.size());
-    launcher_.submit(index, [this, &slot, staging, entries, count](FunctionHandle function) {
-      launch(function, slot, staging, entries, count);
-    });
+  in_context([&] { copy(slot, staging, memory, plan); });
+  {
+    const std::scoped_lock lock(counting_);
+    stats_.bytes_copied += slot.bytes;
+    stats_.copies += static_cast<int64_t>(plan.straight.size()) + (slot.launched ? 1 : 0);
+    stats_.launches += slot.launched ? 1 : 0;
+  }
+  if (!slot.launched) return;
+  const uint32_t entries = plan.entries_offset();
+  const auto count = static_cast<uint32_t>(plan.entries.size());
+  launcher_.submit(index, [this, &slot, staging, entries, count](FunctionHandle function) {
+    launch(function, slot, staging, entries, count);
   });
 }
 

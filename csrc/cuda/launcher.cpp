@@ -55,7 +55,7 @@ void Launcher::submit(size_t slot, Launch launch) {
   const std::scoped_lock lock(mutex_);
   throw_if_failed();
   if (state_ == State::kReady) {
-    launch(kernel_.function);
+    in_context_([&] { launch(kernel_.function); });
   } else {
     waiting_.emplace_back(slot, std::move(launch));
   }

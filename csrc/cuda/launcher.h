@@ -19,7 +19,7 @@ class Launcher {
  public:
   // Runs a function with the device's context; errors name the device.
   using InContext = std::function<void(const std::function<void()>&)>;
-  // Enqueues one launch of the kernel.
+  // Enqueues one launch of the kernel, in the device's context.
   using Launch = std::function<void(FunctionHandle)>;
 
   // `in_context` must be good for as long as anything here goes on.

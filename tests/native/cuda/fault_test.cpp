@@ -32,6 +32,8 @@ enum class Seen {
   kNothing,
   // Also gives the calling thread its own context back, when nobody can be told any more.
   kErrorOrNothing,
+  // The load does without, or says that it cannot.
+  kRefusalOrNothing,
 };
 
 struct Function {
@@ -46,13 +48,15 @@ constexpr int kLaunchFailed = 719;
 
 constexpr Function kFunctions[] = {
     {"cuDeviceGet"},
+    {"cuDeviceGetAttribute"},
+    {"cuDeviceGetPCIBusId", Seen::kNothing},
     {"cuDevicePrimaryCtxRetain"},
     {"cuDevicePrimaryCtxRelease_v2", Seen::kNothing},
     {"cuCtxGetCurrent"},
     {"cuCtxSetCurrent", Seen::kErrorOrNothing},
     {"cuMemAlloc_v2"},
     {"cuMemFree_v2", Seen::kNothing},
-    {"cuMemHostRegister_v2"},
+    {"cuMemHostRegister_v2", Seen::kNothing},
     {"cuMemHostUnregister", Seen::kNothing},
     {"cuMemcpyHtoDAsync_v2"},
     {"cuStreamCreate"},
@@ -65,7 +69,7 @@ constexpr Function kFunctions[] = {
     {"cuEventQuery"},
     {"cuEventSynchronize"},
     {"cuEventElapsedTime"},
-    {"cuModuleLoadData"},
+    {"cuModuleLoadData", Seen::kRefusalOrNothing},
     {"cuModuleUnload", Seen::kNothing},
     {"cuModuleGetFunction"},
     {"cuLaunchKernel"},
@@ -159,7 +163,8 @@ void expect_named(Inspection& inspection, const Error& error, const DriverFault&
   // Work that failed is noticed by whatever asks next.
   const std::string call = fault.timing == Timing::kCall ? fault.function.name + std::string(" failed") : "cu";
   inspection.expect(text.rfind("cuda:0: " + call, 0) == 0 || text.rfind("cuda:1: " + call, 0) == 0, text);
-  const ErrorKind kind = fault.result == kOutOfMemory ? ErrorKind::kCudaOutOfMemory : ErrorKind::kCuda;
+  ErrorKind kind = fault.result == kOutOfMemory ? ErrorKind::kCudaOutOfMemory : ErrorKind::kCuda;
+  if (fault.function.seen == Seen::kRefusalOrNothing) kind = ErrorKind::kCudaRefused;
   inspection.expect(error.kind == kind, "an error of the wrong kind");
 }
 
@@ -229,6 +234,37 @@ std::string load_with_read_fault(int64_t nth, int64_t pinned_bytes) {
   return (reads > nth ? kMet : kNotMet) + inspection.complaints();
 }
 
+// The driver refuses to pin what the process has, from the nth time on, and perhaps what it has itself. What the load
+// comes to.
+std::string load_with_refusals(int registered, bool allocates) {
+  Inspection inspection(std::to_string(registered) + " slots registered");
+  Load load;
+  const int objects = live_objects();
+  for (int i = registered + 1; i < 20; ++i) {
+    simulator()->fault("cuMemHostRegister_v2", i, kOutOfMemory, 0);
+    if (!allocates) simulator()->fault("cuMemHostAlloc", i - registered, kOutOfMemory, 0);
+  }
+  {
+    Staging staging(kPinnedBytes, kPinnedBytes, 1);
+    const std::optional<Error> error = error_of(load, staging);
+    const bool refused = registered == 0 && !allocates;
+    inspection.expect(error.has_value() == refused, error ? error->what() : "no error");
+    if (error) {
+      inspection.expect(error->kind == ErrorKind::kCudaRefused, "an error of the wrong kind");
+      inspection.expect(std::string(error->what()).find("cuMemHostRegister_v2 failed") != std::string::npos,
+                        error->what());
+    }
+    inspection.expect(error.has_value() || load.arrived(), "the wrong bytes arrived");
+    const auto slots = static_cast<int64_t>(allocates ? staging.slots() : static_cast<size_t>(registered));
+    inspection.expect(staging.pinned_bytes() <= slots * static_cast<int64_t>(staging.slot_bytes()), "too many slots");
+    simulator()->reset();
+  }
+  const std::string reports = take_reports();
+  inspection.expect(reports.empty(), reports);
+  inspection.expect(live_objects() == objects, "left behind: " + leaks());
+  return inspection.complaints();
+}
+
 // Runs case after case until one does not meet its fault any more. Returns how many did.
 template <typename Case>
 int sweep(const Case& run) {
@@ -254,6 +290,32 @@ TEST_CASE("fault: every call of every function fails once") {
     met += of_function;
   }
   CHECK(met > 250);
+}
+
+TEST_CASE("fault: memory that cannot be registered is the driver's, or the ring is smaller, or it is an error") {
+  if (simulator() == nullptr) return;
+  for (const int registered : {0, 1, 2}) {
+    for (const bool allocates : {true, false}) {
+      CHECK(in_child([=] { return load_with_refusals(registered, allocates); }, 20) == "");
+    }
+  }
+}
+
+TEST_CASE("fault: a stream under capture is an error before anything is enqueued") {
+  if (simulator() == nullptr) return;
+  const std::string answer = in_child([] {
+    const TorchStreams torch;
+    simulator()->set("capturing", 1);
+    const long records = simulator()->calls("cuEventRecord");
+    try {
+      cuda::require_not_capturing({{0, torch[0].get()}, {other_device(), nullptr}});
+    } catch (const Error& error) {
+      return error.what() + std::string(simulator()->calls("cuEventRecord") == records ? "" : "; work was enqueued");
+    }
+    return std::string("no error");
+  });
+  CHECK_MESSAGE(answer.rfind("cuda:0: torch's current stream is being captured into a CUDA graph", 0) == 0, answer);
+  CHECK_MESSAGE(answer.find("enqueued") == std::string::npos, answer);
 }
 
 TEST_CASE("fault: the work of every copy and launch fails once") {

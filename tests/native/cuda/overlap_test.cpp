@@ -24,6 +24,7 @@ namespace {
 
 constexpr double kGigabytesPerSecond = 0.25;
 constexpr int64_t kRecordBytes = 4 * kMiB;
+constexpr int64_t kSmallBytes = 1024;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -39,6 +40,8 @@ class SlowDisk final : public io::SystemCalls {
     return take_time([&] { return SystemCalls::preadv(fd, vectors, count, offset); });
   }
 
+  // When the first request came.
+  Clock::time_point first_asked() const { return first_asked_; }
   double busy_seconds() const { return static_cast<double>(bytes_) / bytes_per_second_; }
 
  private:
@@ -49,6 +52,7 @@ class SlowDisk final : public io::SystemCalls {
     Clock::time_point end;
     {
       const std::scoped_lock lock(mutex_);
+      if (bytes_ == 0) first_asked_ = asked;
       bytes_ += got;
       const std::chrono::duration<double> duration(static_cast<double>(got) / bytes_per_second_);
       free_at_ = std::max(asked, free_at_) + std::chrono::duration_cast<Clock::duration>(duration);
@@ -61,6 +65,7 @@ class SlowDisk final : public io::SystemCalls {
   const double bytes_per_second_;
   std::mutex mutex_;
   Clock::time_point free_at_;
+  Clock::time_point first_asked_;
   int64_t bytes_ = 0;
 };
 
@@ -79,16 +84,32 @@ class SlowLinks {
   }
 };
 
-// Tensors that alternate between devices, each wanted whole.
+// The driver takes its time for what only a first load needs.
+class SlowStart {
+ public:
+  SlowStart() { set(50, 100, 0); }
+  ~SlowStart() { set(0, 0, 1); }
+  SlowStart(const SlowStart&) = delete;
+  SlowStart& operator=(const SlowStart&) = delete;
+
+ private:
+  static void set(double pin_ms_per_64mb, double compile_ms, double poison) {
+    simulator()->set("poison", poison);  // no driver does that
+    simulator()->set("pin_ms_per_64mb", pin_ms_per_64mb);
+    simulator()->set("compile_ms", compile_ms);
+  }
+};
+
+// Tensors that alternate between devices, each wanted whole. Small ones, which come first, are placed by the kernel.
 struct Tensors {
-  Tensors(size_t count, const std::vector<int>& ordinals) : files(1) {
-    TensorSpec spec;
-    spec.dtype = checkpoint::DType{0};
-    spec.sizes = {kRecordBytes / checkpoint::info(spec.dtype).itemsize};
-    spec.strides = {1};
-    spec.storage_elements = spec.sizes[0];
-    for (size_t i = 0; i < count; ++i) {
-      const auto bytes = static_cast<size_t>(kRecordBytes);
+  Tensors(size_t count, const std::vector<int>& ordinals, size_t small = 0) : files(1) {
+    for (size_t i = 0; i < small + count; ++i) {
+      const auto bytes = static_cast<size_t>(i < small ? kSmallBytes : kRecordBytes);
+      TensorSpec spec;
+      spec.dtype = checkpoint::DType{0};
+      spec.sizes = {static_cast<int64_t>(bytes) / checkpoint::info(spec.dtype).itemsize};
+      spec.strides = {1};
+      spec.storage_elements = spec.sizes[0];
       files.add(0, spec, std::string(bytes, static_cast<char>('a' + i % 26)));
       const int ordinal = ordinals[i % ordinals.size()];
       memories.push_back(std::make_unique<DeviceBytes>(ordinal, std::string(bytes, '#')));
@@ -124,6 +145,8 @@ struct Tensors {
 };
 
 struct Measured {
+  double seconds = 0;
+  double seconds_to_first_read = 0;
   double efficiency = 0;
   double copy_seconds = 0;           // by the engine
   double modelled_copy_seconds = 0;  // of the busiest link
@@ -132,10 +155,9 @@ struct Measured {
 Measured load(const Tensors& tensors, Gpu& gpu, double disk_gigabytes_per_second) {
   const transfer::Layouts layouts = tensors.files.layouts({});
   const transfer::Program program(layouts, tensors.items, tensors.destinations);
-  for (const transfer::Destination& destination : tensors.destinations) gpu.staging.device(destination.device);
   simulator()->busy_seconds(-1, "copy", 1);
   SlowDisk disk(disk_gigabytes_per_second);
-  double total = 0;
+  Measured measured;
   {
     const ScopedCalls scope(disk);
     const SlowLinks links;
@@ -144,15 +166,15 @@ Measured load(const Tensors& tensors, Gpu& gpu, double disk_gigabytes_per_second
     const Clock::time_point start = Clock::now();
     gpu.run(program, options);
     gpu.synchronize();
-    total = seconds_since(start);
+    measured.seconds = seconds_since(start);
+    measured.seconds_to_first_read = std::chrono::duration<double>(disk.first_asked() - start).count();
   }
-  Measured measured;
   for (const int ordinal : {0, 1}) {
     measured.modelled_copy_seconds =
         std::max(measured.modelled_copy_seconds, simulator()->busy_seconds(ordinal, "copy", 0));
   }
   measured.copy_seconds = gpu.staging.take_stats().copy_seconds;
-  measured.efficiency = std::max(disk.busy_seconds(), measured.modelled_copy_seconds) / total;
+  measured.efficiency = std::max(disk.busy_seconds(), measured.modelled_copy_seconds) / measured.seconds;
   return measured;
 }
 
@@ -180,8 +202,8 @@ TEST_CASE("overlap: reading and copying go on at the same time") {
   if (simulator() == nullptr) return;
   const Clean clean;
   const Tensors tensors(32, {0});
-  const Measured measured = best_load(tensors, kGigabytesPerSecond, 0.9);
-  CHECK(measured.efficiency >= 0.9);
+  const Measured measured = best_load(tensors, kGigabytesPerSecond, 0.95);
+  CHECK(measured.efficiency >= 0.95);
   CHECK(as_modelled(measured));
   CHECK(tensors.arrived());
 }
@@ -190,9 +212,50 @@ TEST_CASE("overlap: two devices are copied to at the same time") {
   if (simulator() == nullptr || other_device() == 0) return;
   const Clean clean;
   const Tensors tensors(64, {0, 1});
-  const Measured measured = best_load(tensors, 2 * kGigabytesPerSecond, 0.85);
-  CHECK(measured.efficiency >= 0.85);
+  const Measured measured = best_load(tensors, 2 * kGigabytesPerSecond, 0.9);
+  CHECK(measured.efficiency >= 0.9);
   CHECK(as_modelled(measured));
+  CHECK(tensors.arrived());
+}
+
+TEST_CASE("overlap: the first load reads while memory is pinned and the kernel compiled") {
+  if (simulator() == nullptr) return;
+  const Clean clean;
+  constexpr size_t kSmall = 32;
+  const Tensors tensors(24, {0}, kSmall);
+  double least_extra = 1;
+  double least_wait = 1;
+  for (int attempt = 0; attempt < 20 && (least_extra > 0.03 || least_wait > 0.01); ++attempt) {
+    Gpu gpu;
+    Measured first;
+    {
+      const SlowStart slow;
+      first = load(tensors, gpu, kGigabytesPerSecond);
+    }
+    CHECK(gpu.staging.device_bytes() > 0);  // or no kernel was wanted
+    const Measured second = load(tensors, gpu, kGigabytesPerSecond);
+    least_extra = std::min(least_extra, first.seconds - second.seconds);
+    least_wait = std::min(least_wait, first.seconds_to_first_read);
+  }
+  MESSAGE("the first load took " << least_extra << " s more than the second, and began to read after " << least_wait
+                                 << " s");
+  CHECK(least_extra <= 0.03);
+  CHECK(least_wait <= 0.01);
+  CHECK(tensors.arrived());
+}
+
+TEST_CASE("overlap: after prepare the first load pins nothing and compiles nothing") {
+  if (simulator() == nullptr) return;
+  const Clean clean;
+  const Tensors tensors(4, {0}, 32);
+  Gpu gpu;
+  gpu.staging.prepare(0);
+  CHECK(gpu.staging.pinned_bytes() == static_cast<int64_t>(gpu.staging.slots() * gpu.staging.slot_bytes()));
+  const char* const calls[] = {"cuMemHostRegister_v2", "cuModuleLoadData", "cuMemAlloc_v2", "cuEventCreate"};
+  std::vector<long> before;
+  for (const char* call : calls) before.push_back(simulator()->calls(call));
+  load(tensors, gpu, 100);
+  for (size_t i = 0; i < before.size(); ++i) CHECK(simulator()->calls(calls[i]) == before[i]);
   CHECK(tensors.arrived());
 }
 

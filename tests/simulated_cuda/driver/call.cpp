@@ -79,9 +79,8 @@ void Call::synchronize(const Context& of, const std::shared_ptr<Completion>& com
   simulator.races.host_waited_for(known);
 }
 
-void Call::take(double seconds) {
+void Call::take(double seconds, std::mutex& one_at_a_time) {
   if (seconds <= 0) return;
-  static std::mutex one_at_a_time;
   lock.unlock();
   {
     const std::scoped_lock busy(one_at_a_time);

@@ -5,6 +5,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 
@@ -52,8 +53,8 @@ class Call {
   void enqueue(Stream& stream, Operation operation);
   // Waits for work, and for the host's knowledge of it. Throws the error that its context failed with.
   void synchronize(const Context& of, const std::shared_ptr<Completion>& completion, const VectorClock& clock);
-  // The call takes so long, as a driver does that does one such thing at a time. Other calls go on.
-  void take(double seconds);
+  // The call takes so long, as where a driver does one such thing at a time. Other calls go on.
+  void take(double seconds, std::mutex& one_at_a_time);
   // An asynchronous fault of a call that enqueued nothing breaks the context all the same.
   void finish();
 

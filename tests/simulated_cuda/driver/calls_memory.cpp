@@ -34,7 +34,8 @@ extern "C" {
 CUresult CUDAAPI cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
   return call("cuMemAlloc_v2", Needs::kContext, [&](Call& call) {
     require(address != nullptr && bytes > 0);
-    const Allocation* allocation = call.context().memory.allocate(bytes, call.simulator.settings.memory_bytes);
+    const Settings& settings = call.simulator.settings;
+    const Allocation* allocation = call.context().memory.allocate(bytes, settings.memory_bytes, settings.poison);
     if (allocation == nullptr) throw DriverError{CUDA_ERROR_OUT_OF_MEMORY};
     *address = allocation->range.begin;
   });
@@ -62,7 +63,7 @@ CUresult CUDAAPI cuMemHostAlloc(void** address, size_t bytes, unsigned int flags
     constexpr unsigned int kKnown =
         CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP | CU_MEMHOSTALLOC_WRITECOMBINED;
     require(address != nullptr && bytes > 0 && (flags & ~kKnown) == 0);
-    call.take(call.simulator.settings.pin_seconds_per_byte * static_cast<double>(bytes));
+    call.take(call.simulator.settings.pin_seconds_per_byte * static_cast<double>(bytes), call.simulator.pinning);
     void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw DriverError{CUDA_ERROR_OUT_OF_MEMORY};
     std::memset(memory, kPoison, bytes);
@@ -88,7 +89,7 @@ CUresult CUDAAPI cuMemHostRegister_v2(void* address, size_t bytes, unsigned int 
   return call("cuMemHostRegister_v2", Needs::kContext, [&](Call& call) {
     constexpr unsigned int kKnown = CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP;
     require(address != nullptr && bytes > 0 && (flags & ~kKnown) == 0);
-    call.take(call.simulator.settings.pin_seconds_per_byte * static_cast<double>(bytes));
+    call.take(call.simulator.settings.pin_seconds_per_byte * static_cast<double>(bytes), call.simulator.pinning);
     const auto begin = reinterpret_cast<uint64_t>(address);
     const bool portable = (flags & CU_MEMHOSTREGISTER_PORTABLE) != 0;
     const HostRange* range = call.simulator.host.add({{begin, begin + bytes},

@@ -46,7 +46,7 @@ CUresult CUDAAPI cuModuleLoadData(CUmodule* handle, const void* image) {
   return call("cuModuleLoadData", Needs::kContext, [&](Call& call) {
     require(handle != nullptr && image != nullptr);
     if (is_binary(image)) throw DriverError{CUDA_ERROR_NO_BINARY_FOR_GPU};
-    call.take(call.simulator.settings.compile_seconds);
+    call.take(call.simulator.settings.compile_seconds, call.simulator.compiling);
     try {
       auto code = call.simulator.module_cache.load(static_cast<const char*>(image));
       *handle = call.simulator.modules.add(std::make_shared<Module>(Module{call.context(), std::move(code)}));

@@ -45,13 +45,13 @@ DeviceMemory::~DeviceMemory() {
   ::close(file_);
 }
 
-Allocation* DeviceMemory::allocate(size_t bytes, size_t limit) {
+Allocation* DeviceMemory::allocate(size_t bytes, size_t limit, bool poison) {
   if (bytes > limit || used_ > limit - bytes) return nullptr;
   const uint64_t begin = find_room(whole_pages(bytes) + kPage);
   if (begin == 0) return nullptr;
   next_ = begin + whole_pages(bytes) + kPage;
   freed_.erase(freed_.lower_bound(begin), freed_.lower_bound(next_));
-  std::memset(alias(begin), kPoison, bytes);
+  if (poison) std::memset(alias(begin), kPoison, bytes);
   used_ += bytes;
   return &allocations_.emplace(begin, Allocation{{begin, begin + bytes}, {}}).first->second;
 }

@@ -29,7 +29,7 @@ class DeviceMemory {
   DeviceMemory& operator=(const DeviceMemory&) = delete;
 
   // A fresh allocation, poisoned. Null if the device would then use more than the limit.
-  Allocation* allocate(size_t bytes, size_t limit);
+  Allocation* allocate(size_t bytes, size_t limit, bool poison);
   // Its addresses are not used again for as long as others are left.
   void free(const Allocation& allocation);
   void free_all();

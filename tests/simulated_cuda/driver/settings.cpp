@@ -42,6 +42,8 @@ bool Settings::set(const std::string& key, double value) {
     races = value != 0;
   } else if (key == "memory_mb") {
     memory_bytes = static_cast<size_t>(value * 1048576);
+  } else if (key == "poison") {
+    poison = value != 0;
   } else if (key == "pin_ms_per_64mb") {
     pin_seconds_per_byte = value * kMilli / (64 << 20);
   } else if (key == "compile_ms") {

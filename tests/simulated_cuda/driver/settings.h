@@ -18,6 +18,7 @@ struct Settings {
   double jitter_seconds = 0;  // up to so much is added to each copy at random
   bool late = true;           // a copy touches host memory at its modelled end rather than at its start
   bool races = true;          // detect races and sources that change
+  bool poison = true;         // fresh device memory is not zero; costs what the first touch of memory costs
   double pin_seconds_per_byte = 0;
   double compile_seconds = 0;  // of a module's text
   bool capturing = false;      // every stream says that it is being captured into a graph
