@@ -1,7 +1,8 @@
 #include "transfer/options.h"
 
 #include <algorithm>
-#include <thread>
+
+#include "transfer/cores.h"
 
 namespace dcp_fast::transfer {
 
@@ -16,7 +17,7 @@ constexpr int64_t kSlack = 2 * static_cast<int64_t>(io::kDirectAlignment);
 Settled settle(const Options& options, bool any_direct) {
   int threads = options.threads;
   if (threads <= 0) {
-    threads = std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxDefaultThreads);
+    threads = std::min(usable_cores(), kMaxDefaultThreads);
     if (any_direct) threads = std::max(threads, kDirectThreads);
   }
   Settled settled;

@@ -1,0 +1,15 @@
+// How many processor cores this process may keep busy.
+#pragma once
+
+#include <string>
+
+namespace dcp_fast::transfer {
+
+// Cores that the process may run on, no more than its control groups (version 1 or 2) give it time for, divided among
+// the processes of this machine where LOCAL_WORLD_SIZE, which torchrun sets, tells how many there are. At least 1.
+int usable_cores();
+
+// What the control groups of a process allow, rounded up; 0 without a limit. `root`: what stands for "/".
+int quota_of_control_groups(const std::string& root = "");
+
+}  // namespace dcp_fast::transfer
