@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <map>
-#include <optional>
+#include <memory>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -47,98 +47,152 @@ std::vector<Policy> policies_for(const Layouts& layouts, int64_t block_bytes, in
   return policies;
 }
 
-// Slots on their way to the devices of one wave.
-class DeviceWave {
+// What all waves of a run have in common.
+struct Run {
+  Run(const Layouts& layouts, const Options& options, const CudaTargets& targets)
+      : settled(settle(options, layouts.any_direct())),
+        cuda(targets),
+        recorder(options.recorder.get()),
+        files(layouts.paths, layouts.modes),
+        policies(policies_for(layouts, settled.block_bytes, settled.block_bytes)) {
+    if (cuda.staging == nullptr) return;
+    const int64_t block = cuda.staging->block_bytes();
+    slot_policies = policies_for(layouts, std::min(block, settled.block_bytes), block);
+  }
+
+  const Settled settled;
+  const CudaTargets& cuda;
+  trace::Recorder* recorder;
+  Files files;
+  const std::vector<Policy> policies;  // for boxes on the host
+  std::vector<Policy> slot_policies;   // for boxes on devices
+};
+
+// A wave of a program, as tasks: slots on their way to devices first, then boxes for the host.
+class Wave {
  public:
-  DeviceWave(const Boxes& boxes, const std::vector<Policy>& policies, const CudaTargets& cuda,
-             trace::Recorder* recorder)
-      : cuda_(cuda), tasks_(make_slot_tasks(boxes.devices, policies, cuda.staging->slot_bytes())) {
-    for (const auto& [ordinal, pieces] : boxes.devices) {
-      cuda::Device& device = cuda.staging->device(ordinal);
-      devices_.emplace(ordinal, &device);
-      device.begin(cuda.torch_streams.at(ordinal), recorder);
-    }
+  Wave(const Program& program, int32_t wave, Run& run) : run_(run), reader_(program, run.policies, run.files) {
+    const Boxes boxes = boxes_of(program, wave);
+    bytes_ = boxes.bytes;
+    host_ = join_pieces(split_boxes(boxes.host, run.policies), run.policies);
+    if (boxes.devices.empty()) return;
+    cuda::Staging* staging = run.cuda.staging;
+    if (staging == nullptr) throw std::invalid_argument("boxes for a GPU need staging");
+    slots_ = make_slot_tasks(boxes.devices, run.slot_policies, staging->slot_bytes());
+    for (const auto& [ordinal, pieces] : boxes.devices) devices_.emplace(ordinal, &staging->device(ordinal));
     // Before the first byte is written: memory may be had once somebody has given some back.
-    for (const SlotTask& task : tasks_) {
+    for (const SlotTask& task : slots_) {
       if (!task.plan.entries.empty()) devices_.at(task.device)->prepare_to_launch();
     }
   }
 
-  size_t tasks() const { return tasks_.size(); }
+  int64_t bytes() const { return bytes_; }
+  size_t tasks() const { return slots_.size() + host_.tasks.size(); }
 
-  void run(size_t index, Reader& reader, Worker& worker) {
-    SlotTask& task = tasks_[index];
+  void work(size_t task, Worker& worker) {
+    if (task < slots_.size()) {
+      fill(slots_[task], worker);
+    } else {
+      reader_.run(host_, host_.tasks[task - slots_.size()], worker);
+    }
+  }
+
+  // What is written from here on comes after torch's work until now.
+  void begin() {
+    for (const auto& [ordinal, device] : devices_) device->begin(run_.cuda.torch_streams.at(ordinal), run_.recorder);
+  }
+  // Torch's work from here on comes after what was written.
+  void end() {
+    for (const auto& [ordinal, device] : devices_) device->end(run_.cuda.torch_streams.at(ordinal));
+  }
+
+ private:
+  void fill(SlotTask& task, Worker& worker) {
+    cuda::Device& device = *devices_.at(task.device);
     cuda::SlotLease slot = [&] {
       const trace::Span wait(worker.counters->recorder, "wait for slot");
-      return cuda_.staging->acquire(*devices_.at(task.device));
+      return run_.cuda.staging->acquire(device);
     }();
     try {
       with_memory_errors([&] {
         slot.about_to_write(task.plan.bytes);
         task.place_at(slot.data());
-        for (const Task& read : task.schedule.tasks) reader.run(task.schedule, read, worker);
+        for (const Task& read : task.schedule.tasks) reader_.run(task.schedule, read, worker);
         task.plan.write_descriptors(slot.data());
         trace::Span enqueue(worker.counters->recorder, "enqueue");
         enqueue.add_bytes(task.plan.bytes);
-        std::move(slot).submit(*devices_.at(task.device), task.plan);
+        std::move(slot).submit(device, task.plan);
       });
     } catch (Error& error) {
-      if (error.record < 0) reader.attribute(error, task.schedule.pieces.front().item);
-      cuda_.staging->fail(error);
+      if (error.record < 0) reader_.attribute(error, task.schedule.pieces.front().item);
+      run_.cuda.staging->fail(error);
       throw;
     }
     task = {};  // the descriptions of all boxes of a load need not stay until its end
   }
 
-  void end() {
-    for (const auto& [ordinal, device] : devices_) device->end(cuda_.torch_streams.at(ordinal));
-  }
-
- private:
-  const CudaTargets& cuda_;
-  std::vector<SlotTask> tasks_;
+  Run& run_;
+  Reader reader_;
+  int64_t bytes_ = 0;
+  std::vector<SlotTask> slots_;
   std::map<int, cuda::Device*> devices_;
+  Schedule host_;
 };
+
+constexpr size_t kWavesAtOnce = 2;
+
+Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const Options& options,
+                const std::function<bool()>& interrupted, const std::function<void(size_t)>& placed) {
+  io::IoCounters counters = options.counters();
+  Stats stats;
+  Groups groups;
+  groups.at_once = kWavesAtOnce;
+  for (const auto& wave : waves) {
+    groups.tasks.push_back(wave->tasks());
+    stats.bytes_placed += wave->bytes();
+  }
+  groups.finish = [&](size_t index) {
+    waves[index]->end();
+    if (placed) placed(index);
+    if (index + kWavesAtOnce < waves.size()) waves[index + kWavesAtOnce]->begin();
+  };
+  try {
+    for (size_t i = 0; i < std::min(kWavesAtOnce, waves.size()); ++i) waves[i]->begin();
+    run_parallel(groups, run.settled.threads, counters, interrupted,
+                 [&](size_t wave, size_t task, Worker& worker) { waves[wave]->work(task, worker); });
+  } catch (...) {
+    // Whoever catches this may free the destinations.
+    if (run.cuda.staging != nullptr) run.cuda.staging->drain();
+    throw;
+  }
+  stats.requests = counters.requests;
+  stats.bytes_read = counters.bytes;
+  return stats;
+}
 
 }  // namespace
 
 Stats run_wave(const Program& program, int32_t wave, const Options& options, const CudaTargets& cuda,
                const std::function<bool()>& interrupted) {
-  const Layouts& layouts = program.layouts();
-  const Settled settled = settle(options, layouts.any_direct());
-  const Boxes boxes = boxes_of(program, wave);
-  const std::vector<Policy> policies = policies_for(layouts, settled.block_bytes, settled.block_bytes);
-  Reader reader(program, policies);
-  const Schedule schedule = join_pieces(split_boxes(boxes.host, policies), policies);
-  std::optional<DeviceWave> devices;
-  if (!boxes.devices.empty()) {
-    if (cuda.staging == nullptr) throw std::invalid_argument("boxes for a GPU need staging");
-    const int64_t slot_block = cuda.staging->block_bytes();
-    devices.emplace(boxes, policies_for(layouts, std::min(slot_block, settled.block_bytes), slot_block), cuda,
-                    options.recorder.get());
+  Run run(program.layouts(), options, cuda);
+  std::vector<std::unique_ptr<Wave>> waves;
+  waves.push_back(std::make_unique<Wave>(program, wave, run));
+  return run_waves(waves, run, options, interrupted, {});
+}
+
+Stats run_programs(const std::vector<const Program*>& programs, const Options& options, const CudaTargets& cuda,
+                   const std::function<bool()>& interrupted, const std::function<void(size_t)>& placed) {
+  if (programs.empty()) return {};
+  const Layouts& layouts = programs.front()->layouts();
+  Run run(layouts, options, cuda);
+  std::vector<std::unique_ptr<Wave>> waves;
+  for (const Program* program : programs) {
+    if (&program->layouts() != &layouts || program->waves() != 1) {
+      throw std::invalid_argument("programs that run together have one wave each, of the same layouts");
+    }
+    waves.push_back(std::make_unique<Wave>(*program, 0, run));
   }
-  const size_t slots = devices ? devices->tasks() : 0;
-  io::IoCounters counters = options.counters();
-  try {
-    run_parallel(slots + schedule.tasks.size(), settled.threads, counters, interrupted,
-                 [&](size_t task, Worker& worker) {
-                   if (task < slots) {
-                     devices->run(task, reader, worker);
-                   } else {
-                     reader.run(schedule, schedule.tasks[task - slots], worker);
-                   }
-                 });
-    if (devices) devices->end();
-  } catch (...) {
-    // Whoever catches this may free the destinations.
-    if (devices) cuda.staging->drain();
-    throw;
-  }
-  Stats stats;
-  stats.requests = counters.requests;
-  stats.bytes_read = counters.bytes;
-  stats.bytes_placed = boxes.bytes;
-  return stats;
+  return run_waves(waves, run, options, interrupted, placed);
 }
 
 }  // namespace dcp_fast::transfer

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <vector>
 
 #include "cuda/staging.h"
 #include "transfer/options.h"
@@ -29,5 +30,11 @@ struct CudaTargets {
 // others are not, and no device is writing any more.
 Stats run_wave(const Program& program, int32_t wave, const Options& options, const CudaTargets& cuda,
                const std::function<bool()>& interrupted);
+
+// Copies one program after another, each of one wave, without a pause between them. `placed` is called with the index
+// of each, in order and on the calling thread, when torch's streams wait for all of it: work that it enqueues there
+// comes before the first write of the program after the next one, so that two memories serve all programs in turns.
+Stats run_programs(const std::vector<const Program*>& programs, const Options& options, const CudaTargets& cuda,
+                   const std::function<bool()>& interrupted, const std::function<void(size_t)>& placed);
 
 }  // namespace dcp_fast::transfer

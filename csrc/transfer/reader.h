@@ -12,9 +12,9 @@ namespace dcp_fast::transfer {
 
 class Reader {
  public:
-  // `policies`: one for each file. Both must outlive the reader.
-  Reader(const Program& program, const std::vector<Policy>& policies)
-      : program_(program), policies_(policies), files_(program.layouts().paths, program.layouts().modes) {}
+  // `policies`: one for each file. All must outlive the reader.
+  Reader(const Program& program, const std::vector<Policy>& policies, Files& files)
+      : program_(program), policies_(policies), files_(files) {}
 
   // Thread-safe. Throws Error with `record` and `item` set where they are known.
   void run(const Schedule& schedule, const Task& task, Worker& worker);
@@ -25,7 +25,7 @@ class Reader {
  private:
   const Program& program_;
   const std::vector<Policy>& policies_;
-  Files files_;
+  Files& files_;
 };
 
 }  // namespace dcp_fast::transfer

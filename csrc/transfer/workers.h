@@ -58,10 +58,21 @@ struct Worker {
   size_t file_index_ = SIZE_MAX;
 };
 
-// Runs body(task, worker) for every task in [0, tasks), in ascending order as workers come free, on at most `threads`
-// threads, and returns when all are done. The first exception cancels what has not started, and tasks that ask their
-// worker, and is thrown here; `interrupted`, called on this thread ten times a second, cancels likewise and throws
-// Interrupted. Where the system has no thread to give, the calling one does the work.
+// Tasks in groups, each of which is finished as a whole.
+struct Groups {
+  std::vector<size_t> tasks;           // how many each group has
+  size_t at_once = 1;                  // a group begins when the one that is so many before it has been finished
+  std::function<void(size_t)> finish;  // called with a group on the calling thread, in order, when its tasks are done
+};
+
+// Runs body(group, task, worker) for every task, counted from 0 in each group, in ascending order as workers come free,
+// on at most `threads` threads, and returns when all are done. The first exception cancels what has not started, and
+// tasks that ask their worker, and is thrown here; `interrupted`, called on this thread ten times a second, cancels
+// likewise and throws Interrupted. Where the system has no thread to give, the calling one does the work.
+void run_parallel(const Groups& groups, int threads, io::IoCounters& counters, const std::function<bool()>& interrupted,
+                  const std::function<void(size_t, size_t, Worker&)>& body);
+
+// The same for tasks in [0, tasks) that nothing has to be finished for.
 void run_parallel(size_t tasks, int threads, io::IoCounters& counters, const std::function<bool()>& interrupted,
                   const std::function<void(size_t, Worker&)>& body);
 
