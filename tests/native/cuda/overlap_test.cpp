@@ -259,6 +259,54 @@ TEST_CASE("overlap: after prepare the first load pins nothing and compiles nothi
   CHECK(tensors.arrived());
 }
 
+// A load that is converted on the device: stored tensors arrive in one of two memories in turns, and torch's stream
+// then makes of them what is wanted.
+TEST_CASE("overlap: conversions on the device take turns with what they convert, and nothing stops for them") {
+  if (simulator() == nullptr) return;
+  const Clean clean;
+  constexpr size_t kPerProgram = 4;
+  const Tensors tensors(32, {0});
+  const std::string empty(static_cast<size_t>(kRecordBytes), '#');
+  std::vector<std::unique_ptr<DeviceBytes>> memories;
+  for (size_t i = 0; i < 2 * kPerProgram; ++i) memories.push_back(std::make_unique<DeviceBytes>(0, empty));
+  double best = 0;
+  for (int attempt = 0; attempt < 40 && best < 0.9; ++attempt) {
+    const transfer::Layouts layouts = tensors.files.layouts({});
+    std::vector<std::unique_ptr<transfer::Program>> programs;
+    std::vector<const transfer::Program*> pointers;
+    for (size_t first = 0; first < tensors.items.size(); first += kPerProgram) {
+      std::vector<transfer::Item> items;
+      std::vector<transfer::Destination> destinations;
+      for (size_t i = first; i < first + kPerProgram; ++i) {
+        items.push_back(tensors.items[i]);
+        items.back().destination = i - first;
+        destinations.push_back(tensors.destinations[i]);
+        destinations.back().data = memories[i % memories.size()]->address();
+      }
+      programs.push_back(std::make_unique<transfer::Program>(layouts, items, destinations));
+      pointers.push_back(programs.back().get());
+    }
+    for (const auto& memory : tensors.memories) memory->upload(empty);
+    Gpu gpu;
+    SlowDisk disk(kGigabytesPerSecond);
+    const ScopedCalls scope(disk);
+    const SlowLinks links;
+    transfer::Options options;
+    options.threads = 4;
+    const Clock::time_point start = Clock::now();
+    transfer::run_programs(pointers, options, gpu.targets, never, [&](size_t program) {
+      for (size_t i = program * kPerProgram; i < (program + 1) * kPerProgram; ++i) {
+        gpu.streams[0].copy(*tensors.memories[i], *memories[i % memories.size()], empty.size());
+      }
+    });
+    gpu.synchronize();
+    best = std::max(best, disk.busy_seconds() / seconds_since(start));
+    REQUIRE(tensors.arrived());
+  }
+  MESSAGE("overlap efficiency " << best);
+  CHECK(best >= 0.9);
+}
+
 TEST_CASE("overlap: there is none with a single slot, and the measurement shows it") {
   if (simulator() == nullptr) return;
   const Clean clean;

@@ -115,6 +115,14 @@ void TorchStream::fill(const DeviceBytes& memory, size_t bytes, char value) cons
   require(fill(reinterpret_cast<DeviceAddress>(memory.address()), static_cast<unsigned char>(value), bytes, get()));
 }
 
+void TorchStream::copy(const DeviceBytes& to, const DeviceBytes& from, size_t bytes) const {
+  const CurrentContext current(context_);
+  static const auto copy =
+      symbol<Result (*)(DeviceAddress, DeviceAddress, size_t, cuda::StreamHandle)>("cuMemcpyDtoDAsync_v2");
+  require(copy(reinterpret_cast<DeviceAddress>(to.address()), reinterpret_cast<DeviceAddress>(from.address()), bytes,
+               get()));
+}
+
 void TorchStream::download(void* pinned, const DeviceBytes& memory, size_t bytes) const {
   const CurrentContext current(context_);
   static const auto copy = symbol<Result (*)(void*, DeviceAddress, size_t, cuda::StreamHandle)>("cuMemcpyDtoHAsync_v2");

@@ -61,6 +61,7 @@ class TorchStream {
   cuda::StreamHandle get() const { return stream_.get(); }
   // Work on the stream, enqueued and not waited for.
   void fill(const DeviceBytes& memory, size_t bytes, char value) const;
+  void copy(const DeviceBytes& to, const DeviceBytes& from, size_t bytes) const;
   void download(void* pinned, const DeviceBytes& memory, size_t bytes) const;
   void synchronize() const;
 

@@ -20,6 +20,7 @@ using namespace dcp_fast;
 using namespace dcp_fast::testing;
 using io::FaultySystemCalls;
 using transfer::Files;
+using transfer::Groups;
 using transfer::run_parallel;
 using transfer::Worker;
 
@@ -85,6 +86,58 @@ TEST_CASE("one thread takes tasks in ascending order") {
   run_parallel(100, 1, counters, never, [&](size_t task, Worker&) { order.push_back(task); });
   for (size_t i = 0; i < order.size(); ++i) REQUIRE(order[i] == i);
   CHECK(order.size() == 100);
+}
+
+TEST_CASE("groups are finished in order on the calling thread, and not too many are begun at once") {
+  for (const int threads : {1, 2, 5, 32}) {
+    for (const size_t at_once : {size_t{1}, size_t{2}, size_t{100}}) {
+      Groups groups;
+      groups.tasks = {7, 0, 1, 30, 0, 0, 5, 11, 0};
+      groups.at_once = at_once;
+      std::vector<std::atomic<int>> done(groups.tasks.size());
+      std::atomic<size_t> finished{0};
+      std::atomic<bool> in_time{true};
+      const std::thread::id here = std::this_thread::get_id();
+      groups.finish = [&](size_t group) {
+        if (group != finished || std::this_thread::get_id() != here) in_time = false;
+        if (done[group] != static_cast<int>(groups.tasks[group])) in_time = false;
+        nap(1);
+        ++finished;
+      };
+      io::IoCounters counters;
+      run_parallel(groups, threads, counters, never, [&](size_t group, size_t task, Worker&) {
+        if (group >= finished + at_once || task >= groups.tasks[group]) in_time = false;
+        ++done[group];
+      });
+      CHECK(in_time);
+      CHECK(finished == groups.tasks.size());
+      for (size_t group = 0; group < done.size(); ++group) {
+        CHECK(done[group] == static_cast<int>(groups.tasks[group]));
+      }
+    }
+  }
+}
+
+TEST_CASE("what fails or interrupts groups ends threads that wait for their turn") {
+  Groups groups;
+  groups.tasks = {8, 8, 8};
+  io::IoCounters counters;
+  const auto nothing = [](size_t, size_t, Worker&) {};
+  groups.finish = [](size_t group) {
+    if (group == 1) throw Error(ErrorKind::kCuda, "broken");
+  };
+  CHECK_THROWS_AS(run_parallel(groups, 4, counters, never, nothing), Error);
+  CHECK_THROWS_AS(run_parallel(groups, 1, counters, never, nothing), Error);
+  groups.finish = {};
+  const auto broken = [](size_t group, size_t, Worker&) {
+    if (group == 0) nap(5);
+    if (group == 0) throw Error(ErrorKind::kIo, "broken");
+  };
+  CHECK_THROWS_AS(run_parallel(groups, 4, counters, never, broken), Error);
+  const auto slow = [](size_t, size_t, const Worker& worker) {
+    for (int i = 0; i < 100 && !worker.cancelled(); ++i) nap(5);
+  };
+  CHECK_THROWS_AS(run_parallel(groups, 4, counters, [] { return true; }, slow), Interrupted);
 }
 
 TEST_CASE("the first exception cancels what has not started and is thrown as it was") {
