@@ -1,6 +1,6 @@
 """The fast, safe load path for torch.distributed.checkpoint. Public names are those of that module, plus our own."""
 
-from dcp_fast.cuda import release_staging
+from dcp_fast.cuda import prepare_staging, release_staging
 from dcp_fast.errors import (
     CorruptCheckpointError,
     CorruptMetadataError,
@@ -60,6 +60,7 @@ __all__ = [
     "load",
     "load_sharded_optimizer_state_dict",
     "load_state_dict",
+    "prepare_staging",
     "release_staging",
     "uninstall",
 ]

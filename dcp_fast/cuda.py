@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from dcp_fast import _native
+from dcp_fast.errors import typed_errors
 from dcp_fast.report import LoadReport
 from dcp_fast.trace import span
 
-__all__ = ["CudaLimits", "CudaLoad", "device_of", "release_staging"]
+__all__ = [
+    "CudaLoad",
+    "CudaRefusedError",
+    "StagingLimits",
+    "device_of",
+    "prepare_staging",
+    "release_staging",
+    "served_device",
+    "why_refused",
+]
+
+logger = logging.getLogger("dcp_fast")
+
+DEFAULT_BLOCK_BYTES = 4 << 20
+MIN_STAGING_BYTES = 1 << 20  # slots of the smallest size that still overlap reading and copying
+_MIN_PINNED_BYTES = 64 << 20  # by default
+_MOST_BLOCK_BYTES = 8 << 20  # that the default ring has room for
+_SLOTS_PER_THREAD = 2  # one is filled while the other is copied
 
 
 def device_of(tensor: torch.Tensor) -> int | None:
@@ -25,27 +45,54 @@ def device_of(tensor: torch.Tensor) -> int | None:
     return tensor.get_device() if tensor.is_cuda and torch.version.hip is None else None
 
 
+def served_device(tensor: torch.Tensor) -> int | None:
+    """The same, but None for a device whose driver refused what loads need: torch's ``copy_`` writes to that."""
+    device = device_of(tensor)
+    return None if device in _refusals else device
+
+
 @dataclass(frozen=True)
-class CudaLimits:
-    """What a load may use on its way to GPUs.
+class StagingLimits:
+    """What loads may use on their way to GPUs.
 
     Attributes:
         pinned_bytes: host memory that copies come from.
         device_staging_bytes: memory on each device for boxes that are placed there by a kernel or converted.
         block_bytes: the most that one slot of the ring carries.
-        synchronize: whether the host waits for the last copy.
     """
 
     pinned_bytes: int
     device_staging_bytes: int
     block_bytes: int
-    synchronize: bool
+
+    @classmethod
+    def of(
+        cls, threads: int | None, block_bytes: int, pinned_bytes: int | None, device_staging_bytes: int | None
+    ) -> StagingLimits:
+        """Limits where None stands for the default: two slots for each thread, and twice as much on a device."""
+        if pinned_bytes is None:
+            slot = min(block_bytes, _MOST_BLOCK_BYTES) * 33 // 32  # with descriptors
+            slots = _SLOTS_PER_THREAD * _native.reader_threads(threads or 0, any_direct=True)
+            pinned_bytes = max(_MIN_PINNED_BYTES, slots * slot)
+        if device_staging_bytes is None:
+            device_staging_bytes = 2 * pinned_bytes
+        cls.check(pinned_bytes, device_staging_bytes)
+        return cls(pinned_bytes, device_staging_bytes, block_bytes)
+
+    @staticmethod
+    def check(pinned_bytes: int | None, device_staging_bytes: int | None) -> None:
+        """Raise ValueError for what is too little."""
+        for name, value in (("pinned_bytes", pinned_bytes), ("device_staging_bytes", device_staging_bytes)):
+            if value is not None and value < MIN_STAGING_BYTES:
+                raise ValueError(f"{name} must be at least {MIN_STAGING_BYTES}, got {value}")
 
 
 # Staging that no load uses, by limits: one at the most. Pinning memory takes longer than filling it.
-_Idle = tuple[CudaLimits, _native.CudaStaging]
+_Idle = tuple[StagingLimits, _native.CudaStaging]
 _idle: _Idle | None = None
 _lock = threading.Lock()
+# Why torch has to write to a device, by ordinal.
+_refusals: dict[int, str] = {}
 
 
 def _exchange(idle: _Idle | None) -> _Idle | None:
@@ -56,13 +103,52 @@ def _exchange(idle: _Idle | None) -> _Idle | None:
     return before
 
 
+def prepare_staging(
+    devices: Iterable[int | torch.device] | None = None,
+    *,
+    threads: int | None = None,
+    block_bytes: int = DEFAULT_BLOCK_BYTES,
+    pinned_bytes: int | None = None,
+    device_staging_bytes: int | None = None,
+) -> None:
+    """Do now what the first load to GPUs would have to: pin host memory, allocate on the devices, load the kernel.
+
+    The counterpart of :func:`release_staging`; while the model is being built, say. Where the driver refuses, loads go
+    another way, and this logs why.
+
+    Args:
+        devices: which ones, as ordinals or devices; None: torch's current device.
+        threads, block_bytes, pinned_bytes, device_staging_bytes: as the :class:`dcp_fast.FileSystemReader` of the load
+            gets them, where it gets any. It allocates anew if they differ.
+
+    Raises:
+        CudaError: a call of the driver failed.
+        CudaOutOfMemoryError: there is not memory enough on a device.
+    """
+    limits = StagingLimits.of(threads, block_bytes, pinned_bytes, device_staging_bytes)
+    wanted = [torch.cuda.current_device()] if devices is None else [_ordinal(device) for device in devices]
+    staging = _lease(limits)
+    with typed_errors(), suppress(CudaRefusedError):
+        for device in wanted:
+            with _told_refusals([device]):
+                staging.prepare(device)
+        _exchange((limits, staging))
+
+
+def _ordinal(device: int | torch.device) -> int:
+    if isinstance(device, int):
+        return device
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def release_staging() -> None:
     """Free the pinned memory and the device memory that loads to GPUs keep for the next one.
 
     Waits for copies that a load without ``synchronize`` has left under way. A load that goes on in another thread keeps
-    what it has until its end. The next load to a GPU allocates anew.
+    what it has until its end. The next load to a GPU allocates anew, and asks the driver anew for what it refused.
     """
     _exchange(None)
+    _refusals.clear()
 
 
 def _forget() -> None:
@@ -76,16 +162,42 @@ atexit.register(release_staging)
 os.register_at_fork(after_in_child=_forget)
 
 
+def why_refused(device: int) -> str:
+    """What the driver refused on a device that is not served."""
+    return _refusals[device]
+
+
+class CudaRefusedError(Exception):
+    """The driver does not give what a load needs: pinned memory, or the kernel. Everything else goes on."""
+
+
+@contextmanager
+def _told_refusals(devices: Iterable[int]) -> Iterator[None]:
+    """Turn a refusal of the driver into CudaRefusedError, once it is remembered and logged."""
+    try:
+        yield
+    except _native.NativeError as error:
+        kind, reason, *_ = error.args
+        if kind != "cuda_refused":
+            raise
+        for device in devices:
+            if device not in _refusals:
+                _refusals[device] = reason
+                logger.warning("Loads to cuda:%d go through torch's copy_, which is slower: %s", device, reason)
+        raise CudaRefusedError(reason) from None
+
+
 class CudaLoad:
     """What one load holds of GPUs. Touches none of them before the first destination on one is met.
 
     Attributes:
-        limits: of memory.
+        synchronize: whether the host waits for the last copy.
         conversion_bytes: device memory that boxes of another dtype pass through.
     """
 
-    def __init__(self, limits: CudaLimits, report: LoadReport) -> None:
-        self.limits = limits
+    def __init__(self, limits: Callable[[], StagingLimits], synchronize: bool, report: LoadReport) -> None:
+        self._find_limits = limits
+        self.synchronize = synchronize
         self.report = report
         self.conversion_bytes = 0
         self._staging: _native.CudaStaging | None = None
@@ -94,9 +206,14 @@ class CudaLoad:
         self._read_before = 0.0
         self._devices: set[int] = set()
 
+    @cached_property
+    def limits(self) -> StagingLimits:
+        """Of memory. To find them takes reading what control groups allow, which loads to the host do without."""
+        return self._find_limits()
+
     def keep(self, tensors: Sequence[torch.Tensor]) -> None:
         """Let the memory of destinations outlive a load that does not wait for its last copy."""
-        if self.limits.synchronize:
+        if self.synchronize:
             return
         for tensor in tensors:
             # Torch's current stream waits for ours: what it is done with, all are done with.
@@ -115,29 +232,61 @@ class CudaLoad:
             wave: which of its waves.
             options: for reading.
             devices: ordinals.
+
+        Raises:
+            CudaRefusedError: it can only be run with destinations elsewhere. Some boxes may be in place.
+            NativeError: see :func:`dcp_fast.errors.typed_errors`.
         """
+        return self._run(lambda staging, streams: program.run(wave, options, staging, streams), options, list(devices))
+
+    def run_in_turns(
+        self,
+        programs: Sequence[_native.Program],
+        options: _native.Options,
+        device: int,
+        placed: Callable[[int], None],
+    ) -> _native.Stats:
+        """Run programs of one wave each, one after another, and a function as soon as each is in place.
+
+        What that enqueues on torch's current stream is done before the program after the next one writes anything.
+        """
+        return self._run(
+            lambda staging, streams: _native.run_programs(programs, options, staging, streams, placed),
+            options,
+            [device],
+        )
+
+    def _run(
+        self,
+        work: Callable[[_native.CudaStaging, dict[int, int]], _native.Stats],
+        options: _native.Options,
+        devices: list[int],
+    ) -> _native.Stats:
+        streams = _current_streams(devices)
+        # Before anything else: under capture even to ask for an event's state does harm.
+        _native.require_not_capturing(streams)
         if self._staging is None:
             self._staging = _lease(self.limits)
             self._options = options
             self._started = time.perf_counter()
             self._read_before = options.reading_seconds
         self._devices.update(devices)
-        streams = _current_streams(devices)
-        try:
-            return program.run(wave, options, self._staging, streams)
-        except _native.NativeError as error:
-            kind, _, _, record, *_ = error.args
-            if kind != "cuda_out_of_memory" or record >= 0:
-                raise
-        # Nothing is written yet, and torch may hold memory that it does not use.
-        torch.cuda.empty_cache()
-        return program.run(wave, options, self._staging, streams)
+        with _told_refusals(devices):
+            try:
+                return work(self._staging, streams)
+            except _native.NativeError as error:
+                kind, _, _, record, *_ = error.args
+                if kind != "cuda_out_of_memory" or record >= 0:
+                    raise
+            # Nothing is written yet, and torch may hold memory that it does not use.
+            torch.cuda.empty_cache()
+            return work(self._staging, streams)
 
     def finish(self) -> None:
         """Wait for the devices if that was asked for, and let the next load have the staging."""
         if self._staging is None:
             return
-        if self.limits.synchronize:
+        if self.synchronize:
             start = time.perf_counter()
             recorder = self._options.recorder if self._options else None
             with self.report.stage("transfer"), span(recorder, "wait for devices"):
@@ -147,12 +296,17 @@ class CudaLoad:
         staging, self._staging = self._staging, None
         _exchange((self.limits, staging))
 
+    def give_up(self) -> None:
+        """After a refusal: no device is written to any more but by torch, and nothing is kept for the next load."""
+        staging, self._staging = self._staging, None
+        if staging is not None:
+            staging.drain()
+
     def abort(self) -> None:
         """After an error: no device writes to a destination any more when this returns."""
-        staging, self._staging = self._staging, None
-        if staging is None:
+        if self._staging is None:
             return
-        staging.drain()
+        self.give_up()
         for device in self._devices:
             with suppress(RuntimeError):  # of a context that is broken: nothing is under way there
                 torch.cuda.current_stream(device).synchronize()  # conversions
@@ -160,7 +314,7 @@ class CudaLoad:
     def _count(self) -> None:
         assert self._staging is not None
         stats = self._staging.take_stats()
-        if self._options is not None and self.limits.synchronize:
+        if self._options is not None and self.synchronize:
             reading = self._options.reading_seconds - self._read_before
             self.report.overlap_efficiency = max(reading, stats.copy_seconds) / (time.perf_counter() - self._started)
         self.report.bytes_to_device += stats.bytes_copied
@@ -176,7 +330,7 @@ def _current_streams(devices: Iterable[int]) -> dict[int, int]:
     return {device: torch.cuda.current_stream(device).cuda_stream for device in devices}
 
 
-def _lease(limits: CudaLimits) -> _native.CudaStaging:
+def _lease(limits: StagingLimits) -> _native.CudaStaging:
     idle = _exchange(None)
     if idle is not None and idle[0] == limits:
         return idle[1]

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from dcp_fast import _native
-from dcp_fast.cuda import device_of
+from dcp_fast.cuda import served_device
 
 __all__ = ["DTYPES", "HOST", "Destinations", "is_plain"]
 
@@ -30,7 +30,7 @@ class Destinations:
 
     Attributes:
         tensors: what was added.
-        devices: ordinals of the CUDA devices that hold some of them.
+        devices: ordinals of the CUDA devices that hold some of them and that the engine writes to.
     """
 
     def __init__(self) -> None:
@@ -57,11 +57,18 @@ class Destinations:
         return len(self.tensors) - 1
 
     def _device(self, tensor: torch.Tensor) -> int:
-        device = device_of(tensor)
+        device = served_device(tensor)
         if device is None:
             return _ELSEWHERE
         self.devices.add(device)
         return device
+
+    def anew(self) -> Destinations:
+        """The same tensors as they are reached now, after a refusal of a device's driver."""
+        result = Destinations()
+        for tensor in self.tensors:
+            result.add(tensor)
+        return result
 
     def column(self) -> array[int]:
         return array("q", self._column)

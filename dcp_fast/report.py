@@ -31,6 +31,8 @@ class LoadReport:
         requests: read calls that fetched them.
         records: stored entries that were touched.
         fallback_records: how many of those torch.load had to read.
+        device_fallback_items: boxes for GPUs that torch's ``copy_`` brought there, from memory that is not pinned, as
+            the driver refused what it takes to do better; device_fallback_reason: what that was.
         staged_items: boxes that passed through staging to be placed by torch (another dtype or device).
         bytes_to_device: bytes that were copied from the host to GPUs, descriptors of boxes included.
         device_copies: how many copies brought them there.
@@ -58,6 +60,8 @@ class LoadReport:
     records: int = 0
     fallback_records: int = 0
     staged_items: int = 0
+    device_fallback_items: int = 0
+    device_fallback_reason: str = ""
     bytes_to_device: int = 0
     device_copies: int = 0
     launches: int = 0
@@ -123,6 +127,8 @@ class LoadReport:
             *((f"waiting for {name} (s, all threads)", f"{self.wait_seconds[name]:.3f}") for name in WAITS),
             ("GB/s", f"{self.gigabytes_per_second:.2f}"),
         ]
+        if self.device_fallback_items:
+            rows.append(("device fallback items", f"{self.device_fallback_items:,}"))
         if self.device_copies:
             rows += [
                 ("bytes to device", f"{self.bytes_to_device:,}"),

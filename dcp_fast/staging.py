@@ -16,7 +16,7 @@ import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from dcp_fast import _native
-from dcp_fast.cuda import CudaLoad, device_of
+from dcp_fast.cuda import CudaLoad, served_device
 from dcp_fast.destinations import HOST, is_plain
 from dcp_fast.errors import CudaOutOfMemoryError
 from dcp_fast.trace import span
@@ -82,32 +82,35 @@ def place_staged(
     by_device: dict[int | None, list[StagedBox]] = {}
     for box in boxes:
         _check_internal_overlap(box.target)
-        by_device.setdefault(device_of(box.target), []).append(box)
+        by_device.setdefault(served_device(box.target), []).append(box)
     stats: list[_native.Stats] = []
     for device, of_device in by_device.items():
         if device is None:
             stats += _place_through_host(of_device, layouts, options, memory_bytes)
         else:
-            stats += _place_through_device(device, of_device, layouts, options, cuda)
+            stats.append(_place_through_device(device, of_device, layouts, options, cuda))
     return stats
 
 
 def _place_through_device(
     device: int, boxes: list[StagedBox], layouts: _native.Layouts, options: _native.Options, cuda: CudaLoad
-) -> Iterator[_native.Stats]:
+) -> _native.Stats:
+    """Boxes arrive in one half of the memory while those in the other one are converted."""
     needed = sum(_aligned(prod(box.lengths) * box.dtype.itemsize) for box in boxes)
-    # The other half of it is for slots of the ring.
-    capacity = min(cuda.limits.device_staging_bytes // 2, needed + _ALIGNMENT)
-    memory = _allocate(capacity, torch.device("cuda", device))
-    cuda.conversion_bytes = max(cuda.conversion_bytes, capacity)
-    for parts in _batches(boxes, capacity):
-        batch = _batch(parts, memory, device)
-        program = _native.Program(layouts, array("q", batch.items), array("q", batch.slots))
-        yield cuda.run(program, 0, options, [device])
-        # Ordered by torch's current stream: this waits for the copies, and for this wait the next batch's copies and
-        # whoever gets the memory after that.
-        for target, staged in batch.copies:
+    # The other half of the limit is for slots of the ring.
+    capacity = min(cuda.limits.device_staging_bytes // 4 // _ALIGNMENT * _ALIGNMENT, needed + _ALIGNMENT)
+    memory = _allocate(2 * capacity, torch.device("cuda", device))
+    halves = memory[:capacity], memory[capacity:]
+    cuda.conversion_bytes = max(cuda.conversion_bytes, 2 * capacity)
+    batches = [_batch(parts, halves[i % 2], device) for i, parts in enumerate(_batches(boxes, capacity))]
+    programs = [_native.Program(layouts, array("q", batch.items), array("q", batch.slots)) for batch in batches]
+
+    def convert(i: int) -> None:
+        # Whoever gets the memory after this waits for it, as torch's streams order it.
+        for target, staged in batches[i].copies:
             target.copy_(staged)
+
+    return cuda.run_in_turns(programs, options, device, convert)
 
 
 def _allocate(capacity: int, device: torch.device) -> torch.Tensor:

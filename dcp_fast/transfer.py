@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from typing_extensions import Buffer
 
 from dcp_fast import _native
-from dcp_fast.cuda import CudaLimits, CudaLoad
+from dcp_fast.cuda import CudaLoad, CudaRefusedError, device_of, served_device, why_refused
 from dcp_fast.destinations import DTYPES, Destinations
 from dcp_fast.errors import LoadError, SizeMismatchError, typed_errors
 from dcp_fast.garbage import paused_collection
@@ -57,7 +57,7 @@ class PlanTransfer:
         storage: the stored entries.
         options: for the native engine. It gets half of ``staging_bytes``; boxes that torch places get the other half.
         staging_bytes: host memory that bytes may pass through.
-        cuda: what destinations on GPUs may use.
+        cuda: brings bytes to destinations on GPUs.
         report: is filled in.
     """
 
@@ -68,7 +68,7 @@ class PlanTransfer:
         storage: Storage,
         options: _native.Options,
         staging_bytes: int,
-        cuda: CudaLimits,
+        cuda: CudaLoad,
         report: LoadReport,
     ) -> None:
         self.planner = planner
@@ -76,7 +76,7 @@ class PlanTransfer:
         self.options = options
         self.staging_bytes = staging_bytes
         self.report = report
-        self.cuda = CudaLoad(cuda, report)
+        self.cuda = cuda
         self.plan = plan
         self.record_fqns: list[str] = []
         in_any_order = has_default_hooks(planner)
@@ -177,6 +177,23 @@ class PlanTransfer:
         program = _native.Program(self.layouts, rows, destinations.column())
         self.report.bytes_needed += program.bytes_needed
         try:
+            self._run(program, items, records, destinations, target)
+        except CudaRefusedError:
+            # From the beginning, and without the devices: what is in place already gets the same values again.
+            self.cuda.give_up()
+            destinations = destinations.anew()
+            program = _native.Program(self.layouts, rows, destinations.column())
+            self._run(program, items, records, destinations, target)
+
+    def _run(
+        self,
+        program: _native.Program,
+        items: Sequence[ReadItem],
+        records: Sequence[int],
+        destinations: Destinations,
+        target: Callable[[int], torch.Tensor],
+    ) -> None:
+        try:
             for wave in range(program.waves):
                 if destinations.devices:
                     stats = self.cuda.run(program, wave, self.options, destinations.devices)
@@ -205,6 +222,10 @@ class PlanTransfer:
 
     def _place_staged(self, boxes: list[StagedBox]) -> None:
         self.report.staged_items += len(boxes)
+        for box in boxes:
+            if (device := device_of(box.target)) is not None and served_device(box.target) is None:
+                self.report.device_fallback_items += 1
+                self.report.device_fallback_reason = why_refused(device)
         for stats in place_staged(boxes, self.layouts, self.options, self.staging_bytes // 2, self.cuda):
             self._count(stats)
 

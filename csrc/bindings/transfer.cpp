@@ -1,5 +1,6 @@
 // Layouts and the transfer program for Python.
 
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <string>
@@ -250,6 +252,21 @@ void bind_transfer(py::module_& module) {
             return without_gil([&] { return transfer::run_wave(program, wave, options, targets, interrupted); });
           },
           py::arg("wave"), py::arg("options"), py::arg("staging") = nullptr, py::arg("streams") = StreamsByDevice());
+
+  module.def("reader_threads", &transfer::reader_threads, py::arg("wanted"), py::arg("any_direct"),
+             "How many threads read; `wanted` is 0 for the default of this machine.");
+
+  module.def(
+      "run_programs",
+      [](const std::vector<const Program*>& programs, const Options& options, cuda::Staging& staging,
+         const StreamsByDevice& streams, const std::function<void(size_t)>& placed) {
+        const transfer::CudaTargets targets{&staging, stream_handles(streams)};
+        return without_gil(
+            [&] { return transfer::run_programs(programs, options, targets, interrupted, placed); });
+      },
+      py::arg("programs"), py::arg("options"), py::arg("staging"), py::arg("streams"), py::arg("placed"),
+      "Runs programs of one wave each, one after another. `placed` is called with the index of each when torch's current "
+      "streams wait for it; memory of it may be used again by the program after the next one.");
 
   module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"), py::arg("options"),
              "Exactly `length` bytes of a file, and how many requests brought them. Nothing is allocated before the "

@@ -9,19 +9,20 @@ namespace dcp_fast::transfer {
 namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kMaxDefaultThreads = 16;
-constexpr int kDirectThreads = 4;  // outstanding requests that keep a disk busy, whatever the number of cores
+constexpr int kDirectThreads = 4;
 constexpr int64_t kMinBlock = 64 << 10;
 constexpr int64_t kSlack = 2 * static_cast<int64_t>(io::kDirectAlignment);
 }  // namespace
 
+int reader_threads(int wanted, bool any_direct) {
+  if (wanted > 0) return std::min(wanted, kMaxThreads);
+  const int threads = std::min(usable_cores(), kMaxDefaultThreads);
+  return any_direct ? std::max(threads, kDirectThreads) : threads;
+}
+
 Settled settle(const Options& options, bool any_direct) {
-  int threads = options.threads;
-  if (threads <= 0) {
-    threads = std::min(usable_cores(), kMaxDefaultThreads);
-    if (any_direct) threads = std::max(threads, kDirectThreads);
-  }
   Settled settled;
-  settled.threads = std::min(threads, kMaxThreads);
+  settled.threads = reader_threads(options.threads, any_direct);
   settled.block_bytes = std::max(options.block_bytes, kMinBlock);
   const int64_t share = std::max<int64_t>(options.staging_bytes, 0) / settled.threads - kSlack;
   settled.block_bytes = std::max(kMinBlock, std::min(settled.block_bytes, share));

@@ -11,7 +11,7 @@
 namespace dcp_fast::transfer {
 
 struct Options {
-  int threads = 0;  // 0: as many as the storage mode wants on this machine
+  int threads = 0;  // 0: as reader_threads says
   // The most that one request reads. Through the page cache 1, 2 and 4 MiB are alike; past it, a virtual disk took 1.00
   // s for 1.9 GB in 8 threads of 1 MiB and 0.80 s in 4 threads of 4 MiB.
   int64_t block_bytes = 4 << 20;
@@ -23,6 +23,10 @@ struct Options {
   // Counters from zero, whose requests the clock and the recorder learn of. The options must outlive them.
   io::IoCounters counters() const { return {{0}, {0}, read_clock.get(), recorder.get()}; }
 };
+
+// How many threads read where `wanted` asks for none: one for each core that this process may use, up to 16, and at least
+// 4 past the page cache, where requests that are under way at once keep a disk busy.
+int reader_threads(int wanted, bool any_direct);
 
 // Options with every limit settled: threads * (block_bytes + alignment) <= staging_bytes, as far as one thread
 // with the smallest block allows.

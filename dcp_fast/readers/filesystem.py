@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from dcp_fast import _native
-from dcp_fast.cuda import CudaLimits
+from dcp_fast.cuda import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
 from dcp_fast.garbage import paused_collection
 from dcp_fast.metadata import make_metadata, parse_columns, read_columns, unpickle_metadata
 from dcp_fast.report import LoadReport, begin, publish
@@ -26,7 +26,6 @@ from dcp_fast.transfer import PlanTransfer
 
 __all__ = ["FileSystemReader"]
 
-_MIN_CUDA_BYTES = 1 << 20  # slots of the smallest size that still overlap reading and copying
 _MODES = {"auto": _native.IoMode.AUTO, "cached": _native.IoMode.CACHED, "direct": _native.IoMode.DIRECT}
 
 
@@ -39,14 +38,16 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
     Args:
         path: directory of the checkpoint.
         _extension_registry: as torch's, for stream transforms.
-        threads: reader threads; default one per core (at most 16), and at least 4 where storage is read directly.
+        threads: reader threads. By default one for each core that this process may use, by its affinity and control
+            groups and divided by LOCAL_WORLD_SIZE; at most 16, and at least 4 where storage is read directly.
         block_bytes: the most that one request reads. At least 64 KiB.
         staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. A single
             record that only ``torch.load`` can read takes its own size on top.
         pinned_bytes: host memory that copies to GPUs come from; only used if a destination lies on one, and kept for
-            the next load until :func:`dcp_fast.release_staging`. At least 1 MiB.
+            the next load until :func:`dcp_fast.release_staging`. At least 1 MiB; by default two blocks for each thread,
+            and 64 MiB at least.
         device_staging_bytes: memory on each GPU for boxes that are placed by a kernel there, or converted. At least
-            1 MiB.
+            1 MiB; by default twice as much as ``pinned_bytes``. Only used if there are such boxes.
         synchronize: whether a load to GPUs returns only when all is in place, as torch's does. If not, work on the
             streams that are current during the load still finds all in place.
         io: ``"cached"`` reads through the page cache, ``"direct"`` past it (O_DIRECT, where the file system allows it);
@@ -73,10 +74,10 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         _extension_registry: ExtensionRegistry | None = None,
         *,
         threads: int | None = None,
-        block_bytes: int = 4 << 20,
+        block_bytes: int = DEFAULT_BLOCK_BYTES,
         staging_bytes: int = 32 << 20,
-        pinned_bytes: int = 64 << 20,
-        device_staging_bytes: int = 128 << 20,
+        pinned_bytes: int | None = None,
+        device_staging_bytes: int | None = None,
         synchronize: bool = True,
         io: Literal["auto", "cached", "direct"] = "auto",
         trace: str | os.PathLike[str] | None = None,
@@ -88,9 +89,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         for name, value in (("threads", threads), ("block_bytes", block_bytes), ("staging_bytes", staging_bytes)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name, value in (("pinned_bytes", pinned_bytes), ("device_staging_bytes", device_staging_bytes)):
-            if value < _MIN_CUDA_BYTES:
-                raise ValueError(f"{name} must be at least {_MIN_CUDA_BYTES}, got {value}")
+        StagingLimits.check(pinned_bytes, device_staging_bytes)
         self.threads = threads
         self.block_bytes = block_bytes
         self.staging_bytes = staging_bytes
@@ -197,6 +196,10 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         with saved(timeline):
             return self._load(plan, planner, report, None if timeline is None else timeline.recorder)
 
+    def staging_limits(self) -> StagingLimits:
+        """What a load may use on its way to GPUs."""
+        return StagingLimits.of(self.threads, self.block_bytes, self.pinned_bytes, self.device_staging_bytes)
+
     def _load(
         self, plan: LoadPlan, planner: LoadPlanner, report: LoadReport, recorder: _native.TraceRecorder | None
     ) -> Future[None]:
@@ -213,7 +216,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
             recorder=recorder,
         )
         storage = Storage(self.path, self.storage_data, self.transforms, options, report)
-        cuda = CudaLimits(self.pinned_bytes, self.device_staging_bytes, self.block_bytes, self.synchronize)
+        cuda = CudaLoad(self.staging_limits, self.synchronize, report)
         try:
             PlanTransfer(plan, planner, storage, options, self.staging_bytes, cuda, report).run()
         finally:
