@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpus, measure, metadata, metadata_plot, peers, plot, steps
+from benchmarks import gpus, measure, metadata, metadata_plot, peers, plot, steps, sweep
 from benchmarks.budget import Budget
 from benchmarks.contenders import why_dcp_fast_is_missing
 from benchmarks.record import Record
@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     place = Place.GPU if options.gpu else Place.HOST
+    if options.sweep and place is Place.HOST:
+        parser.error("--sweep needs --gpu: it looks for the best settings of loads to a GPU")
     if place is Place.GPU and (reason := gpus.why_there_is_none()) is not None and not options.list:
         _say(f"not run: {reason}")
         return NOT_RUN
@@ -52,18 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if gpus.simulated():
             _say(gpus.SIMULATED)
         parameters |= {"gpus": models, "simulated": gpus.simulated()}
-    found, skipped = peers.importable(place)
-    if any(workloads[name].peers for name in chosen if name in workloads):
-        for line in skipped:
-            _say(line)
-    run_options = measure.Options(options.data, options.rounds, with_dcp_fast=missing is None, peers=found)
-    parameters |= {"workloads": chosen, "fresh_rounds": options.fresh_rounds}
-    plan = (
-        steps.on_host(workloads, chosen, options.fresh_rounds)
-        if place is Place.HOST
-        else steps.on_gpus(workloads, chosen, options.fresh_rounds, options.scale)
-    )
-    status = _run(plan, place, Record(parameters), options, run_options, budget)
+    if options.sweep:
+        if missing is not None:
+            return NOT_RUN
+        status = sweep.run(workloads["same"], options.data, options.out, options.rounds, parameters, budget, _say)
+    else:
+        found, skipped = peers.importable(place)
+        if any(workloads[name].peers for name in chosen if name in workloads):
+            for line in skipped:
+                _say(line)
+        run_options = measure.Options(options.data, options.rounds, with_dcp_fast=missing is None, peers=found)
+        parameters |= {"workloads": chosen, "fresh_rounds": options.fresh_rounds}
+        plan = (
+            steps.on_host(workloads, chosen, options.fresh_rounds)
+            if place is Place.HOST
+            else steps.on_gpus(workloads, chosen, options.fresh_rounds, options.scale)
+        )
+        status = _run(plan, place, Record(parameters), options, run_options, budget)
     _say(f"took {time.monotonic() - started:.0f} s")
     return status
 
@@ -116,6 +123,11 @@ def _list(workloads: Mapping[str, Workload], place: Place) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time dcp_fast against torch DCP.")
     parser.add_argument("--gpu", action="store_true", help="load into GPU memory instead of host memory")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="with --gpu: try threads, block sizes and ring sizes on the workload `same`, and nothing else",
+    )
     parser.add_argument("--workloads", metavar="A,B", help="only these (default: all, see --list)")
     parser.add_argument(
         "--seconds",
