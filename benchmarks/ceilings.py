@@ -2,6 +2,8 @@
 
 ``pread``: several threads read exactly the payload bytes straight into the destination tensors.
 ``direct``: several threads read whole files past the page cache into aligned buffers that they reuse.
+
+A ceiling is the best of a grid of threads and block sizes, tried in the same run.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ import io
 import mmap
 import os
 import struct
+import threading
 import time
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +27,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 
+from benchmarks.budget import Budget
 from benchmarks.contenders import Contender, Sample
 from benchmarks.destinations import Destinations, bytes_of
 from benchmarks.workloads import MIB
@@ -35,10 +39,14 @@ LOCAL_HEADER_BYTES = 30
 @dataclass(frozen=True)
 class Setting:
     threads: int
+    # Of one request.
     block_bytes: int
+    # What a request reads into, over and over; None: memory as large as the request.
+    buffer_bytes: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.threads} {'thread' if self.threads == 1 else 'threads'} x {self.block_bytes // MIB} MiB"
+        text = f"{self.threads} {'thread' if self.threads == 1 else 'threads'} x {self.block_bytes // MIB} MiB"
+        return text if self.buffer_bytes is None else f"{text} into {self.buffer_bytes // MIB} MiB"
 
 
 @dataclass(frozen=True)
@@ -48,16 +56,21 @@ class Ceiling:
     name: str
     best: Setting
     tried: dict[str, float]
+    # Settings that there was no time for.
+    untried: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.best} (best of {len(self.tried)} settings)"
+        text = f"best of {len(self.tried)}"
+        if self.untried:
+            text += f", no time for {self.untried} more"
+        return f"{self.name}: {self.best} ({text})"
 
 
 @dataclass(frozen=True)
 class TunedCeiling(Ceiling):
     """A ceiling that can take part in the rounds of this process."""
 
-    contender: Contender
+    contender: Contender = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -76,17 +89,20 @@ class Segment:
             yield Segment(self.path, self.offset + start, length, self.tensor, self.start + start)
 
 
-# The memory that a segment is read into, by the thread of this number.
-MemoryOf = Callable[[Segment, int], memoryview]
+# The memory that a segment is read into, by the thread of this number: one piece after the other.
+MemoryOf = Callable[[Segment, int], list[memoryview]]
 
 
-def candidate_settings() -> list[Setting]:
-    cores = len(os.sched_getaffinity(0))
-    threads = sorted({2, 4, 8, min(cores, 32)})
-    return [Setting(count, block) for count in threads for block in (4 * MIB, 16 * MIB)]
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
-def pread_ceiling(checkpoint: Path, destinations: Destinations) -> TunedCeiling | None:
+def candidate_settings(blocks: Sequence[int] = (4 * MIB, 16 * MIB)) -> list[Setting]:
+    threads = sorted({2, 4, 8, min(cores(), 32)})
+    return [Setting(count, block) for block in blocks for count in threads]
+
+
+def pread_ceiling(checkpoint: Path, destinations: Destinations, budget: Budget) -> TunedCeiling | None:
     """None where what is wanted is not contiguous in the files, or stored as a dtype of another size."""
     segments = payload_segments(checkpoint, destinations)
     if segments is None or sum(segment.length for segment in segments) != destinations.nbytes:
@@ -96,18 +112,20 @@ def pread_ceiling(checkpoint: Path, destinations: Destinations) -> TunedCeiling 
         "pread",
         lambda setting: read_segments(segments, setting, memory_of),
         candidate_settings(),
+        budget,
         fills_destinations=True,
     )
 
 
-def direct_ceiling(paths: list[Path], prepare: Callable[[], None]) -> TunedCeiling | None:
+def direct_ceiling(paths: list[Path], prepare: Callable[[], None], budget: Budget) -> TunedCeiling | None:
     """None where the file system refuses O_DIRECT. ``prepare`` evicts the files before each reading."""
     try:
         with _opened(paths, os.O_DIRECT):
             pass
     except OSError:
         return None
-    settings = candidate_settings()
+    # Disks want larger requests than the page cache does: those come first, in case that there is no time for all.
+    settings = candidate_settings((16 * MIB, 32 * MIB, 4 * MIB))
     buffers = [mmap.mmap(-1, max(s.block_bytes for s in settings)) for _ in range(max(s.threads for s in settings))]
     for buffer in buffers:
         buffer.write(bytes(len(buffer)))  # touch every page
@@ -116,7 +134,7 @@ def direct_ceiling(paths: list[Path], prepare: Callable[[], None]) -> TunedCeili
         prepare()
         return _read_direct(paths, setting, buffers)
 
-    return tuned("direct", run, settings, fills_destinations=False)
+    return tuned("direct", run, settings, budget, fills_destinations=False)
 
 
 def payload_segments(checkpoint: Path, destinations: Destinations) -> list[Segment] | None:
@@ -194,7 +212,7 @@ def _payload_offset(file: io.BufferedReader, offset: int, length: int) -> int:
 def into_tensors(tensors: dict[str, torch.Tensor]) -> MemoryOf:
     """Straight into the tensors that want the segments."""
     memory = {name: bytes_of(tensor) for name, tensor in tensors.items()}
-    return lambda segment, _: memory[segment.tensor][segment.start : segment.start + segment.length]
+    return lambda segment, _: [memory[segment.tensor][segment.start : segment.start + segment.length]]
 
 
 def read_segments(segments: list[Segment], setting: Setting, memory_of: MemoryOf) -> float:
@@ -202,7 +220,6 @@ def read_segments(segments: list[Segment], setting: Setting, memory_of: MemoryOf
     pieces = deque(piece for segment in segments for piece in segment.split(setting.block_bytes))
     paths = sorted({segment.path for segment in segments})
 
-    start = time.perf_counter()
     with _opened(paths, 0) as fds:
 
         def worker(index: int) -> None:
@@ -213,15 +230,13 @@ def read_segments(segments: list[Segment], setting: Setting, memory_of: MemoryOf
                     return
                 _read_fully(fds[piece.path], piece.offset, memory_of(piece, index))
 
-        _on_threads(setting.threads, worker)
-    return time.perf_counter() - start
+        return _timed_on_threads(setting.threads, worker)
 
 
 def _read_direct(paths: list[Path], setting: Setting, buffers: list[mmap.mmap]) -> float:
     block = setting.block_bytes
     pieces = deque((path, offset) for path in paths for offset in range(0, path.stat().st_size, block))
 
-    start = time.perf_counter()
     with _opened(paths, os.O_DIRECT) as fds:
 
         def worker(index: int) -> None:
@@ -238,33 +253,61 @@ def _read_direct(paths: list[Path], setting: Setting, buffers: list[mmap.mmap]) 
                         if done % ALIGNMENT:
                             break
 
-        _on_threads(setting.threads, worker)
-    return time.perf_counter() - start
+        return _timed_on_threads(setting.threads, worker)
 
 
 def tuned(
-    name: str, run: Callable[[Setting], float], settings: Sequence[Setting], *, fills_destinations: bool
+    name: str,
+    run: Callable[[Setting], float],
+    settings: Sequence[Setting],
+    budget: Budget,
+    *,
+    fills_destinations: bool,
 ) -> TunedCeiling:
-    """Try every setting twice, and keep the one with the best time."""
-    tried = {setting: min(run(setting) for _ in range(2)) for setting in settings}
+    """Try every setting twice, as far as the budget goes, and keep the one with the best time."""
+    tried: dict[Setting, float] = {}
+    for setting in settings:
+        if tried and not budget.allows(2 * max(tried.values())):
+            break
+        tried[setting] = min(run(setting) for _ in range(2))
     best = min(tried, key=lambda setting: tried[setting])
-    contender = Contender(name, lambda: Sample(run(best)), fills_destinations)
-    return TunedCeiling(name, best, {str(setting): seconds for setting, seconds in tried.items()}, contender)
+    return TunedCeiling(
+        name,
+        best,
+        {str(setting): seconds for setting, seconds in tried.items()},
+        len(settings) - len(tried),
+        contender=Contender(name, lambda: Sample(run(best)), fills_destinations),
+    )
 
 
-def _read_fully(fd: int, offset: int, memory: memoryview) -> None:
-    done = 0
-    while done < len(memory):
-        count = os.preadv(fd, [memory[done:]], offset + done)
+def _read_fully(fd: int, offset: int, memory: list[memoryview]) -> None:
+    left = list(memory)
+    while left:
+        count = os.preadv(fd, left, offset)
         if count == 0:
-            raise EOFError(f"the file ends at {offset + done}, before {offset + len(memory)}")
-        done += count
+            raise EOFError(f"the file ends at {offset}, {sum(map(len, left))} bytes too early")
+        offset += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if left:
+            left[0] = left[0][count:]
 
 
-def _on_threads(count: int, worker: Callable[[int], None]) -> None:
+def _timed_on_threads(count: int, worker: Callable[[int], None]) -> float:
+    """How many seconds the workers took. The clock starts when all threads are there: they are no part of the limit."""
+    ready = threading.Barrier(count + 1)
+
+    def start(index: int) -> None:
+        ready.wait()
+        worker(index)
+
     with ThreadPoolExecutor(count) as pool:
-        for _ in pool.map(worker, range(count)):
-            pass  # raises what a worker raised
+        workers = [pool.submit(start, index) for index in range(count)]
+        ready.wait()
+        started = time.perf_counter()
+        for future in workers:
+            future.result()  # raises what a worker raised
+        return time.perf_counter() - started
 
 
 @contextmanager

@@ -97,13 +97,17 @@ def _scaled(dimension: int, scale: float) -> int:
     return max(1, round(dimension * math.sqrt(scale) / GRANULE)) * GRANULE
 
 
+def is_there(spec: CheckpointSpec, data: Path) -> bool:
+    return (data / spec.directory_name()).is_dir()
+
+
 def ensure(spec: CheckpointSpec, data: Path) -> Path:
     """Return the directory of the checkpoint, writing it first if this data directory does not have it.
 
     It is written beside its final place and renamed, so that an interrupted run leaves nothing that looks whole.
     """
     directory = data / spec.directory_name()
-    if directory.is_dir():
+    if is_there(spec, data):
         return directory
     data.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=data))

@@ -7,8 +7,8 @@ communicates. Loads are called with ``no_dist``, as on one rank of a job whose r
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,18 +52,13 @@ class Destinations:
         return gpus.of(self.local.values())
 
     def poison(self) -> None:
-        """Overwrite all tensors, so that a contender that leaves one out cannot pass for one that loads it."""
+        """Overwrite all tensors, so that a contender that leaves one out cannot pass for one that loads it.
+
+        Where they lie: on a GPU this is work of that GPU.
+        """
         for tensor in self.local.values():
             tensor.view(torch.uint8).fill_(POISON)
         gpus.wait_for(self.gpus)
-
-    def digests(self) -> dict[str, str]:
-        """A hash of every tensor's bytes."""
-        found = {}
-        for name, tensor in self.local.items():
-            on_host = tensor.cpu()
-            found[name] = hashlib.sha256(bytes_of(on_host)).hexdigest()
-        return found
 
 
 def allocate(shapes: Shapes, wanted: Wanted) -> Destinations:
@@ -90,10 +85,11 @@ def allocate(shapes: Shapes, wanted: Wanted) -> Destinations:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A writable view of the tensor's own memory, which must be on the host."""
+    """A writable view of the tensor's own memory, which must be on the host. It keeps the tensor alive."""
     assert tensor.is_cpu
     assert tensor.is_contiguous()
-    buffer = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    buffer: Any = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    buffer.owner = tensor
     return memoryview(buffer).cast("B")
 
 

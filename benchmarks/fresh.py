@@ -14,11 +14,13 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import checkpoints, contenders, destinations, gpus, page_cache
+from benchmarks import checkpoints, contenders, destinations, gpus, page_cache, prelude
+from benchmarks.budget import Budget
 from benchmarks.workloads import MIB, Place, Temperature, Workload, workloads_of
 
 ALLOWED_BEYOND_STAGING = 32 * MIB
@@ -81,12 +83,22 @@ class FirstLoads:
 
 
 def measure(
-    workload: Workload, data: Path, entrants: list[str], rounds: int, say: Callable[[str], None]
+    workload: Workload, data: Path, entrants: list[str], rounds: int, budget: Budget, say: Callable[[str], None]
 ) -> list[FirstLoads]:
-    """Run every contender in processes of its own, in turn."""
+    """Run every contender in processes of its own, in turn. Within the budget there may be fewer rounds than asked for.
+
+    Raises:
+        subprocess.SubprocessError: a process failed, or took all the time that was left.
+    """
+    say(f"{workload.name}, first load of a process: {workload.title}")
     checkpoint = checkpoints.ensure(workload.checkpoint, data)
     loads: list[FirstLoad] = []
-    for _ in range(rounds):
+    longest = 0.0
+    for index in range(rounds):
+        if not budget.allows(longest) and index > 0:
+            say(f"  no time for more than {index} of {rounds} rounds")
+            break
+        begun = time.monotonic()
         page_cache.populate(checkpoints.files_of(checkpoint))
         for contender in entrants:
             place = Place.HOST if workload.wanted.devices == ("cpu",) else Place.GPU
@@ -99,11 +111,14 @@ def measure(
             ]
             command = [sys.executable, "-m", "benchmarks.fresh", *arguments]
             # Standard error is left alone: when the process fails, its traceback is what one needs to see.
-            done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(
+                command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True, timeout=budget.timeout()
+            )
             loads.append(FirstLoad(**json.loads(done.stdout)))
+        longest = max(longest, time.monotonic() - begun)
     result = FirstLoads(workload, loads)
     found = (f"{name} {result.seconds(name):.3f} s" for name in entrants)
-    say(f"  {Temperature.WARM.value}, first load of a process: {', '.join(found)}")
+    say(f"  {Temperature.WARM.value}: {', '.join(found)}")
     return [result]
 
 
@@ -145,6 +160,7 @@ def status_bytes(field: str) -> int:
 
 
 if __name__ == "__main__":
+    prelude.run()
     _checkpoint, _place, _workload, _scale, _contender = sys.argv[1:]
     _known = workloads_of(Place(_place), float(_scale), gpus.names())
     _result = _load_here(Path(_checkpoint), _known[_workload], _contender)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
+SIMULATED = "simulated devices: the figures mean nothing"
+
 
 def why_there_is_none() -> str | None:
     """None where there is a GPU to load to, else the reason why not."""
@@ -34,13 +36,24 @@ def wait_for(devices: Iterable[torch.device]) -> None:
         torch.cuda.synchronize(device)
 
 
+def release_cached() -> None:
+    """Give memory that torch keeps for later back to the driver."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def used_bytes(devices: Iterable[torch.device]) -> dict[torch.device, int]:
-    """Memory in use on each device, whoever allocated it."""
+    """Memory in use on each device, whoever allocated it. Simulated ones do not tell."""
     used = {}
-    for device in devices:
+    for device in devices if not simulated() else ():
         free, total = torch.cuda.mem_get_info(device)
         used[device] = total - free
     return used
+
+
+def simulated() -> bool:
+    """Whether the devices are none: torch is built without CUDA, and yet finds some."""
+    return torch.version.cuda is None and torch.version.hip is None and torch.cuda.is_available()
 
 
 def models() -> list[str]:

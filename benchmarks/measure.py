@@ -1,25 +1,27 @@
-"""Runs one workload: allocate, verify every contender against torch, tune the ceilings, time interleaved rounds."""
+"""Runs one workload at one temperature: verify contenders against torch, tune the ceilings, time interleaved rounds."""
 
 from __future__ import annotations
 
 import gc
+import math
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import ceilings, checkpoints, contenders, destinations, gpu_ceilings, page_cache, peers
+from benchmarks.budget import Budget
 from benchmarks.contenders import Contender, Sample
+from benchmarks.verify import Expected
 from benchmarks.workloads import Temperature, Workload
 
 Say = Callable[[str], None]
 # More than stray pages left in the cache means that the file system ignores the request to drop them.
 COLD_ENOUGH = 0.05
-
-
-class VerificationError(Exception):
-    """A contender loaded something else than torch did."""
+# The part of what time is left that may go into looking for the best settings of the ceilings.
+TUNING = 0.25
 
 
 @dataclass
@@ -58,123 +60,120 @@ class Options:
     peers: list[str]
 
 
-def run(workload: Workload, options: Options, say: Say) -> list[Measurement]:
-    say(f"{workload.name}: {workload.title}")
+def run(workload: Workload, temperature: Temperature, options: Options, budget: Budget, say: Say) -> Measurement:
+    """Within the budget there may be fewer rounds and settings; one round there is in any case."""
+    say(f"{workload.name}, {temperature.value}: {workload.title}")
     checkpoint = checkpoints.ensure(workload.checkpoint, options.data)
     paths = checkpoints.files_of(checkpoint)
     wanted = destinations.allocate(workload.checkpoint.shapes(), workload.wanted)
-    loaders = [contenders.torch_contender(checkpoint, wanted.state)]
-    if options.with_dcp_fast:
-        loaders.append(contenders.dcp_fast_contender(checkpoint, wanted.state))
-    rivals = _peer_contenders(workload, options, checkpoint, wanted) if workload.peers else []
+    oracle = contenders.torch_contender(checkpoint, wanted.state)
+    entrants = [oracle]
 
+    # All that is verified is warmed up by it as well.
     page_cache.populate(paths)
-    expected = _verify(loaders + rivals, wanted)
+    expected = Expected(oracle, wanted)
+    if options.with_dcp_fast:
+        ours = contenders.dcp_fast_contender(checkpoint, wanted.state)
+        expected.run(ours)
+        entrants.append(ours)
 
-    measurements = []
-    for temperature in workload.targets:
-        # Peers and the limit of the memory are a matter of the warm load; a cold one is held against the disk.
-        warm = temperature is Temperature.WARM
-        notes = []
-        limits = []
-        if warm:
-            page_cache.populate(paths)
-            reading = _pread_ceiling(workload, checkpoint, wanted, expected)
-        else:
-            page_cache.evict(paths)
-            left = page_cache.cached_fraction(paths)
-            if left is not None and left > COLD_ENOUGH:
-                notes.append(f"not cold: {left:.0%} of the pages stay cached")
-            reading = ceilings.direct_ceiling(paths, lambda: page_cache.evict(paths))
-            if reading is None:
-                notes.append("no ceiling: the file system refuses O_DIRECT")
-        if reading is not None:
-            limits.append(reading)
-        if wanted.gpus:
-            limits.append(gpu_ceilings.copy_ceiling(workload.bytes_needed(), wanted.gpus))
-        for limit in limits:
-            say(f"  {temperature.value} ceiling {limit}")
-        entrants = loaders + (rivals if warm else []) + [limit.contender for limit in limits]
-        check = Check(wanted, expected) if wanted.gpus else None
-        samples = _interleave(entrants, temperature, paths, options.rounds or workload.rounds, check)
-        measurement = Measurement(workload, temperature, samples, [*limits], notes)
-        measurements.append(measurement)
-        for line in notes:
-            say(f"  {line}")
-        times = (f"{name} {measurement.median(name):.3f} s" for name in samples)
-        say(f"  {temperature.value}: {', '.join(times)}")
-    return measurements
+    # Peers and the limit of the memory are a matter of the warm load; a cold one is held against the disk.
+    notes: list[str] = []
+    tuning = budget.share(budget.left() * TUNING)
+    if temperature is Temperature.WARM:
+        if workload.peers:
+            entrants += _verified_peers(workload, options, expected, wanted, notes)
+        page_cache.populate(paths)
+        reading = _pread_ceiling(workload, checkpoint, wanted, expected, tuning)
+    else:
+        reading = _direct_ceiling(paths, notes, tuning)
+    limits = [reading] if reading is not None else []
+    if wanted.gpus:
+        limits.append(gpu_ceilings.copy_ceiling(workload.bytes_needed(), wanted.gpus, tuning))
+    entrants += [limit.contender for limit in limits]
+
+    # On GPUs every single load is verified: mistakes in the order of asynchronous work show only sometimes.
+    check = expected if wanted.gpus else None
+    rounds = options.rounds or workload.rounds
+    samples = _interleave(entrants, temperature, paths, rounds, check, budget)
+    measurement = Measurement(workload, temperature, samples, [*limits], notes)
+    if (done := len(samples[oracle.name])) < rounds:
+        notes.append(f"no time for more than {done} of {rounds} rounds")
+    for limit in limits:
+        say(f"  {limit}: {workload.bytes_needed() / 1e9 / (measurement.median(limit.name) or math.inf):.1f} GB/s")
+    for line in notes:
+        say(f"  {line}")
+    times = (f"{name} {measurement.median(name):.3f} s" for name in samples)
+    say(f"  {', '.join(times)}")
+    return measurement
 
 
 def _pread_ceiling(
-    workload: Workload, checkpoint: Path, wanted: destinations.Destinations, expected: dict[str, str]
+    workload: Workload, checkpoint: Path, wanted: destinations.Destinations, expected: Expected, budget: Budget
 ) -> ceilings.TunedCeiling | None:
     # Finding the payloads of tens of thousands of records takes longer than is worth it, and for records of a few
     # kilobytes a read of each is no ceiling: a loader that joins neighbours is faster.
     if workload.checkpoint.kind == "small":
         return None
     if wanted.gpus:
-        return gpu_ceilings.pinned_read_ceiling(checkpoint, wanted)
-    ceiling = ceilings.pread_ceiling(checkpoint, wanted)
+        return gpu_ceilings.pinned_read_ceiling(checkpoint, wanted, budget)
+    ceiling = ceilings.pread_ceiling(checkpoint, wanted, budget)
     if ceiling is not None:
-        Check(wanted, expected).run(ceiling.contender)
+        expected.run(ceiling.contender)
     return ceiling
 
 
-def _peer_contenders(
-    workload: Workload, options: Options, checkpoint: Path, wanted: destinations.Destinations
+def _direct_ceiling(paths: list[Path], notes: list[str], budget: Budget) -> ceilings.TunedCeiling | None:
+    page_cache.evict(paths)
+    left = page_cache.cached_fraction(paths)
+    if left is not None and left > COLD_ENOUGH:
+        notes.append(f"not cold: {left:.0%} of the pages stay cached")
+    ceiling = ceilings.direct_ceiling(paths, lambda: page_cache.evict(paths), budget)
+    if ceiling is None:
+        notes.append("no ceiling: the file system refuses O_DIRECT")
+    return ceiling
+
+
+def _verified_peers(
+    workload: Workload, options: Options, expected: Expected, wanted: destinations.Destinations, notes: list[str]
 ) -> list[Contender]:
+    """Peers that load what torch loads. One that does not is left out: it is not what is tested here."""
     if not options.peers:
         return []
     path = options.data / f"{workload.checkpoint.directory_name()}.safetensors"
     if not path.exists():
-        contenders.load_with_torch(checkpoint, wanted.state)
         peers.write_safetensors(path, wanted.local)
     page_cache.populate([path])
-    return [peers.peer_contender(name, path, wanted.local) for name in options.peers]
-
-
-def _verify(entrants: list[Contender], wanted: destinations.Destinations) -> dict[str, str]:
-    """Hold what every contender loads against what the first one, torch, does. It warms all of them up as well.
-
-    Returns the hash of every tensor as torch loads it.
-    """
-    oracle, *others = entrants
-    wanted.poison()
-    oracle.run()
-    expected = wanted.digests()
-    for contender in others:
-        Check(wanted, expected).run(contender)
-    return expected
-
-
-@dataclass(frozen=True)
-class Check:
-    """Runs a contender on overwritten tensors, and holds what it loads against what is expected."""
-
-    wanted: destinations.Destinations
-    expected: dict[str, str]
-
-    def run(self, contender: Contender) -> Sample:
-        self.wanted.poison()
-        sample = contender.run()
-        loaded = self.wanted.digests()
-        if differing := [name for name, digest in self.expected.items() if loaded[name] != digest]:
-            raise VerificationError(
-                f"{contender.name} loads {len(differing)} tensors differently, first: {differing[0]}"
-            )
-        return sample
+    verified = []
+    for name in options.peers:
+        candidate = peers.peer(name, path, wanted)
+        try:
+            candidate.verify(expected)
+        except Exception as error:
+            notes.append(f"{name} left out: {type(error).__name__}: {error}")
+        else:
+            verified.append(candidate.contender)
+    return verified
 
 
 def _interleave(
-    entrants: list[Contender], temperature: Temperature, paths: list[Path], rounds: int, check: Check | None
+    entrants: list[Contender],
+    temperature: Temperature,
+    paths: list[Path],
+    rounds: int,
+    check: Expected | None,
+    budget: Budget,
 ) -> dict[str, list[Sample]]:
     """Time all contenders in every round, so that the machine's slow and fast spells hit them alike.
 
-    With a check every single load is verified as well: mistakes in the order of asynchronous work show only sometimes.
+    With a check every load into the destinations is verified as well.
     """
     samples: dict[str, list[Sample]] = {contender.name: [] for contender in entrants}
+    longest = 0.0
     for index in range(rounds):
+        if not budget.allows(longest) and index > 0:
+            break
+        begun = time.monotonic()
         if temperature is Temperature.WARM:
             page_cache.populate(paths)
         # Each round begins with another contender, so that none always follows the same one.
@@ -185,4 +184,5 @@ def _interleave(
             gc.collect()
             sample = check.run(contender) if check is not None and contender.fills_destinations else contender.run()
             samples[contender.name].append(sample)
+        longest = max(longest, time.monotonic() - begun)
     return samples

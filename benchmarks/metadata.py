@@ -19,9 +19,9 @@ from pathlib import Path
 
 from benchmarks import page_cache
 from benchmarks.fresh import REPOSITORY
-from benchmarks.measure import VerificationError
 from benchmarks.metadata_files import write_metadata
 from benchmarks.metadata_process import LOADING_RANKS, Sample
+from benchmarks.verify import VerificationError
 from benchmarks.workloads import MIB
 
 NAME = "metadata"

@@ -19,8 +19,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from benchmarks import metadata, page_cache
 from benchmarks.fresh import reset_high_water_mark, status_bytes
-from benchmarks.measure import VerificationError
 from benchmarks.metadata_process import die_first
+from benchmarks.verify import VerificationError
 from benchmarks.workloads import MIB
 
 RANKS = 4  # that load; who wrote the metadata were

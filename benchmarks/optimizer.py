@@ -16,15 +16,16 @@ from benchmarks import checkpoints, page_cache
 from benchmarks.ceilings import Ceiling
 from benchmarks.contenders import Sample
 from benchmarks.fresh import FirstLoad, FirstLoads
-from benchmarks.measure import Measurement, Options, Say, VerificationError
+from benchmarks.measure import Measurement, Options, Say
 from benchmarks.optimizer_ranks import CEILING, RankLoad, Task, ceiling_setting, run_ranks
+from benchmarks.verify import VerificationError
 from benchmarks.workloads import Temperature, Workload
 
 # First loads are done in each of these, smallest first: a rank's peak must not grow with the world.
 WORLD_SIZES = (1, 2, 4)
 
 
-def run(workload: Workload, options: Options, say: Say) -> list[Measurement]:
+def run(workload: Workload, options: Options, say: Say) -> Measurement:
     """Verify that both loaders yield the same, and time them in interleaved rounds, in rank processes that stay."""
     say(f"{workload.name}: {workload.title}")
     checkpoint = checkpoints.ensure(workload.checkpoint, options.data).resolve()
@@ -55,7 +56,7 @@ def run(workload: Workload, options: Options, say: Say) -> list[Measurement]:
         say(f"  {line}")
     times = (f"{name} {measurement.median(name):.3f} s" for name in samples)
     say(f"  {Temperature.WARM.value}: {', '.join(times)}")
-    return [measurement]
+    return measurement
 
 
 def first_loads(workload: Workload, data: Path, entrants: Sequence[str], rounds: int, say: Say) -> list[FirstLoads]:

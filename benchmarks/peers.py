@@ -1,21 +1,27 @@
 """Other loaders on the same tensors, written as one .safetensors file. Each runs only where it is installed.
 
-They hand out tensors of their own, so each tensor is copied into the destination as a state dict load would do.
+They hand out tensors of their own. On the host each of those is copied into the destination, as a state dict load would
+do. On a GPU the peer is safetensors' ``load_file``, and its own tensors are what it is asked for.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks import gpus
 from benchmarks.contenders import Contender, Sample
-from benchmarks.destinations import bytes_of
+from benchmarks.destinations import Destinations, bytes_of
+from benchmarks.verify import Expected
+from benchmarks.workloads import Place
 
 Tensors = dict[str, torch.Tensor]
 
@@ -36,7 +42,10 @@ def write_safetensors(path: Path, tensors: Tensors) -> None:
             file.write(len(encoded).to_bytes(8, "little"))
             file.write(encoded)
             for tensor in tensors.values():
-                file.write(bytes_of(tensor))
+                file.write(bytes_of(tensor.cpu()))
+            # Or the kernel would write it out while others are timed.
+            file.flush()
+            os.fsync(file.fileno())
         unfinished.replace(path)
 
 
@@ -67,13 +76,28 @@ PEERS: dict[str, Callable[[Path, Tensors], None]] = {
     "runai_model_streamer": load_with_runai_streamer,
     "fastsafetensors": load_with_fastsafetensors,
 }
+ON_GPU = "safetensors"
 
 
-def importable() -> tuple[list[str], list[str]]:
+def load_file(path: Path, device: str) -> Tensors:
+    """As safetensors loads to a GPU, waiting until all is there."""
+    loaded: Tensors = importlib.import_module("safetensors.torch").load_file(path, device=device)
+    gpus.wait_for(gpus.of(loaded.values()))
+    return loaded
+
+
+@dataclass(frozen=True)
+class Peer:
+    contender: Contender
+    # Loads once and compares with what torch loads; it raises as the peer does, or VerificationError.
+    verify: Callable[[Expected], object]
+
+
+def importable(place: Place) -> tuple[list[str], list[str]]:
     """The peers that can be used here, and a line for each one that cannot."""
     found: list[str] = []
     skipped: list[str] = []
-    for name in PEERS:
+    for name in PEERS if place is Place.HOST else (ON_GPU,):
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -83,12 +107,23 @@ def importable() -> tuple[list[str], list[str]]:
     return found, skipped
 
 
-def peer_contender(name: str, path: Path, tensors: Tensors) -> Contender:
-    load = PEERS[name]
+def peer(name: str, path: Path, wanted: Destinations) -> Peer:
+    """For tensors on the host, or all on one GPU."""
+    if wanted.gpus:
+        (device,) = wanted.gpus
+        run = _timed(lambda: load_file(path, str(device)))
+        contender = Contender(name, run, fills_destinations=False)
+        return Peer(contender, lambda expected: expected.compare(name, load_file(path, str(device))))
+    contender = Contender(name, _timed(lambda: PEERS[name](path, wanted.local)))
+    return Peer(contender, lambda expected: expected.run(contender))
 
+
+def _timed(load: Callable[[], object]) -> Callable[[], Sample]:
     def run() -> Sample:
         start = time.perf_counter()
-        load(path, tensors)
-        return Sample(time.perf_counter() - start)
+        loaded = load()
+        seconds = time.perf_counter() - start
+        del loaded  # to give tensors back is no part of the load
+        return Sample(seconds)
 
-    return Contender(name, run)
+    return run

@@ -11,8 +11,8 @@ BAR = 0.26
 COLOURS = {"torch": "#9aa5b1", "dcp_fast": "#2f6fde", "ceiling": "#d9b44a"}
 
 
-def draw(path: Path, rows: Sequence[Row]) -> str | None:
-    """Write the plot, or return why there is none."""
+def draw(path: Path, rows: Sequence[Row], warning: str | None = None) -> str | None:
+    """Write the plot, with a warning above it if there is one, or return why there is none."""
     try:
         import matplotlib
     except ImportError:
@@ -37,6 +37,8 @@ def draw(path: Path, rows: Sequence[Row]) -> str | None:
             elif name == "ceiling":
                 text += f"   {row.ceiling_name}"
             axes.text(speed, y, text, va="center", fontsize=8)
+    if warning is not None:
+        axes.set_title(warning, color="red")
     axes.set_yticks(range(len(rows)), [f"{row.label}, {row.cache}" for row in rows])
     axes.invert_yaxis()
     axes.set_xscale("log")

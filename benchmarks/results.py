@@ -1,25 +1,17 @@
-"""Turns measurements into table rows, verdicts on the targets, and JSON."""
+"""Turns measurements into tables, with verdicts on the targets."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import metadata, metadata_ranks
 from benchmarks.fresh import ALLOWED_GROWTH, FirstLoads
 from benchmarks.gpu_ceilings import PINNED_COPY, PINNED_READ
 from benchmarks.measure import Measurement
 from benchmarks.peers import PEERS
 from benchmarks.workloads import MIB, Metric, Target, Temperature
 
-PACKAGES = ("torch", "numpy", "dcp_fast", "safetensors", "runai-model-streamer", "fastsafetensors")
 NONE = "-"
 
 
@@ -167,12 +159,14 @@ def gpu_table(measurements: Sequence[Measurement]) -> str:
     for measurement in measurements:
         report = measurement.report()
         copied, waits = report.get("bytes_to_device"), report.get("wait_seconds") or {}
+        gigabytes = measurement.workload.bytes_needed() / 1e9
+        limits = measurement.median(PINNED_READ) or measurement.median("direct"), measurement.median(PINNED_COPY)
         lines.append(
             [
                 measurement.workload.name,
                 measurement.temperature.value,
-                _number(measurement.median(PINNED_READ) or measurement.median("direct"), ".3f"),
-                _number(measurement.median(PINNED_COPY), ".3f"),
+                *(_number(seconds, ".3f") for seconds in limits),
+                *(_number(gigabytes / seconds if seconds else None, ".1f") for seconds in limits),
                 _number(copied / MIB if copied is not None else None, ".0f"),
                 _number(copied / measurement.workload.bytes_needed() if copied is not None else None, ".3f"),
                 _number(report.get("device_copies"), "d"),
@@ -186,6 +180,8 @@ def gpu_table(measurements: Sequence[Measurement]) -> str:
         "cache",
         "read s",
         "copy s",
+        "read GB/s",
+        "copy GB/s",
         "MiB copied",
         "copied/needed",
         "copies",
@@ -254,70 +250,6 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in (headings, rule, *lines)
     )
-
-
-def write_json(
-    path: Path,
-    parameters: dict[str, Any],
-    measurements: Sequence[Measurement],
-    rows: Sequence[Row],
-    fresh: Sequence[FirstLoads],
-    of_metadata: Sequence[metadata.Measurement],
-    of_sharing: Sequence[metadata_ranks.Measurement],
-) -> None:
-    document = {
-        "parameters": parameters,
-        "machine": _machine(),
-        "versions": _versions(),
-        "measurements": [_measurement_as_json(measurement) for measurement in measurements],
-        "table": [dict(zip(HEADINGS, row.cells(), strict=True)) for row in rows],
-        "first_loads": [
-            {"workload": first.workload.name, "loads": [asdict(load) for load in first.loads]} for first in fresh
-        ],
-        "metadata": [asdict(measurement) for measurement in of_metadata],
-        "shared_metadata": [asdict(measurement) for measurement in of_sharing],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, default=str) + "\n")
-
-
-def _measurement_as_json(measurement: Measurement) -> dict[str, Any]:
-    workload = measurement.workload
-    return {
-        "workload": workload.name,
-        "title": workload.title,
-        "checkpoint": asdict(workload.checkpoint),
-        "wanted": asdict(workload.wanted),
-        "temperature": measurement.temperature.value,
-        "bytes_needed": workload.bytes_needed(),
-        "seconds": {name: [s.seconds for s in samples] for name, samples in measurement.samples.items()},
-        "read_data_seconds": {
-            name: [s.read_data_seconds for s in samples]
-            for name, samples in measurement.samples.items()
-            if samples[0].read_data_seconds is not None
-        },
-        "reports": [sample.report for sample in measurement.samples.get("dcp_fast", [])],
-        "ceilings": {c.name: {"best": str(c.best), "tried": c.tried} for c in measurement.ceilings},
-        "notes": measurement.notes,
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-    }
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -86,19 +86,20 @@ def _for_gpus(scale: float, gpus: Sequence[str]) -> dict[str, Workload]:
     """The workloads for the host, but for those with several real ranks, with targets of their own."""
     warm, cold = Temperature.WARM, Temperature.COLD
     whole, sliced = Target(Metric.COPIED, 1.00), Target(Metric.COPIED, 1.05)
+    limit = Target(Metric.OF_CEILING, 0.90)
     targets: dict[str, dict[Temperature, tuple[Target, ...]]] = {
-        "same": {warm: (whole,), cold: (whole,)},
-        "rows8": {warm: (whole, Target(Metric.AMPLIFICATION, 1.02))},
+        "same": {warm: (whole, limit), cold: (whole,)},
+        "rows8": {warm: (whole, limit, Target(Metric.AMPLIFICATION, 1.02))},
         "cols8": {warm: (sliced,)},
         "rows8_to_cols2": {warm: (sliced,)},
-        "whole8": {warm: (whole,)},
+        "whole8": {warm: (whole, limit)},
         "small": {warm: ()},
         "convert": {warm: ()},
     }
     on_host = _for_host(scale)
     first = tuple(gpus[:1])
     workloads = {
-        name: replace(on_host[name], targets=bounds, wanted=replace(on_host[name].wanted, devices=first), peers=False)
+        name: replace(on_host[name], targets=bounds, wanted=replace(on_host[name].wanted, devices=first))
         for name, bounds in targets.items()
     }
     if len(gpus) > 1:
@@ -109,6 +110,7 @@ def _for_gpus(scale: float, gpus: Sequence[str]) -> dict[str, Workload]:
             title=f"written by 1 rank, its tensors spread over {len(gpus)} GPUs",
             targets={warm: (whole,)},
             wanted=replace(same.wanted, devices=tuple(gpus)),
+            peers=False,  # safetensors fills one GPU
         )
     return workloads
 
