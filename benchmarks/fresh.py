@@ -131,7 +131,7 @@ def _load_here(checkpoint: Path, workload: Workload, contender: str) -> FirstLoa
         reader = dcp_fast.FileSystemReader(checkpoint)
         staging_bytes = reader.staging_bytes
         if wanted.gpus:
-            staging_bytes += reader.pinned_bytes
+            staging_bytes += reader.staging_limits().pinned_bytes
             gpu_staging_bytes = reader.device_staging_bytes
     load = contenders.load_with_torch if contender == "torch" else contenders.load_with_dcp_fast
     exact = reset_high_water_mark()

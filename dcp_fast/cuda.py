@@ -237,7 +237,7 @@ class CudaLoad:
             CudaRefusedError: it can only be run with destinations elsewhere. Some boxes may be in place.
             NativeError: see :func:`dcp_fast.errors.typed_errors`.
         """
-        return self._run(lambda staging, streams: program.run(wave, options, staging, streams), options, list(devices))
+        return self._run(lambda streams: program.run(wave, options, self._staging, streams), options, list(devices))
 
     def run_in_turns(
         self,
@@ -250,18 +250,17 @@ class CudaLoad:
 
         What that enqueues on torch's current stream is done before the program after the next one writes anything.
         """
-        return self._run(
-            lambda staging, streams: _native.run_programs(programs, options, staging, streams, placed),
-            options,
-            [device],
-        )
+
+        def run(streams: dict[int, int]) -> _native.Stats:
+            assert self._staging is not None
+            return _native.run_programs(programs, options, self._staging, streams, placed)
+
+        return self._run(run, options, [device])
 
     def _run(
-        self,
-        work: Callable[[_native.CudaStaging, dict[int, int]], _native.Stats],
-        options: _native.Options,
-        devices: list[int],
+        self, work: Callable[[dict[int, int]], _native.Stats], options: _native.Options, devices: list[int]
     ) -> _native.Stats:
+        # The staging is no argument or variable here: the frames of an error would keep it after the load.
         streams = _current_streams(devices)
         # Before anything else: under capture even to ask for an event's state does harm.
         _native.require_not_capturing(streams)
@@ -273,14 +272,14 @@ class CudaLoad:
         self._devices.update(devices)
         with _told_refusals(devices):
             try:
-                return work(self._staging, streams)
+                return work(streams)
             except _native.NativeError as error:
                 kind, _, _, record, *_ = error.args
                 if kind != "cuda_out_of_memory" or record >= 0:
                     raise
             # Nothing is written yet, and torch may hold memory that it does not use.
             torch.cuda.empty_cache()
-            return work(self._staging, streams)
+            return work(streams)
 
     def finish(self) -> None:
         """Wait for the devices if that was asked for, and let the next load have the staging."""

@@ -65,8 +65,8 @@ CALLS = [
     "cuEventSynchronize",
     "cuEventElapsedTime",
 ]
-# Calls for the boxes of one slot, of which the first is named.
-FOR_BOXES = {"cuMemcpyHtoDAsync_v2", "cuLaunchKernel"}
+# Calls for the boxes of one slot, of which the first is named. A launch that had to wait for the kernel is not.
+FOR_BOXES = {"cuMemcpyHtoDAsync_v2"}
 # Memory is asked for again, once torch has given back what it does not use.
 ASKED_AGAIN = {"cuMemAlloc_v2", "cuMemHostRegister_v2"}
 
