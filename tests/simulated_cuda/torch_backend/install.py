@@ -1,4 +1,4 @@
-"""Makes a torch without CUDA believe that the simulated devices are CUDA devices.
+"""Makes torch believe that the simulated devices are CUDA devices, be it a CPU build or one for CUDA.
 
 torch/cuda/*.py stays torch's own: it only finds what it expects in torch._C, and classes for streams and events below
 its own ones. So `torch.cuda` behaves as the real one does, as far as the functions that it calls are there.
@@ -28,8 +28,8 @@ def why_not() -> str | None:
     path = os.environ.get("DCP_FAST_LIBCUDA")
     if not path:
         return "DCP_FAST_LIBCUDA does not name the simulated driver"
-    if torch.version.cuda is not None or torch.version.hip is not None:
-        return f"torch {torch.__version__} is built for real devices; the simulated ones need a CPU build"
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is built for ROCm; the simulated devices take the place of CUDA's"
     try:
         library = ctypes.CDLL(path)
     except OSError as error:
@@ -103,6 +103,7 @@ def _patch_torch_cuda(extension: ModuleType) -> None:
     cuda._exchange_device = extension._cuda_exchangeDevice
     cuda._maybe_exchange_device = extension._cuda_exchangeDevice
     cuda._is_in_bad_fork = extension._cuda_isInBadFork
+    cuda.graphs._cuda_isCurrentStreamCapturing = lambda: False
     # What torch._C._cuda_init would set up. There is nothing to be done on first use: the extension sees to that.
     cuda._initialized = True
     cuda._get_device_properties = lambda device: _properties(extension, device)
