@@ -39,7 +39,7 @@ def test_streams(cuda: torch.device) -> None:
     assert stream.query()
     assert bits(y) == bits(torch.full((1 << 16,), 2.0))
     assert isinstance(stream, torch.Stream)
-    # Not the streams themselves: to torch one of its pool and an external one differ in more than the handle.
+    # Not the streams themselves: to torch they differ in more than the handle.
     assert torch.cuda.ExternalStream(stream.cuda_stream).cuda_stream == stream.cuda_stream
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 __all__ = ["Outcome", "Run", "Step"]
 
@@ -146,11 +147,11 @@ class Run:
         return Outcome(step.name, PASSED if code == 0 else FAILED, code, seconds, facts, notes)
 
 
-def _run_command(command: Sequence[str | Path], step: Step, deadline: float, log: object) -> int | None:
+def _run_command(command: Sequence[str | Path], step: Step, deadline: float, log: TextIO) -> int | None:
     """The exit code of a program, or None if it had not ended by the deadline. Nothing that it started goes on."""
     words = [str(word) for word in command]
-    log.write(f"$ {shlex.join(words)}\n")  # type: ignore[attr-defined]
-    log.flush()  # type: ignore[attr-defined]
+    log.write(f"$ {shlex.join(words)}\n")
+    log.flush()
     environment = {**os.environ, **step.environment}
     try:
         process = subprocess.Popen(
@@ -158,12 +159,12 @@ def _run_command(command: Sequence[str | Path], step: Step, deadline: float, log
             cwd=step.folder,
             env={name: value for name, value in environment.items() if value is not None},
             stdin=subprocess.DEVNULL,
-            stdout=log,  # type: ignore[arg-type]
+            stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     except OSError as error:
-        log.write(f"{error}\n")  # type: ignore[attr-defined]
+        log.write(f"{error}\n")
         return 127
     try:
         return process.wait(max(0.0, deadline - time.monotonic()))

@@ -106,7 +106,13 @@ def steps_of(setting: Setting) -> list[Step]:
 def _preparation(setting: Setting) -> list[Step]:
     simulated, patience, environment = setting.simulated, setting.patience, setting.environment()
     targets = (*TARGETS, "simcuda", "simcores") if simulated else TARGETS
-    package = [sys.executable, HERE / "package.py", REPOSITORY / "dcp_fast", setting.build, setting.build / "package"]
+    package: list[str | Path] = [
+        sys.executable,
+        HERE / "package.py",
+        REPOSITORY / "dcp_fast",
+        setting.build,
+        setting.build / "package",
+    ]
     build = [_configure(setting), ["cmake", "--build", setting.build, "--parallel", "--target", *targets], package]
     steps = [
         Step(
@@ -152,22 +158,24 @@ def _checks(setting: Setting) -> list[Step]:
     # The native tests ask the same library that the engine loads what else they need.
     native = on_devices if simulated else {**on_devices, "DCP_FAST_LIBCUDA": "libcuda.so.1"}
     # About the simulator, and minutes of compiling: on a GPU these skip themselves.
-    left_out = ["--ignore", REPOSITORY / "tests" / "cuda" / "test_seeded_bugs.py"] if simulated else []
+    left_out: list[str | Path] = (
+        ["--ignore", REPOSITORY / "tests" / "cuda" / "test_seeded_bugs.py"] if simulated else []
+    )
 
     def native_tests(name: str, program: str, seconds: float, kept: float) -> Step:
-        command = [folder / program, "--no-colors=1", "--duration=1"]
+        command: list[str | Path] = [folder / program, "--no-colors=1", "--duration=1"]
         limit = seconds * patience
         return Step(name, [command], limit, kept, ["build"], native, folder, logs.doctest_counts)
 
     def python_tests(name: str, seconds: float, kept: float, needs: Sequence[str], *arguments: str | Path) -> Step:
-        command = [sys.executable, "-m", "pytest", *_pytest_options(patience), *arguments]
+        command: list[str | Path] = [sys.executable, "-m", "pytest", *_pytest_options(patience), *arguments]
         limit = seconds * patience
         return Step(name, [command], limit, kept, needs, on_devices, REPOSITORY, logs.pytest_counts, logs.pytest_skips)
 
     tests = REPOSITORY / "tests"
     needs = ["torch_backend"] if simulated else ["build"]
     return [
-        native_tests("native", "dcp_fast_cuda_tests", 60, 15),
+        native_tests("native", "dcp_fast_cuda_tests", 90, 20),
         native_tests("native_faults", "dcp_fast_cuda_fault_tests", 30, 5),
         python_tests("pytest_cuda", 150, 60, needs, tests / "cuda", *left_out),
         python_tests("kernel_ptx", 45, 20, [MACHINE], tests / "test_kernel_ptx.py"),
@@ -214,7 +222,8 @@ def _compute_sanitizer() -> str | None:
 
 
 def _benchmark(setting: Setting) -> Step:
-    where = ["--out", setting.results, "--data", setting.build / "data"]
+    where: list[str | Path] = ["--out", setting.results, "--data", setting.build / "data"]
+    command: list[str | Path]
     if setting.simulated:
         run = "import sys; from simulated_cuda import torch_backend; torch_backend.install(); "
         run += "from benchmarks.cli import main; sys.exit(main())"

@@ -64,11 +64,24 @@ def _replace_streams(extension: ModuleType) -> None:
         def __new__(
             cls, priority: int = 0, stream_id: int = 0, device_index: int = 0, device_type: int = 0, stream_ptr: int = 0
         ) -> StreamBase:
+            origin = None
             if stream_ptr:  # a stream's id is its handle
                 stream_id, device_index, device_type = stream_ptr, torch.cuda.current_device(), _CUDA
+                origin = "external"
             elif not (stream_id or device_index or device_type):
                 stream_id, device_index, device_type = extension._cuda_getPoolStream()
-            return super().__new__(cls, stream_id=stream_id, device_index=device_index, device_type=device_type)
+                origin = "pool"
+            self = super().__new__(cls, stream_id=stream_id, device_index=device_index, device_type=device_type)
+            self.origin = origin
+            return self
+
+        def __eq__(self, other: object) -> bool:
+            # Of real devices torch's ids tell the streams of its pool from external ones with the same handle.
+            if {self.origin, getattr(other, "origin", None)} == {"external", "pool"}:
+                return False
+            return super().__eq__(other)
+
+        __hash__ = torch.Stream.__hash__
 
         @property
         def cuda_stream(self) -> int:
