@@ -103,13 +103,16 @@ def test_missing_directory(tmp_path: Path) -> None:
         raised.append(info.value.failures[0][0])  # type: ignore[attr-defined]
     assert isinstance(raised[1], type(raised[0]))
     assert type(raised[1]) is dcp_fast.MetadataAccessError
+    theirs, ours = map(str, raised)
+    assert theirs.startswith("metadata is None")
+    says_why = theirs != "metadata is None"  # torch 2.11 leaves it at that
     for text in (
         "metadata is None; global metadata read failed",
         "rank local metadata read failed",
         "missing/.metadata",
     ):
-        assert text in str(raised[1])
-        assert text in str(raised[0])
+        assert text in ours
+        assert text in theirs or not says_why
 
 
 def test_checkpoint_id_turns_a_reader_elsewhere(stored: Path, tmp_path: Path) -> None:

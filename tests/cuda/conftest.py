@@ -1,7 +1,7 @@
 """Fixtures of the tests that need CUDA devices: real ones, or those of the simulated driver.
 
 The same tests run on a real GPU, if torch finds one and DCP_FAST_LIBCUDA is unset, and on the simulator, if
-DCP_FAST_LIBCUDA names it and torch is a CPU build. Otherwise they are skipped, for a reason that says what is missing.
+DCP_FAST_LIBCUDA names it. Otherwise they are skipped, for a reason that says what is missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _what_is_missing() -> str | None:
     if SIMULATED:
         return torch_backend.why_not()
     if not torch.cuda.is_available():
-        return "needs a GPU, or the simulated driver in DCP_FAST_LIBCUDA and a CPU build of torch"
+        return "needs a GPU, or the simulated driver in DCP_FAST_LIBCUDA"
     return None
 
 

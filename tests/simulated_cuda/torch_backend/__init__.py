@@ -1,4 +1,4 @@
-"""A torch backend for tests: CPU-only torch holds `device="cuda"` tensors in the memory of the simulated driver."""
+"""A torch backend for tests: torch holds `device="cuda"` tensors in the memory of the simulated driver."""
 
 from .install import install, why_not
 

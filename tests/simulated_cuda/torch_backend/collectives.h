@@ -1,4 +1,4 @@
-// Collectives of device tensors by way of the host, so that gloo, which a CPU build has, serves CUDA meshes as well.
+// Collectives of device tensors by way of the host, so that gloo serves CUDA meshes as well.
 #pragma once
 
 namespace torch_backend {

@@ -1,10 +1,15 @@
 // Every operator without a kernel of its own: its tensors are copied to the CPU, it runs there, and what it wrote or
 // returned is copied to the device. Where a real GPU would refuse tensors of several devices, so does this.
+#include "fallback.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/CPUFallback.h>
+#include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace torch_backend {
 
@@ -37,6 +42,25 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }
 
 }  // namespace
+
+void replace_real_kernels() {
+  // Which kernels are replaced is no news.
+  struct Silence final : c10::WarningHandler {
+    void process(const c10::Warning& /*warning*/) override {}
+  } silence;
+  const c10::WarningUtils::WarningHandlerGuard guard(&silence);
+  c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
+  // Never destroyed: the dispatcher may be gone by then.
+  static auto& registrations = *new std::vector<c10::RegistrationHandleRAII>;
+  for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
+    const std::optional<c10::OperatorHandle> op = dispatcher.findOp(name);
+    if (name.getNamespace() == "aten" && op && op->hasKernelForDispatchKey(c10::DispatchKey::CUDA)) {
+      registrations.push_back(dispatcher.registerImpl(name, c10::DispatchKey::CUDA,
+                                                      c10::KernelFunction::makeFromBoxedFunction<&run_on_cpu>(), {}, {},
+                                                      "of the simulated devices"));
+    }
+  }
+}
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }
 

@@ -1,4 +1,4 @@
-"""Makes a torch without CUDA believe that the simulated devices are CUDA devices.
+"""Makes torch believe that the simulated devices are CUDA devices, be it a CPU build or one for CUDA.
 
 torch/cuda/*.py stays torch's own: it only finds what it expects in torch._C, and classes for streams and events below
 its own ones. So `torch.cuda` behaves as the real one does, as far as the functions that it calls are there.
@@ -28,8 +28,8 @@ def why_not() -> str | None:
     path = os.environ.get("DCP_FAST_LIBCUDA")
     if not path:
         return "DCP_FAST_LIBCUDA does not name the simulated driver"
-    if torch.version.cuda is not None or torch.version.hip is not None:
-        return f"torch {torch.__version__} is built for real devices; the simulated ones need a CPU build"
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is built for ROCm; the simulated devices take the place of CUDA's"
     try:
         library = ctypes.CDLL(path)
     except OSError as error:
@@ -64,11 +64,24 @@ def _replace_streams(extension: ModuleType) -> None:
         def __new__(
             cls, priority: int = 0, stream_id: int = 0, device_index: int = 0, device_type: int = 0, stream_ptr: int = 0
         ) -> StreamBase:
+            origin = None
             if stream_ptr:  # a stream's id is its handle
                 stream_id, device_index, device_type = stream_ptr, torch.cuda.current_device(), _CUDA
+                origin = "external"
             elif not (stream_id or device_index or device_type):
                 stream_id, device_index, device_type = extension._cuda_getPoolStream()
-            return super().__new__(cls, stream_id=stream_id, device_index=device_index, device_type=device_type)
+                origin = "pool"
+            self = super().__new__(cls, stream_id=stream_id, device_index=device_index, device_type=device_type)
+            self.origin = origin
+            return self
+
+        def __eq__(self, other: object) -> bool:
+            # Of real devices torch's ids tell the streams of its pool from external ones with the same handle.
+            if {self.origin, getattr(other, "origin", None)} == {"external", "pool"}:
+                return False
+            return super().__eq__(other)
+
+        __hash__ = torch.Stream.__hash__
 
         @property
         def cuda_stream(self) -> int:
@@ -103,6 +116,7 @@ def _patch_torch_cuda(extension: ModuleType) -> None:
     cuda._exchange_device = extension._cuda_exchangeDevice
     cuda._maybe_exchange_device = extension._cuda_exchangeDevice
     cuda._is_in_bad_fork = extension._cuda_isInBadFork
+    cuda.graphs._cuda_isCurrentStreamCapturing = lambda: False
     # What torch._C._cuda_init would set up. There is nothing to be done on first use: the extension sees to that.
     cuda._initialized = True
     cuda._get_device_properties = lambda device: _properties(extension, device)
