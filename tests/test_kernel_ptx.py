@@ -56,6 +56,19 @@ def test_shipped_text_is_what_the_source_compiles_to() -> None:
     assert made_here == shipped
 
 
+@pytest.mark.parametrize("architecture", generate_ptx.BINARY_ARCHITECTURES)
+def test_shipped_binaries_are_what_the_text_assembles_to(architecture: str) -> None:
+    version = generate_ptx.nvcc_version(tool("nvcc"))
+    if f"nvcc {version}." not in generate_ptx.SHIPPED.read_text().partition("\n")[0]:
+        pytest.skip(f"the toolkit here is {version}, and another one made what ships")
+    assert generate_ptx.assemble(tool("ptxas"), architecture) == generate_ptx.binary(architecture).read_bytes()
+
+
+def test_a_binary_ships_for_each_architecture_and_no_other() -> None:
+    shipped = {path.name for path in CUDA.glob("*.cubin")}
+    assert shipped == {generate_ptx.binary(name).name for name in generate_ptx.BINARY_ARCHITECTURES}
+
+
 def test_header_suits_every_driver_since_cuda_11() -> None:
     lines = generate_ptx.SHIPPED.read_text().splitlines()
     assert lines[1:4] == [".version 6.0", ".target sm_50", ".address_size 64"]

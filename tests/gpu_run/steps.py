@@ -26,8 +26,9 @@ SECONDS = {"checks": 300, "bench": 240}
 PATIENCE = 8
 REHEARSED_CORES = 16
 
-BENCHMARK = ("--gpu",)
-REHEARSED_BENCHMARK = (*BENCHMARK, "--scale", "0.02", "--rounds", "1", "--fresh-rounds", "0")
+BENCHMARK = ("--gpu", "--seconds", "140")
+SWEEP = ("--gpu", "--sweep", "--seconds", "60")
+REHEARSED = ("--scale", "0.02", "--rounds", "1")
 
 TARGETS = ("_native", "dcp_fast_cuda_tests", "dcp_fast_cuda_fault_tests", "dcp_fast_abi_check")
 # Straight copies, and the kernel; each is over in a moment.
@@ -99,7 +100,7 @@ def steps_of(setting: Setting) -> list[Step]:
     if "checks" in setting.parts:
         steps += _checks(setting)
     if "bench" in setting.parts:
-        steps.append(_benchmark(setting))
+        steps += _benchmark(setting)
     return steps
 
 
@@ -221,15 +222,20 @@ def _compute_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
-def _benchmark(setting: Setting) -> Step:
+def _benchmark(setting: Setting) -> list[Step]:
+    # In this order: the figures are of the defaults, which the sweep is there to choose anew.
+    return [
+        _measured(setting, "bench", BENCHMARK, 165, 75),
+        _measured(setting, "sweep", SWEEP, 75, 0),
+    ]
+
+
+def _measured(setting: Setting, name: str, arguments: Sequence[str], seconds: float, kept: float) -> Step:
     where: list[str | Path] = ["--out", setting.results, "--data", setting.build / "data"]
-    command: list[str | Path]
+    command: list[str | Path] = [sys.executable, "-m", "benchmarks", *arguments, *where]
+    environment = setting.on_devices()
     if setting.simulated:
-        run = "import sys; from simulated_cuda import torch_backend; torch_backend.install(); "
-        run += "from benchmarks.cli import main; sys.exit(main())"
-        command = [sys.executable, "-c", run, *REHEARSED_BENCHMARK, *where]
-    else:
-        command = [sys.executable, "-m", "benchmarks", *BENCHMARK, *where]
+        command += REHEARSED
+        environment["BENCHMARKS_PRELUDE"] = str(HERE / "simulated_devices.py")
     needs = ["torch_backend"] if setting.simulated else ["build"]
-    limit = SECONDS["bench"] * setting.patience
-    return Step("bench", [command], limit, 150, needs, setting.on_devices(), REPOSITORY)
+    return Step(name, [command], seconds * setting.patience, kept, needs, environment, REPOSITORY)

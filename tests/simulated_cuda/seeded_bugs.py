@@ -34,6 +34,7 @@ _COMPILERS_AT_ONCE = 2
 _RING = "device: a small ring*"  # both ways to the device, through a ring whose slots are filled again and again
 _ORDER = "device: torch's work*"
 _END = "staging: it can go*"
+_TURNS = "device: programs in turns*"
 _GAPS = "device: a destination with gaps*"
 _ERROR = "device: a read that fails*"
 _CONTEXT = "staging: the calling thread*"
@@ -71,7 +72,12 @@ BUGS = [
     Bug(
         "a slot is filled again while its kernel runs",
         "cuda/device.cpp",
-        [("(slot.launched ? slot.placed : slot.copied).get()", "slot.copied.get()")],
+        [
+            (
+                "cuEventSynchronize, (slot.launched ? slot.placed : slot.copied).get()",
+                "cuEventSynchronize, slot.copied.get()",
+            )
+        ],
         _RING,
         r"RACE: .*(HtoDAsync.* the read by cuLaunchKernel|the read by cuLaunchKernel.*HtoDAsync)",
     ),
@@ -79,11 +85,11 @@ BUGS = [
         "the event of a copy is recorded before the copy",
         "cuda/device.cpp",
         [
-            _without("    DCP_FAST_CUDA(cuEventRecord, slot.copied.get(), copy_stream_.get());\n"),
+            _without("  DCP_FAST_CUDA(cuEventRecord, slot.copied.get(), copy_stream_.get());\n"),
             (
-                "    DCP_FAST_CUDA(cuEventRecord, slot.copy_begin.get(), copy_stream_.get());\n",
-                "    DCP_FAST_CUDA(cuEventRecord, slot.copy_begin.get(), copy_stream_.get());\n"
-                "    DCP_FAST_CUDA(cuEventRecord, slot.copied.get(), copy_stream_.get());\n",
+                "  DCP_FAST_CUDA(cuEventRecord, slot.copy_begin.get(), copy_stream_.get());\n",
+                "  DCP_FAST_CUDA(cuEventRecord, slot.copy_begin.get(), copy_stream_.get());\n"
+                "  DCP_FAST_CUDA(cuEventRecord, slot.copied.get(), copy_stream_.get());\n",
             ),
         ],
         _RING,
@@ -109,9 +115,8 @@ BUGS = [
         [
             ("        task.plan.write_descriptors(slot.data());\n", "        std::byte* const memory = slot.data();\n"),
             (
-                "        std::move(slot).submit(*devices_.at(task.device), task.plan);\n",
-                "        std::move(slot).submit(*devices_.at(task.device), task.plan);\n"
-                "        task.plan.write_descriptors(memory);\n",
+                "        std::move(slot).submit(device, task.plan);\n",
+                "        std::move(slot).submit(device, task.plan);\n        task.plan.write_descriptors(memory);\n",
             ),
         ],
         _RING,
@@ -123,6 +128,20 @@ BUGS = [
         [_without("    DCP_FAST_CUDA(cuStreamWaitEvent, copy_stream_.get(), torch_before_.get(), 0);\n")],
         _ORDER,
         r"RACE: .*cuMemsetD8Async",
+    ),
+    Bug(
+        "a memory is written to while what it held is converted",
+        "transfer/engine.cpp",
+        [_without("    if (index + kWavesAtOnce < waves.size()) waves[index + kWavesAtOnce]->begin();\n")],
+        _TURNS,
+        r"RACE: .*cuMemcpyDtoDAsync",
+    ),
+    Bug(
+        "programs do not take turns",
+        "transfer/engine.cpp",
+        [("groups.at_once = kWavesAtOnce;", "groups.at_once = waves.size();")],
+        _TURNS,
+        r"RACE: .*cuMemcpyHtoDAsync",
     ),
     Bug(
         "torch's stream does not wait for the copies",
@@ -141,21 +160,21 @@ BUGS = [
     Bug(
         "a load does not end on the devices",
         "transfer/engine.cpp",
-        [_without("    if (devices) devices->end();\n")],
+        [_without("    waves[index]->end();\n")],
         _ORDER,
         r"RACE: .*cuMemcpyDtoHAsync",
     ),
     Bug(
         "the ring is not pinned",
-        "cuda/resources.cpp",
-        [_without("  DCP_FAST_CUDA(cuMemHostRegister_v2, data, size, kHostRegisterPortable);\n")],
+        "cuda/pinned.cpp",
+        [("driver().cuMemHostRegister_v2(memory, size, kHostRegisterPortable)", "kSuccess")],
         _RING,
         r"PAGEABLE: .*the host memory is not pinned",
     ),
     Bug(
         "the ring is pinned for one device alone",
-        "cuda/resources.cpp",
-        [("data, size, kHostRegisterPortable", "data, size, 0")],
+        "cuda/pinned.cpp",
+        [("memory, size, kHostRegisterPortable", "memory, size, 0")],
         _RING,
         r"PAGEABLE: .*only for the one that registered it",
     ),
@@ -169,7 +188,7 @@ BUGS = [
     Bug(
         "after an error work goes on in destinations that may be gone",
         "transfer/engine.cpp",
-        [_without("    if (devices) cuda.staging->drain();\n")],
+        [_without("    if (run.cuda.staging != nullptr) run.cuda.staging->drain();\n")],
         _ERROR,
         r"USE-AFTER-FREE: cuMemFree",
     ),
@@ -230,8 +249,8 @@ BUGS = [
         "cuda/slot.cpp",
         [
             (
-                "plan.straight.push_back({plan.offsets[i], box.bytes,",
-                "plan.straight.push_back({plan.offsets[i], box.bytes + 16,",
+                "plan.add_straight({plan.offsets[i], box.bytes,",
+                "plan.add_straight({plan.offsets[i], box.bytes + 16,",
             )
         ],
         _RING,

@@ -152,6 +152,40 @@ TEST_CASE("device: a small ring carries a large load, straight and by the kernel
   CHECK(matrix.arrived());
 }
 
+TEST_CASE("device: programs in turns write two memories, whose contents torch's stream takes away") {
+  const Clean clean;
+  const SlowCopies slow(500);
+  constexpr int64_t kRows = 64;
+  Matrix matrix(12 * kRows, 1024);
+  for (int64_t first = 0; first < matrix.sizes[0]; first += kRows) matrix.want(0, {first, 0}, {kRows, 1024});
+  const std::string empty(matrix.expected[0].size(), '#');
+  std::vector<std::unique_ptr<DeviceBytes>> memories;
+  for (int i = 0; i < 2; ++i) memories.push_back(std::make_unique<DeviceBytes>(0, empty));
+  Gpu gpu(kMiB, 65536);
+  const Layouts layouts = matrix.files.layouts({});
+  std::vector<std::unique_ptr<Program>> programs;
+  std::vector<const Program*> pointers;
+  for (size_t i = 0; i < matrix.items.size(); ++i) {
+    transfer::Item item = matrix.items[i];
+    item.destination = 0;
+    Destination destination = matrix.destinations[i];
+    destination.data = memories[i % 2]->address();
+    programs.push_back(std::make_unique<Program>(layouts, std::vector{item}, std::vector{destination}));
+    pointers.push_back(programs.back().get());
+  }
+  Options options;
+  options.threads = 3;
+  std::vector<size_t> order;
+  transfer::run_programs(pointers, options, gpu.targets, never, [&](size_t i) {
+    order.push_back(i);
+    gpu.streams[0].copy(*matrix.memories[i], *memories[i % 2], empty.size());
+  });
+  gpu.synchronize();
+  CHECK(matrix.arrived());
+  REQUIRE(order.size() == programs.size());
+  for (size_t i = 0; i < order.size(); ++i) CHECK(order[i] == i);
+}
+
 TEST_CASE("device: many small boxes take one copy and one launch a slot") {
   const Clean clean;
   constexpr int64_t kRows = 4000;
