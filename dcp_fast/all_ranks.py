@@ -62,7 +62,8 @@ def load_on_all_ranks(
 
     Raises:
         CheckpointException: on every rank if any rank failed. A rank that has only metadata of its own raises its own
-            error instead, as in torch.
+            error instead, as in torch. Flags and errors go through the host where the process group has a backend for
+            that, and so even if a rank's GPU is lost.
     """
     ranks = _DistWrapper(process_group, not no_dist, coordinator_rank)
     arguments: dict[str, Any] = {}
@@ -92,7 +93,7 @@ def load_on_all_ranks(
         return storage_reader.prepare_global_plan(planner.create_global_plan(plans))
 
     local = Outcome(local_step)
-    flag = _agree(ranks, local, 0 if _has_no_global_step(planner, storage_reader) else _EXCHANGE)
+    flag = _agree(ranks, "plan", local, 0 if _has_no_global_step(planner, storage_reader) else _EXCHANGE)
     if flag & _FAILED:
         _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
     plan = local.value
@@ -106,18 +107,25 @@ def load_on_all_ranks(
         storage_reader.read_data(planner.finish_plan(plan), planner).wait()
 
     read = Outcome(read_data)
-    if _agree(ranks, read, 0) & _FAILED:
+    if _agree(ranks, "read", read, 0) & _FAILED:
         _raise_failures(ranks, "read", read, alone=not has_global_metadata)
 
 
-def _agree(ranks: _DistWrapper, outcome: Outcome[Any], flag: int) -> int:
+def _agree(ranks: _DistWrapper, step: str, outcome: Outcome[Any], flag: int) -> int:
     """The bits that any rank has set in its flag, `_FAILED` among them."""
     if outcome.error is not None:
         flag |= _FAILED
     if not ranks.use_dist:
         return flag
-    # One number for each bit: the bitwise or is not what all backends have.
-    return sum(largest(ranks, [flag & _EXCHANGE, flag & _FAILED]))
+    try:
+        # One number for each bit: the bitwise or is not what all backends have.
+        return sum(largest(ranks, [flag & _EXCHANGE, flag & _FAILED]))
+    except Exception as error:
+        if outcome.error is None:
+            raise
+        # A group without a backend for the host exchanges flags on the very device that failed. This rank can still say
+        # what happened; the others wait until the group's time is up.
+        raise CheckpointException(step, {ranks.rank: _wrap_exception(outcome.error)}) from error
 
 
 def _raise_failures(ranks: _DistWrapper, step: str, outcome: Outcome[Any], alone: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,14 +20,17 @@ from simulated_cuda.control import Simulator
 from torch.distributed._shard.sharded_tensor import Shard as LocalShard
 from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata, TensorProperties
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
-from dcp_fast import shared_metadata
+from dcp_fast import collectives, shared_metadata
 
 SIZE = (10, 7)
 FLOAT = torch.float32
+ILLEGAL_ADDRESS = 700  # CUresult
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +183,48 @@ def optimizer_state(path: Path) -> None:
         assert image(loaded["state"][name]["step"].cpu()) == image(full[name]["step"])
 
 
+# A device that is lost
+
+
+def lose_device(path: Path, group_has_cpu: bool) -> dict[int, str]:
+    """Load on two ranks, on one of which the GPU breaks for good. Returns the errors that this rank is told of."""
+    begin(path)
+    rank = dist.get_rank()
+    device = torch.device("cuda", torch.cuda.current_device())
+    state = {"rows": torch.zeros(SIZE, device=device)}
+    torch.cuda.synchronize()
+    reduce = dist.all_reduce
+
+    def refuses_cpu(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.device.type == "cpu":
+            raise RuntimeError("No backend type associated with device type cpu")
+        return reduce(tensor.cpu(), *args, **kwargs)
+
+    class Planner(dcp_fast.DefaultLoadPlanner):
+        def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+            if rank == 1:
+                simulator.fault("cuMemcpyHtoDAsync_v2", 1, ILLEGAL_ADDRESS, asynchronous=True)
+            return new_plan
+
+    simulator = Simulator()
+    options: dict[str, Any] = {"planner": Planner()}
+    with ExitStack() as patches:
+        if not group_has_cpu:
+            patches.enter_context(mock.patch.object(collectives, "collective_device", return_value=device))
+            patches.enter_context(mock.patch.object(dist, "all_reduce", refuses_cpu))
+            options["process_group"] = dist.new_group(timeout=datetime.timedelta(seconds=3))
+        try:
+            dcp_fast.load(state, checkpoint_id=path / "dtensors", **options)
+            failures = {}
+        except CheckpointException as error:
+            failures = {rank: type(wrapped[0]).__name__ for rank, wrapped in error.failures.items()}
+        except RuntimeError:
+            failures = {-1: "the group"}
+    simulator.reset()
+    dcp_fast.release_staging()
+    return failures
+
+
 # Metadata that ranks share through a backend whose tensors lie on devices
 
 
@@ -219,3 +266,13 @@ def test_sharded_tensors(pool: Ranks, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, 1])
 def test_optimizer_state(pool: Ranks, tmp_path: Path, world_size: int) -> None:
     check_on_devices(pool, world_size, [optimizer_state], tmp_path)
+
+
+def test_a_lost_device_is_an_error_on_all_ranks(pool: Ranks, stored: Path, simulator: Simulator) -> None:
+    """The flag goes through the host: it needs no device."""
+    assert pool.run(2, lose_device, stored, True) == [{1: "CudaError"}] * 2
+
+
+def test_a_lost_device_and_a_group_without_the_host(pool: Ranks, stored: Path, simulator: Simulator) -> None:
+    """The rank itself says what happened, and others end when the time of the group is up."""
+    assert pool.run(2, lose_device, stored, False) == [{-1: "the group"}, {1: "CudaError"}]
