@@ -143,7 +143,7 @@ class CudaError(LoadError, RuntimeError):
 
 
 class CudaOutOfMemoryError(CudaError, OutOfMemoryError, torch.OutOfMemoryError):
-    """Memory on a GPU, or pinned memory, could not be had."""
+    """Memory on a GPU could not be had."""
 
 
 class FileAccessError(LoadError, OSError):
