@@ -1,6 +1,5 @@
 """The fast, safe load path for torch.distributed.checkpoint. Public names are those of that module, plus our own."""
 
-from dcp_fast.cuda import prepare_staging, release_staging
 from dcp_fast.errors import (
     CorruptCheckpointError,
     CorruptMetadataError,
@@ -25,10 +24,11 @@ from dcp_fast.errors import (
 )
 from dcp_fast.install import install, uninstall
 from dcp_fast.load import load, load_state_dict
+from dcp_fast.observe.report import LoadReport, last_report
 from dcp_fast.optimizer import load_sharded_optimizer_state_dict
-from dcp_fast.planner import DefaultLoadPlanner, create_read_items_for_chunk_list
+from dcp_fast.planning.planner import DefaultLoadPlanner, create_read_items_for_chunk_list
 from dcp_fast.readers import FileSystemReader
-from dcp_fast.report import LoadReport, last_report
+from dcp_fast.transfer.gpu import prepare_staging, release_staging
 
 __all__ = [
     "CorruptCheckpointError",

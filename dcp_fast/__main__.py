@@ -2,6 +2,6 @@
 
 import sys
 
-from dcp_fast.cli import main
+from dcp_fast.tools.cli import main
 
 sys.exit(main())

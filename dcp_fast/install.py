@@ -11,9 +11,9 @@ from torch.distributed.checkpoint import default_planner, filesystem, optimizer,
 
 from dcp_fast import load as fast_load
 from dcp_fast import optimizer as fast_optimizer
-from dcp_fast import planner as fast_planner
+from dcp_fast.drop_in import standing_for
+from dcp_fast.planning import planner as fast_planner
 from dcp_fast.readers import FileSystemReader
-from dcp_fast.stand_in import standing_for
 
 __all__ = ["Installation", "install", "uninstall"]
 

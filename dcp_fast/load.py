@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _api_bc_check
 from typing_extensions import deprecated
 
-from dcp_fast.all_ranks import load_on_all_ranks
-from dcp_fast.garbage import paused_collection
-from dcp_fast.planner import DefaultLoadPlanner
+from dcp_fast.collector import paused_collection
+from dcp_fast.planning.planner import DefaultLoadPlanner
+from dcp_fast.ranks.steps import load_on_all_ranks
 from dcp_fast.readers import FileSystemReader
 
 __all__ = ["load", "load_state_dict"]

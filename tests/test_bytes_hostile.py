@@ -21,8 +21,8 @@ from ranks import Ranks
 from torch.distributed.checkpoint.api import CheckpointException
 
 import dcp_fast
-from dcp_fast.cli import main
 from dcp_fast.errors import CorruptPickleError, LoadError, UntrustedBytesError
+from dcp_fast.tools.cli import main
 
 VALUE = {"step": 5, "names": ["a", "b"], "rng": (torch.arange(4), 1 << 70), "size": torch.Size([2])}
 

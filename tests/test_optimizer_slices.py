@@ -15,7 +15,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from dcp_fast.optimizer.destinations import data_parallel_group, empty_slices, may_lack_slices, slices_of_parameters
+from dcp_fast.optimizer.sharding import data_parallel_group, empty_slices, may_lack_slices, slices_of_parameters
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 import dcp_fast
-from dcp_fast.plan import ColumnPlan, PlannedTensors
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors
 
 FLOAT = torch.float32
 

@@ -19,7 +19,7 @@ from ranks import Ranks
 
 import dcp_fast
 from dcp_fast import _native
-from dcp_fast import trace as trace_module
+from dcp_fast.observe import trace as trace_module
 
 FLOAT = torch.float32
 STAGES = {"metadata", "planning", "layout", "transfer", "commit"}

@@ -1,5 +1,5 @@
 // Records what happened when during a load: spans of time on tracks, one track for each thread that records and one for
-// each name that somebody asks for, such as a CUDA stream. dcp_fast/trace.py writes them to a file.
+// each name that somebody asks for, such as a CUDA stream. dcp_fast/observe/trace.py writes them to a file.
 #pragma once
 
 #include <chrono>

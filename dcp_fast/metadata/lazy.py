@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch.distributed.checkpoint.metadata import Metadata
 
 from dcp_fast import _native
-from dcp_fast.garbage import paused_collection
+from dcp_fast.collector import paused_collection
 from dcp_fast.metadata.entries import Source
 
 __all__ = ["LazyDict", "columns_of"]

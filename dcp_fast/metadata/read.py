@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from dcp_fast import _native
+from dcp_fast.collector import paused_collection
 from dcp_fast.errors import (
     CorruptMetadataError,
     LoadError,
@@ -19,7 +20,6 @@ from dcp_fast.errors import (
     UntrustedMetadataError,
     typed_errors,
 )
-from dcp_fast.garbage import paused_collection
 from dcp_fast.metadata.entries import Entries, StorageEntries, Unpickled
 from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.metadata.unpickler import RefusedError, RestrictedUnpickler

@@ -15,10 +15,9 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from dcp_fast.all_ranks import load_on_all_ranks, sendable
+from dcp_fast.collector import paused_collection
 from dcp_fast.errors import OptimizerStateError
-from dcp_fast.garbage import paused_collection
-from dcp_fast.optimizer.destinations import (
+from dcp_fast.optimizer.sharding import (
     ParameterSlice,
     RowSharding,
     data_parallel_group,
@@ -28,7 +27,8 @@ from dcp_fast.optimizer.destinations import (
     slices_of_parameters,
 )
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
-from dcp_fast.planner import DefaultLoadPlanner, global_size
+from dcp_fast.planning.planner import DefaultLoadPlanner, global_size
+from dcp_fast.ranks.steps import load_on_all_ranks, sendable
 
 __all__ = ["load_sharded_optimizer_state_dict"]
 

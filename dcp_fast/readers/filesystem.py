@@ -15,14 +15,14 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from dcp_fast import _native
-from dcp_fast.cuda import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
-from dcp_fast.garbage import paused_collection
+from dcp_fast.collector import paused_collection
+from dcp_fast.drop_in import StandIn
 from dcp_fast.metadata import make_metadata, parse_columns, read_columns, unpickle_metadata
-from dcp_fast.report import LoadReport, begin, publish
-from dcp_fast.stand_in import StandIn
-from dcp_fast.storage import Storage
-from dcp_fast.trace import Timeline, saved
-from dcp_fast.transfer import PlanTransfer
+from dcp_fast.observe.report import LoadReport, begin, publish
+from dcp_fast.observe.trace import Timeline, saved
+from dcp_fast.transfer.gpu import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
+from dcp_fast.transfer.plan_transfer import PlanTransfer
+from dcp_fast.transfer.stored_entries import Storage
 
 __all__ = ["FileSystemReader"]
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
-from dcp_fast import collectives, shared_metadata
+from dcp_fast.ranks import collectives, shared_metadata
 
 SIZE = (10, 7)
 FLOAT = torch.float32

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from dcp_fast import _native
-from dcp_fast.garbage import paused_collection
+from dcp_fast.collector import paused_collection
 
 __all__ = ["ColumnPlan", "PlannedTensors", "is_whole"]
 

@@ -35,11 +35,11 @@ from torch.distributed.checkpoint.planner_helpers import (
 from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
-from dcp_fast.bytes_entries import load_untrusted
-from dcp_fast.garbage import paused_collection
+from dcp_fast.collector import paused_collection
+from dcp_fast.drop_in import StandIn
 from dcp_fast.metadata import LazyDict, columns_of
-from dcp_fast.plan import ColumnPlan, PlannedTensors, is_whole
-from dcp_fast.stand_in import StandIn
+from dcp_fast.planning.bytes_entries import load_untrusted
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, is_whole
 
 __all__ = ["DefaultLoadPlanner", "create_default_local_load_plan", "create_read_items_for_chunk_list"]
 

@@ -16,10 +16,10 @@ import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from dcp_fast import _native
-from dcp_fast.cuda import CudaLoad, served_device
-from dcp_fast.destinations import HOST, is_plain
 from dcp_fast.errors import CudaOutOfMemoryError
-from dcp_fast.trace import span
+from dcp_fast.observe.trace import span
+from dcp_fast.transfer.destinations import HOST, is_plain
+from dcp_fast.transfer.gpu import CudaLoad, served_device
 
 __all__ = ["StagedBox", "place_staged"]
 

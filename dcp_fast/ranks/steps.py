@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.checkpoint.utils import _DistWrapper, _get_failure_dict
 
-from dcp_fast.collectives import Outcome, largest
 from dcp_fast.errors import LoadError, MetadataAccessError
-from dcp_fast.shared_metadata import share_metadata
+from dcp_fast.ranks.collectives import Outcome, largest
+from dcp_fast.ranks.shared_metadata import share_metadata
 
 __all__ = ["load_on_all_ranks", "sendable"]
 

@@ -17,8 +17,8 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, StorageMeta
 
 from dcp_fast import _native
+from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CorruptMetadataError
-from dcp_fast.garbage import paused_collection
 from dcp_fast.metadata import columns_of, read_metadata
 
 __all__ = ["Chunk", "Entry", "Inspection", "inspect"]

@@ -25,8 +25,8 @@ from dcp_fast.errors import (
     torch_load_error,
     typed_errors,
 )
-from dcp_fast.report import LoadReport
-from dcp_fast.trace import span
+from dcp_fast.observe.report import LoadReport
+from dcp_fast.observe.trace import span
 
 __all__ = ["Storage"]
 

@@ -13,15 +13,15 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from typing_extensions import Buffer
 
 from dcp_fast import _native
-from dcp_fast.cuda import CudaLoad, CudaRefusedError, device_of, served_device, why_refused
-from dcp_fast.destinations import DTYPES, Destinations
+from dcp_fast.collector import paused_collection
 from dcp_fast.errors import LoadError, SizeMismatchError, typed_errors
-from dcp_fast.garbage import paused_collection
-from dcp_fast.items import ColumnItems, ListedItems, box_of, items_of
-from dcp_fast.planner import DefaultLoadPlanner as FastDefaultLoadPlanner
-from dcp_fast.report import LoadReport
-from dcp_fast.staging import StagedBox, place_staged
-from dcp_fast.storage import Storage
+from dcp_fast.observe.report import LoadReport
+from dcp_fast.planning.planner import DefaultLoadPlanner as FastDefaultLoadPlanner
+from dcp_fast.transfer.conversion import StagedBox, place_staged
+from dcp_fast.transfer.destinations import DTYPES, Destinations
+from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError, device_of, served_device, why_refused
+from dcp_fast.transfer.rows import ColumnItems, ListedItems, box_of, items_of
+from dcp_fast.transfer.stored_entries import Storage
 
 __all__ = ["PlanTransfer"]
 

@@ -16,8 +16,8 @@ import torch
 
 from dcp_fast import _native
 from dcp_fast.errors import typed_errors
-from dcp_fast.report import LoadReport
-from dcp_fast.trace import span
+from dcp_fast.observe.report import LoadReport
+from dcp_fast.observe.trace import span
 
 __all__ = [
     "CudaLoad",

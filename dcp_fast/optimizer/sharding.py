@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from dcp_fast.errors import OptimizerStateError
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
-from dcp_fast.planner import global_size
+from dcp_fast.planning.planner import global_size
 
 __all__ = [
     "ParameterSlice",

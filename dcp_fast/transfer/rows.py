@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.serialization import LoadEndianness, get_default_load_endianness
 from typing_extensions import Buffer
 
-from dcp_fast.destinations import Destinations
 from dcp_fast.errors import SizeMismatchError
 from dcp_fast.metadata import LazyDict
-from dcp_fast.plan import ColumnPlan, PlannedTensors, is_whole
-from dcp_fast.storage import Storage
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, is_whole
+from dcp_fast.transfer.destinations import Destinations
+from dcp_fast.transfer.stored_entries import Storage
 
 __all__ = ["ColumnItems", "ListedItems", "Resolved", "box_of", "items_of"]
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dcp_fast.errors import LoadError, UntrustedMetadataError
-from dcp_fast.inspection import Chunk, Entry, Inspection, inspect
+from dcp_fast.tools.inspect import Chunk, Entry, Inspection, inspect
 
 __all__ = ["main"]
 

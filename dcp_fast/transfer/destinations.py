@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from dcp_fast import _native
-from dcp_fast.cuda import served_device
+from dcp_fast.transfer.gpu import served_device
 
 __all__ = ["DTYPES", "HOST", "Destinations", "is_plain"]
 

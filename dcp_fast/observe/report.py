@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from dcp_fast.trace import Timeline
+from dcp_fast.observe.trace import Timeline
 
 __all__ = ["LoadReport", "last_report"]
 

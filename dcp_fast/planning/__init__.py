@@ -1,0 +1,1 @@
+"""Which boxes of which stored chunks does this rank need?"""
