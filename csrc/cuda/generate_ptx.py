@@ -4,7 +4,7 @@
 Drivers refuse PTX of a version that is newer than they are, and nvcc always writes its own version: text from nvcc 13
 would not load under a driver for CUDA 12. The kernel needs nothing beyond PTX 6.0 and compute capability 5.0, so
 this is what the text is declared to be. Every driver since CUDA 9 takes it, and ptxas holds it to this declaration, as
-tests/test_kernel_ptx.py makes sure. What differs between two runs or machines is left out.
+tests/python/transfer/test_kernel_ptx.py makes sure. What differs between two runs or machines is left out.
 
 The cubins spare common devices the compiling: the driver takes one for every device of the same major version that is
 as new or newer, as long as it is as new as the compiler that made it. All others, devices and drivers, take the text.

@@ -179,7 +179,7 @@ def _checks(setting: Setting) -> list[Step]:
         native_tests("native", "dcp_fast_cuda_tests", 90, 20),
         native_tests("native_faults", "dcp_fast_cuda_fault_tests", 30, 5),
         python_tests("pytest_cuda", 150, 60, needs, tests / "cuda", *left_out),
-        python_tests("kernel_ptx", 45, 20, [MACHINE], tests / "test_kernel_ptx.py"),
+        python_tests("kernel_ptx", 45, 20, [MACHINE], tests / "python" / "transfer" / "test_kernel_ptx.py"),
         *(_sanitized(setting, tool, folder, native) for tool in ("memcheck", "racecheck")),
     ]
 

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+CUDA = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
 
 
 def load_generator() -> ModuleType:

@@ -17,7 +17,7 @@ from gpu_run.main import exit_code
 from gpu_run.runner import Outcome, Run, Step
 from gpu_run.steps import MACHINE, Setting, seconds_of, steps_of
 
-SCRIPT = Path(__file__).resolve().parent / "run_gpu"
+SCRIPT = Path(__file__).resolve().parents[2] / "run_gpu"
 
 
 def step(name: str, code: str = "", limit: float = 20, **options: Any) -> Step:

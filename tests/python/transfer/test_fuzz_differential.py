@@ -1,6 +1,6 @@
 """Random checkpoints, loaded by torch and by dcp_fast into random destinations.
 
-A failure names its seed: `pytest tests/test_fuzz_differential.py --fuzz-seed SEED` runs that case alone.
+A failure names its seed: `tests/run -k test_fuzz_differential --fuzz-seed SEED` runs that case alone.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ __all__ = [
 
 # The benchmark's generator, by its path: the checkout must not be imported from here.
 _spec = importlib.util.spec_from_file_location(
-    "metadata_files", pathlib.Path(__file__).parents[1] / "benchmarks" / "metadata_files.py"
+    "metadata_files", pathlib.Path(__file__).parents[2] / "benchmarks" / "metadata_files.py"
 )
 assert _spec is not None
 assert _spec.loader is not None
