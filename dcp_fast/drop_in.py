@@ -7,15 +7,15 @@ from typing import Any
 
 from typing_extensions import Protocol
 
-__all__ = ["StandIn", "standing_for"]
+__all__ = ["DropIn", "torch_class_of"]
 
 # By class of dcp_fast: the class of torch whose place it has taken. Empty while dcp_fast is not installed.
-standing_for: dict[type, type] = {}
+torch_class_of: dict[type, type] = {}
 
 
 # The metaclass of protocols is a kind of ABCMeta: subclasses of ours may implement protocols as those of torch's may.
 # That of typing_extensions, which torch uses, is the more special one.
-class StandIn(type(Protocol)):  # type: ignore[misc]
+class DropIn(type(Protocol)):  # type: ignore[misc]
     """Metaclass of the classes that :func:`dcp_fast.install` puts in the place of torch's.
 
     Code that then asks ``isinstance(reader, torch.distributed.checkpoint.FileSystemReader)`` asks about ours, but means
@@ -26,7 +26,7 @@ class StandIn(type(Protocol)):  # type: ignore[misc]
     # subclasses, ours among them.
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return ABCMeta.__instancecheck__(cls, instance) or standing_for.get(cls) in type(instance).__mro__
+        return ABCMeta.__instancecheck__(cls, instance) or torch_class_of.get(cls) in type(instance).__mro__
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        return ABCMeta.__subclasscheck__(cls, subclass) or standing_for.get(cls) in subclass.__mro__
+        return ABCMeta.__subclasscheck__(cls, subclass) or torch_class_of.get(cls) in subclass.__mro__

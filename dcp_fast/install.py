@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import default_planner, filesystem, optimizer,
 
 from dcp_fast import load as fast_load
 from dcp_fast import optimizer as fast_optimizer
-from dcp_fast.drop_in import standing_for
+from dcp_fast.drop_in import torch_class_of
 from dcp_fast.planning import planner as fast_planner
 from dcp_fast.readers import FileSystemReader
 
@@ -83,7 +83,7 @@ def install(trust_metadata: bool = False, trust_bytes: bool = False) -> Installa
         _replaced = []
         FileSystemReader.trust_metadata_by_default = trust_metadata
         fast_planner.DefaultLoadPlanner.trust_bytes_by_default = trust_bytes
-        standing_for.update(
+        torch_class_of.update(
             (replacement, original)
             for original, replacement in _REPLACEMENTS.values()
             if isinstance(original, type) and isinstance(replacement, type)
@@ -118,7 +118,7 @@ def uninstall() -> None:
                 for name, value in list(vars(module).items()):
                     if id(value) in ours:
                         setattr(module, name, ours[id(value)])
-        standing_for.clear()
+        torch_class_of.clear()
         FileSystemReader.trust_metadata_by_default = False
         fast_planner.DefaultLoadPlanner.trust_bytes_by_default = False
         _replaced = None

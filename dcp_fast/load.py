@@ -11,14 +11,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem as torch_filesystem
-from torch.distributed.checkpoint._storage_utils import _storage_setup
-from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
-from torch.distributed.checkpoint.utils import _api_bc_check
 from typing_extensions import deprecated
 
+from dcp_fast._torch import api_bc_check, dcp_method_logger, storage_setup
 from dcp_fast.collector import paused_collection
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.ranks.steps import load_on_all_ranks
@@ -29,8 +27,8 @@ __all__ = ["load", "load_state_dict"]
 _TorchFileSystemReader = torch_filesystem.FileSystemReader
 
 
-@_dcp_method_logger(log_exceptions=True)
-@_api_bc_check  # type: ignore[untyped-decorator]
+@dcp_method_logger(log_exceptions=True)
+@api_bc_check  # type: ignore[untyped-decorator]
 def load(
     state_dict: dict[str, Any],
     *,
@@ -75,7 +73,7 @@ def load(
             "assuming the intent is to load in a single process.",
             stacklevel=3,
         )
-    reader = cast(StorageReader, _storage_setup(storage_reader, checkpoint_id, reader=True))
+    reader = cast(StorageReader, storage_setup(storage_reader, checkpoint_id, reader=True))
     if storage_reader is None and type(reader) is _TorchFileSystemReader:
         assert checkpoint_id is not None
         reader = FileSystemReader(checkpoint_id)

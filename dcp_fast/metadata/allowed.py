@@ -12,22 +12,22 @@ import pathlib
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor import metadata as shard_metadata
-from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint import metadata as torch_metadata
+
+from dcp_fast._torch import MEMORY_FORMAT_ENCODING, StorageInfo, get_layout, shard_metadata
 
 __all__ = ["DATA_CLASSES", "ENUMS", "PATHS", "PROPERTIES", "find_allowed"]
 
 # torch before 2.3 wrote the properties of another module.
 PROPERTIES: dict[type, type] = {  # to the enum that its state must name
-    torch_metadata.TensorProperties: torch_metadata._MEM_FORMAT_ENCODING,
+    torch_metadata.TensorProperties: MEMORY_FORMAT_ENCODING,
     shard_metadata.TensorProperties: shard_metadata.MEM_FORMAT_ENCODING,
 }
 ENUMS = frozenset(PROPERTIES.values())
 # Plain records, whose state is a dict of their fields.
 DATA_CLASSES: frozenset[type] = frozenset(
     {
-        torch_filesystem._StorageInfo,
+        StorageInfo,
         torch_metadata.BytesStorageMetadata,
         torch_metadata.ChunkStorageMetadata,
         torch_metadata.Metadata,
@@ -42,7 +42,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{(cls.__module__, cls.__qualname__): cls for cls in (*DATA_CLASSES, *PROPERTIES, *ENUMS)},
     **{("pathlib", cls.__name__): cls for cls in PATHS},
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("torch.serialization", "_get_layout"): get_layout,
     ("copyreg", "_reconstructor"): copyreg._reconstructor,  # type: ignore[attr-defined]
     ("_codecs", "encode"): codecs.encode,  # bytes below protocol 3
     ("collections", "OrderedDict"): collections.OrderedDict,

@@ -8,8 +8,6 @@ from functools import cached_property, partial
 from typing import Any, Protocol, cast
 
 import torch
-from torch.distributed._shard.sharded_tensor import metadata as shard_metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     BytesStorageMetadata,
@@ -20,10 +18,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dcp_fast import _native
+from dcp_fast._torch import StorageInfo, get_layout, shard_metadata
 
 __all__ = ["Entries", "Source", "StorageEntries", "Unpickled"]
 
-_get_layout = cast(Callable[[str], torch.layout], torch.serialization._get_layout)
 _MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
 
 
@@ -86,7 +84,7 @@ class Entries:
         cls: Any = shard_metadata.TensorProperties if of_shard else TensorProperties
         properties = cls(
             dtype=getattr(torch, _native.METADATA_DTYPES[dtype]),
-            layout=_get_layout(_native.METADATA_LAYOUTS[layout]),
+            layout=get_layout(_native.METADATA_LAYOUTS[layout]),
             requires_grad=requires_grad,
             memory_format=_MEMORY_FORMATS[memory_format],
             pin_memory=pin_memory,
@@ -123,15 +121,15 @@ class StorageEntries:
     def __contains__(self, key: object) -> bool:
         return self._find(key) >= 0
 
-    def make(self, key: MetadataIndex) -> _StorageInfo:
+    def make(self, key: MetadataIndex) -> StorageInfo:
         row = self._find(key)
         if row < 0:
             raise KeyError(key)
-        return _StorageInfo(*self.columns.row(row)[3:])
+        return StorageInfo(*self.columns.row(row)[3:])
 
-    def items(self) -> Iterator[tuple[MetadataIndex, Callable[[], _StorageInfo]]]:
+    def items(self) -> Iterator[tuple[MetadataIndex, Callable[[], StorageInfo]]]:
         for row in map(self.columns.row, range(len(self))):
-            yield MetadataIndex(*row[:3]), partial(_StorageInfo, *row[3:])
+            yield MetadataIndex(*row[:3]), partial(StorageInfo, *row[3:])
 
 
 class Unpickled:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from dcp_fast._torch import get_layout
 from dcp_fast.metadata.allowed import DATA_CLASSES, ENUMS, PATHS, PROPERTIES, find_allowed
 
 __all__ = ["RefusedError", "RestrictedUnpickler"]
@@ -162,7 +163,7 @@ def _call(function: Any, arguments: Any) -> Any:
     kinds = [type(argument) for argument in arguments]
     if function is torch.Size:
         return _new(function, arguments)
-    if function is torch.serialization._get_layout:
+    if function is get_layout:
         _expect(kinds == [str], "a layout that is no text")
     elif _is_one_of(function, ENUMS):
         _expect(kinds == [int], "an enum of no number")

@@ -8,13 +8,12 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import STORAGE_TYPES, BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
-from torch.distributed.checkpoint.utils import _DistWrapper
 
+from dcp_fast._torch import DistWrapper, unflatten_state_dict
 from dcp_fast.collector import paused_collection
 from dcp_fast.errors import OptimizerStateError
 from dcp_fast.optimizer.sharding import (
@@ -144,7 +143,7 @@ def _on_all_ranks(step: str, function: Callable[[], T]) -> list[T]:
             raise sendable(caught) from None
 
     try:
-        return _DistWrapper(None, dist.is_initialized(), 0).all_gather(step, call)
+        return DistWrapper(None, dist.is_initialized(), 0).all_gather(step, call)
     except CheckpointException:
         if error is None:
             raise

@@ -11,17 +11,19 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch._utils import _get_device_module
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
-from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as ShardProperties
-from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
-from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.optimizer import _gen_rank_device
-from torch.distributed.distributed_c10d import _get_object_coll_device
 from torch.distributed.tensor import DTensor
 
+from dcp_fast._torch import (
+    ChunkShardingSpec,
+    LocalShard,
+    ShardedTensor,
+    ShardedTensorMetadata,
+    ShardProperties,
+    gen_rank_device,
+    get_device_module,
+    get_object_coll_device,
+)
 from dcp_fast.errors import OptimizerStateError
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
 from dcp_fast.planning.planner import global_size
@@ -162,9 +164,9 @@ class RowSharding:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        device_type = _get_object_coll_device(group)  # what torch's function asks for by a name that is deprecated
+        device_type = get_object_coll_device(group)  # what torch's function asks for by a name that is deprecated
         ranks = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
-        placements: list[Any] = [f"rank:{rank}/{_gen_rank_device(rank, device_type)}" for rank in ranks]
+        placements: list[Any] = [f"rank:{rank}/{gen_rank_device(rank, device_type)}" for rank in ranks]
         self._group = group
         self._rank = dist.get_rank()
         self._device = _device(device_type)
@@ -235,7 +237,7 @@ def _empty_like(entry: TensorStorageMetadata, tensor: torch.Tensor) -> torch.Ten
 def _device(device_type: str) -> torch.device:
     if device_type == "cpu":
         return torch.device("cpu")
-    return torch.device(device_type, _get_device_module(device_type).current_device())
+    return torch.device(device_type, get_device_module(device_type).current_device())
 
 
 def _allocate(entry: TensorStorageMetadata, size: Sequence[int], device: torch.device) -> torch.Tensor:

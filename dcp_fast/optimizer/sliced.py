@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+from dcp_fast._torch import LocalShard, ShardedTensor, disabled_torch_function
 
 __all__ = ["SlicedShardedTensor"]
 
@@ -44,7 +44,7 @@ class SlicedShardedTensor(torch.Tensor):
         made.offsets = tuple(offsets)
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

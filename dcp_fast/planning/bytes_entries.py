@@ -16,8 +16,8 @@ from collections import deque
 from typing import IO, Any
 
 import torch
-from torch import _weights_only_unpickler as torch_unpickler
 
+from dcp_fast._torch import PyTorchFileReader, is_zipfile, weights_only_unpickler
 from dcp_fast.errors import UntrustedBytesError, torch_load_error
 
 __all__ = ["load_untrusted"]
@@ -74,7 +74,7 @@ def _refused(error: Exception, value: IO[bytes], start: int) -> str | None:
         names = _unsafe_globals(io.BytesIO(value.read()))
     except Exception:  # whatever damage leads to
         return None
-    blocked = [name for name in names if name.rpartition(".")[0] in torch_unpickler._blocklisted_modules]
+    blocked = [name for name in names if name.rpartition(".")[0] in weights_only_unpickler._blocklisted_modules]
     if blocked:
         return f"the entry asks for {', '.join(blocked)}, which can run any code; {trust}"
     listed = ", ".join(name.removeprefix("builtins.") for name in names)
@@ -105,12 +105,12 @@ def _unsafe_globals(entry: io.BytesIO) -> list[str]:
     Raises:
         Exception: any, if the entry is damaged.
     """
-    if not torch.serialization._is_zipfile(entry):
+    if not is_zipfile(entry):
         names: list[str] = []
         for _ in range(_LEGACY_PICKLES):
             names = names or _scan(entry)
         return names
-    pickled = torch._C.PyTorchFileReader(entry).get_record("data.pkl")
+    pickled = PyTorchFileReader(entry).get_record("data.pkl")
     with zipfile.ZipFile(entry) as archive:
         (stored,) = (item for item in archive.infolist() if item.filename.partition("/")[2] == "data.pkl")
     if stored.CRC and zlib.crc32(pickled) != stored.CRC:  # 0: the writer was told not to compute it
@@ -134,8 +134,8 @@ def _scan(stream: io.BytesIO) -> list[str]:
             names[_torch_name(*(text or "(computed)" for text in pushed))] = None
         text = argument if opcode.name in _TEXTS else None
         pushed.append(memo.get(argument) if opcode.name in _MEMO_READERS else text)
-    defaults = torch_unpickler._get_allowed_globals()
-    users: dict[str, Any] = torch_unpickler._get_user_allowed_globals()  # type: ignore[no-untyped-call]
+    defaults = weights_only_unpickler._get_allowed_globals()
+    users: dict[str, Any] = weights_only_unpickler._get_user_allowed_globals()  # type: ignore[no-untyped-call]
     return [name for name in names if name not in defaults and name not in users]
 
 

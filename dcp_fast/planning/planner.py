@@ -12,11 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint import default_planner as torch_planner
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -26,17 +22,21 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import (
-    _create_chunk_list,
-    _create_read_items,
-)
-from torch.distributed.checkpoint.planner_helpers import (
     create_read_items_for_chunk_list as _torch_create_read_items,
 )
 from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
+from dcp_fast._torch import (
+    ShardedTensor,
+    create_chunk_list,
+    create_read_items,
+    derived_version,
+    flatten_state_dict,
+    set_element,
+)
 from dcp_fast.collector import paused_collection
-from dcp_fast.drop_in import StandIn
+from dcp_fast.drop_in import DropIn
 from dcp_fast.metadata import LazyDict, columns_of
 from dcp_fast.planning.bytes_entries import load_untrusted
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, is_whole
@@ -196,15 +196,15 @@ class _Search:
         """torch's ``_create_chunk_list``; the geometry of DTensors that are alike is computed once."""
         # DTensor asks its local tensor first, which may tell its chunks by an attribute of its own.
         if type(value) is not DTensor or type(value._local_tensor) is not torch.Tensor or vars(value._local_tensor):
-            return _create_chunk_list(value)
+            return create_chunk_list(value)
         key = (value.device_mesh, value.placements, value.shape)
         chunks = self.dtensor_chunks.get(key)
         if chunks is None:
-            chunks = self.dtensor_chunks[key] = _create_chunk_list(value)
+            chunks = self.dtensor_chunks[key] = create_chunk_list(value)
         return chunks
 
     def add_bytes(self, fqn: str, value: Any) -> None:
-        self.made += ((len(self.fqns), item) for item in _create_read_items(fqn, BytesStorageMetadata(), value))
+        self.made += ((len(self.fqns), item) for item in create_read_items(fqn, BytesStorageMetadata(), value))
 
     def add_whole(self, fqn: str, number: int) -> None:
         self.requests += (number, _native.WHOLE)
@@ -247,7 +247,7 @@ def global_size(value: Any) -> torch.Size:
     return size
 
 
-class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=StandIn):
+class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
     """Drop-in for ``torch.distributed.checkpoint.DefaultLoadPlanner`` that works with any ``StorageReader``.
 
     Takes the same arguments. Subclasses may override what torch's may: a reader calls ``resolve_tensor``,
@@ -326,10 +326,10 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=StandIn):
         missing = set(self.metadata.state_dict_metadata).difference(self.state_dict)
         if not missing:
             return
-        _version._derived_version = "2_3"
+        derived_version._derived_version = "2_3"
         try:
             old_state_dict, old_mappings = flatten_state_dict(self.original_state_dict)
         finally:
-            _version._derived_version = None
+            derived_version._derived_version = None
         if old_state_dict.keys() & missing:
             self.state_dict, self.mappings = old_state_dict, old_mappings

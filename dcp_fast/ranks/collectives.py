@@ -7,8 +7,8 @@ from typing import Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.utils import _DistWrapper
-from torch.distributed.distributed_c10d import _get_object_coll_device
+
+from dcp_fast._torch import DistWrapper, get_object_coll_device
 
 __all__ = ["Outcome", "collective_device", "largest"]
 
@@ -37,13 +37,13 @@ class Outcome(Generic[T]):
         return self.value
 
 
-def collective_device(ranks: _DistWrapper) -> torch.device:
+def collective_device(ranks: DistWrapper) -> torch.device:
     """Where the backend of the ranks' group wants tensors to be."""
-    device = torch.device(_get_object_coll_device(ranks.group))
+    device = torch.device(get_object_coll_device(ranks.group))
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
-def largest(ranks: _DistWrapper, numbers: Sequence[int]) -> list[int]:
+def largest(ranks: DistWrapper, numbers: Sequence[int]) -> list[int]:
     """Of each number the largest that any rank has. Collective: what backends have in common is the maximum."""
     tensor = torch.tensor(numbers, dtype=torch.int64, device=collective_device(ranks))
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=ranks.group)

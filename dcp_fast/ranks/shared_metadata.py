@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import StorageReader
-from torch.distributed.checkpoint.utils import _DistWrapper
 
 from dcp_fast import _native
+from dcp_fast._torch import DistWrapper
 from dcp_fast.errors import LoadError, typed_errors
 from dcp_fast.metadata import known_columns, make_metadata
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
@@ -49,7 +49,7 @@ _END_BYTES = 4096
 _IDENTITY_NUMBERS = 3
 
 
-def share_metadata(reader: StorageReader, ranks: _DistWrapper) -> Callable[[], Metadata]:
+def share_metadata(reader: StorageReader, ranks: DistWrapper) -> Callable[[], Metadata]:
     """Have the coordinator read the metadata for all ranks, where they can share it. All ranks must call it.
 
     Returns:
@@ -67,7 +67,7 @@ def share_metadata(reader: StorageReader, ranks: _DistWrapper) -> Callable[[], M
     return exchange.send() if ranks.is_coordinator else exchange.receive()
 
 
-def _prepare(reader: StorageReader, ranks: _DistWrapper) -> _Exchange | None:
+def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Exchange | None:
     """None if there is nothing to share.
 
     Raises:
@@ -102,7 +102,7 @@ def _raise(error: BaseException) -> Metadata:
     raise error
 
 
-def _agree(ranks: _DistWrapper, identity: list[int] | None) -> bool:
+def _agree(ranks: DistWrapper, identity: list[int] | None) -> bool:
     """Whether all ranks have the same identity, and not None."""
     numbers = [0] * _IDENTITY_NUMBERS if identity is None else identity
     # Only if all ranks have the same number are the largest of it and the largest of its negative that number.
@@ -143,7 +143,7 @@ def _deferred_interrupt() -> Iterator[Callable[[], None]]:
 class _Exchange:
     """One rank's end of it."""
 
-    def __init__(self, reader: FileSystemReader, ranks: _DistWrapper, identity: list[int]) -> None:
+    def __init__(self, reader: FileSystemReader, ranks: DistWrapper, identity: list[int]) -> None:
         self.identity = identity
         self._reader = reader
         self._ranks = ranks

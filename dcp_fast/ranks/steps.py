@@ -15,13 +15,12 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint import filesystem as torch_filesystem
-from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
-from torch.distributed.checkpoint.logger import _dcp_method_logger
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
-from torch.distributed.checkpoint.utils import _DistWrapper, _get_failure_dict
 
+from dcp_fast._torch import DistWrapper, dcp_method_logger, get_failure_dict, wrap_exception
 from dcp_fast.errors import LoadError, MetadataAccessError
 from dcp_fast.ranks.collectives import Outcome, largest
 from dcp_fast.ranks.shared_metadata import share_metadata
@@ -65,7 +64,7 @@ def load_on_all_ranks(
             error instead, as in torch. Flags and errors go through the host where the process group has a backend for
             that, and so even if a rank's GPU is lost.
     """
-    ranks = _DistWrapper(process_group, not no_dist, coordinator_rank)
+    ranks = DistWrapper(process_group, not no_dist, coordinator_rank)
     arguments: dict[str, Any] = {}
     if (checkpoint_id := getattr(storage_reader, "checkpoint_id", None)) is not None:
         arguments = {"checkpoint_id": checkpoint_id, "process_group": ranks.group}
@@ -74,7 +73,7 @@ def load_on_all_ranks(
     if share and metadata is None and ranks.get_world_size() > 1:
         shared = share_metadata(storage_reader, ranks)
 
-    @_dcp_method_logger(**arguments)
+    @dcp_method_logger(**arguments)
     def local_step() -> LoadPlan:
         nonlocal metadata, has_global_metadata
         if metadata is None:
@@ -88,7 +87,7 @@ def load_on_all_ranks(
             storage_reader.set_up_storage_reader(metadata, ranks.is_coordinator)
         return storage_reader.prepare_local_plan(planner.create_local_plan())
 
-    @_dcp_method_logger(**arguments)
+    @dcp_method_logger(**arguments)
     def global_step(plans: list[LoadPlan]) -> list[LoadPlan]:
         return storage_reader.prepare_global_plan(planner.create_global_plan(plans))
 
@@ -102,7 +101,7 @@ def load_on_all_ranks(
     elif flag & _EXCHANGE:
         plan = global_step([plan])[0]
 
-    @_dcp_method_logger(**arguments)
+    @dcp_method_logger(**arguments)
     def read_data() -> None:
         storage_reader.read_data(planner.finish_plan(plan), planner).wait()
 
@@ -111,7 +110,7 @@ def load_on_all_ranks(
         _raise_failures(ranks, "read", read, alone=not has_global_metadata)
 
 
-def _agree(ranks: _DistWrapper, step: str, outcome: Outcome[Any], flag: int) -> int:
+def _agree(ranks: DistWrapper, step: str, outcome: Outcome[Any], flag: int) -> int:
     """The bits that any rank has set in its flag, `_FAILED` among them."""
     if outcome.error is not None:
         flag |= _FAILED
@@ -125,17 +124,17 @@ def _agree(ranks: _DistWrapper, step: str, outcome: Outcome[Any], flag: int) -> 
             raise
         # A group without a backend for the host exchanges flags on the very device that failed. This rank can still say
         # what happened; the others wait until the group's time is up.
-        raise CheckpointException(step, {ranks.rank: _wrap_exception(outcome.error)}) from error
+        raise CheckpointException(step, {ranks.rank: wrap_exception(outcome.error)}) from error
 
 
-def _raise_failures(ranks: _DistWrapper, step: str, outcome: Outcome[Any], alone: bool) -> None:
+def _raise_failures(ranks: DistWrapper, step: str, outcome: Outcome[Any], alone: bool) -> None:
     """Raise what went wrong, wherever it did. ``alone``: a rank's own error is not wrapped."""
     error = outcome.error
-    failures = _get_failure_dict(ranks.all_gather_object(None if error is None else _wrap_exception(sendable(error))))
+    failures = get_failure_dict(ranks.all_gather_object(None if error is None else wrap_exception(sendable(error))))
     if error is not None and alone:
         raise error
     if error is not None:
-        failures[ranks.rank] = _wrap_exception(error)
+        failures[ranks.rank] = wrap_exception(error)
     raise CheckpointException(step, failures)
 
 

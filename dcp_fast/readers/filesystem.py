@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import IO, Any, ClassVar, Literal, cast
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
-from torch.distributed.checkpoint._extension import ExtensionRegistry
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from dcp_fast import _native
+from dcp_fast._torch import ExtensionRegistry, StorageReaderTransforms
 from dcp_fast.collector import paused_collection
-from dcp_fast.drop_in import StandIn
+from dcp_fast.drop_in import DropIn
 from dcp_fast.metadata import make_metadata, parse_columns, read_columns, unpickle_metadata
 from dcp_fast.observe.report import LoadReport, begin, publish
 from dcp_fast.observe.trace import Timeline, saved
@@ -29,7 +29,7 @@ __all__ = ["FileSystemReader"]
 _MODES = {"auto": _native.IoMode.AUTO, "cached": _native.IoMode.CACHED, "direct": _native.IoMode.DIRECT}
 
 
-class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
+class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
     """Drop-in for ``torch.distributed.checkpoint.FileSystemReader`` that reads only the bytes that are needed.
 
     Works with any ``LoadPlanner``. Tensors land in host memory without a copy in between wherever the stored and the
@@ -183,7 +183,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=StandIn):
         # Whoever puts another file system, view or transform below torch's reader deals in Python streams.
         return (
             type(self.fs) is torch_filesystem.FileSystem
-            and type(self.transforms) is torch_filesystem._StorageReaderTransforms
+            and type(self.transforms) is StorageReaderTransforms
             and type(self)._slice_file is torch_filesystem.FileSystemReader._slice_file
             and "_slice_file" not in vars(self)
         )

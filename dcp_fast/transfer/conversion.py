@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 import torch
-from torch.distributed._shard._utils import narrow_tensor_by_index
 
 from dcp_fast import _native
+from dcp_fast._torch import foreach_copy_, narrow_tensor_by_index
 from dcp_fast.errors import CudaOutOfMemoryError
 from dcp_fast.observe.trace import span
 from dcp_fast.transfer.destinations import HOST, is_plain
@@ -206,7 +206,7 @@ def _convert(batch: _Batch) -> None:
         sources += torch.split(staged, step)
     # copy_ for each pair, in one call: else the threads spend their time passing the interpreter lock around.
     if targets:
-        torch._foreach_copy_(targets, sources)
+        foreach_copy_(targets, sources)
 
 
 def _batch(parts: list[_Part], memory: torch.Tensor, device: int) -> _Batch:

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from dcp_fast import _native
+from dcp_fast._torch import disabled_torch_function
 from dcp_fast.transfer.gpu import served_device
 
 __all__ = ["DTYPES", "HOST", "Destinations", "is_plain"]
@@ -90,7 +91,7 @@ def _is_plain_type(cls: type) -> bool:
     functions = (cls.__torch_function__, torch.Tensor.__torch_function__)  # type: ignore[attr-defined]
     default_function = getattr(functions[0], "__func__", functions[0]) in (
         getattr(functions[1], "__func__", functions[1]),
-        torch._C._disabled_torch_function_impl,
+        disabled_torch_function,
     )
     default_dispatch = cls.__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
     return default_function and default_dispatch

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd.graph import increment_version
-from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from typing_extensions import Buffer
 
 from dcp_fast import _native
+from dcp_fast._torch import narrow_tensor_by_index
 from dcp_fast.collector import paused_collection
 from dcp_fast.errors import LoadError, SizeMismatchError, typed_errors
 from dcp_fast.observe.report import LoadReport

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StorageReaderTransforms
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 
 from dcp_fast import _native
+from dcp_fast._torch import StorageInfo, StorageReaderTransforms
 from dcp_fast.errors import (
     CorruptCheckpointError,
     LoadError,
@@ -45,8 +45,8 @@ class Storage:
     def __init__(
         self,
         root: str | os.PathLike[str],
-        storage_data: Mapping[MetadataIndex, _StorageInfo],
-        transforms: _StorageReaderTransforms,
+        storage_data: Mapping[MetadataIndex, StorageInfo],
+        transforms: StorageReaderTransforms,
         options: _native.Options,
         report: LoadReport,
     ) -> None:

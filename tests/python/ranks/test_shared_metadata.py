@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 import dcp_fast
-from dcp_fast import _native, shared_metadata
+from dcp_fast import _native
+from dcp_fast.ranks import shared_metadata
 
 WORLD = 4
 FAILING = 2  # the rank

@@ -1,0 +1,79 @@
+"""All that is private in torch and used here, in one place: where a new torch is adapted to.
+
+The public names of torch are imported where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import _weights_only_unpickler as weights_only_unpickler
+from torch._utils import _get_device_module as get_device_module
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed._shard.sharded_tensor import metadata as shard_metadata
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as ShardProperties
+from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
+from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+from torch.distributed.checkpoint import _version as derived_version
+from torch.distributed.checkpoint._extension import ExtensionRegistry
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
+from torch.distributed.checkpoint._storage_utils import _storage_setup as storage_setup
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import _wrap_exception as wrap_exception
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageReaderTransforms as StorageReaderTransforms
+from torch.distributed.checkpoint.logger import _dcp_method_logger as dcp_method_logger
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MEMORY_FORMAT_ENCODING
+from torch.distributed.checkpoint.optimizer import _gen_rank_device as gen_rank_device
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list as create_chunk_list
+from torch.distributed.checkpoint.planner_helpers import _create_read_items as create_read_items
+from torch.distributed.checkpoint.utils import _api_bc_check as api_bc_check
+from torch.distributed.checkpoint.utils import _DistWrapper as DistWrapper
+from torch.distributed.checkpoint.utils import _get_failure_dict as get_failure_dict
+from torch.distributed.distributed_c10d import _get_object_coll_device as get_object_coll_device
+from torch.serialization import _get_layout
+from torch.serialization import _is_zipfile as is_zipfile
+
+get_layout = cast(Callable[[str], torch.layout], _get_layout)
+disabled_torch_function = torch._C._disabled_torch_function_impl
+foreach_copy_ = torch._foreach_copy_
+PyTorchFileReader = torch._C.PyTorchFileReader
+
+__all__ = [
+    "MEMORY_FORMAT_ENCODING",
+    "ChunkShardingSpec",
+    "DistWrapper",
+    "ExtensionRegistry",
+    "LocalShard",
+    "PyTorchFileReader",
+    "ShardProperties",
+    "ShardedTensor",
+    "ShardedTensorMetadata",
+    "StorageInfo",
+    "StorageReaderTransforms",
+    "api_bc_check",
+    "create_chunk_list",
+    "create_read_items",
+    "dcp_method_logger",
+    "derived_version",
+    "disabled_torch_function",
+    "flatten_state_dict",
+    "foreach_copy_",
+    "gen_rank_device",
+    "get_device_module",
+    "get_failure_dict",
+    "get_layout",
+    "get_object_coll_device",
+    "is_zipfile",
+    "narrow_tensor_by_index",
+    "set_element",
+    "shard_metadata",
+    "storage_setup",
+    "unflatten_state_dict",
+    "weights_only_unpickler",
+    "wrap_exception",
+]
