@@ -196,6 +196,7 @@ def test_steps() -> None:
         "memcheck",
         "racecheck",
         "bench",
+        "sweep",
     ]
     assert [step.name for step in steps_of(real)] == names
     assert seconds_of(Setting(("checks",), False, Path("results"))) == 300
