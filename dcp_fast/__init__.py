@@ -25,9 +25,10 @@ from dcp_fast.errors import (
 from dcp_fast.install import install, uninstall
 from dcp_fast.load import load, load_state_dict
 from dcp_fast.observe.report import LoadReport, last_report
-from dcp_fast.optimizer import load_sharded_optimizer_state_dict
-from dcp_fast.planning.planner import DefaultLoadPlanner, create_read_items_for_chunk_list
-from dcp_fast.readers import FileSystemReader
+from dcp_fast.optimizer.load import load_sharded_optimizer_state_dict
+from dcp_fast.planning.planner import DefaultLoadPlanner
+from dcp_fast.planning.search import create_read_items_for_chunk_list
+from dcp_fast.readers.filesystem import FileSystemReader
 from dcp_fast.transfer.gpu import prepare_staging, release_staging
 
 __all__ = [

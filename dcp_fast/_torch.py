@@ -38,6 +38,15 @@ from torch.distributed.distributed_c10d import _get_object_coll_device as get_ob
 from torch.serialization import _get_layout
 from torch.serialization import _is_zipfile as is_zipfile
 
+try:  # torch 2.14 lets a local shard carry the shape of its global tensor
+    from torch.distributed.checkpoint.protocol import _is_checkpointable_tensor as is_checkpointable_tensor
+except ImportError:
+
+    def is_checkpointable_tensor(value: object) -> bool:
+        """Whether a value carries the shape of a global tensor that it is a part of. Here none can."""
+        return False
+
+
 get_layout = cast(Callable[[str], torch.layout], _get_layout)
 disabled_torch_function = torch._C._disabled_torch_function_impl
 foreach_copy_ = torch._foreach_copy_
@@ -68,6 +77,7 @@ __all__ = [
     "get_failure_dict",
     "get_layout",
     "get_object_coll_device",
+    "is_checkpointable_tensor",
     "is_zipfile",
     "narrow_tensor_by_index",
     "set_element",

@@ -10,10 +10,11 @@ from types import TracebackType
 from torch.distributed.checkpoint import default_planner, filesystem, optimizer, planner_helpers, state_dict_loader
 
 from dcp_fast import load as fast_load
-from dcp_fast import optimizer as fast_optimizer
 from dcp_fast.drop_in import torch_class_of
+from dcp_fast.optimizer import load as fast_optimizer
 from dcp_fast.planning import planner as fast_planner
-from dcp_fast.readers import FileSystemReader
+from dcp_fast.planning import search as fast_search
+from dcp_fast.readers.filesystem import FileSystemReader
 
 __all__ = ["Installation", "install", "uninstall"]
 
@@ -26,8 +27,8 @@ _REPLACEMENTS: dict[int, tuple[object, object]] = {
         (state_dict_loader.load, fast_load.load),
         (state_dict_loader.load_state_dict, fast_load.load_state_dict),
         (optimizer.load_sharded_optimizer_state_dict, fast_optimizer.load_sharded_optimizer_state_dict),
-        (planner_helpers.create_read_items_for_chunk_list, fast_planner.create_read_items_for_chunk_list),
-        (default_planner.create_default_local_load_plan, fast_planner.create_default_local_load_plan),
+        (planner_helpers.create_read_items_for_chunk_list, fast_search.create_read_items_for_chunk_list),
+        (default_planner.create_default_local_load_plan, fast_search.create_default_local_load_plan),
     )
 }
 

@@ -20,7 +20,7 @@ from dcp_fast._torch import api_bc_check, dcp_method_logger, storage_setup
 from dcp_fast.collector import paused_collection
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.ranks.steps import load_on_all_ranks
-from dcp_fast.readers import FileSystemReader
+from dcp_fast.readers.filesystem import FileSystemReader
 
 __all__ = ["load", "load_state_dict"]
 

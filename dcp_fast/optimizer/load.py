@@ -26,7 +26,8 @@ from dcp_fast.optimizer.sharding import (
     slices_of_parameters,
 )
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
-from dcp_fast.planning.planner import DefaultLoadPlanner, global_size
+from dcp_fast.planning.planner import DefaultLoadPlanner
+from dcp_fast.planning.search import global_size
 from dcp_fast.ranks.steps import load_on_all_ranks, sendable
 
 __all__ = ["load_sharded_optimizer_state_dict"]

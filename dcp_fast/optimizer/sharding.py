@@ -26,7 +26,7 @@ from dcp_fast._torch import (
 )
 from dcp_fast.errors import OptimizerStateError
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
-from dcp_fast.planning.planner import global_size
+from dcp_fast.planning.search import global_size
 
 __all__ = [
     "ParameterSlice",

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from dcp_fast import _native
 from dcp_fast._torch import DistWrapper
 from dcp_fast.errors import LoadError, typed_errors
-from dcp_fast.metadata import known_columns, make_metadata
+from dcp_fast.metadata.read import known_columns, make_metadata
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
-from dcp_fast.readers import FileSystemReader
+from dcp_fast.readers.filesystem import FileSystemReader
 
 __all__ = ["share_metadata"]
 

@@ -17,7 +17,7 @@ from dcp_fast import _native
 from dcp_fast._torch import ExtensionRegistry, StorageReaderTransforms
 from dcp_fast.collector import paused_collection
 from dcp_fast.drop_in import DropIn
-from dcp_fast.metadata import make_metadata, parse_columns, read_columns, unpickle_metadata
+from dcp_fast.metadata.read import make_metadata, parse_columns, read_columns, unpickle_metadata
 from dcp_fast.observe.report import LoadReport, begin, publish
 from dcp_fast.observe.trace import Timeline, saved
 from dcp_fast.transfer.gpu import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from dcp_fast import _native
 from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CorruptMetadataError
-from dcp_fast.metadata import columns_of, read_metadata
+from dcp_fast.metadata.lazy import columns_of
+from dcp_fast.metadata.read import read_metadata
 
 __all__ = ["Chunk", "Entry", "Inspection", "inspect"]
 

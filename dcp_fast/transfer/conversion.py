@@ -19,7 +19,8 @@ from dcp_fast._torch import foreach_copy_, narrow_tensor_by_index
 from dcp_fast.errors import CudaOutOfMemoryError
 from dcp_fast.observe.trace import span
 from dcp_fast.transfer.destinations import HOST, is_plain
-from dcp_fast.transfer.gpu import CudaLoad, served_device
+from dcp_fast.transfer.devices import served_device
+from dcp_fast.transfer.gpu import CudaLoad
 
 __all__ = ["StagedBox", "place_staged"]
 

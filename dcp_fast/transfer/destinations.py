@@ -9,7 +9,7 @@ import torch
 
 from dcp_fast import _native
 from dcp_fast._torch import disabled_torch_function
-from dcp_fast.transfer.gpu import served_device
+from dcp_fast.transfer.devices import served_device
 
 __all__ = ["DTYPES", "HOST", "Destinations", "is_plain"]
 

@@ -18,16 +18,14 @@ from dcp_fast import _native
 from dcp_fast.errors import typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
+from dcp_fast.transfer.devices import device_of, refusals
 
 __all__ = [
     "CudaLoad",
     "CudaRefusedError",
     "StagingLimits",
-    "device_of",
     "prepare_staging",
     "release_staging",
-    "served_device",
-    "why_refused",
 ]
 
 logger = logging.getLogger("dcp_fast")
@@ -37,18 +35,6 @@ MIN_STAGING_BYTES = 1 << 20  # slots of the smallest size that still overlap rea
 _MIN_PINNED_BYTES = 64 << 20  # by default
 _MOST_BLOCK_BYTES = 8 << 20  # that the default ring has room for
 _SLOTS_PER_THREAD = 2  # one is filled while the other is copied
-
-
-def device_of(tensor: torch.Tensor) -> int | None:
-    """The ordinal of the CUDA device that holds a tensor's memory; None for the host and for all other devices."""
-    # Under ROCm torch calls its devices by the same name, but they have another driver.
-    return tensor.get_device() if tensor.is_cuda and torch.version.hip is None else None
-
-
-def served_device(tensor: torch.Tensor) -> int | None:
-    """The same, but None for a device whose driver refused what loads need: torch's ``copy_`` writes to that."""
-    device = device_of(tensor)
-    return None if device in _refusals else device
 
 
 @dataclass(frozen=True)
@@ -91,8 +77,6 @@ class StagingLimits:
 _Idle = tuple[StagingLimits, _native.CudaStaging]
 _idle: _Idle | None = None
 _lock = threading.Lock()
-# Why torch has to write to a device, by ordinal.
-_refusals: dict[int, str] = {}
 
 
 def _exchange(idle: _Idle | None) -> _Idle | None:
@@ -148,7 +132,7 @@ def release_staging() -> None:
     what it has until its end. The next load to a GPU allocates anew, and asks the driver anew for what it refused.
     """
     _exchange(None)
-    _refusals.clear()
+    refusals.clear()
 
 
 def _forget() -> None:
@@ -160,11 +144,6 @@ def _forget() -> None:
 atexit.register(release_staging)
 # A child has no driver, and perhaps a lock that nobody will open any more.
 os.register_at_fork(after_in_child=_forget)
-
-
-def why_refused(device: int) -> str:
-    """What the driver refused on a device that is not served."""
-    return _refusals[device]
 
 
 class CudaRefusedError(Exception):
@@ -181,8 +160,8 @@ def _told_refusals(devices: Iterable[int]) -> Iterator[None]:
         if kind != "cuda_refused":
             raise
         for device in devices:
-            if device not in _refusals:
-                _refusals[device] = reason
+            if device not in refusals:
+                refusals[device] = reason
                 logger.warning("Loads to cuda:%d go through torch's copy_, which is slower: %s", device, reason)
         raise CudaRefusedError(reason) from None
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd.graph import increment_version
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from typing_extensions import Buffer
 
@@ -16,36 +15,17 @@ from dcp_fast._torch import narrow_tensor_by_index
 from dcp_fast.collector import paused_collection
 from dcp_fast.errors import LoadError, SizeMismatchError, typed_errors
 from dcp_fast.observe.report import LoadReport
-from dcp_fast.planning.planner import DefaultLoadPlanner as FastDefaultLoadPlanner
+from dcp_fast.planning.hooks import has_default_hooks
 from dcp_fast.transfer.conversion import StagedBox, place_staged
 from dcp_fast.transfer.destinations import DTYPES, Destinations
-from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError, device_of, served_device, why_refused
+from dcp_fast.transfer.devices import device_of, refusals, served_device
+from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.rows import ColumnItems, ListedItems, box_of, items_of
 from dcp_fast.transfer.stored_entries import Storage
 
 __all__ = ["PlanTransfer"]
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
-
-# As they are at import: whoever patches torch's class has hooks too.
-_DEFAULT_HOOKS = {
-    name: getattr(DefaultLoadPlanner, name)
-    for name in ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor", "load_bytes")
-}
-_FAST_LOAD_BYTES = FastDefaultLoadPlanner.load_bytes
-
-
-def has_default_hooks(planner: LoadPlanner) -> bool:
-    """Whether a planner does with items what torch's DefaultLoadPlanner does, so that their order is free."""
-    return isinstance(planner, DefaultLoadPlanner) and all(
-        name not in vars(planner) and _torch_hook(type(planner), name) is hook for name, hook in _DEFAULT_HOOKS.items()
-    )
-
-
-def _torch_hook(cls: type[DefaultLoadPlanner], name: str) -> object:
-    hook = getattr(cls, name)
-    # Ours hands on to torch's where it trusts the checkpoint.
-    return getattr(DefaultLoadPlanner, name) if hook is _FAST_LOAD_BYTES else hook
 
 
 class PlanTransfer:
@@ -225,7 +205,7 @@ class PlanTransfer:
         for box in boxes:
             if (device := device_of(box.target)) is not None and served_device(box.target) is None:
                 self.report.device_fallback_items += 1
-                self.report.device_fallback_reason = why_refused(device)
+                self.report.device_fallback_reason = refusals[device]
         for stats in place_staged(boxes, self.layouts, self.options, self.staging_bytes // 2, self.cuda):
             self._count(stats)
 

@@ -17,7 +17,7 @@ from torch.serialization import LoadEndianness, get_default_load_endianness
 from typing_extensions import Buffer
 
 from dcp_fast.errors import SizeMismatchError
-from dcp_fast.metadata import LazyDict
+from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, is_whole
 from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.stored_entries import Storage

@@ -240,7 +240,7 @@ def test_planning_functions_are_used_by_torchs_planner(tmp_path: Path, monkeypat
     save(tmp_path, {"t": fill((3,), torch.float32)})
     planner = dcp.DefaultLoadPlanner()
     with dcp_fast.install():
-        assert default_planner.create_default_local_load_plan is dcp_fast.planner.create_default_local_load_plan
+        assert default_planner.create_default_local_load_plan is dcp_fast.planning.search.create_default_local_load_plan
         state = {"t": torch.zeros(3)}
         dcp.load(state, checkpoint_id=tmp_path, planner=planner)
         assert state["t"].count_nonzero() > 0

@@ -23,7 +23,7 @@ ROOMS = [
     {"tools"},
     {"__init__", "__main__"},
 ]
-MOST_LEVELS = 10
+MOST_LEVELS = 12
 
 PACKAGE = Path(dcp_fast.__file__).parent
 

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcp_fast.metadata import make_metadata as metadata_of_columns
-from dcp_fast.metadata import parse_columns, unpickle_metadata
+from dcp_fast.metadata.read import make_metadata as metadata_of_columns
+from dcp_fast.metadata.read import parse_columns, unpickle_metadata
 
 __all__ = [
     "OldPickler",

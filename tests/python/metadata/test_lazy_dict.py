@@ -17,7 +17,7 @@ import torch
 from metadata_cases import assert_same_metadata, make_metadata, parse_metadata, write_metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from dcp_fast.metadata import LazyDict, columns_of
+from dcp_fast.metadata.lazy import LazyDict, columns_of
 
 
 def lazy() -> tuple[LazyDict[Any, Any], dict[Any, Any]]:

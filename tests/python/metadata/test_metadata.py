@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 
 import dcp_fast
 from dcp_fast import _native
-from dcp_fast.metadata import columns_of
+from dcp_fast.metadata.lazy import columns_of
 from dcp_fast.metadata.unpickler import RestrictedUnpickler
 
 PROTOCOLS = range(6)

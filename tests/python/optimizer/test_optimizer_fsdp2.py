@@ -47,7 +47,7 @@ from training_runs import (
 )
 
 import dcp_fast
-from dcp_fast.optimizer import load_sharded_optimizer_state_dict
+from dcp_fast.optimizer.load import load_sharded_optimizer_state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 import dcp_fast
 from dcp_fast.planning.column_plan import ColumnPlan
-from dcp_fast.planning.planner import create_default_local_load_plan
+from dcp_fast.planning.search import create_default_local_load_plan
 
 torch_plan = default_planner.create_default_local_load_plan
 

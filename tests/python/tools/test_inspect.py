@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcp_fast.metadata import columns_of
+from dcp_fast.metadata.lazy import columns_of
 from dcp_fast.tools.cli import main
 
 # Not the checkout, which may hold no extension: `python -m` would look there first.

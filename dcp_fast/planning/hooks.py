@@ -1,0 +1,30 @@
+"""Which hooks of a planner are torch's own: only with others does the order of items matter, and what comes between."""
+
+from __future__ import annotations
+
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlanner
+
+from dcp_fast.planning.planner import DefaultLoadPlanner as FastDefaultLoadPlanner
+
+__all__ = ["has_default_hooks"]
+
+# As they are at import: whoever patches torch's class has hooks too.
+_DEFAULT_HOOKS = {
+    name: getattr(DefaultLoadPlanner, name)
+    for name in ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor", "load_bytes")
+}
+_FAST_LOAD_BYTES = FastDefaultLoadPlanner.load_bytes
+
+
+def has_default_hooks(planner: LoadPlanner) -> bool:
+    """Whether a planner does with items what torch's DefaultLoadPlanner does, so that their order is free."""
+    return isinstance(planner, DefaultLoadPlanner) and all(
+        name not in vars(planner) and _torch_hook(type(planner), name) is hook for name, hook in _DEFAULT_HOOKS.items()
+    )
+
+
+def _torch_hook(cls: type[DefaultLoadPlanner], name: str) -> object:
+    hook = getattr(cls, name)
+    # Ours hands on to torch's where it trusts the checkpoint.
+    return getattr(DefaultLoadPlanner, name) if hook is _FAST_LOAD_BYTES else hook
