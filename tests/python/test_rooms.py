@@ -24,6 +24,7 @@ ROOMS = [
     {"__init__", "__main__"},
 ]
 MOST_LEVELS = 12
+GROUND = {"_native", "_torch"}  # the extension, and torch itself
 
 PACKAGE = Path(dcp_fast.__file__).parent
 
@@ -62,7 +63,7 @@ def room_of(name: str) -> int:
 
 def levels_of(name: str, above: tuple[str, ...] = ()) -> int:
     assert name not in above, f"a cycle: {' -> '.join([*above, name])}"
-    if name not in MODULES:  # the extension
+    if name in GROUND:
         return 0
     return 1 + max((levels_of(imported, (*above, name)) for imported in imports_of(name)), default=0)
 
