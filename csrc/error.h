@@ -41,6 +41,7 @@ struct Error : std::runtime_error {
   int error_number = 0;
   int64_t record = -1;  // index into the records of the load, -1 where none is known
   int64_t item = -1;    // index into the items of the load, -1 where none is known
+  int device = -1;      // ordinal of the CUDA device that refused something, -1 where it is no single one's
 };
 
 // Thrown where whoever waits has asked to stop (Ctrl-C).

@@ -206,6 +206,7 @@ _BY_KIND: dict[str, type[LoadError]] = {
     "corrupt_pickle": CorruptPickleError,
     "cuda": CudaError,
     "cuda_out_of_memory": CudaOutOfMemoryError,
+    "cuda_refused": CudaError,
     "corrupt_metadata": CorruptMetadataError,
     "size_mismatch": SizeMismatchError,
 }
@@ -235,7 +236,7 @@ def typed_errors(fqns: Sequence[str] = (), checkpoint: str | os.PathLike[str] = 
     try:
         yield
     except _native.NativeError as error:
-        kind, reason, error_number, record, _item, path, offset, length = error.args
+        kind, reason, error_number, record, _item, path, offset, length, _device = error.args
         cls = _BY_ERRNO.get(error_number, FileAccessError) if kind == "io" else _BY_KIND[kind]
         raise cls(
             reason,

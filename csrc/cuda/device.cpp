@@ -29,7 +29,9 @@ decltype(auto) naming(int ordinal, const Work& work) {
   try {
     return work();
   } catch (const Error& error) {
-    throw Error(error.kind, name_of(ordinal) + ": " + error.what());
+    Error named(error.kind, name_of(ordinal) + ": " + error.what());
+    named.device = ordinal;
+    throw named;
   }
 }
 
@@ -118,8 +120,9 @@ void Device::release() noexcept {
 void Device::begin(StreamHandle torch_stream, trace::Recorder* recorder) {
   const std::scoped_lock lock(copying_, counting_);
   in_context([&] {
+    const bool first = recorder != recorder_;  // of several waves of a load
     recorder_ = recorder;
-    if (recorder_ != nullptr) {
+    if (first && recorder_ != nullptr) {
       // On an idle stream an event happens when it is recorded: so device time is told in the recorder's.
       DCP_FAST_CUDA(cuStreamSynchronize, copy_stream_.get());
       began_at_ = recorder_->now();
@@ -178,8 +181,8 @@ void Device::launch(FunctionHandle function, const Slot& slot, DeviceAddress sta
   void* arguments[] = {&base, &entries, &count};
   DCP_FAST_CUDA(cuStreamWaitEvent, kernel_stream_.get(), slot.copied.get(), 0);
   DCP_FAST_CUDA(cuEventRecord, slot.kernel_begin.get(), kernel_stream_.get());
-  DCP_FAST_CUDA(cuLaunchKernel, function, count, 1, 1, kThreadsPerBlock, 1, 1, 0, kernel_stream_.get(), arguments,
-                nullptr);
+  require("cuLaunchKernel", driver().cuLaunchKernel(function, count, 1, 1, kThreadsPerBlock, 1, 1, 0,
+                                                    kernel_stream_.get(), arguments, nullptr));
   DCP_FAST_CUDA(cuEventRecord, slot.placed.get(), kernel_stream_.get());
 }
 

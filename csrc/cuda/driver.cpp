@@ -85,9 +85,10 @@ const Driver& driver() {
 void check(const char* function, Result result) { check(driver(), function, result); }
 
 bool is_refusal(Result result) {
-  // All that break a context, or are about to end the process: see CUresult in cuda.h.
-  static constexpr Result kBroken[] = {4, 214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 999};
-  return result != kSuccess && std::find(std::begin(kBroken), std::end(kBroken), result) == std::end(kBroken);
+#define DCP_FAST_NUMBER(name, number) number,
+  static constexpr Result kBreaking[] = {DCP_FAST_BREAKING_RESULTS(DCP_FAST_NUMBER)};
+#undef DCP_FAST_NUMBER
+  return result != kSuccess && std::find(std::begin(kBreaking), std::end(kBreaking), result) == std::end(kBreaking);
 }
 
 void require(const char* function, Result result) {

@@ -24,7 +24,33 @@ inline constexpr unsigned kHostRegisterPortable = 1;
 inline constexpr unsigned kHostAllocPortable = 1;
 inline constexpr int kCapabilityMajor = 75;  // of CUdevice_attribute
 inline constexpr int kCapabilityMinor = 76;
-inline constexpr int kCaptureNone = 0;  // of CUstreamCaptureStatus
+inline constexpr int kFunctionRegisters = 4;  // of CUfunction_attribute
+inline constexpr int kCaptureNone = 0;        // of CUstreamCaptureStatus
+inline constexpr int kCaptureRelaxed = 2;     // of CUstreamCaptureMode
+
+// Results after which a context is of no use any more, or a capture: nothing else is tried then.
+// X(result, its number)
+#define DCP_FAST_BREAKING_RESULTS(X)             \
+  X(CUDA_ERROR_DEINITIALIZED, 4)                 \
+  X(CUDA_ERROR_ECC_UNCORRECTABLE, 214)           \
+  X(CUDA_ERROR_NVLINK_UNCORRECTABLE, 220)        \
+  X(CUDA_ERROR_ILLEGAL_ADDRESS, 700)             \
+  X(CUDA_ERROR_LAUNCH_TIMEOUT, 702)              \
+  X(CUDA_ERROR_CONTEXT_IS_DESTROYED, 709)        \
+  X(CUDA_ERROR_ASSERT, 710)                      \
+  X(CUDA_ERROR_HARDWARE_STACK_ERROR, 714)        \
+  X(CUDA_ERROR_ILLEGAL_INSTRUCTION, 715)         \
+  X(CUDA_ERROR_MISALIGNED_ADDRESS, 716)          \
+  X(CUDA_ERROR_INVALID_ADDRESS_SPACE, 717)       \
+  X(CUDA_ERROR_INVALID_PC, 718)                  \
+  X(CUDA_ERROR_LAUNCH_FAILED, 719)               \
+  X(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, 900)  \
+  X(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, 901)  \
+  X(CUDA_ERROR_STREAM_CAPTURE_UNJOINED, 904)     \
+  X(CUDA_ERROR_STREAM_CAPTURE_ISOLATION, 905)    \
+  X(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, 906)     \
+  X(CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD, 908) \
+  X(CUDA_ERROR_UNKNOWN, 999)
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventBlockingSync = 1;
 
@@ -61,6 +87,8 @@ inline constexpr unsigned kEventBlockingSync = 1;
   X(cuModuleLoadData, (ModuleHandle*, const void*))                                                        \
   X(cuModuleUnload, (ModuleHandle))                                                                        \
   X(cuModuleGetFunction, (FunctionHandle*, ModuleHandle, const char*))                                     \
+  X(cuFuncGetAttribute, (int*, int, FunctionHandle))                                                       \
+  X(cuThreadExchangeStreamCaptureMode, (int*))                                                             \
   X(cuLaunchKernel, (FunctionHandle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, \
                      StreamHandle, void**, void**))
 

@@ -18,8 +18,17 @@ int attribute(int wanted, Ordinal device) {
 Kernel with_function(ModuleHandle handle) {
   Kernel kernel;
   kernel.module = Module(handle);
-  DCP_FAST_CUDA(cuModuleGetFunction, &kernel.function, handle, kName);
+  require("cuModuleGetFunction", driver().cuModuleGetFunction(&kernel.function, handle, kName));
+  // Drivers put off the loading, and the compiling, of a kernel until somebody asks something of it.
+  int registers = 0;
+  require("cuFuncGetAttribute", driver().cuFuncGetAttribute(&registers, kFunctionRegisters, kernel.function));
   return kernel;
+}
+
+Kernel load(const void* image) {
+  ModuleHandle handle = nullptr;
+  require("cuModuleLoadData", driver().cuModuleLoadData(&handle, image));
+  return with_function(handle);
 }
 
 }  // namespace
@@ -30,18 +39,15 @@ std::optional<Kernel> load_compiled_kernel(Ordinal device) {
   for (size_t i = 0; i < kBoxCopyBinaryCount; ++i) {
     const KernelBinary& binary = kBoxCopyBinaries[i];
     if (binary.major != major || binary.minor > minor) continue;
-    ModuleHandle handle = nullptr;
-    const Result result = driver().cuModuleLoadData(&handle, binary.image);
-    if (result == kSuccess) return with_function(handle);
-    if (!is_refusal(result)) check("cuModuleLoadData", result);
+    try {
+      return load(binary.image);
+    } catch (const Error& error) {
+      if (error.kind != ErrorKind::kCudaRefused) throw;
+    }
   }
   return std::nullopt;
 }
 
-Kernel compile_kernel() {
-  ModuleHandle handle = nullptr;
-  require("cuModuleLoadData", driver().cuModuleLoadData(&handle, kBoxCopyPtx));
-  return with_function(handle);
-}
+Kernel compile_kernel() { return load(kBoxCopyPtx); }
 
 }  // namespace dcp_fast::cuda

@@ -30,8 +30,12 @@ PrimaryContext::~PrimaryContext() { static_cast<void>(driver().cuDevicePrimaryCt
 CurrentContext::CurrentContext(const PrimaryContext& context) {
   DCP_FAST_CUDA(cuCtxGetCurrent, &before_);
   DCP_FAST_CUDA(cuCtxSetCurrent, context.get());
+  static_cast<void>(driver().cuThreadExchangeStreamCaptureMode(&capture_mode_));
 }
 
-CurrentContext::~CurrentContext() { static_cast<void>(driver().cuCtxSetCurrent(before_)); }
+CurrentContext::~CurrentContext() {
+  static_cast<void>(driver().cuThreadExchangeStreamCaptureMode(&capture_mode_));
+  static_cast<void>(driver().cuCtxSetCurrent(before_));
+}
 
 }  // namespace dcp_fast::cuda

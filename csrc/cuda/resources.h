@@ -61,7 +61,8 @@ class PrimaryContext {
   ContextHandle handle_ = nullptr;
 };
 
-// Makes a context the current one of this thread for a while: torch goes by the one that it finds.
+// Makes a context the current one of this thread for a while: torch goes by the one that it finds. Calls of this thread
+// meanwhile do no harm to CUDA graphs that other threads capture, nor those to them.
 class CurrentContext {
  public:
   explicit CurrentContext(const PrimaryContext& context);
@@ -71,6 +72,7 @@ class CurrentContext {
 
  private:
   ContextHandle before_ = nullptr;
+  int capture_mode_ = kCaptureRelaxed;
 };
 
 }  // namespace dcp_fast::cuda

@@ -115,6 +115,7 @@ bool Staging::pin_one(Device& device, std::unique_lock<std::mutex>& lock) {
     pin(slot, device);
   } catch (const Error& error) {
     refusal = error;
+    refusal->device = -1;  // the ring is of all devices
   }
   lock.lock();
   --pinning_;

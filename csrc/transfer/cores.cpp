@@ -76,9 +76,10 @@ int quota_of_control_groups(const std::string& root) {
 }
 
 int usable_cores() {
-  int cores = std::max(1, cores_of_affinity());
-  if (const int quota = quota_of_control_groups(); quota > 0) cores = std::min(cores, quota);
-  return std::max(1, cores / processes_of_this_machine());
+  static const int quota = quota_of_control_groups();
+  int shared = static_cast<int>(std::thread::hardware_concurrency());
+  if (quota > 0) shared = std::min(shared, quota);
+  return std::max(1, std::min(cores_of_affinity(), shared / processes_of_this_machine()));
 }
 
 }  // namespace dcp_fast::transfer

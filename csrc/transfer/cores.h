@@ -5,8 +5,9 @@
 
 namespace dcp_fast::transfer {
 
-// Cores that the process may run on, no more than its control groups (version 1 or 2) give it time for, divided among
-// the processes of this machine where LOCAL_WORLD_SIZE, which torchrun sets, tells how many there are. At least 1.
+// Cores that the process may run on; no more than its share of what the machine has, and what its control groups
+// (version 1 or 2) give time for, where LOCAL_WORLD_SIZE, which torchrun sets, tells how many processes share that.
+// Control groups are asked once. At least 1.
 int usable_cores();
 
 // What the control groups of a process allow, rounded up; 0 without a limit. `root`: what stands for "/".

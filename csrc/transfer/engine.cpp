@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -81,9 +82,11 @@ class Wave {
     slots_ = make_slot_tasks(boxes.devices, run.slot_policies, staging->slot_bytes());
     for (const auto& [ordinal, pieces] : boxes.devices) devices_.emplace(ordinal, &staging->device(ordinal));
     // Before the first byte is written: memory may be had once somebody has given some back.
+    std::set<int> launching;
     for (const SlotTask& task : slots_) {
-      if (!task.plan.entries.empty()) devices_.at(task.device)->prepare_to_launch();
+      if (!task.plan.entries.empty()) launching.insert(task.device);
     }
+    for (const int ordinal : launching) devices_.at(ordinal)->prepare_to_launch();
   }
 
   int64_t bytes() const { return bytes_; }

@@ -57,7 +57,8 @@ class StagingLimits:
     ) -> StagingLimits:
         """Limits where None stands for the default: two slots for each thread, and twice as much on a device."""
         if pinned_bytes is None:
-            slot = min(block_bytes, _MOST_BLOCK_BYTES) * 33 // 32  # with descriptors
+            block_bytes = min(block_bytes, _MOST_BLOCK_BYTES)
+            slot = block_bytes * 33 // 32  # with descriptors
             slots = _SLOTS_PER_THREAD * _native.reader_threads(threads or 0, any_direct=True)
             pinned_bytes = max(_MIN_PINNED_BYTES, slots * slot)
         if device_staging_bytes is None:
@@ -101,7 +102,8 @@ def prepare_staging(
     another way, and this logs why.
 
     Args:
-        devices: which ones, as ordinals or devices; None: torch's current device.
+        devices: which ones, as ordinals or devices; None: torch's current device, which is a matter of the calling
+            thread.
         threads, block_bytes, pinned_bytes, device_staging_bytes: as the :class:`dcp_fast.FileSystemReader` of the load
             gets them, where it gets any. It allocates anew if they differ.
 
@@ -111,12 +113,18 @@ def prepare_staging(
     """
     limits = StagingLimits.of(threads, block_bytes, pinned_bytes, device_staging_bytes)
     wanted = [torch.cuda.current_device()] if devices is None else [_ordinal(device) for device in devices]
-    staging = _lease(limits)
-    with typed_errors(), suppress(CudaRefusedError):
-        for device in wanted:
-            with _told_refusals([device]):
-                staging.prepare(device)
-        _exchange((limits, staging))
+    with typed_errors():
+        _native.require_not_capturing(_current_streams(wanted))
+        staging = _lease(limits)
+        try:
+            for device in wanted:
+                refusals.pop(device, None)
+                with suppress(CudaRefusedError), _told_refusals([device]):
+                    staging.prepare(device)
+            if any(device not in refusals for device in wanted):
+                _exchange((limits, staging))
+        finally:
+            del staging  # the frames of an error would keep it
 
 
 def _ordinal(device: int | torch.device) -> int:
@@ -156,10 +164,11 @@ def _told_refusals(devices: Iterable[int]) -> Iterator[None]:
     try:
         yield
     except _native.NativeError as error:
-        kind, reason, *_ = error.args
+        kind, reason, *_, refusing = error.args
         if kind != "cuda_refused":
             raise
-        for device in devices:
+        # Pinned memory is for all devices, the kernel for one.
+        for device in devices if refusing < 0 else [refusing]:
             if device not in refusals:
                 refusals[device] = reason
                 logger.warning("Loads to cuda:%d go through torch's copy_, which is slower: %s", device, reason)
@@ -263,6 +272,8 @@ class CudaLoad:
     def finish(self) -> None:
         """Wait for the devices if that was asked for, and let the next load have the staging."""
         if self._staging is None:
+            if self.synchronize:
+                self._wait_for_conversions()
             return
         if self.synchronize:
             start = time.perf_counter()
@@ -276,25 +287,33 @@ class CudaLoad:
 
     def give_up(self) -> None:
         """After a refusal: no device is written to any more but by torch, and nothing is kept for the next load."""
-        staging, self._staging = self._staging, None
-        if staging is not None:
-            staging.drain()
+        if self._staging is not None:
+            self._staging.drain()
+            self._count_copies()
+            self._staging = None
 
     def abort(self) -> None:
         """After an error: no device writes to a destination any more when this returns."""
-        if self._staging is None:
-            return
-        self.give_up()
+        if self._staging is not None:
+            self._staging.drain()
+            self._staging = None
+        self._wait_for_conversions()
+
+    def _wait_for_conversions(self) -> None:
         for device in self._devices:
             with suppress(RuntimeError):  # of a context that is broken: nothing is under way there
-                torch.cuda.current_stream(device).synchronize()  # conversions
+                torch.cuda.current_stream(device).synchronize()
 
     def _count(self) -> None:
-        assert self._staging is not None
-        stats = self._staging.take_stats()
+        copy_seconds = self._count_copies()
         if self._options is not None and self.synchronize:
             reading = self._options.reading_seconds - self._read_before
-            self.report.overlap_efficiency = max(reading, stats.copy_seconds) / (time.perf_counter() - self._started)
+            self.report.overlap_efficiency = max(reading, copy_seconds) / (time.perf_counter() - self._started)
+
+    def _count_copies(self) -> float:
+        """Report what went through the staging. Returns for how long the copies took."""
+        assert self._staging is not None
+        stats = self._staging.take_stats()
         self.report.bytes_to_device += stats.bytes_copied
         self.report.device_copies += stats.copies
         self.report.launches += stats.launches
@@ -302,6 +321,7 @@ class CudaLoad:
         self.report.wait_seconds["slot"] += self._staging.take_slot_seconds()
         self.report.pinned_bytes = self._staging.pinned_bytes
         self.report.device_staging_bytes = self._staging.device_bytes + self.conversion_bytes
+        return stats.copy_seconds
 
 
 def _current_streams(devices: Iterable[int]) -> dict[int, int]:

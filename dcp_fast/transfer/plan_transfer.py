@@ -13,7 +13,7 @@ from typing_extensions import Buffer
 from dcp_fast import _native
 from dcp_fast._torch import narrow_tensor_by_index
 from dcp_fast.collector import paused_collection
-from dcp_fast.errors import LoadError, SizeMismatchError, typed_errors
+from dcp_fast.errors import CudaError, LoadError, SizeMismatchError, typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.planning.hooks import has_default_hooks
 from dcp_fast.transfer.conversion import StagedBox, place_staged
@@ -24,6 +24,8 @@ from dcp_fast.transfer.rows import ColumnItems, ListedItems, box_of, items_of
 from dcp_fast.transfer.stored_entries import Storage
 
 __all__ = ["PlanTransfer"]
+
+_MOST_DEVICES = 64  # of a process
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 
@@ -154,16 +156,26 @@ class PlanTransfer:
         destinations: Destinations,
         target: Callable[[int], torch.Tensor],
     ) -> None:
-        program = _native.Program(self.layouts, rows, destinations.column())
-        self.report.bytes_needed += program.bytes_needed
-        try:
-            self._run(program, items, records, destinations, target)
-        except CudaRefusedError:
-            # From the beginning, and without the devices: what is in place already gets the same values again.
-            self.cuda.give_up()
-            destinations = destinations.anew()
+        report = self.report
+        attempts_left = _MOST_DEVICES
+        refused = True
+        while refused:
+            before = report.bytes_needed, report.staged_items, report.fallback_records
             program = _native.Program(self.layouts, rows, destinations.column())
-            self._run(program, items, records, destinations, target)
+            report.bytes_needed += program.bytes_needed
+            try:
+                self._run(program, items, records, destinations, target)
+                refused = False
+            except CudaRefusedError as error:
+                # A refusal is remembered, so that there is one for each device at the most; else somebody forgets them.
+                attempts_left -= 1
+                if attempts_left == 0:
+                    raise CudaError(str(error)) from None
+            if refused:
+                # From the beginning, and without that device: what is in place already gets the same values again.
+                self.cuda.give_up()
+                report.bytes_needed, report.staged_items, report.fallback_records = before
+                destinations = destinations.anew()
 
     def _run(
         self,

@@ -153,15 +153,47 @@ def test_boxes_of_hooked_planners(cuda: torch.device, stored: Path, simulator: S
     simulator.reset()
 
 
-def test_two_devices(two_devices: tuple[torch.device, torch.device], tmp_path: Path, simulator: Simulator) -> None:
-    path = save(tmp_path / "two", {"a": LARGE, "b": WIDE})
-    refuse(simulator, "cuMemHostRegister_v2", NOT_SUPPORTED)
-    refuse(simulator, "cuMemHostAlloc", NOT_SUPPORTED)
-    state = {"a": torch.zeros(600, 1000, device=two_devices[0]), "b": torch.zeros(50, 60, device=two_devices[1])}
+@pytest.mark.parametrize("function", ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncGetAttribute"])
+def test_conversions_on_two_devices(
+    two_devices: tuple[torch.device, torch.device], tmp_path: Path, simulator: Simulator, function: str
+) -> None:
+    """One device after the other is found out. Small tensors need the kernel."""
+    stored = {f"t{i}": fill((30, 20), torch.float32, i) for i in range(16)}
+    path = save(tmp_path / "two", stored)
+    refuse(simulator, function, NO_BINARY)
+    state = {f"t{i}": torch.zeros(30, 20, dtype=torch.bfloat16, device=two_devices[i % 2]) for i in range(16)}
     dcp_fast.load(state, storage_reader=fast_reader(path))
     simulator.reset()
-    assert bits(state["a"]) == bits(LARGE)
-    assert bits(state["b"]) == bits(WIDE)
+    for name, value in stored.items():
+        assert bits(state[name]) == bits(value.to(torch.bfloat16))
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.staged_items == report.device_fallback_items == 16
+    assert report.bytes_needed == 16 * 30 * 20 * 4
+
+
+def test_one_of_two_devices_has_no_kernel(
+    two_devices: tuple[torch.device, torch.device],
+    tmp_path: Path,
+    simulator: Simulator,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = save(tmp_path / "two", {"large": LARGE, "small": SMALL})
+    refuse(simulator, "cuModuleLoadData", NO_COMPILER)
+    state = {
+        "small": torch.zeros(5, 4, dtype=torch.int16, device=two_devices[0]).t(),
+        "large": torch.zeros(600, 1000, device=two_devices[1]),
+    }
+    dcp_fast.load(state, storage_reader=fast_reader(path))
+    simulator.reset()
+    assert bits(state["large"]) == bits(LARGE)
+    assert bits(state["small"]) == bits(SMALL)
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.device_fallback_items == 1
+    assert report.device_copies > 0
+    assert len(warnings_of(caplog)) == 1
+    assert "cuda:0" in warnings_of(caplog)[0]
 
 
 # Preparing
@@ -191,6 +223,8 @@ def test_preparing_where_the_driver_refuses(
     assert len(warnings_of(caplog)) == 1
     simulator.reset()
     assert loaded(stored, cuda).device_fallback_items == 3
+    dcp_fast.prepare_staging([0])  # asks anew
+    assert loaded(stored, cuda).device_fallback_items == 0
 
 
 def test_preparing_a_device_that_does_not_exist(cuda: torch.device, simulator: Simulator) -> None:

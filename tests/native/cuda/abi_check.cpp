@@ -47,6 +47,14 @@ template <>
 struct Ours<CUstreamCaptureStatus> {
   using Type = int;
 };
+template <>
+struct Ours<CUstreamCaptureMode> {
+  using Type = int;
+};
+template <>
+struct Ours<CUfunction_attribute> {
+  using Type = int;
+};
 template <typename T>
 struct Ours<T*> {
   using Type = typename Ours<T>::Type*;
@@ -71,6 +79,11 @@ static_assert(ours::kHostRegisterPortable == CU_MEMHOSTREGISTER_PORTABLE);
 static_assert(ours::kHostAllocPortable == CU_MEMHOSTALLOC_PORTABLE);
 static_assert(ours::kCapabilityMajor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
 static_assert(ours::kCapabilityMinor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+static_assert(ours::kFunctionRegisters == CU_FUNC_ATTRIBUTE_NUM_REGS);
+static_assert(ours::kCaptureRelaxed == CU_STREAM_CAPTURE_MODE_RELAXED);
+#define DCP_FAST_COMPARE(name, number) static_assert(name == (number), #name " differs");
+DCP_FAST_BREAKING_RESULTS(DCP_FAST_COMPARE)
+#undef DCP_FAST_COMPARE
 static_assert(ours::kCaptureNone == CU_STREAM_CAPTURE_STATUS_NONE);
 static_assert(sizeof(CUdevice_attribute) == sizeof(int) && sizeof(CUstreamCaptureStatus) == sizeof(int));
 static_assert(ours::kStreamNonBlocking == CU_STREAM_NON_BLOCKING);

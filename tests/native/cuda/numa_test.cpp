@@ -1,5 +1,8 @@
 #include "cuda/numa.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -40,6 +43,21 @@ TEST_CASE("numa: where there is one node none is preferred") {
   write(sysfs + "/devices/system/node/online", "0\n");
   write(sysfs + "/bus/pci/devices/0000:3b:00.0/numa_node", "0\n");
   CHECK(numa_node_of("0000:3B:00.0", sysfs) == -1);
+}
+
+TEST_CASE("numa: pages come from the node that is preferred") {
+  constexpr size_t kBytes = 1 << 20;
+  constexpr unsigned long kOfAddress = 2;  // MPOL_F_ADDR
+  io::AlignedBuffer buffer;
+  std::byte* memory = buffer.reserve(kBytes);
+  int policy = -1;
+  // Sandboxes may refuse both calls.
+  if (::syscall(SYS_get_mempolicy, &policy, nullptr, 0, memory, kOfAddress) != 0) return;
+  unsigned long node = 1;
+  if (::syscall(SYS_mbind, memory, kBytes, policy, &node, 0, 0) != 0) return;
+  prefer_node(memory, kBytes, 0);
+  REQUIRE(::syscall(SYS_get_mempolicy, &policy, nullptr, 0, memory, kOfAddress) == 0);
+  CHECK(policy == 1);  // MPOL_PREFERRED
 }
 
 TEST_CASE("numa: memory works whatever node is preferred") {

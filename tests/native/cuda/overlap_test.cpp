@@ -223,9 +223,12 @@ TEST_CASE("overlap: the first load reads while memory is pinned and the kernel c
   const Clean clean;
   constexpr size_t kSmall = 32;
   const Tensors tensors(24, {0}, kSmall);
-  double least_extra = 1;
-  double least_wait = 1;
-  for (int attempt = 0; attempt < 20 && (least_extra > 0.03 || least_wait > 0.01); ++attempt) {
+  double least_first = 100;
+  double least_second = 100;
+  double least_wait = 100;
+  // The best of each: a slow second load must not hide a slow first one.
+  const auto extra = [&] { return least_first - least_second; };
+  for (int attempt = 0; attempt < 20 && (attempt < 3 || extra() > 0.03 || least_wait > 0.01); ++attempt) {
     Gpu gpu;
     Measured first;
     {
@@ -234,12 +237,13 @@ TEST_CASE("overlap: the first load reads while memory is pinned and the kernel c
     }
     CHECK(gpu.staging.device_bytes() > 0);  // or no kernel was wanted
     const Measured second = load(tensors, gpu, kGigabytesPerSecond);
-    least_extra = std::min(least_extra, first.seconds - second.seconds);
+    least_first = std::min(least_first, first.seconds);
+    least_second = std::min(least_second, second.seconds);
     least_wait = std::min(least_wait, first.seconds_to_first_read);
   }
-  MESSAGE("the first load took " << least_extra << " s more than the second, and began to read after " << least_wait
+  MESSAGE("the first load took " << extra() << " s more than the second, and began to read after " << least_wait
                                  << " s");
-  CHECK(least_extra <= 0.03);
+  CHECK(extra() <= 0.03);
   CHECK(least_wait <= 0.01);
   CHECK(tensors.arrived());
 }

@@ -75,6 +75,14 @@ CUresult CUDAAPI cuModuleGetFunction(CUfunction* handle, CUmodule module_handle,
   });
 }
 
+CUresult CUDAAPI cuFuncGetAttribute(int* value, CUfunction_attribute wanted, CUfunction handle) {
+  return call("cuFuncGetAttribute", Needs::kContext, [&](Call& call) {
+    require(value != nullptr && wanted == CU_FUNC_ATTRIBUTE_NUM_REGS);
+    static_cast<void>(call.simulator.functions.get(handle));
+    *value = 32;  // of a device that is none
+  });
+}
+
 CUresult CUDAAPI cuLaunchKernel(CUfunction handle, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,
                                 unsigned int block_x, unsigned int block_y, unsigned int block_z,
                                 unsigned int shared_bytes, CUstream stream_handle, void** parameters, void** extra) {

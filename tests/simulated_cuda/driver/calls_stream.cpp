@@ -57,6 +57,14 @@ CUresult CUDAAPI cuStreamQuery(CUstream handle) {
   });
 }
 
+CUresult CUDAAPI cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+  return call("cuThreadExchangeStreamCaptureMode", Needs::kDriver, [&](Call&) {
+    static thread_local CUstreamCaptureMode of_thread = CU_STREAM_CAPTURE_MODE_GLOBAL;
+    require(mode != nullptr && *mode >= CU_STREAM_CAPTURE_MODE_GLOBAL && *mode <= CU_STREAM_CAPTURE_MODE_RELAXED);
+    std::swap(of_thread, *mode);
+  });
+}
+
 CUresult CUDAAPI cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
   return call("cuStreamIsCapturing", Needs::kContext, [&](Call& call) {
     require(status != nullptr);
