@@ -40,13 +40,13 @@ NEEDS_GPU = "# Needs a GPU."
 # One that begins with this is run by real ranks, each of which has made what the page takes for granted.
 ON_RANKS = "# On each rank of a job:"
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^(?: {4}.*)?\n)+", re.MULTILINE)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 # Names of files of the repository in code and commands; `*` and the like are patterns.
-FILE = re.compile(r"(?:benchmarks|csrc|dcp_fast|demo|docs|tests|third_party|\.ci)/[\w./*-]*")
+FILE = re.compile(r"(?:benchmarks|cmake|csrc|dcp_fast|demo|docs|tests|tools|\.ci|\.github)/[\w./*-]*")
 # Made by what the pages describe, and not there before.
 MADE = {"benchmarks/data", "benchmarks/results"}
 
@@ -199,21 +199,26 @@ def local(value: Any) -> torch.Tensor:
     return part
 
 
+@pytest.mark.parametrize("page", SURROUNDINGS)
+def test_examples_run_on_ranks(page: str, tmp_path: Path, ranks: Ranks) -> None:
+    codes = [code for code in blocks_of(page, "python") if code.startswith(ON_RANKS)]
+    assert ranks.run(2, run_as_rank, str(tmp_path), codes, SURROUNDINGS[page]) == [len(codes)] * 2
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "python")])
-def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Ranks) -> None:
-    """All blocks of a page in their order, in one namespace and an empty folder."""
+def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All other blocks of a page in their order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
-    codes = blocks_of(page, "python")
-    on_ranks = [code for code in codes if code.startswith(ON_RANKS)]
-    if on_ranks:
-        assert ranks.run(2, run_as_rank, str(tmp_path), on_ranks, SURROUNDINGS[page]) == [len(on_ranks)] * 2
     namespace: dict[str, Any] = {}
     try:
         with torch.serialization.safe_globals([]):  # puts back what a page allows
-            for number, code in enumerate(codes):
-                if not code.startswith((NEEDS_GPU, ON_RANKS)):
-                    exec(compile(code, f"{page}, python block {number + 1}", "exec"), namespace)
+            for number, code in enumerate(blocks_of(page, "python")):
+                compiled = compile(code, f"{page}, python block {number + 1}", "exec")
+                if code.startswith(ON_RANKS):
+                    assert page in SURROUNDINGS
+                elif not code.startswith(NEEDS_GPU):
+                    exec(compiled, namespace)
     finally:
         dcp_fast.uninstall()
 
