@@ -116,22 +116,8 @@ class MetadataColumns:
     version: str | None
 
 def parse_metadata(pickle: Buffer) -> MetadataColumns | str: ...
+def parse_blocks(size: int, next_block: Callable[[], Buffer]) -> MetadataColumns | str: ...
 def read_metadata(path: str) -> MetadataColumns | str: ...
-
-COLUMNS_SECTIONS: int
-
-class ColumnsEncoder:
-    """Columns as a stream of bytes."""
-
-    sizes: list[int]  # bytes of each section
-    def read(self, buffer: Buffer) -> int: ...  # how many bytes it wrote there
-
-def encode_columns(columns: MetadataColumns, file_bytes: int) -> ColumnsEncoder | None: ...
-
-class ColumnsDecoder:
-    def __init__(self, sizes: Sequence[int], file_bytes: int) -> None: ...
-    def write(self, buffer: Buffer, count: int) -> None: ...
-    def finish(self) -> MetadataColumns: ...
 
 class Rows(Buffer): ...  # int64
 
