@@ -1,4 +1,4 @@
-"""Metadata that several ranks of one machine need: read by each of them, or by one that sends it to the others.
+"""Metadata that several ranks of one machine need: read by each of them, or by one that sends its bytes to the others.
 
 Each sample is that of fresh processes, which load nothing but the metadata: an empty state dict.
 """

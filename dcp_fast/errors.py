@@ -146,8 +146,15 @@ class CudaOutOfMemoryError(CudaError, OutOfMemoryError, torch.OutOfMemoryError):
     """Memory on a GPU could not be had."""
 
 
+# By the errno of the system call that failed; FileAccessError for all others. Each class of files lists its own.
+_BY_ERRNO: dict[int, type[LoadError]] = {errno.ENOMEM: OutOfMemoryError}
+
+
 class FileAccessError(LoadError, OSError):
     """A system call on a file failed; `errno` tells how."""
+
+    def __init_subclass__(cls, errnos: Sequence[int] = ()) -> None:
+        _BY_ERRNO.update(dict.fromkeys(errnos, cls))
 
     def __init__(
         self,
@@ -164,23 +171,23 @@ class FileAccessError(LoadError, OSError):
         self.filename = path
 
 
-class FileMissingError(FileAccessError, FileNotFoundError):
+class FileMissingError(FileAccessError, FileNotFoundError, errnos=[errno.ENOENT]):
     """A file that the metadata names does not exist."""
 
 
-class NotAFileError(FileAccessError, IsADirectoryError):
+class NotAFileError(FileAccessError, IsADirectoryError, errnos=[errno.EISDIR]):
     """A directory stands where the metadata names a file."""
 
 
-class NotADirectoryInPathError(FileAccessError, NotADirectoryError):
+class NotADirectoryInPathError(FileAccessError, NotADirectoryError, errnos=[errno.ENOTDIR]):
     """A file stands where the metadata names a directory."""
 
 
-class FileTimeoutError(FileAccessError, TimeoutError):
+class FileTimeoutError(FileAccessError, TimeoutError, errnos=[errno.ETIMEDOUT]):
     """A network file system did not answer."""
 
 
-class FilePermissionError(FileAccessError, PermissionError):
+class FilePermissionError(FileAccessError, PermissionError, errnos=[errno.EACCES, errno.EPERM]):
     """A file may not be read."""
 
 
@@ -191,15 +198,6 @@ class MetadataAccessError(FileAccessError, AssertionError):
     """
 
 
-_BY_ERRNO: dict[int, type[LoadError]] = {
-    errno.ENOENT: FileMissingError,
-    errno.EISDIR: NotAFileError,
-    errno.ENOTDIR: NotADirectoryInPathError,
-    errno.ETIMEDOUT: FileTimeoutError,
-    errno.EACCES: FilePermissionError,
-    errno.EPERM: FilePermissionError,
-    errno.ENOMEM: OutOfMemoryError,
-}
 _BY_KIND: dict[str, type[LoadError]] = {
     "truncated": TruncatedFileError,
     "corrupt": CorruptCheckpointError,

@@ -53,13 +53,13 @@ def load(
     :class:`dcp_fast.DefaultLoadPlanner`. They hold for this load, also if reader and planner are passed. None: as the
     reader or planner was told.
 
-    ``share_metadata``, which must be the same on all ranks: whether the first rank of the process group reads and
-    parses ``.metadata`` for all, and the others receive what it found. Storage is then asked for the file once rather
-    than by every rank or node, which pays where many nodes load from storage that they share. It is not the default
-    because ranks of one machine, whose page cache they share already, read the file in less time than it takes to send
-    its content around (see the benchmarks), and because it takes one more collective call, of 56 bytes. Ranks read
-    their own all the same where they see different files, if the file is smaller than 1 MiB, if it cannot be parsed
-    natively, if a rank trusts metadata, or if its reader is not ours.
+    ``share_metadata``, which must be the same on all ranks: whether the first rank of the process group reads
+    ``.metadata`` for all, and the others receive its bytes, which each rank parses. Storage is then asked for the file
+    once rather than by every rank or node, which pays where many nodes load from storage that they share. It is not the
+    default because ranks of one machine, whose page cache they share already, read the file in less time than it takes
+    to send it around (see the benchmarks), and because it takes one more collective call, of 56 bytes. Ranks read their
+    own all the same where they see different files, if the file is smaller than 1 MiB, if it cannot be parsed natively,
+    if a rank trusts metadata, or if its reader is not ours.
 
     Raises:
         ValueError: one of these was given, but another reader or planner than ours is to be used.

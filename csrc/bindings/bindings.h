@@ -8,7 +8,6 @@ namespace dcp_fast {
 void bind_cuda(pybind11::module_& module);
 void bind_faults(pybind11::module_& module);
 void bind_metadata(pybind11::module_& module);
-void bind_metadata_stream(pybind11::module_& module);
 void bind_planning(pybind11::module_& module);
 void bind_trace(pybind11::module_& module);
 void bind_transfer(pybind11::module_& module);

@@ -178,6 +178,18 @@ py::object parse_metadata(const py::buffer& buffer) {
   return columns_of(source);
 }
 
+// `next_block` returns the next bytes as a buffer, which is kept until the next call, and empty if no more come.
+py::object parse_blocks(uint64_t size, const py::function& next_block) {
+  py::buffer_info block;
+  metadata::BlockSource source(size, [&] {
+    const py::gil_scoped_acquire gil;
+    block = py::buffer(next_block()).request();
+    return checkpoint::Bytes(static_cast<const std::byte*>(block.ptr),
+                             static_cast<size_t>(block.size * block.itemsize));
+  });
+  return columns_of(source);
+}
+
 py::object read_metadata(const py::str& path) {
   // Other threads may keep the GIL for a while each time.
   constexpr std::chrono::milliseconds kInterval(50);
@@ -234,6 +246,7 @@ void bind_metadata(py::module_& module) {
         return columns.has_version ? py::object(to_python(columns.version)) : py::object(py::none());
       });
   module.def("parse_metadata", &parse_metadata, py::arg("pickle"));
+  module.def("parse_blocks", &parse_blocks, py::arg("size"), py::arg("next_block"));
   module.def("read_metadata", &read_metadata, py::arg("path"));
 }
 

@@ -63,7 +63,6 @@ PYBIND11_MODULE(_native, module) {
   bind_cuda(module);
   bind_transfer(module);
   bind_metadata(module);
-  bind_metadata_stream(module);
   bind_planning(module);
   bind_faults(module);
 }

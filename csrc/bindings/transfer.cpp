@@ -147,10 +147,7 @@ py::tuple read_range(const py::str& python_path, int64_t offset, int64_t length,
     const py::gil_scoped_release release;
     return io::File(path);
   }();
-  if (offset > file.size() || length > file.size() - offset) {
-    throw Error(ErrorKind::kTruncated, "the file is only " + std::to_string(file.size()) + " bytes long", path, offset,
-                length);
-  }
+  file.check_range(static_cast<size_t>(length), offset);
   const auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, length));
   if (!bytes) throw py::error_already_set();  // MemoryError
   char* data = PyBytes_AS_STRING(bytes.ptr());
@@ -193,7 +190,6 @@ void bind_transfer(py::module_& module) {
            }),
            py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("staging_bytes"), py::arg("mode"),
            py::arg("recorder") = nullptr)
-      .def_readonly("block_bytes", &Options::block_bytes)
       .def_readonly("recorder", &Options::recorder)
       .def_property_readonly("reading_seconds",
                              [](const Options& options) { return seconds(options.read_clock->reading()); })
@@ -207,21 +203,10 @@ void bind_transfer(py::module_& module) {
   py::class_<Layouts>(module, "Layouts")
       .def_readonly("requests", &Layouts::requests)
       .def_readonly("bytes_read", &Layouts::bytes)
-      .def_readonly("modes", &Layouts::modes)
       .def("threads", [](const Layouts& layouts,
                          const Options& options) { return transfer::settle(options, layouts.any_direct()).threads; })
       .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
       .def("strides", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.strides; })
-      .def("unknown",
-           [](const Layouts& layouts) {
-             py::dict reasons;
-             for (size_t i = 0; i < layouts.parsed.size(); ++i) {
-               if (layouts.parsed[i].status != checkpoint::ParsedRecord::Status::kTensor) {
-                 reasons[py::int_(i)] = layouts.parsed[i].reason;
-               }
-             }
-             return reasons;
-           })
       .def("__len__", [](const Layouts& layouts) { return layouts.records.size(); });
   module.def("read_layouts", &read_layouts, py::arg("paths"), py::arg("records"), py::arg("options"));
 
@@ -261,11 +246,11 @@ void bind_transfer(py::module_& module) {
       [](const std::vector<const Program*>& programs, const Options& options, cuda::Staging& staging,
          const StreamsByDevice& streams, const std::function<void(size_t)>& placed) {
         const transfer::CudaTargets targets{&staging, stream_handles(streams)};
-        return without_gil(
-            [&] { return transfer::run_programs(programs, options, targets, interrupted, placed); });
+        return without_gil([&] { return transfer::run_programs(programs, options, targets, interrupted, placed); });
       },
       py::arg("programs"), py::arg("options"), py::arg("staging"), py::arg("streams"), py::arg("placed"),
-      "Runs programs of one wave each, one after another. `placed` is called with the index of each when torch's current "
+      "Runs programs of one wave each, one after another. `placed` is called with the index of each when torch's "
+      "current "
       "streams wait for it; memory of it may be used again by the program after the next one.");
 
   module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"), py::arg("options"),

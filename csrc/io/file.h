@@ -45,6 +45,9 @@ class File {
   // Returns the mode that reads will use.
   IoMode choose_mode(IoMode wanted, int64_t begin, int64_t end);
 
+  // Throws Error(kTruncated) unless the file has [offset, offset + size).
+  void check_range(size_t size, int64_t offset) const;
+
   // Reads exactly [offset, offset + size) through the page cache. Here, and nowhere else, EINTR and short reads are
   // retried. Throws Error(kTruncated) if the file ends early, Error(kIo) otherwise.
   void read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const;
@@ -63,7 +66,6 @@ class File {
 
  private:
   bool mostly_cached(int64_t begin, int64_t end) const;
-  void check_range(size_t size, int64_t offset) const;
 
   std::string path_;
   int fd_ = -1;

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "error.h"
+#include "metadata/failure.h"
 
 namespace dcp_fast::metadata {
 
@@ -22,6 +23,27 @@ Window FileSource::read(uint64_t position, uint64_t count) {
   file_.read_exactly(data, size, static_cast<int64_t>(position), counters_);
   const auto* begin = reinterpret_cast<const uint8_t*>(data);
   return {begin, begin + size};
+}
+
+BlockSource::BlockSource(uint64_t size, std::function<checkpoint::Bytes()> next, size_t kept)
+    : size_(size), next_(std::move(next)), kept_(kept) {}
+
+Window BlockSource::read(uint64_t position, uint64_t count) {
+  if (position < begin_) unsupported("a batch that is longer than what is kept of the blocks");
+  const auto before = static_cast<size_t>(position - begin_);
+  if (before / 2 > kept_) {
+    bytes_.erase(bytes_.begin(), bytes_.begin() + static_cast<std::ptrdiff_t>(before - kept_));
+    begin_ = position - kept_;
+  }
+  while (begin_ + bytes_.size() < position + count) {
+    if (block_.size() == 0) block_ = next_();
+    if (block_.size() == 0) unsupported("blocks that end early");
+    const size_t size = std::min(block_.size(), FileSource::kWindow);
+    const auto* data = reinterpret_cast<const uint8_t*>(block_.data());
+    bytes_.insert(bytes_.end(), data, data + size);
+    block_ = checkpoint::Bytes(block_.data() + size, block_.size() - size);
+  }
+  return {bytes_.data() + (position - begin_), bytes_.data() + bytes_.size()};
 }
 
 }  // namespace dcp_fast::metadata

@@ -1,10 +1,12 @@
-// Where the bytes of a metadata file come from: memory, or a file of which only a window is in memory at a time. Fresh
-// memory costs more than reading does, so a file is not read into as much memory as it has bytes.
+// Where the bytes of a metadata file come from: memory, a file of which only a window is in memory at a time, or blocks
+// that arrive one after another. Fresh memory costs more than reading does, so neither takes as much memory as there
+// are bytes.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "checkpoint/bytes.h"
 #include "io/buffer.h"
@@ -22,7 +24,8 @@ class Source {
  public:
   virtual ~Source() = default;
   virtual uint64_t size() const = 0;
-  // At least `count` bytes from `position` on, which the source must have. Throws what reading throws.
+  // At least `count` bytes from `position` on, which the source must have. Throws what reading throws, and Unsupported
+  // where the source cannot go back so far.
   virtual Window read(uint64_t position, uint64_t count) = 0;
 };
 
@@ -55,6 +58,28 @@ class FileSource final : public Source {
   size_t window_;
   io::AlignedBuffer buffer_;
   io::IoCounters counters_;
+};
+
+// Bytes that arrive in blocks, each of them once.
+class BlockSource final : public Source {
+ public:
+  // How far back the parser may go. It goes back by a batch of a list or dict, of which Python writes 1000 items.
+  static constexpr size_t kKept = size_t{1} << 20;
+
+  // `next`: the next block, valid until it is called again; empty if no more come, for which the parser gets
+  // Unsupported.
+  BlockSource(uint64_t size, std::function<checkpoint::Bytes()> next, size_t kept = kKept);
+
+  uint64_t size() const override { return size_; }
+  Window read(uint64_t position, uint64_t count) override;
+
+ private:
+  uint64_t size_;
+  std::function<checkpoint::Bytes()> next_;
+  size_t kept_;
+  checkpoint::Bytes block_;     // what of it has not been copied yet
+  std::vector<uint8_t> bytes_;  // what the parser is at, and some of what it had before
+  uint64_t begin_ = 0;          // the position of the first of them
 };
 
 }  // namespace dcp_fast::metadata

@@ -39,15 +39,6 @@ Boxes boxes_of(const Program& program, int32_t wave) {
   return boxes;
 }
 
-std::vector<Policy> policies_for(const Layouts& layouts, int64_t block_bytes, int64_t run_bytes) {
-  std::vector<Policy> policies;
-  policies.reserve(layouts.modes.size());
-  for (const io::IoMode mode : layouts.modes) {
-    policies.push_back({request_cost(mode), block_bytes, mode == io::IoMode::kDirect, run_bytes});
-  }
-  return policies;
-}
-
 // What all waves of a run have in common.
 struct Run {
   Run(const Layouts& layouts, const Options& options, const CudaTargets& targets)
@@ -55,10 +46,10 @@ struct Run {
         cuda(targets),
         recorder(options.recorder.get()),
         files(layouts.paths, layouts.modes),
-        policies(policies_for(layouts, settled.block_bytes, settled.block_bytes)) {
+        policies(policies_for(layouts.modes, settled.block_bytes, settled.block_bytes)) {
     if (cuda.staging == nullptr) return;
     const int64_t block = cuda.staging->block_bytes();
-    slot_policies = policies_for(layouts, std::min(block, settled.block_bytes), block);
+    slot_policies = policies_for(layouts.modes, std::min(block, settled.block_bytes), block);
   }
 
   const Settled settled;

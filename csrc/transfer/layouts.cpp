@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "error.h"
+#include "transfer/schedule.h"
 #include "transfer/workers.h"
 
 namespace dcp_fast::transfer {
@@ -32,41 +33,11 @@ struct Window {
   int64_t end = 0;
 };
 
-// Windows that one request brings.
-struct Span {
-  size_t file = 0;
-  int64_t begin = 0;
-  int64_t end = 0;
-  size_t first_window = 0;
-  size_t windows = 0;
-};
-
 // Both ends of a record, kept until both have come: they may arrive with different requests.
 struct Ends {
   std::atomic<int> missing{2};
   std::unique_ptr<std::byte[]> bytes;
 };
-
-Error about_record(Error error, const Layouts& layouts, size_t record) {
-  if (error.record < 0) error.record = static_cast<int64_t>(record);
-  if (error.offset < 0) {
-    const Record& where = layouts.records[record];
-    error.path = layouts.paths[where.file];
-    error.offset = where.offset;
-    error.length = where.length;
-  }
-  return error;
-}
-
-void check_range(const Layouts& layouts, size_t index, int64_t file_size) {
-  const Record& record = layouts.records[index];
-  if (record.offset >= 0 && record.length >= 0 && record.offset <= file_size &&
-      record.length <= file_size - record.offset) {
-    return;
-  }
-  throw about_record(Error(ErrorKind::kTruncated, "the file is only " + std::to_string(file_size) + " bytes long"),
-                     layouts, index);
-}
 
 // Opens every file once: settles its mode, and checks that no record reaches past its end.
 void probe_files(Layouts& layouts, const std::vector<size_t>& order, const Options& options,
@@ -82,27 +53,33 @@ void probe_files(Layouts& layouts, const std::vector<size_t>& order, const Optio
   run_parallel(ranges.size(), settle(options, false).threads, unused, interrupted, [&](size_t file, Worker&) {
     const auto [begin, end] = ranges[file];
     if (begin == end) return;
+    size_t checked = begin;
     try {
       io::File opened(layouts.paths[file]);
-      for (size_t i = begin; i < end; ++i) check_range(layouts, order[i], opened.size());
+      for (; checked < end; ++checked) {
+        const Record& record = layouts.records[order[checked]];
+        opened.check_range(static_cast<size_t>(record.length), record.offset);
+      }
       const Record& last = layouts.records[order[end - 1]];
       const int64_t first_byte = layouts.records[order[begin]].offset;
       layouts.modes[file] = opened.choose_mode(options.mode, first_byte, last.offset + last.length);
     } catch (Error& error) {
-      throw about_record(error, layouts, order[begin]);
+      layouts.attribute(error, order[std::min(checked, end - 1)]);
+      throw;
     }
   });
 }
 
-std::vector<Window> make_windows(const Layouts& layouts, const std::vector<size_t>& order, int64_t block_bytes) {
+std::vector<Window> make_windows(const Layouts& layouts, const std::vector<size_t>& order,
+                                 const std::vector<Policy>& policies) {
   std::vector<Window> windows;
   windows.reserve(order.size());
   for (const size_t index : order) {
     const Record& record = layouts.records[index];
     if (record.opaque) continue;
     const int64_t end = record.offset + record.length;
-    const int64_t gap = request_cost(layouts.modes[record.file]);
-    if (record.length <= std::min(block_bytes, kHeadBytes + kTailBytes + gap)) {
+    const Policy& policy = policies[record.file];
+    if (record.length <= std::min(policy.block_bytes, kHeadBytes + kTailBytes + policy.request_cost)) {
       windows.push_back({index, Part::kWhole, record.offset, end});
     } else {
       windows.push_back({index, Part::kHead, record.offset, record.offset + kHeadBytes});
@@ -112,19 +89,12 @@ std::vector<Window> make_windows(const Layouts& layouts, const std::vector<size_
   return windows;
 }
 
-std::vector<Span> join_windows(const Layouts& layouts, const std::vector<Window>& windows, int64_t block_bytes) {
-  std::vector<Span> spans;
-  for (size_t i = 0; i < windows.size(); ++i) {
-    const Window& window = windows[i];
-    const size_t file = layouts.records[window.record].file;
-    const bool joins = !spans.empty() && spans.back().file == file && window.begin >= spans.back().begin &&
-                       window.begin - spans.back().end <= request_cost(layouts.modes[file]) &&
-                       std::max(window.end, spans.back().end) - spans.back().begin <= block_bytes;
-    if (!joins) spans.push_back({file, window.begin, window.end, i, 0});
-    spans.back().end = std::max(spans.back().end, window.end);
-    ++spans.back().windows;
-  }
-  return spans;
+std::vector<Task> join_windows(const Layouts& layouts, const std::vector<Window>& windows,
+                               const std::vector<Policy>& policies) {
+  const auto range_of = [&](size_t i) {
+    return Range{layouts.records[windows[i].record].file, windows[i].begin, windows[i].end};
+  };
+  return join_neighbours(windows.size(), policies, range_of, [](const Range&, size_t) { return true; });
 }
 
 // Parses what is there, and reads more as long as the parser asks for more.
@@ -150,42 +120,44 @@ void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, KnownPickles&
     }
   }
   if (parsed.status == ParsedRecord::Status::kCorrupt) {
-    throw about_record(Error(ErrorKind::kCorrupt, parsed.reason), layouts, index);
+    throw Error(ErrorKind::kCorrupt, parsed.reason);
   }
   if (parsed.status == ParsedRecord::Status::kCorruptPickle) {
-    throw about_record(Error(ErrorKind::kCorruptPickle, parsed.reason), layouts, index);
+    throw Error(ErrorKind::kCorruptPickle, parsed.reason);
   }
   layouts.parsed[index] = std::move(parsed);
 }
 
 class LayoutReader {
  public:
-  LayoutReader(Layouts& layouts, std::vector<Window> windows, std::vector<Span> spans)
+  LayoutReader(Layouts& layouts, std::vector<Window> windows, std::vector<Task> tasks)
       : layouts_(layouts),
         windows_(std::move(windows)),
-        spans_(std::move(spans)),
+        tasks_(std::move(tasks)),
         ends_(layouts.records.size()),
         files_(layouts.paths, layouts.modes) {}
 
-  size_t spans() const { return spans_.size(); }
+  size_t tasks() const { return tasks_.size(); }
 
-  void read(size_t span_index, Worker& worker) {
-    const Span& span = spans_[span_index];
-    size_t record = windows_[span.first_window].record;
+  void read(size_t index, Worker& worker) {
+    const Task& task = tasks_[index];
+    const Range& range = task.range;
+    size_t record = windows_[task.first].record;
     KnownPickles pickles;
     try {
       with_memory_errors([&] {
-        const io::File& file = worker.open(files_, span.file);
-        const std::byte* data =
-            file.read_staged(worker.buffer, static_cast<size_t>(span.end - span.begin), span.begin, *worker.counters);
-        for (size_t i = span.first_window; i < span.first_window + span.windows; ++i) {
+        const io::File& file = worker.open(files_, range.file);
+        const std::byte* data = file.read_staged(worker.buffer, static_cast<size_t>(range.end - range.begin),
+                                                 range.begin, *worker.counters);
+        for (size_t i = task.first; i < task.first + task.count; ++i) {
           worker.stop_if_cancelled();  // a record may ask for more reads
           record = windows_[i].record;
-          take(windows_[i], data + (windows_[i].begin - span.begin), pickles, worker, file);
+          take(windows_[i], data + (windows_[i].begin - range.begin), pickles, worker, file);
         }
       });
     } catch (Error& error) {
-      throw about_record(error, layouts_, record);
+      layouts_.attribute(error, record);
+      throw;
     }
   }
 
@@ -208,13 +180,22 @@ class LayoutReader {
 
   Layouts& layouts_;
   std::vector<Window> windows_;
-  std::vector<Span> spans_;
+  std::vector<Task> tasks_;
   std::vector<Ends> ends_;
   std::mutex ends_mutex_;
   Files files_;
 };
 
 }  // namespace
+
+void Layouts::attribute(Error& error, size_t record) const {
+  if (error.record < 0) error.record = static_cast<int64_t>(record);
+  if (error.offset >= 0) return;
+  const Record& where = records[record];
+  error.path = paths[where.file];
+  error.offset = where.offset;
+  error.length = where.length;
+}
 
 bool Layouts::any_direct() const {
   return std::any_of(modes.begin(), modes.end(), [](io::IoMode mode) { return mode == io::IoMode::kDirect; });
@@ -238,12 +219,13 @@ Layouts read_layouts(std::vector<std::string> paths, std::vector<Record> records
   });
   probe_files(layouts, order, options, interrupted);
   const Settled settled = settle(options, layouts.any_direct());
-  std::vector<Window> windows = make_windows(layouts, order, settled.block_bytes);
-  std::vector<Span> spans = join_windows(layouts, windows, settled.block_bytes);
-  LayoutReader reader(layouts, std::move(windows), std::move(spans));
+  const std::vector<Policy> policies = policies_for(layouts.modes, settled.block_bytes, settled.block_bytes);
+  std::vector<Window> windows = make_windows(layouts, order, policies);
+  std::vector<Task> tasks = join_windows(layouts, windows, policies);
+  LayoutReader reader(layouts, std::move(windows), std::move(tasks));
   io::IoCounters counters = options.counters();
-  run_parallel(reader.spans(), settled.threads, counters, interrupted,
-               [&reader](size_t span, Worker& worker) { reader.read(span, worker); });
+  run_parallel(reader.tasks(), settled.threads, counters, interrupted,
+               [&reader](size_t task, Worker& worker) { reader.read(task, worker); });
   layouts.requests = counters.requests;
   layouts.bytes = counters.bytes;
   return layouts;

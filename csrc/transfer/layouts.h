@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "checkpoint/record.h"
+#include "error.h"
 #include "io/file.h"
 #include "transfer/options.h"
 
@@ -29,6 +30,9 @@ struct Layouts {
   int64_t bytes = 0;
 
   bool any_direct() const;
+
+  // Adds to an error which record it concerns, and where that is stored, unless the error tells.
+  void attribute(Error& error, size_t record) const;
 };
 
 // Throws Error with `record` set (kTruncated, kCorrupt, kIo), Interrupted, std::bad_alloc.

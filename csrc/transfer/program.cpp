@@ -62,11 +62,7 @@ Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vec
     try {
       prepare(i, destinations.at(items_[i].destination));
     } catch (Error& error) {
-      const Record& record = layouts_.records[items_[i].record];
-      error.path = layouts_.paths[record.file];
-      error.offset = record.offset;
-      error.length = record.length;
-      error.record = static_cast<int64_t>(items_[i].record);
+      layouts_.attribute(error, items_[i].record);
       error.item = static_cast<int64_t>(i);
       throw;
     }

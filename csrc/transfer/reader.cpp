@@ -98,19 +98,19 @@ void read_runs(const Policy& policy, const io::File& file, Worker& worker, const
 }  // namespace
 
 void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
-  const Piece* piece = &schedule.pieces[task.first_piece];
+  const Piece* piece = &schedule.pieces[task.first];
   try {
     with_memory_errors([&] {
-      const io::File& file = worker.open(files_, task.file);
-      const Policy& policy = policies_[task.file];
-      if (task.pieces > 1 || policy.reads_through(piece->loops, 0)) {
-        read_through(policy, file, worker, piece, task.pieces);
+      const io::File& file = worker.open(files_, task.range.file);
+      const Policy& policy = policies_[task.range.file];
+      if (task.count > 1 || policy.reads_through(piece->loops, 0)) {
+        read_through(policy, file, worker, piece, task.count);
       } else {
         read_runs(policy, file, worker, *piece);
       }
     });
   } catch (Error& error) {
-    const Piece* end = piece + task.pieces;
+    const Piece* end = piece + task.count;
     while (piece + 1 != end && (piece + 1)->source <= error.offset) ++piece;
     attribute(error, piece->item);
     throw;
@@ -119,14 +119,7 @@ void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
 
 void Reader::attribute(Error& error, size_t item) const {
   error.item = static_cast<int64_t>(item);
-  const size_t index = program_.items()[item].record;
-  error.record = static_cast<int64_t>(index);
-  if (error.offset < 0) {  // nothing of the file's contents is at fault
-    const Record& record = program_.layouts().records[index];
-    error.path = program_.layouts().paths[record.file];
-    error.offset = record.offset;
-    error.length = record.length;
-  }
+  program_.layouts().attribute(error, program_.items()[item].record);
 }
 
 }  // namespace dcp_fast::transfer

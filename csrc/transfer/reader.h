@@ -19,7 +19,7 @@ class Reader {
   // Thread-safe. Throws Error with `record` and `item` set where they are known.
   void run(const Schedule& schedule, const Task& task, Worker& worker);
 
-  // Adds to an error which item it concerns, and where in the checkpoint that is stored.
+  // Adds to an error which item it concerns, and what Layouts::attribute adds.
   void attribute(Error& error, size_t item) const;
 
  private:

@@ -4,6 +4,8 @@
 #include <tuple>
 #include <utility>
 
+#include "transfer/options.h"
+
 namespace dcp_fast::transfer {
 
 namespace {
@@ -58,11 +60,6 @@ class Splitter {
   std::vector<Piece>& pieces_;
 };
 
-// Whether a piece can be read together with a neighbour, gap included.
-bool joins(const Policy& policy, const Piece& piece, int64_t gap) {
-  return gap <= policy.request_cost && (piece.loops.size() == 1 || policy.reads_through(piece.loops, 0));
-}
-
 }  // namespace
 
 bool Policy::reads_through(const Loops& loops, size_t level) const {
@@ -71,6 +68,15 @@ bool Policy::reads_through(const Loops& loops, size_t level) const {
     if (loops[i].source_stride - box::source_span(loops, i + 1) > request_cost) return false;
   }
   return true;
+}
+
+std::vector<Policy> policies_for(const std::vector<io::IoMode>& modes, int64_t block_bytes, int64_t run_bytes) {
+  std::vector<Policy> policies;
+  policies.reserve(modes.size());
+  for (const io::IoMode mode : modes) {
+    policies.push_back({request_cost(mode), block_bytes, mode == io::IoMode::kDirect, run_bytes});
+  }
+  return policies;
 }
 
 std::vector<Piece> split_boxes(const std::vector<Piece>& boxes, const std::vector<Policy>& policies) {
@@ -85,22 +91,16 @@ Schedule join_pieces(std::vector<Piece> unjoined, const std::vector<Policy>& pol
   Schedule schedule;
   schedule.pieces = std::move(unjoined);
   const std::vector<Piece>& pieces = schedule.pieces;
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    const Piece& piece = pieces[i];
-    const Policy& policy = policies[piece.file];
-    if (!schedule.tasks.empty() && schedule.tasks.back().file == piece.file) {
-      Task& last = schedule.tasks.back();
-      const Piece& before = pieces[i - 1];
-      const int64_t gap = piece.source - (before.source + box::source_span(before.loops));
-      const int64_t span = piece.source + box::source_span(piece.loops) - pieces[last.first_piece].source;
-      // Boxes that interleave (a negative gap) are read one after another.
-      if (gap >= 0 && span <= policy.block_bytes && joins(policy, piece, gap) && joins(policy, before, gap)) {
-        ++last.pieces;
-        continue;
-      }
-    }
-    schedule.tasks.push_back({piece.file, i, 1});
-  }
+  const auto range_of = [&](size_t i) {
+    return Range{pieces[i].file, pieces[i].source, pieces[i].source + box::source_span(pieces[i].loops)};
+  };
+  const auto comes_at_once = [&](const Piece& piece) {
+    return piece.loops.size() == 1 || policies[piece.file].reads_through(piece.loops, 0);
+  };
+  schedule.tasks = join_neighbours(pieces.size(), policies, range_of, [&](const Range& before, size_t i) {
+    // Boxes that interleave are read one after another.
+    return pieces[i].source >= before.end && comes_at_once(pieces[i]) && comes_at_once(pieces[i - 1]);
+  });
   return schedule;
 }
 

@@ -1,6 +1,7 @@
 // From copies to tasks: which bytes are read by which request, in which order.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -20,11 +21,17 @@ struct Piece {
   bool owns_pages = false;  // the rest of the pages that its destination touches may be overwritten
 };
 
-// One unit of work: a single piece, or neighbours that one request brings.
-struct Task {
+struct Range {
   size_t file = 0;
-  size_t first_piece = 0;
-  size_t pieces = 0;
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
+// One unit of work: a single item, or neighbours that one request brings.
+struct Task {
+  Range range;
+  size_t first = 0;  // item
+  size_t count = 0;
 };
 
 struct Schedule {
@@ -47,6 +54,33 @@ struct Policy {
   // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;
 };
+
+std::vector<Policy> policies_for(const std::vector<io::IoMode>& modes, int64_t block_bytes, int64_t run_bytes);
+
+// Makes tasks of items that ascend by file and begin, in the same order. `range_of(item)` is what an item needs. An
+// item joins the task before it if the gap is not worth a request, all together fit into a block, and `joins(range of
+// the task, item)`.
+template <typename RangeOf, typename Joins>
+std::vector<Task> join_neighbours(size_t items, const std::vector<Policy>& policies, const RangeOf& range_of,
+                                  const Joins& joins) {
+  std::vector<Task> tasks;
+  for (size_t i = 0; i < items; ++i) {
+    const Range range = range_of(i);
+    if (!tasks.empty() && tasks.back().range.file == range.file) {
+      Task& last = tasks.back();
+      const Policy& policy = policies[range.file];
+      const int64_t end = std::max(last.range.end, range.end);
+      if (range.begin >= last.range.begin && range.begin - last.range.end <= policy.request_cost &&
+          end - last.range.begin <= policy.block_bytes && joins(last.range, i)) {
+        last.range.end = end;
+        ++last.count;
+        continue;
+      }
+    }
+    tasks.push_back({range, i, 1});
+  }
+  return tasks;
+}
 
 // Splits boxes into pieces of at most a block, which ascend by file and offset.
 std::vector<Piece> split_boxes(const std::vector<Piece>& boxes, const std::vector<Policy>& policies);

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from typing_extensions import Buffer
 
 from dcp_fast import _native
 from dcp_fast.collector import paused_collection
@@ -25,12 +26,10 @@ from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.metadata.unpickler import RefusedError, RestrictedUnpickler
 
 __all__ = [
-    "known_columns",
     "make_metadata",
-    "parse_columns",
-    "read_columns",
+    "parse_blocks",
+    "parse_metadata",
     "read_metadata",
-    "unpickle_metadata",
 ]
 
 
@@ -45,23 +44,35 @@ def read_metadata(path: str) -> Metadata:
         CorruptMetadataError: the file is damaged.
         UntrustedMetadataError: it names a global, or asks for something, that no DCP of torch writes.
     """
-    columns = read_columns(path)
+    with _errors_of(path):
+        columns = _known_columns(_native.read_metadata(path))
     if columns is not None:
         return make_metadata(columns)
-    with open(path, "rb") as file:
-        return unpickle_metadata(file, path)
+    with _errors_of(path), open(path, "rb") as file:
+        pickled = file.read()
+    return _unpickled(pickled, path)
 
 
-def parse_columns(pickled: bytes, path: str) -> _native.MetadataColumns | None:
-    """The columns of metadata; None if only :func:`unpickle_metadata` can read it. Raises CorruptMetadataError."""
+def parse_metadata(pickled: bytes, path: str) -> Metadata:
+    """The same for the content of a file. Raises as :func:`read_metadata`, but for FileAccessError."""
     with _errors_of(path):
-        return known_columns(_native.parse_metadata(pickled))
+        columns = _known_columns(_native.parse_metadata(pickled))
+    return _unpickled(pickled, path) if columns is None else make_metadata(columns)
 
 
-def read_columns(path: str) -> _native.MetadataColumns | None:
-    """The same for a regular file. Raises as :func:`read_metadata`."""
+def parse_blocks(size: int, next_block: Callable[[], Buffer], path: str) -> _native.MetadataColumns | None:
+    """The columns of metadata that arrives in blocks; None if only the file tells, or if the blocks end early.
+
+    Args:
+        size: of all blocks together.
+        next_block: returns the next one, which is kept until it is called again, or an empty one if no more come.
+        path: named in errors.
+
+    Raises:
+        CorruptMetadataError: the bytes are damaged.
+    """
     with _errors_of(path):
-        return known_columns(_native.read_metadata(path))
+        return _known_columns(_native.parse_blocks(size, next_block))
 
 
 @contextmanager
@@ -74,7 +85,7 @@ def _errors_of(path: str) -> Iterator[None]:
         raise cls(error.reason, path, "", error.offset, error.length, error.error_number) from None
 
 
-def known_columns(columns: _native.MetadataColumns | str) -> _native.MetadataColumns | None:
+def _known_columns(columns: _native.MetadataColumns | str) -> _native.MetadataColumns | None:
     """None for what has to be unpickled in Python, which has words for dtypes that this torch lacks."""
     if isinstance(columns, str) or any(_dtype(code) is None for code in columns.dtypes):
         return None
@@ -106,10 +117,8 @@ def _planner_data(pickled: bytes) -> Any:
     return LazyDict.of(Unpickled(pickled)) if pickled[2:3] == pickle.EMPTY_DICT else pickle.loads(pickled)
 
 
-def unpickle_metadata(file: IO[bytes], path: str) -> Metadata:
-    """Metadata of which there are no columns, by an unpickler with an allow-list. Raises as :func:`read_metadata`."""
-    with _errors_of(path):
-        pickled = file.read()
+def _unpickled(pickled: bytes, path: str) -> Metadata:
+    """Metadata of which there are no columns, by an unpickler with an allow-list."""
     unpickler = RestrictedUnpickler(pickled)
     try:
         with paused_collection():

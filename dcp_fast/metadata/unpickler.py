@@ -2,7 +2,7 @@
 
 Python's own unpickler in C lets a pickle set attributes of classes, and call any class that it may name. So this is the
 one in Python, in which each opcode that acts is replaced. It is slower than torch's, but only metadata that no DCP of
-torch wrote comes here.
+torch wrote comes here: Megatron-Core's, which has more fields, and what may be damaged or hostile.
 """
 
 from __future__ import annotations

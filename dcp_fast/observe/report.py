@@ -25,7 +25,7 @@ class LoadReport:
 
     Attributes:
         path: the checkpoint.
-        metadata_received: whether another rank read the metadata, parsed it and sent it here (``share_metadata``).
+        metadata_received: whether another rank read the metadata and sent its bytes here (``share_metadata``).
         bytes_needed: payload bytes of all boxes that this rank asked for, in their stored dtype, and of bytes entries.
         bytes_read: bytes that storage was asked for, headers and gaps included; the metadata file is left out.
         requests: read calls that fetched them.

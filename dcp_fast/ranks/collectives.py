@@ -20,14 +20,15 @@ class Outcome(Generic[T]):
 
     def __init__(self, function: Callable[[], T]) -> None:
         self.error: BaseException | None = None
+        self._value: T | None = None
         try:
-            self._value: T | None = function()
+            self._value = function()
         except BaseException as error:
             self.error = error
 
     @property
     def value(self) -> T:
-        """What it returned; only if there is no error."""
+        """What it returned; None if there is an error."""
         return cast(T, self._value)
 
     def get(self) -> T:

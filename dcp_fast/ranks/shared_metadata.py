@@ -1,12 +1,13 @@
-"""Metadata that one rank reads and parses, and the others receive as columns.
+"""Metadata whose file one rank reads, and the others receive as bytes.
 
 1. Each rank looks at its file: its size, its first and last bytes. One collective call tells whether all ranks can
    share and see the same file. If not, each reads its own, as without sharing.
-2. The coordinator parses, and broadcasts the sizes of the columns. There are none if parsing failed, or if the metadata
-   is of a kind that is not kept in columns. Then too each rank reads its own, so that all get the errors, and the
-   metadata of their own instead, that they would get without sharing.
-3. It broadcasts the columns, in blocks. What goes wrong on a rank meanwhile is kept until the last block has come:
-   whoever leaves early makes all others wait.
+2. The coordinator reads the file and broadcasts it, in blocks. Each rank parses the blocks as they come, as it would
+   parse the file. With each block comes a byte that tells whether it is to be used; the coordinator stops there if it
+   cannot read or parse. What goes wrong on another rank is kept until the last block has come: whoever leaves early
+   makes all others wait.
+3. A rank that could make nothing of the blocks reads its own file. So it gets the error, or the metadata, that it would
+   get without sharing.
 
 What could fail on one rank alone, the memory for blocks included, is done before step 1 or kept as an outcome.
 """
@@ -14,6 +15,7 @@ What could fail on one rank alone, the memory for blocks included, is done befor
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import signal
 import threading
@@ -21,27 +23,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import StorageReader
 
-from dcp_fast import _native
 from dcp_fast._torch import DistWrapper
-from dcp_fast.errors import LoadError, typed_errors
-from dcp_fast.metadata.read import known_columns, make_metadata
+from dcp_fast.errors import CorruptMetadataError
+from dcp_fast.metadata.read import make_metadata, parse_blocks
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
 from dcp_fast.readers.filesystem import FileSystemReader
 
 __all__ = ["share_metadata"]
 
-T = TypeVar("T")
-
 # Of the file. To read less takes no longer than the few broadcasts.
 _LEAST_BYTES = 1 << 20
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 8 << 20
 # The end of the file holds an identifier that is new for each save, since torch 2.3. Inode and time would not tell what
 # is in a file: copies on the disks of several nodes differ in the one and perhaps in the other, and clients of a
 # network file system may remember both for a while.
@@ -64,7 +63,7 @@ def share_metadata(reader: StorageReader, ranks: DistWrapper) -> Callable[[], Me
         if prepared.error is None or isinstance(prepared.error, Exception):
             return reader.read_metadata  # which meets the error again, or can do without a block
         return partial(_raise, prepared.error)  # Ctrl-C
-    return exchange.send() if ranks.is_coordinator else exchange.receive()
+    return exchange.take_part()
 
 
 def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Exchange | None:
@@ -89,7 +88,7 @@ def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Exchange | None:
 
 
 def _reads_like_ours(reader: StorageReader) -> TypeGuard[FileSystemReader]:
-    """Whether the reader reads metadata into columns in just the way of ours. A subclass may read another file."""
+    """Whether the reader reads metadata in just the way of ours. A subclass may read another file."""
     return (
         isinstance(reader, FileSystemReader)
         and not reader.trust_metadata
@@ -147,84 +146,59 @@ class _Exchange:
         self.identity = identity
         self._reader = reader
         self._ranks = ranks
-        self._path = str(reader._get_metadata_path())
-        self._file_bytes = identity[0]
-        device = collective_device(ranks)
-        self._sizes = torch.zeros(1 + _native.COLUMNS_SECTIONS, dtype=torch.int64, device=device)
-        self._memory = bytearray(_BLOCK_BYTES)
+        self._path = reader._get_metadata_path()
+        self._left = self._file_bytes = identity[0]
+        self._stored = self._stored_blocks() if ranks.is_coordinator else None
+        self._memory = bytearray(_BLOCK_BYTES + 1)
         self._block = torch.frombuffer(self._memory, dtype=torch.uint8)
+        device = collective_device(ranks)
         self._device_block = self._block if device.type == "cpu" else torch.empty_like(self._block, device=device)
 
-    def send(self) -> Callable[[], Metadata]:
-        """Read the metadata, and send it if it is kept in columns."""
-        with self._reader.metadata_stage():
+    def take_part(self) -> Callable[[], Metadata]:
+        """Send or receive the blocks, and parse them. Returns what yields the metadata, or raises what is wrong."""
+        with self._reader.metadata_stage(received=self._stored is None):
             parsed = Outcome(self._parse)
-            encoder = None if parsed.error is not None else parsed.value[1]
-            sizes = [] if encoder is None else encoder.sizes
-            with _deferred_interrupt() as interrupt:
-                self._sizes[: 1 + len(sizes)] = torch.tensor([len(sizes), *sizes])
-                self._broadcast(self._sizes)
-                while encoder is not None and (size := encoder.read(self._memory)) > 0:
-                    if self._device_block is not self._block:
-                        self._device_block[:size].copy_(self._block[:size])
-                    self._broadcast(self._device_block[:size])
+        if parsed.error is None and parsed.value is None:
+            return self._reader.read_metadata
+        return cast(Callable[[], Metadata], parsed.get)
 
-            def finish() -> Metadata:
-                interrupt()
-                return self._reader.take_metadata(parsed.get()[0]())
-
-            return Outcome(finish).get
-
-    def _parse(self) -> tuple[Callable[[], Metadata], _native.ColumnsEncoder | None]:
-        """What makes the metadata, and the columns as they are sent, if they are."""
-        columns = self._reader.metadata_columns()
-        if columns is None:
-            # The others begin with the same at once, rather than wait.
-            return self._reader.unpickled_metadata, None
-        with typed_errors():
-            return partial(make_metadata, columns), _native.encode_columns(columns, self._file_bytes)
-
-    def receive(self) -> Callable[[], Metadata]:
-        """Take what the coordinator sends."""
-        with self._reader.metadata_stage(received=True):
-            with _deferred_interrupt() as interrupt:
-                self._broadcast(self._sizes)
-                count, *sizes = self._sizes.tolist()
-                decoder = Outcome(lambda: self._checked(_native.ColumnsDecoder, sizes, self._file_bytes))
-                for begin in range(0, sum(sizes), _BLOCK_BYTES):
-                    size = min(sum(sizes) - begin, _BLOCK_BYTES)
-                    self._broadcast(self._device_block[:size])
-                    if decoder.error is None:
-                        decoder = Outcome(partial(self._take_block, decoder.value, size))
-            interrupted = Outcome(interrupt)
-            if interrupted.error is not None:
-                return partial(_raise, interrupted.error)
-            if count == 0:
-                return self._reader.read_metadata
-            received = Outcome(lambda: self._finish(decoder.get()))
-            if received.error is None and received.value is None:
-                return self._reader.read_metadata
-            return cast(Callable[[], Metadata], received.get)
-
-    def _take_block(self, decoder: _native.ColumnsDecoder, size: int) -> _native.ColumnsDecoder:
-        if self._device_block is not self._block:
-            self._block[:size].copy_(self._device_block[:size])
-        self._checked(decoder.write, self._memory, size)
-        return decoder
-
-    def _finish(self, decoder: _native.ColumnsDecoder) -> Metadata | None:
-        """None if this rank's torch lacks a dtype that the coordinator's has."""
-        columns = known_columns(self._checked(decoder.finish))
+    def _parse(self) -> Metadata | None:
+        """None if only the file itself tells what the metadata is."""
+        with _deferred_interrupt() as interrupt:
+            parsed = Outcome(partial(parse_blocks, self._file_bytes, self._next_block, str(self._path)))
+            while self._left:  # others may need the rest, or wait for a word that there is none
+                self._next_block(is_over=True)
+        interrupt()
+        try:
+            columns = parsed.get()
+        except CorruptMetadataError:  # perhaps not in this rank's own file
+            return None
         return None if columns is None else self._reader.take_metadata(make_metadata(columns))
 
-    def _checked(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call a native function. Its errors are those of what came from the coordinator."""
-        try:
-            with typed_errors():
-                return function(*arguments)
-        except LoadError as error:
-            reason = f"metadata that rank {self._ranks.coordinator_rank} sent: {error.reason}"
-            raise type(error)(reason, self._path, error_number=error.error_number) from None
+    def _next_block(self, is_over: bool = False) -> memoryview:
+        """The next bytes of the file, on all ranks; none if no more come, which the coordinator says if ``is_over``."""
+        count = min(self._left, _BLOCK_BYTES)
+        left, self._left = self._left - count, 0  # there is nothing to wait for if the broadcast fails
+        if count > 0:
+            if self._stored is not None:
+                self._memory[count] = is_over or Outcome(partial(next, self._stored)).value != count
+            self._broadcast(count + 1)
+            if self._memory[count]:
+                count = 0
+            else:
+                self._left = left
+        return memoryview(self._memory)[:count]
 
-    def _broadcast(self, tensor: torch.Tensor) -> None:
-        dist.broadcast(tensor, self._ranks.global_coordinator_rank, group=self._ranks.group)
+    def _stored_blocks(self) -> Iterator[int]:
+        """Read one block of the file after another. Yields how many bytes each has."""
+        with self._reader.fs.create_stream(self._path, "rb") as file:
+            while True:
+                yield cast(io.BufferedIOBase, file).readinto(memoryview(self._memory)[:_BLOCK_BYTES])
+
+    def _broadcast(self, count: int) -> None:
+        on_device = self._device_block is not self._block
+        if on_device and self._stored is not None:
+            self._device_block[:count].copy_(self._block[:count])
+        dist.broadcast(self._device_block[:count], self._ranks.global_coordinator_rank, group=self._ranks.group)
+        if on_device and self._stored is None:
+            self._block[:count].copy_(self._device_block[:count])

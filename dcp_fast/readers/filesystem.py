@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -17,7 +17,7 @@ from dcp_fast import _native
 from dcp_fast._torch import ExtensionRegistry, StorageReaderTransforms
 from dcp_fast.collector import paused_collection
 from dcp_fast.drop_in import DropIn
-from dcp_fast.metadata.read import make_metadata, parse_columns, read_columns, unpickle_metadata
+from dcp_fast.metadata.read import parse_metadata, read_metadata
 from dcp_fast.observe.report import LoadReport, begin, publish
 from dcp_fast.observe.trace import Timeline, saved
 from dcp_fast.transfer.gpu import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
@@ -127,11 +127,13 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
         with self.metadata_stage():
             if self.trust_metadata:
                 return super().read_metadata(*args, **kwargs)
-            rank = kwargs.get("rank")
-            columns = self.metadata_columns(rank)
-            return self.take_metadata(self.unpickled_metadata(rank) if columns is None else make_metadata(columns))
+            path = self._get_metadata_path(kwargs.get("rank"))
+            if type(self.fs) is torch_filesystem.FileSystem:
+                return self.take_metadata(read_metadata(str(path)))
+            with self.fs.create_stream(path, "rb") as file:
+                return self.take_metadata(parse_metadata(file.read(), str(path)))
 
-    # The steps of it, for when another rank takes some of them: see shared_metadata.py.
+    # What a rank does as well that received the metadata: see shared_metadata.py.
 
     @contextmanager
     def metadata_stage(self, received: bool = False) -> Iterator[None]:
@@ -142,20 +144,6 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
         with saved(self._timeline), self._report.stage("metadata"), paused_collection():
             yield
         self._planning_started = time.perf_counter()
-
-    def metadata_columns(self, rank: int | None = None) -> _native.MetadataColumns | None:
-        """The content of the metadata file; None if only :meth:`unpickled_metadata` can read it."""
-        path = self._get_metadata_path(rank)
-        if type(self.fs) is torch_filesystem.FileSystem:
-            return read_columns(str(path))
-        with self.fs.create_stream(path, "rb") as file:
-            return parse_columns(file.read(), str(path))
-
-    def unpickled_metadata(self, rank: int | None = None) -> Metadata:
-        """The content of the metadata file, by the unpickler with an allow-list."""
-        path = self._get_metadata_path(rank)
-        with self.fs.create_stream(path, "rb") as file:
-            return unpickle_metadata(cast(IO[bytes], file), str(path))
 
     def take_metadata(self, metadata: Metadata) -> Metadata:
         """Give metadata what it has of its reader."""

@@ -114,7 +114,8 @@ def prepare_staging(
     limits = StagingLimits.of(threads, block_bytes, pinned_bytes, device_staging_bytes)
     wanted = [torch.cuda.current_device()] if devices is None else [_ordinal(device) for device in devices]
     with typed_errors():
-        _native.require_not_capturing(_current_streams(wanted))
+        count = torch.cuda.device_count()  # of others staging.prepare says what is wrong
+        _native.require_not_capturing(_current_streams(device for device in wanted if device < count))
         staging = _lease(limits)
         try:
             for device in wanted:

@@ -26,6 +26,8 @@ from dcp_fast.transfer.stored_entries import Storage
 __all__ = ["PlanTransfer"]
 
 _MOST_DEVICES = 64  # of a process
+# Figures of a report that an attempt counts, and one that is refused midway counts for nothing.
+_COUNTED_ANEW = ("bytes_needed", "staged_items", "fallback_records", "device_fallback_items")
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 
@@ -160,7 +162,7 @@ class PlanTransfer:
         attempts_left = _MOST_DEVICES
         refused = True
         while refused:
-            before = report.bytes_needed, report.staged_items, report.fallback_records
+            before = {name: getattr(report, name) for name in _COUNTED_ANEW}
             program = _native.Program(self.layouts, rows, destinations.column())
             report.bytes_needed += program.bytes_needed
             try:
@@ -174,7 +176,7 @@ class PlanTransfer:
             if refused:
                 # From the beginning, and without that device: what is in place already gets the same values again.
                 self.cuda.give_up()
-                report.bytes_needed, report.staged_items, report.fallback_records = before
+                vars(report).update(before)
                 destinations = destinations.anew()
 
     def _run(

@@ -25,8 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcp_fast.metadata.read import make_metadata as metadata_of_columns
-from dcp_fast.metadata.read import parse_columns, unpickle_metadata
+from dcp_fast.metadata.read import parse_metadata
 
 __all__ = [
     "OldPickler",
@@ -47,12 +46,6 @@ assert _spec.loader is not None
 _metadata_files = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_metadata_files)
 write_metadata = _metadata_files.write_metadata
-
-
-def parse_metadata(pickled: bytes, path: str) -> Metadata:
-    """What the reader makes of a file with this content."""
-    columns = parse_columns(pickled, path)
-    return unpickle_metadata(io.BytesIO(pickled), path) if columns is None else metadata_of_columns(columns)
 
 
 def chunk(offsets: list[int], sizes: list[int]) -> ChunkStorageMetadata:

@@ -1,10 +1,13 @@
-// Metadata files read through windows of any size, and reads that fail.
+// Metadata files read through windows of any size or sent in blocks of any size, and reads that fail.
 #include "metadata/source.h"
 
 #include <cerrno>
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include "doctest/doctest.h"
+#include "exact.h"
 #include "faults.h"
 #include "metadata/columns_text.h"
 #include "metadata/metadata_pickle.h"
@@ -36,36 +39,24 @@ std::string read_through(const std::string& path, size_t window, FastLane fast_l
   return parsed(source, fast_lane);
 }
 
-}  // namespace
-
-TEST_CASE("a window of any size gives the same columns") {
-  const TempDir folder;
-  const std::string pickle = sample();
-  const std::string path = folder.write("metadata", pickle);
-  const std::string expected = parsed(pickle, FastLane::kNo);
-  REQUIRE(expected.find("a tensor 3,3, ") == 0);
-  for (const FastLane fast_lane : {FastLane::kNo, FastLane::kYes}) {
-    // The first window ends at every position there is.
-    for (size_t window = 1; window <= pickle.size() + 1; ++window) {
-      CAPTURE(window);
-      REQUIRE(read_through(path, window, fast_lane) == expected);
-    }
-  }
+std::string in_blocks(const std::string& pickle, size_t block, FastLane fast_lane, size_t kept = SIZE_MAX,
+                      size_t blocks = SIZE_MAX) {
+  size_t sent = 0;
+  std::optional<Exact> next;
+  metadata::BlockSource source(
+      pickle.size(),
+      [&]() -> checkpoint::Bytes {
+        if (blocks-- == 0) return {};
+        next.emplace(pickle.substr(sent, block));
+        sent += block;
+        return next->view();
+      },
+      kept);
+  return parsed(source, fast_lane);
 }
 
-TEST_CASE("a cut file is corrupt in the same place with a window of any size") {
-  const TempDir folder;
-  const std::string pickle = sample();
-  for (size_t length = 0; length < pickle.size(); length += 7) {
-    const std::string cut = pickle.substr(0, length);
-    const std::string path = folder.write("metadata", cut);
-    for (const size_t window : {1, 3, 64})
-      REQUIRE(read_through(path, window, FastLane::kYes) == parsed(cut, FastLane::kNo));
-  }
-}
-
-TEST_CASE("batches that are longer than the window") {
-  const TempDir folder;
+// Batches longer than a thousand bytes, whose last one ends otherwise if it is not `sound`.
+std::string long_batches(bool sound) {
   Pickler out(4);
   out.name("state_dict_metadata");
   out.pickle() += '}';
@@ -88,25 +79,68 @@ TEST_CASE("batches that are longer than the window") {
       out.size({2});
       out.pickle() += "ub";
     }
-    // The last batch ends otherwise, and is read again from its beginning.
-    out.pickle() += tensor < 2 ? "eub" : "Neub";
+    out.pickle() += sound || tensor < 2 ? "eub" : "Neub";
   }
   out.pickle() += 'u';
-  const std::string pickle = out.finish();
+  return out.finish();
+}
+
+}  // namespace
+
+TEST_CASE("a window of any size gives the same columns") {
+  const TempDir folder;
+  const std::string pickle = sample();
   const std::string path = folder.write("metadata", pickle);
   const std::string expected = parsed(pickle, FastLane::kNo);
-  CHECK(expected.find("a chunk of another type") == 0);
-  for (const size_t window : {1, 5000, 7001, 1 << 20}) {
-    CAPTURE(window);
-    CHECK(read_through(path, window, FastLane::kYes) == expected);
+  REQUIRE(expected.find("a tensor 3,3, ") == 0);
+  for (const FastLane fast_lane : {FastLane::kNo, FastLane::kYes}) {
+    // The first window ends at every position there is.
+    for (size_t window = 1; window <= pickle.size() + 1; ++window) {
+      CAPTURE(window);
+      REQUIRE(read_through(path, window, fast_lane) == expected);
+      REQUIRE(in_blocks(pickle, window, fast_lane) == expected);
+    }
   }
-  const std::string sound = std::string(pickle).replace(pickle.rfind("Neub"), 4, "eub");
-  folder.write("metadata", sound);
-  const std::string columns = parsed(sound, FastLane::kNo);
-  CHECK(columns.find("t0 tensor 1000, 0,2,2,2,4,2,") == 0);
-  for (const size_t window : {1, 5000, 7001, 1 << 20}) {
-    CAPTURE(window);
-    CHECK(read_through(path, window, FastLane::kYes) == columns);
+}
+
+TEST_CASE("a cut file is corrupt in the same place with a window of any size") {
+  const TempDir folder;
+  const std::string pickle = sample();
+  for (size_t length = 0; length < pickle.size(); length += 7) {
+    const std::string cut = pickle.substr(0, length);
+    const std::string path = folder.write("metadata", cut);
+    for (const size_t window : {1, 3, 64}) {
+      REQUIRE(read_through(path, window, FastLane::kYes) == parsed(cut, FastLane::kNo));
+      REQUIRE(in_blocks(cut, window, FastLane::kYes) == parsed(cut, FastLane::kNo));
+    }
+  }
+}
+
+TEST_CASE("batches that are longer than the window") {
+  const TempDir folder;
+  for (const bool sound : {true, false}) {
+    const std::string pickle = long_batches(sound);
+    const std::string path = folder.write("metadata", pickle);
+    const std::string expected = parsed(pickle, FastLane::kNo);
+    CHECK(expected.find(sound ? "t0 tensor 1000, 0,2,2,2,4,2," : "a chunk of another type") == 0);
+    for (const size_t window : {1, 5000, 7001, 1 << 20}) {
+      CAPTURE(window);
+      CHECK(read_through(path, window, FastLane::kYes) == expected);
+      CHECK(in_blocks(pickle, window, FastLane::kYes) == expected);
+    }
+  }
+}
+
+TEST_CASE("blocks are kept only as far back as they are to be") {
+  const std::string pickle = long_batches(true);
+  CHECK(in_blocks(pickle, 100, FastLane::kYes, 5000) == parsed(pickle, FastLane::kNo));
+  CHECK(in_blocks(long_batches(false), 100, FastLane::kYes, 5000).find("a batch that is longer") == 0);
+}
+
+TEST_CASE("blocks that end early leave the metadata to others") {
+  const std::string pickle = sample();
+  for (size_t blocks = 0; blocks < pickle.size(); ++blocks) {
+    REQUIRE(in_blocks(pickle, 1, FastLane::kNo, SIZE_MAX, blocks).find("blocks that end early") == 0);
   }
 }
 

@@ -103,25 +103,25 @@ TEST_CASE("pieces partition the boxes, stay within a block, and tasks partition 
     size_t next = 0;
     Trace actual(memory);
     for (const Task& task : schedule.tasks) {
-      REQUIRE(task.first_piece == next);
-      REQUIRE(task.pieces > 0);
-      next += task.pieces;
-      const Policy& policy = policies[task.file];
-      for (size_t p = task.first_piece; p < next; ++p) {
+      REQUIRE(task.first == next);
+      REQUIRE(task.count > 0);
+      next += task.count;
+      const Policy& policy = policies[task.range.file];
+      for (size_t p = task.first; p < next; ++p) {
         const Piece& piece = schedule.pieces[p];
         REQUIRE(!piece.loops.empty());
-        REQUIRE(boxes[piece.item].file == task.file);
+        REQUIRE(boxes[piece.item].file == task.range.file);
         const bool contiguous = piece.loops.size() == 1;
         REQUIRE(largest_read(policy, piece.loops) <= (contiguous ? policy.run_bytes : policy.block_bytes));
         const int64_t requests = requests_for(policy, piece.loops);
         if (requests > 1) REQUIRE(requests * policy.request_cost <= policy.block_bytes);
-        actual.add(task.file, piece.loops, 0, piece.source, piece.destination);
-        if (task.pieces == 1) continue;
+        actual.add(task.range.file, piece.loops, 0, piece.source, piece.destination);
+        if (task.count == 1) continue;
         // Joined pieces come in one request: in order, apart, and all of them in one block.
-        const Piece& first = schedule.pieces[task.first_piece];
-        if (p > task.first_piece) REQUIRE(piece.source >= end_of(schedule.pieces[p - 1]));
+        const Piece& first = schedule.pieces[task.first];
+        if (p > task.first) REQUIRE(piece.source >= end_of(schedule.pieces[p - 1]));
         REQUIRE(end_of(piece) - first.source <= policy.block_bytes);
-        if (p > task.first_piece) REQUIRE(piece.source - end_of(schedule.pieces[p - 1]) <= policy.request_cost);
+        if (p > task.first) REQUIRE(piece.source - end_of(schedule.pieces[p - 1]) <= policy.request_cost);
       }
     }
     REQUIRE(next == schedule.pieces.size());
@@ -144,9 +144,9 @@ TEST_CASE("tasks ascend by file and offset") {
     for (size_t t = 1; t < schedule.tasks.size(); ++t) {
       const Task& before = schedule.tasks[t - 1];
       const Task& task = schedule.tasks[t];
-      const bool ascends = before.file < task.file ||
-                           (before.file == task.file &&
-                            schedule.pieces[before.first_piece].source <= schedule.pieces[task.first_piece].source);
+      const bool ascends = before.range.file < task.range.file ||
+                           (before.range.file == task.range.file &&
+                            schedule.pieces[before.first].source <= schedule.pieces[task.first].source);
       REQUIRE(ascends);
     }
   }
@@ -166,7 +166,7 @@ TEST_CASE("small neighbours are joined") {
     Random(82).shuffle(boxes);
     const Schedule schedule = make_schedule(boxes, {policy});
     CHECK(schedule.tasks.size() <= 3);
-    for (size_t t = 0; t + 1 < schedule.tasks.size(); ++t) CHECK(schedule.tasks[t].pieces >= 64);
+    for (size_t t = 0; t + 1 < schedule.tasks.size(); ++t) CHECK(schedule.tasks[t].count >= 64);
   }
 }
 
@@ -175,7 +175,7 @@ TEST_CASE("large contiguous boxes are read straight into place, block by block")
   boxes[0].loops = {{10 * kBlock + 5, 1, 1}};
   const Schedule schedule = make_schedule(boxes, {{16, kBlock, false, kBlock}});
   REQUIRE(schedule.tasks.size() == 11);
-  for (const Task& task : schedule.tasks) CHECK(task.pieces == 1);
+  for (const Task& task : schedule.tasks) CHECK(task.count == 1);
   CHECK(schedule.pieces.back().source == 10 * kBlock);
   CHECK(schedule.pieces.back().loops == box::Loops{{5, 1, 1}});
 }
@@ -188,8 +188,8 @@ TEST_CASE("contiguous boxes come in larger requests than others where they need 
   const Schedule schedule = make_schedule(boxes, {{16, kBlock, false, 5 * kBlock}});
   REQUIRE(schedule.pieces.size() == 2 + 11);
   CHECK(schedule.pieces[0].loops == box::Loops{{5 * kBlock, 1, 1}});
-  CHECK(schedule.tasks[0].pieces == 1);
-  CHECK(schedule.tasks[1].pieces == 1);
+  CHECK(schedule.tasks[0].count == 1);
+  CHECK(schedule.tasks[1].count == 1);
 }
 
 TEST_CASE("a read goes through gaps only where they are cheaper than a request") {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import random
@@ -26,10 +27,12 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 
 import dcp_fast
 from dcp_fast import _native
+from dcp_fast.metadata.read import parse_blocks
 from dcp_fast.ranks import shared_metadata
 
 WORLD = 4
 FAILING = 2  # the rank
+BLOCK_BYTES = 100
 
 SHAPES = {f"t{i}": (i + 1, 3) for i in range(40)}
 
@@ -59,7 +62,7 @@ class Result:
 
 
 @contextmanager
-def small_files_are_shared(block_bytes: int = 100) -> Iterator[None]:
+def small_files_are_shared(block_bytes: int = BLOCK_BYTES) -> Iterator[None]:
     with (
         mock.patch.object(shared_metadata, "_LEAST_BYTES", 0),
         mock.patch.object(shared_metadata, "_BLOCK_BYTES", block_bytes),
@@ -104,6 +107,10 @@ def received(results: list[Result]) -> list[bool]:
     return [result.received for result in results]
 
 
+def blocks_of(path: Path) -> int:
+    return math.ceil((path / ".metadata").stat().st_size / BLOCK_BYTES)
+
+
 NOBODY = [False] * WORLD
 ALL_BUT_THE_FIRST = [False, True, True, True]
 
@@ -117,10 +124,10 @@ def test_all_ranks_load_what_torch_loads(ranks: Ranks, tmp_path: Path) -> None:
     torch_load(expected, checkpoint_id=tmp_path, no_dist=True)
     assert all(result.outcome() == ("", {}, image(expected)) for result in results)
     assert received(results) == ALL_BUT_THE_FIRST
+    blocks = blocks_of(tmp_path)
+    assert blocks > 2
     for result in results:
-        blocks = len(result.calls) - 4
-        assert blocks > 2
-        assert result.calls == ["all_reduce", "broadcast", *["broadcast"] * blocks, "all_reduce", "all_reduce"]
+        assert result.calls == ["all_reduce", *["broadcast"] * blocks, "all_reduce", "all_reduce"]
 
 
 def read_both_ways(path: Path, block_bytes: int) -> tuple[bool, bool, int]:
@@ -239,7 +246,7 @@ def test_metadata_that_only_the_unpickler_reads(ranks: Ranks, tmp_path: Path) ->
     results = compare(ranks, [tmp_path])
     assert received(results) == NOBODY
     assert all(result.outcome() == ("", {}, image(values())) for result in results)
-    assert all(result.calls.count("broadcast") == 1 for result in results)
+    assert all(result.calls.count("broadcast") < blocks_of(tmp_path) for result in results)  # storage data is not sent
 
 
 def save_own(path: Path) -> None:
@@ -278,7 +285,7 @@ def test_damaged_everywhere(ranks: Ranks, tmp_path: Path) -> None:
     results = compare(ranks, [tmp_path])
     assert all(result.failures.keys() == set(range(WORLD)) for result in results)
     assert all(failure.startswith("CorruptMetadataError") for failure in results[0].failures.values())
-    assert all(result.calls.count("broadcast") == 1 for result in results)
+    assert all(result.calls.count("broadcast") <= blocks_of(tmp_path) for result in results)  # the parser looks ahead
 
 
 def in_first_position(path: Path) -> Any:
@@ -306,28 +313,28 @@ def failing(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-class Decoder:
-    """The native one, of which a method fails."""
-
-    def __init__(self, method: str, *args: Any) -> None:
-        self._decoder = _native.ColumnsDecoder(*args)
-        setattr(self, method, failing(MemoryError("injected")))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._decoder, name)
+def failing_midway(size: int, next_block: Callable[[], Any], path: str) -> Any:
+    """In place of parse_blocks()."""
+    for _ in range(2):
+        assert len(next_block()) == BLOCK_BYTES
+    raise MemoryError("injected")
 
 
-class Garbling:
-    """A native encoder whose first bytes are changed on their way."""
+def parsing_damage(size: int, next_block: Callable[[], Any], path: str) -> Any:
+    """Likewise: parses blocks that have changed on their way."""
+    return parse_blocks(size, lambda: next_block().tobytes().translate(bytes(range(1, 256)) + b"\0"), path)
 
-    def __init__(self, encoder: _native.ColumnsEncoder) -> None:
-        self._encoder = encoder
-        self.sizes = encoder.sizes
 
-    def read(self, buffer: bytearray) -> int:
-        size = self._encoder.read(buffer)
-        buffer[0] ^= 1
-        return size
+def failing_read(exchange: Any) -> Iterator[int]:
+    """In place of _Exchange._stored_blocks()."""
+    yield BLOCK_BYTES
+    raise OSError("injected")
+
+
+def short_read(exchange: Any) -> Iterator[int]:
+    """Likewise, of a file that is being cut."""
+    yield BLOCK_BYTES
+    yield 1
 
 
 struck: list[bool] = []
@@ -344,7 +351,7 @@ class Fault:
         if dist.get_rank() != self.rank:
             return
         if self.stage == "interrupted":
-            self.patch(faults, dcp_fast.FileSystemReader, "metadata_columns", failing(KeyboardInterrupt("injected")))
+            self.patch(faults, shared_metadata, "parse_blocks", failing(KeyboardInterrupt("injected")))
         elif self.stage == "interrupted before":
             self.patch(faults, shared_metadata, "_Exchange", failing(KeyboardInterrupt("injected")))
         elif self.stage == "interrupted between blocks":
@@ -352,23 +359,14 @@ class Fault:
             struck.clear()
             broadcast = shared_metadata._Exchange._broadcast
             self.patch(faults, shared_metadata._Exchange, "_broadcast", lambda *args: self.strike(broadcast(*args)))
-        elif self.stage == "metadata_columns":
-            self.patch(faults, dcp_fast.FileSystemReader, self.stage, failing(MemoryError("injected")))
-        elif self.stage in ("encode_columns", "ColumnsDecoder"):
-            self.patch(faults, _native, self.stage, failing(MemoryError("injected")))
-        elif self.stage in ("write", "finish"):
-            self.patch(
-                faults, _native, "ColumnsDecoder", lambda *args, real=_native.ColumnsDecoder: self.decoder(real, args)
-            )
-        elif self.stage == "garbled":
-            encode = _native.encode_columns
-            self.patch(faults, _native, "encode_columns", lambda *args: Garbling(encode(*args)))
+        elif self.stage == "native":
+            self.patch(faults, _native, "parse_blocks", failing(MemoryError("injected")))
+        elif self.stage in ("failing_midway", "parsing_damage"):
+            self.patch(faults, shared_metadata, "parse_blocks", globals()[self.stage])
+        elif self.stage in ("failing_read", "short_read"):
+            self.patch(faults, shared_metadata._Exchange, "_stored_blocks", globals()[self.stage])
         else:
             self.patch(faults, shared_metadata, self.stage, failing(MemoryError("injected")))
-
-    def decoder(self, real: Any, args: Any) -> Any:
-        with mock.patch.object(_native, "ColumnsDecoder", real):
-            return Decoder(self.stage, *args)
 
     @staticmethod
     def strike(result: None) -> None:
@@ -385,13 +383,8 @@ class Fault:
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(0, "metadata_columns"),
-        Fault(0, "make_metadata"),
-        Fault(0, "encode_columns"),
-        Fault(FAILING, "ColumnsDecoder"),
-        Fault(FAILING, "write"),
-        Fault(FAILING, "finish"),
-        Fault(FAILING, "make_metadata"),
+        *(Fault(0, stage) for stage in ("parse_blocks", "native", "failing_midway", "make_metadata")),
+        *(Fault(FAILING, stage) for stage in ("parse_blocks", "native", "failing_midway", "make_metadata")),
     ],
     ids=str,
 )
@@ -429,11 +422,15 @@ def test_without_memory_for_a_block_each_reads_its_own(ranks: Ranks, tmp_path: P
     assert all(result.outcome() == ("", {}, image(values())) for result in results)
 
 
-def test_columns_that_arrive_damaged(ranks: Ranks, tmp_path: Path) -> None:
-    """An error on each rank that received them, which names the rank that they come from and the file."""
-    results = ranks.run(WORLD, load, [save(tmp_path, values())], True, None, None, Fault(0, "garbled"))
-    for result in results:
-        assert result.failures.keys() == {1, 2, 3}
-        for failure in result.failures.values():
-            assert failure.startswith("CorruptMetadataError: metadata that rank 0 sent: ")
-            assert str(tmp_path / ".metadata") in failure
+@pytest.mark.parametrize("stage", ["failing_read", "short_read"])
+def test_a_file_that_cannot_be_sent_is_read_by_each_rank(ranks: Ranks, tmp_path: Path, stage: str) -> None:
+    results = ranks.run(WORLD, load, [save(tmp_path, values())], True, None, None, Fault(0, stage))
+    assert received(results) == NOBODY
+    assert all(result.outcome() == ("", {}, image(values())) for result in results)
+
+
+def test_a_rank_that_gets_damaged_blocks_reads_its_own_file(ranks: Ranks, tmp_path: Path) -> None:
+    results = ranks.run(WORLD, load, [save(tmp_path, values())], True, None, None, Fault(FAILING, "parsing_damage"))
+    assert received(results) == [False, True, False, True]
+    assert all(result.outcome() == ("", {}, image(values())) for result in results)
+    assert all(result.calls.count("broadcast") == blocks_of(tmp_path) for result in results)
