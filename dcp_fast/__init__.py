@@ -1,5 +1,17 @@
 """The fast, safe load path for torch.distributed.checkpoint. Public names are those of that module, plus our own."""
 
+__version__ = "0.1.0"
+
+try:
+    import dcp_fast._native  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "dcp_fast._native":
+        raise
+    raise ImportError(
+        f"{__path__[0]} has no built extension: run `pip install .` and start Python outside the checkout, "
+        "or `pip install -e .` to work in it"
+    ) from None
+
 from dcp_fast.errors import (
     CorruptCheckpointError,
     CorruptMetadataError,

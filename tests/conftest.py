@@ -12,15 +12,25 @@ from ranks import Ranks
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run tests marked `long`, which take minutes each")
+    parser.addoption("--quick", action="store_true", help="leave out tests that start processes, and those by chance")
     parser.addoption("--fuzz-seed", type=int, help="run only this case of test_fuzz_differential.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        left_out = [item for item in items if _takes_long(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not _takes_long(item)]
     if config.getoption("--long"):
         return
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(reason="runs only with --long"))
+
+
+def _takes_long(item: pytest.Item) -> bool:
+    fixtures = getattr(item, "fixturenames", ())
+    return "ranks" in fixtures or "fresh_ranks" in fixtures or "fuzz" in item.path.name or "run_gpu" in item.path.name
 
 
 @pytest.fixture

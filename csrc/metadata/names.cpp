@@ -6,7 +6,7 @@ namespace dcp_fast::metadata {
 
 namespace {
 
-struct Entry {
+struct KnownGlobal {
   std::string_view module;
   std::string_view name;
   Global global;
@@ -16,7 +16,7 @@ constexpr std::string_view kCheckpoint = "torch.distributed.checkpoint.metadata"
 constexpr std::string_view kFileSystem = "torch.distributed.checkpoint.filesystem";
 constexpr std::string_view kShard = "torch.distributed._shard.sharded_tensor.metadata";
 
-constexpr std::array<Entry, 19> kGlobals = {{
+constexpr std::array<KnownGlobal, 19> kGlobals = {{
     {kCheckpoint, "Metadata", Global::kMetadata},
     {kCheckpoint, "TensorStorageMetadata", Global::kTensorStorageMetadata},
     {kCheckpoint, "BytesStorageMetadata", Global::kBytesStorageMetadata},
@@ -52,7 +52,7 @@ static_assert(kDTypeNames.size() >= checkpoint::kDTypes.size());
 
 std::optional<Value> find_global(std::string_view module, std::string_view name, int protocol) {
   const std::string_view modern = modern_module(module, protocol);
-  for (const Entry& entry : kGlobals) {
+  for (const KnownGlobal& entry : kGlobals) {
     if (entry.name == name && entry.module == modern) {
       return Value(Tag::kGlobal, static_cast<uint64_t>(entry.global));
     }

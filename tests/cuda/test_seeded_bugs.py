@@ -9,7 +9,10 @@ from simulated_cuda.seeded_bugs import BUGS, Build, Result
 
 # They are about the simulator, and take minutes to build.
 _REASON = seeded_bugs.why_not() if SIMULATED else "builds with bugs are for the simulated driver"
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+pytestmark = [
+    pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
+    pytest.mark.xdist_group("seeded_bugs"),  # they share what is built
+]
 
 
 @pytest.fixture(scope="module")

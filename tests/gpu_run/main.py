@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     signal.signal(signal.SIGTERM, _end)
     parts = ("checks", "bench") if options.what == "all" else (options.what,)
-    setting = Setting(parts, options.simulated, options.out.resolve())
+    setting = Setting(parts, options.simulated, options.out.resolve(), options.doctest)
     run = Run(setting.results, setting.build / "logs", seconds_of(setting), _say)
     code = run.run(steps_of(setting))
     if no_gpu := _no_gpu(run.outcomes):
@@ -60,5 +60,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("what", nargs="?", choices=["checks", "bench", "all"], default="all", help="(default: all)")
     parser.add_argument("--out", type=Path, default=BUILD / "results", help="where the results go (default: build/gpu)")
+    parser.add_argument("--doctest", type=Path, help="the folder that has doctest/doctest.h, where it is not installed")
     parser.add_argument("--simulated", action="store_true", help="rehearse on the simulated driver, without a GPU")
     return parser

@@ -44,11 +44,13 @@ class Setting:
         parts: some of "checks" and "bench".
         simulated: whether it is a rehearsal on the simulated driver.
         results: where the results go.
+        doctest: the folder that has ``doctest/doctest.h``, if that is given.
     """
 
     parts: Sequence[str]
     simulated: bool
     results: Path
+    doctest: Path | None = None
 
     @property
     def build(self) -> Path:
@@ -146,6 +148,8 @@ def _configure(setting: Setting) -> list[str | Path]:
     command: list[str | Path] = ["cmake", "--fresh", "-S", REPOSITORY, "-B", setting.build, "-G", "Ninja"]
     command += ["-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DDCP_FAST_TESTS=ON", f"-DDCP_FAST_TEST_LIBCUDA={library}"]
     command += [f"-DPython_EXECUTABLE={sys.executable}"]
+    if setting.doctest is not None:
+        command.append(f"-DDOCTEST_INCLUDE={setting.doctest.resolve()}")
     pybind11 = importlib.util.find_spec("pybind11")
     if pybind11 is not None and pybind11.origin is not None:  # else CMake may find one that the system has
         command.append(f"-Dpybind11_DIR={Path(pybind11.origin).parent / 'share' / 'cmake' / 'pybind11'}")
