@@ -34,6 +34,13 @@ struct Error : std::runtime_error {
         offset(byte_offset),
         length(byte_length) {}
 
+  // What a CUDA device did not do.
+  static Error of_device(int ordinal, ErrorKind error_kind, const std::string& message) {
+    Error error(error_kind, message);
+    error.device = ordinal;
+    return error;
+  }
+
   ErrorKind kind;
   std::string path;
   int64_t offset;

@@ -29,9 +29,7 @@ decltype(auto) naming(int ordinal, const Work& work) {
   try {
     return work();
   } catch (const Error& error) {
-    Error named(error.kind, name_of(ordinal) + ": " + error.what());
-    named.device = ordinal;
-    throw named;
+    throw Error::of_device(ordinal, error.kind, name_of(ordinal) + ": " + error.what());
   }
 }
 
@@ -62,11 +60,13 @@ DeviceStats& DeviceStats::join(const DeviceStats& other) {
 
 void require_not_capturing(const std::map<int, StreamHandle>& torch_streams) {
   for (const auto& [ordinal, stream] : torch_streams) {
-    naming(ordinal, [ordinal = ordinal, stream = stream] {
-      const PrimaryContext context(ordinal);
+    const int device = ordinal;
+    StreamHandle const torch_stream = stream;
+    naming(device, [=] {
+      const PrimaryContext context(device);
       const CurrentContext current(context);
       int status = kCaptureNone;
-      DCP_FAST_CUDA(cuStreamIsCapturing, stream, &status);
+      DCP_FAST_CUDA(cuStreamIsCapturing, torch_stream, &status);
       if (status == kCaptureNone) return;
       throw Error(ErrorKind::kCuda,
                   "torch's current stream is being captured into a CUDA graph, which cannot hold a load: load before "

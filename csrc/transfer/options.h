@@ -24,8 +24,8 @@ struct Options {
   io::IoCounters counters() const { return {{0}, {0}, read_clock.get(), recorder.get()}; }
 };
 
-// How many threads read where `wanted` asks for none: one for each core that this process may use, up to 16, and at least
-// 4 past the page cache, where requests that are under way at once keep a disk busy.
+// How many threads read where `wanted` asks for none: one for each core that this process may use, up to 16, and at
+// least 4 past the page cache, where requests that are under way at once keep a disk busy.
 int reader_threads(int wanted, bool any_direct);
 
 // Options with every limit settled: threads * (block_bytes + alignment) <= staging_bytes, as far as one thread

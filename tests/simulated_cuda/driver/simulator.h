@@ -27,8 +27,8 @@ struct Simulator {
 
   std::mutex mutex;
   std::condition_variable progress;  // some work was done, or the process ends
-  std::mutex pinning;    // held by a call that takes its time for that; never together with the other two
-  std::mutex compiling;  // likewise
+  std::mutex pinning;                // held by a call that takes its time for that; never together with the other two
+  std::mutex compiling;              // likewise
   bool initialized = false;
   bool forked = false;  // from the process that initialized the driver: no call works any more
   bool ending = false;
