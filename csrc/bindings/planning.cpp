@@ -82,7 +82,7 @@ Rows item_rows(const PlannedBoxes& planned, const Records& records) {
 }
 
 // A row for each record, as read_layouts takes them.
-Rows record_rows(const PlannedRecords& planned, bool all_opaque) {
+Rows record_rows(const PlannedRecords& planned, bool all_fallback) {
   const StorageRows& storage = planned.columns->rows;
   Rows rows;
   rows.values.reserve(4 * planned.records.rows.size());
@@ -91,7 +91,7 @@ Rows record_rows(const PlannedRecords& planned, bool all_opaque) {
     const bool is_transformed =
         !storage.transforms.empty() && !planned.columns->transforms[storage.transforms[row]].names.empty();
     rows.values.insert(rows.values.end(), {planned.records.file[i], storage.offset[row], storage.length[row],
-                                           all_opaque || is_transformed});
+                                           all_fallback || is_transformed});
   }
   return rows;
 }
@@ -147,7 +147,7 @@ void bind_planning(py::module_& module) {
       .def_property_readonly("requests", [](const PlannedRecords& planned) { return planned.records.requests; })
       .def_property_readonly("missing", [](const PlannedRecords& planned) { return planned.records.missing; })
       .def_property_readonly("files", &files)
-      .def("rows", &record_rows, py::arg("all_opaque"));
+      .def("rows", &record_rows, py::arg("all_fallback"));
   module.attr("WHOLE") = planning::kWhole;
   module.def("find_boxes", &find_boxes, py::arg("columns"), py::arg("requests"),
              "Boxes of all requests: rows of entry, number of wanted chunks, their offsets and sizes; or of entry and "

@@ -89,7 +89,7 @@ Layouts read_layouts(const std::vector<py::str>& python_paths, const py::buffer&
     record.file = column.next_index(paths.size());
     record.offset = column.next();
     record.length = column.next();
-    record.opaque = column.next() != 0;
+    record.fallback = column.next() != 0;
     records.push_back(record);
   }
   return without_gil(
@@ -204,7 +204,7 @@ void bind_transfer(py::module_& module) {
       .def_readonly("requests", &Layouts::requests)
       .def_readonly("bytes_read", &Layouts::bytes)
       .def("threads", [](const Layouts& layouts,
-                         const Options& options) { return transfer::settle(options, layouts.any_direct()).threads; })
+                         const Options& options) { return transfer::limits_of(options, layouts.any_direct()).threads; })
       .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
       .def("strides", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.strides; })
       .def("__len__", [](const Layouts& layouts) { return layouts.records.size(); });
@@ -225,10 +225,10 @@ void bind_transfer(py::module_& module) {
              const Item& item = program.items().at(index);
              return py::make_tuple(item.storage_offsets, item.lengths);
            })
-      .def("staged",
-           [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kStaged, wave); })
-      .def("unknown",
-           [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kUnknownRecord, wave); })
+      .def("converted",
+           [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kConverted, wave); })
+      .def("fallback",
+           [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kFallback, wave); })
       .def(
           "run",
           [](const Program& program, int32_t wave, const Options& options, cuda::Staging* staging,

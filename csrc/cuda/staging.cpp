@@ -26,7 +26,7 @@ int64_t with_descriptors(int64_t block) {
   return (block + std::max(block / 64, 3 * kDirect) + page - 1) / page * page;
 }
 
-int64_t settle_block(int64_t memory, int64_t block) {
+int64_t affordable_block(int64_t memory, int64_t block) {
   const int64_t affordable = memory / kWantedSlots * 64 / 65 / kMinBlock * kMinBlock;
   return std::clamp(std::min(block, affordable), kMinBlock, kMaxBlock);
 }
@@ -34,7 +34,7 @@ int64_t settle_block(int64_t memory, int64_t block) {
 }  // namespace
 
 Staging::Staging(int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes)
-    : block_bytes_(settle_block(std::min(pinned_bytes, device_bytes), block_bytes)),
+    : block_bytes_(affordable_block(std::min(pinned_bytes, device_bytes), block_bytes)),
       slot_bytes_(static_cast<size_t>(with_descriptors(block_bytes_))),
       slots_(std::max<size_t>(1, static_cast<size_t>(std::min(pinned_bytes, device_bytes)) / slot_bytes_)) {
   for (size_t slot = slots_.size(); slot-- > 0;) fresh_.push_back(slot);

@@ -42,17 +42,17 @@ Boxes boxes_of(const Program& program, int32_t wave) {
 // What all waves of a run have in common.
 struct Run {
   Run(const Layouts& layouts, const Options& options, const CudaTargets& targets)
-      : settled(settle(options, layouts.any_direct())),
+      : limits(limits_of(options, layouts.any_direct())),
         cuda(targets),
         recorder(options.recorder.get()),
         files(layouts.paths, layouts.modes),
-        policies(policies_for(layouts.modes, settled.block_bytes, settled.block_bytes)) {
+        policies(policies_for(layouts.modes, limits.block_bytes, limits.block_bytes)) {
     if (cuda.staging == nullptr) return;
     const int64_t block = cuda.staging->block_bytes();
-    slot_policies = policies_for(layouts.modes, std::min(block, settled.block_bytes), block);
+    slot_policies = policies_for(layouts.modes, std::min(block, limits.block_bytes), block);
   }
 
-  const Settled settled;
+  const Limits limits;
   const CudaTargets& cuda;
   trace::Recorder* recorder;
   Files files;
@@ -152,7 +152,7 @@ Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const
   };
   try {
     for (size_t i = 0; i < std::min(kWavesAtOnce, waves.size()); ++i) waves[i]->begin();
-    run_parallel(groups, run.settled.threads, counters, interrupted,
+    run_parallel(groups, run.limits.threads, counters, interrupted,
                  [&](size_t wave, size_t task, Worker& worker) { waves[wave]->work(task, worker); });
   } catch (...) {
     // Whoever catches this may free the destinations.

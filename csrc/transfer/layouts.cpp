@@ -50,7 +50,7 @@ void probe_files(Layouts& layouts, const std::vector<size_t>& order, const Optio
   }
   layouts.modes.assign(layouts.paths.size(), io::IoMode::kCached);
   io::IoCounters unused;
-  run_parallel(ranges.size(), settle(options, false).threads, unused, interrupted, [&](size_t file, Worker&) {
+  run_parallel(ranges.size(), limits_of(options, false).threads, unused, interrupted, [&](size_t file, Worker&) {
     const auto [begin, end] = ranges[file];
     if (begin == end) return;
     size_t checked = begin;
@@ -76,7 +76,7 @@ std::vector<Window> make_windows(const Layouts& layouts, const std::vector<size_
   windows.reserve(order.size());
   for (const size_t index : order) {
     const Record& record = layouts.records[index];
-    if (record.opaque) continue;
+    if (record.fallback) continue;
     const int64_t end = record.offset + record.length;
     const Policy& policy = policies[record.file];
     if (record.length <= std::min(policy.block_bytes, kHeadBytes + kTailBytes + policy.request_cost)) {
@@ -208,7 +208,7 @@ Layouts read_layouts(std::vector<std::string> paths, std::vector<Record> records
   layouts.records = std::move(records);
   layouts.parsed.resize(layouts.records.size());
   for (size_t i = 0; i < layouts.records.size(); ++i) {
-    if (layouts.records[i].opaque) layouts.parsed[i].reason = "a transform was applied to it";
+    if (layouts.records[i].fallback) layouts.parsed[i].reason = "a transform was applied to it";
   }
   std::vector<size_t> order(layouts.records.size());
   std::iota(order.begin(), order.end(), size_t{0});
@@ -218,13 +218,13 @@ Layouts read_layouts(std::vector<std::string> paths, std::vector<Record> records
     return std::tie(x.file, x.offset, x.length) < std::tie(y.file, y.offset, y.length);
   });
   probe_files(layouts, order, options, interrupted);
-  const Settled settled = settle(options, layouts.any_direct());
-  const std::vector<Policy> policies = policies_for(layouts.modes, settled.block_bytes, settled.block_bytes);
+  const Limits limits = limits_of(options, layouts.any_direct());
+  const std::vector<Policy> policies = policies_for(layouts.modes, limits.block_bytes, limits.block_bytes);
   std::vector<Window> windows = make_windows(layouts, order, policies);
   std::vector<Task> tasks = join_windows(layouts, windows, policies);
   LayoutReader reader(layouts, std::move(windows), std::move(tasks));
   io::IoCounters counters = options.counters();
-  run_parallel(reader.tasks(), settled.threads, counters, interrupted,
+  run_parallel(reader.tasks(), limits.threads, counters, interrupted,
                [&reader](size_t task, Worker& worker) { reader.read(task, worker); });
   layouts.requests = counters.requests;
   layouts.bytes = counters.bytes;

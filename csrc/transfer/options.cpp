@@ -20,15 +20,15 @@ int reader_threads(int wanted, bool any_direct) {
   return any_direct ? std::max(threads, kDirectThreads) : threads;
 }
 
-Settled settle(const Options& options, bool any_direct) {
-  Settled settled;
-  settled.threads = reader_threads(options.threads, any_direct);
-  settled.block_bytes = std::max(options.block_bytes, kMinBlock);
-  const int64_t share = std::max<int64_t>(options.staging_bytes, 0) / settled.threads - kSlack;
-  settled.block_bytes = std::max(kMinBlock, std::min(settled.block_bytes, share));
-  const int64_t affordable = std::max<int64_t>(options.staging_bytes, 0) / (settled.block_bytes + kSlack);
-  settled.threads = static_cast<int>(std::clamp<int64_t>(affordable, 1, settled.threads));
-  return settled;
+Limits limits_of(const Options& options, bool any_direct) {
+  Limits limits;
+  limits.threads = reader_threads(options.threads, any_direct);
+  limits.block_bytes = std::max(options.block_bytes, kMinBlock);
+  const int64_t share = std::max<int64_t>(options.staging_bytes, 0) / limits.threads - kSlack;
+  limits.block_bytes = std::max(kMinBlock, std::min(limits.block_bytes, share));
+  const int64_t affordable = std::max<int64_t>(options.staging_bytes, 0) / (limits.block_bytes + kSlack);
+  limits.threads = static_cast<int>(std::clamp<int64_t>(affordable, 1, limits.threads));
+  return limits;
 }
 
 }  // namespace dcp_fast::transfer

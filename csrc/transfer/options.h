@@ -28,13 +28,13 @@ struct Options {
 // least 4 past the page cache, where requests that are under way at once keep a disk busy.
 int reader_threads(int wanted, bool any_direct);
 
-// Options with every limit settled: threads * (block_bytes + alignment) <= staging_bytes, as far as one thread
+// What options come to: threads * (block_bytes + alignment) <= staging_bytes, as far as one thread
 // with the smallest block allows.
-struct Settled {
+struct Limits {
   int threads = 1;
   int64_t block_bytes = 0;
 };
-Settled settle(const Options& options, bool any_direct);
+Limits limits_of(const Options& options, bool any_direct);
 
 // What a request costs beyond its bytes, expressed in bytes that could be read in the same time. Reads are joined
 // across a gap when the gap is cheaper than a request. Measured: see benchmarks/README.md.

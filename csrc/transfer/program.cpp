@@ -118,7 +118,7 @@ void Program::prepare(size_t index, const Destination& destination) {
   const std::vector<int64_t> lengths = item.lengths;
   item.lengths = narrow("the destination", destination.sizes, item.destination_offsets, lengths);
   if (parsed.status != ParsedRecord::Status::kTensor) {
-    transfer.kind = Transfer::Kind::kUnknownRecord;
+    transfer.kind = Transfer::Kind::kFallback;
     return;
   }
   const checkpoint::TensorLayout& layout = parsed.layout;
@@ -129,13 +129,13 @@ void Program::prepare(size_t index, const Destination& destination) {
   }
   const int64_t itemsize = checkpoint::info(layout.dtype).itemsize;
   if (!box::source_is_disjoint(box::collapse(item.lengths, layout.strides, layout.strides, itemsize))) {
-    transfer.kind = Transfer::Kind::kUnknownRecord;  // an expanded tensor: torch knows how to read it
+    transfer.kind = Transfer::Kind::kFallback;  // an expanded tensor: torch knows how to read it
     return;
   }
   bytes_needed_ += std::accumulate(item.lengths.begin(), item.lengths.end(), itemsize, std::multiplies<>());
   if (destination.device == kElsewhere || destination.dtype != layout.dtype ||
       overlaps_itself(item.lengths, destination.strides)) {
-    transfer.kind = Transfer::Kind::kStaged;
+    transfer.kind = Transfer::Kind::kConverted;
     return;
   }
   box::Loops loops = box::collapse(item.lengths, layout.strides, destination.strides, itemsize);

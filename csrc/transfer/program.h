@@ -36,9 +36,9 @@ struct Item {
 
 struct Transfer {
   enum class Kind {
-    kDirect,  // the engine copies it
-    kStaged,  // read natively, then placed by torch: another dtype, elsewhere, or a destination that overlaps itself
-    kUnknownRecord,  // torch.load must read the record
+    kDirect,     // the engine copies it
+    kConverted,  // read natively, then placed by torch: another dtype, elsewhere, or a destination that overlaps itself
+    kFallback,   // torch.load must read the record
   };
   Kind kind = Kind::kDirect;
   int32_t wave = 0;

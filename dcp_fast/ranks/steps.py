@@ -92,7 +92,7 @@ def load_on_all_ranks(
         return storage_reader.prepare_global_plan(planner.create_global_plan(plans))
 
     local = Outcome(local_step)
-    flag = _agree(ranks, "plan", local, 0 if _has_no_global_step(planner, storage_reader) else _EXCHANGE)
+    flag = _exchange_flags(ranks, "plan", local, 0 if _has_no_global_step(planner, storage_reader) else _EXCHANGE)
     if flag & _FAILED:
         _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
     plan = local.value
@@ -106,11 +106,11 @@ def load_on_all_ranks(
         storage_reader.read_data(planner.finish_plan(plan), planner).wait()
 
     read = Outcome(read_data)
-    if _agree(ranks, "read", read, 0) & _FAILED:
+    if _exchange_flags(ranks, "read", read, 0) & _FAILED:
         _raise_failures(ranks, "read", read, alone=not has_global_metadata)
 
 
-def _agree(ranks: DistWrapper, step: str, outcome: Outcome[Any], flag: int) -> int:
+def _exchange_flags(ranks: DistWrapper, step: str, outcome: Outcome[Any], flag: int) -> int:
     """The bits that any rank has set in its flag, `_FAILED` among them."""
     if outcome.error is not None:
         flag |= _FAILED

@@ -22,7 +22,7 @@ from dcp_fast.observe.report import LoadReport, begin, publish
 from dcp_fast.observe.trace import Timeline, saved
 from dcp_fast.transfer.gpu import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
 from dcp_fast.transfer.plan_transfer import PlanTransfer
-from dcp_fast.transfer.stored_entries import Storage
+from dcp_fast.transfer.stored_entries import StoredEntries
 
 __all__ = ["FileSystemReader"]
 
@@ -203,7 +203,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
             mode=_MODES[self.io],
             recorder=recorder,
         )
-        storage = Storage(self.path, self.storage_data, self.transforms, options, report)
+        storage = StoredEntries(self.path, self.storage_data, self.transforms, options, report)
         cuda = CudaLoad(self.staging_limits, self.synchronize, report)
         try:
             PlanTransfer(plan, planner, storage, options, self.staging_bytes, cuda, report).run()

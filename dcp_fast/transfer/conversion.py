@@ -22,7 +22,7 @@ from dcp_fast.transfer.destinations import HOST, is_plain
 from dcp_fast.transfer.devices import served_device
 from dcp_fast.transfer.gpu import CudaLoad
 
-__all__ = ["StagedBox", "place_staged"]
+__all__ = ["ConvertedBox", "place_converted"]
 
 _ALIGNMENT = 64  # bytes: as torch aligns its own allocations
 # What one thread reads before it converts. Each batch costs some 30 us of Python, which threads pay one at a time; past
@@ -35,7 +35,7 @@ _SERIAL_ELEMENTS = 32768 - 64
 
 
 @dataclass
-class StagedBox:
+class ConvertedBox:
     """A box on its way from a record to a tensor of another dtype or device."""
 
     record: int
@@ -48,7 +48,7 @@ class StagedBox:
 
 
 # A part of a box: its offsets and lengths within the box.
-_Part = tuple[StagedBox, tuple[int, ...], tuple[int, ...]]
+_Part = tuple[ConvertedBox, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass
@@ -61,8 +61,8 @@ class _Batch:
     used: int = 0
 
 
-def place_staged(
-    boxes: Sequence[StagedBox],
+def place_converted(
+    boxes: Sequence[ConvertedBox],
     layouts: _native.Layouts,
     options: _native.Options,
     memory_bytes: int,
@@ -80,7 +80,7 @@ def place_staged(
     Returns:
         What was read, batch by batch.
     """
-    by_device: dict[int | None, list[StagedBox]] = {}
+    by_device: dict[int | None, list[ConvertedBox]] = {}
     for box in boxes:
         _check_internal_overlap(box.target)
         by_device.setdefault(served_device(box.target), []).append(box)
@@ -94,7 +94,7 @@ def place_staged(
 
 
 def _place_through_device(
-    device: int, boxes: list[StagedBox], layouts: _native.Layouts, options: _native.Options, cuda: CudaLoad
+    device: int, boxes: list[ConvertedBox], layouts: _native.Layouts, options: _native.Options, cuda: CudaLoad
 ) -> _native.Stats:
     """Boxes arrive in one half of the memory while those in the other one are converted."""
     needed = sum(_aligned(prod(box.lengths) * box.dtype.itemsize) for box in boxes)
@@ -126,7 +126,7 @@ def _allocate(capacity: int, device: torch.device) -> torch.Tensor:
 
 
 def _place_through_host(
-    boxes: list[StagedBox], layouts: _native.Layouts, options: _native.Options, memory_bytes: int
+    boxes: list[ConvertedBox], layouts: _native.Layouts, options: _native.Options, memory_bytes: int
 ) -> list[_native.Stats]:
     """Each thread reads a batch and converts it while it is still in the cache."""
     # Streams are a matter of the calling thread: copies to a device stay on it.
@@ -182,8 +182,8 @@ def _place(
     program = _native.Program(layouts, array("q", batch.items), array("q", batch.slots))
     stats = program.run(0, options)
     # Staged copies of known dtype are all direct: what was left out would be placed from memory that nobody filled.
-    assert not program.staged(0)
-    assert not program.unknown(0)
+    assert not program.converted(0)
+    assert not program.fallback(0)
     with span(options.recorder, "convert", stats.bytes_placed):
         _convert(batch)
     return stats
@@ -217,7 +217,7 @@ def _batch(parts: list[_Part], memory: torch.Tensor, device: int) -> _Batch:
     return batch
 
 
-def _batches(boxes: Sequence[StagedBox], capacity: int) -> Iterator[list[_Part]]:
+def _batches(boxes: Sequence[ConvertedBox], capacity: int) -> Iterator[list[_Part]]:
     parts: list[_Part] = []
     used = 0
     for box in boxes:
@@ -251,7 +251,7 @@ def _aligned(size: int) -> int:
 
 def _append(
     batch: _Batch,
-    box: StagedBox,
+    box: ConvertedBox,
     offsets: tuple[int, ...],
     lengths: tuple[int, ...],
     memory: torch.Tensor,

@@ -80,7 +80,7 @@ _idle: _Idle | None = None
 _lock = threading.Lock()
 
 
-def _exchange(idle: _Idle | None) -> _Idle | None:
+def _swap_idle(idle: _Idle | None) -> _Idle | None:
     """Put staging in place of what is idle, which is returned: to free it takes longer than a lock should be held."""
     global _idle
     with _lock:
@@ -123,7 +123,7 @@ def prepare_staging(
                 with suppress(CudaRefusedError), _told_refusals([device]):
                     staging.prepare(device)
             if any(device not in refusals for device in wanted):
-                _exchange((limits, staging))
+                _swap_idle((limits, staging))
         finally:
             del staging  # the frames of an error would keep it
 
@@ -140,7 +140,7 @@ def release_staging() -> None:
     Waits for copies that a load without ``synchronize`` has left under way. A load that goes on in another thread keeps
     what it has until its end. The next load to a GPU allocates anew, and asks the driver anew for what it refused.
     """
-    _exchange(None)
+    _swap_idle(None)
     refusals.clear()
 
 
@@ -284,7 +284,7 @@ class CudaLoad:
             self.report.wait_seconds["device"] += time.perf_counter() - start
         self._count()
         staging, self._staging = self._staging, None
-        _exchange((self.limits, staging))
+        _swap_idle((self.limits, staging))
 
     def give_up(self) -> None:
         """After a refusal: no device is written to any more but by torch, and nothing is kept for the next load."""
@@ -330,7 +330,7 @@ def _current_streams(devices: Iterable[int]) -> dict[int, int]:
 
 
 def _lease(limits: StagingLimits) -> _native.CudaStaging:
-    idle = _exchange(None)
+    idle = _swap_idle(None)
     if idle is not None and idle[0] == limits:
         return idle[1]
     del idle  # frees what it holds, before as much is allocated anew

@@ -16,12 +16,12 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CudaError, LoadError, SizeMismatchError, typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.planning.hooks import has_default_hooks
-from dcp_fast.transfer.conversion import StagedBox, place_staged
+from dcp_fast.transfer.conversion import ConvertedBox, place_converted
 from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.rows import ColumnItems, ListedItems, box_of, items_of
-from dcp_fast.transfer.stored_entries import Storage
+from dcp_fast.transfer.stored_entries import StoredEntries
 
 __all__ = ["PlanTransfer"]
 
@@ -49,7 +49,7 @@ class PlanTransfer:
         self,
         plan: LoadPlan,
         planner: LoadPlanner,
-        storage: Storage,
+        storage: StoredEntries,
         options: _native.Options,
         staging_bytes: int,
         cuda: CudaLoad,
@@ -195,35 +195,36 @@ class PlanTransfer:
                     stats = program.run(wave, self.options)
                 self._count(stats)
                 staged = [
-                    self._staged_box(items[i], records[i], *program.box(i), target(i)) for i in program.staged(wave)
+                    self._converted_box(items[i], records[i], *program.box(i), target(i))
+                    for i in program.converted(wave)
                 ]
                 if staged:
-                    self._place_staged(staged)
-                self._place_unknown([(items[i], records[i], target(i)) for i in program.unknown(wave)])
+                    self._place_converted(staged)
+                self._place_fallback([(items[i], records[i], target(i)) for i in program.fallback(wave)])
         finally:
             # What copy_ does: autograd must notice that these tensors are no longer what was saved for backward. After
             # an error nobody knows which of them were written.
             increment_version(destinations.tensors)
 
-    def _staged_box(
+    def _converted_box(
         self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
-    ) -> StagedBox:
+    ) -> ConvertedBox:
         code = self.layouts.dtype(record)
         dtype = DTYPES[code]
         if dtype is None:
             raise TypeError(f"this torch has no dtype {_native.DTYPES[code]}, which {item.storage_index} is stored in")
-        return StagedBox(record, code, dtype, storage_offsets, lengths, self.layouts.strides(record), target)
+        return ConvertedBox(record, code, dtype, storage_offsets, lengths, self.layouts.strides(record), target)
 
-    def _place_staged(self, boxes: list[StagedBox]) -> None:
+    def _place_converted(self, boxes: list[ConvertedBox]) -> None:
         self.report.staged_items += len(boxes)
         for box in boxes:
             if (device := device_of(box.target)) is not None and served_device(box.target) is None:
                 self.report.device_fallback_items += 1
                 self.report.device_fallback_reason = refusals[device]
-        for stats in place_staged(boxes, self.layouts, self.options, self.staging_bytes // 2, self.cuda):
+        for stats in place_converted(boxes, self.layouts, self.options, self.staging_bytes // 2, self.cuda):
             self._count(stats)
 
-    def _place_unknown(self, placements: list[tuple[ReadItem, int, torch.Tensor]]) -> None:
+    def _place_fallback(self, placements: list[tuple[ReadItem, int, torch.Tensor]]) -> None:
         """Place boxes of records that torch.load must read, each record once."""
         loaded: tuple[int, torch.Tensor] | None = None
         for item, record, target in sorted(placements, key=lambda placement: placement[1]):

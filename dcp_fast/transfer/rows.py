@@ -20,7 +20,7 @@ from dcp_fast.errors import SizeMismatchError
 from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, is_whole
 from dcp_fast.transfer.destinations import Destinations
-from dcp_fast.transfer.stored_entries import Storage
+from dcp_fast.transfer.stored_entries import StoredEntries
 
 __all__ = ["ColumnItems", "ListedItems", "Resolved", "box_of", "items_of"]
 
@@ -48,7 +48,7 @@ class Resolved:
     byte_items: Sequence[ReadItem]
 
 
-def items_of(plan: LoadPlan, storage: Storage) -> ColumnItems | ListedItems:
+def items_of(plan: LoadPlan, storage: StoredEntries) -> ColumnItems | ListedItems:
     """The items of this rank's plan; in columns if those of plan and storage are the same."""
     if isinstance(plan, ColumnPlan) and plan.tensors is not None:
         data = storage.storage_data
@@ -85,10 +85,10 @@ class _Records:
         self.rows = array("q", rows)
         self.fqns = list(fqns)
 
-    def add(self, item: ReadItem, info: Any, all_opaque: bool) -> None:
+    def add(self, item: ReadItem, info: Any, all_fallback: bool) -> None:
         file = self.files.setdefault(info.relative_path, len(self.files))
-        opaque = all_opaque or item.type is _BYTE_IO or bool(info.transform_descriptors)
-        self.rows.extend((file, info.offset, info.length, opaque))
+        fallback = all_fallback or item.type is _BYTE_IO or bool(info.transform_descriptors)
+        self.rows.extend((file, info.offset, info.length, fallback))
         self.fqns.append(item.storage_index.fqn)
 
 
@@ -109,17 +109,17 @@ class ListedItems:
         record_files: the file of each record.
     """
 
-    def __init__(self, items: Sequence[ReadItem], storage: Storage) -> None:
+    def __init__(self, items: Sequence[ReadItem], storage: StoredEntries) -> None:
         self.items = items
         # All are kept until records are told apart by identity: a mapping may make them as they are asked for.
         infos = [storage.storage_data[item.storage_index] for item in items]
         numbers: dict[int, int] = {}
         self.records = [numbers.setdefault(id(info), len(numbers)) for info in infos]
         records = _Records()
-        all_opaque = _nothing_native()
+        all_fallback = _nothing_native()
         for item, info, record in zip(items, infos, self.records, strict=True):
             if record == len(records.fqns):  # its first item
-                records.add(item, info, all_opaque)
+                records.add(item, info, all_fallback)
         self.paths = list(map(storage.path, records.files))
         self.record_rows = records.rows
         self.record_fqns = records.fqns
@@ -158,26 +158,28 @@ class ColumnItems:
         paths, record_rows, record_fqns: as in ListedItems.
     """
 
-    def __init__(self, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]], storage: Storage) -> None:
+    def __init__(
+        self, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]], storage: StoredEntries
+    ) -> None:
         self._tensors = tensors
         self._byte_items = [item for _, item in byte_items]
         self._planned = planned = tensors.boxes.find_records()
         if planned.missing is not None:
             raise KeyError(tensors[planned.missing].storage_index)
-        all_opaque = _nothing_native()
+        all_fallback = _nothing_native()
         infos = [storage.storage_data[item.storage_index] for _, item in byte_items]
         # In the plan's order, which tells what is written last where destinations share memory.
         names, requests = planned.files
         first_use = [(request, 1, name) for name, request in zip(names, requests, strict=True)]
         first_use += [(before, 0, info.relative_path) for (before, _), info in zip(byte_items, infos, strict=True)]
         files = list(dict.fromkeys(name for *_, name in sorted(first_use, key=itemgetter(0, 1))))
-        rows = array("q", bytes(memoryview(planned.rows(all_opaque)).cast("B")))
+        rows = array("q", bytes(memoryview(planned.rows(all_fallback)).cast("B")))
         if files != names:
             numbers = {name: number for number, name in enumerate(files)}
             rows[::4] = array("q", [numbers[names[file]] for file in rows[::4]])
         records = _Records(files, rows, map(tensors.fqns.__getitem__, planned.requests))
         for (_, item), info in zip(byte_items, infos, strict=True):
-            records.add(item, info, all_opaque)
+            records.add(item, info, all_fallback)
         self.paths = list(map(storage.path, records.files))
         self.record_rows = records.rows
         self.record_fqns = records.fqns

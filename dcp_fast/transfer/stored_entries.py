@@ -28,10 +28,10 @@ from dcp_fast.errors import (
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
 
-__all__ = ["Storage"]
+__all__ = ["StoredEntries"]
 
 
-class Storage:
+class StoredEntries:
     """The entries of one checkpoint.
 
     Args:

@@ -25,12 +25,12 @@ struct CheckpointFiles {
 
   explicit CheckpointFiles(size_t files) : bytes(files) {}
 
-  size_t add_bytes(size_t file, const std::string& record, bool opaque = false) {
+  size_t add_bytes(size_t file, const std::string& record, bool fallback = false) {
     transfer::Record where;
     where.file = file;
     where.offset = static_cast<int64_t>(bytes[file].size());
     where.length = static_cast<int64_t>(record.size());
-    where.opaque = opaque;
+    where.fallback = fallback;
     records.push_back(where);
     stored.emplace_back();
     bytes[file] += record;

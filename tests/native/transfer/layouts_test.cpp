@@ -125,12 +125,12 @@ TEST_CASE("small neighbours share a request, and payloads of large records are n
   for (size_t i = 0; i < 8; ++i) check_layout(large, layouts, i);
 }
 
-TEST_CASE("opaque records are not looked into, but their range is checked") {
+TEST_CASE("fallback records are not looked into, but their range is checked") {
   CheckpointFiles files(1);
-  const size_t opaque = files.add_bytes(0, tensor_record(vector_spec(10), std::string(39, 'x')), true);
+  const size_t fallback = files.add_bytes(0, tensor_record(vector_spec(10), std::string(39, 'x')), true);
   files.write();
-  CHECK(files.layouts(options_of(io::IoMode::kCached)).parsed[opaque].status == Status::kUnknown);
-  files.records[opaque].length += 1;
+  CHECK(files.layouts(options_of(io::IoMode::kCached)).parsed[fallback].status == Status::kUnknown);
+  files.records[fallback].length += 1;
   const auto error = error_of(files, options_of(io::IoMode::kCached));
   REQUIRE(error.has_value());
   CHECK(error->kind == ErrorKind::kTruncated);

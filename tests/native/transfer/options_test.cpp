@@ -7,40 +7,40 @@
 
 using namespace dcp_fast;
 using dcp_fast::testing::Random;
+using transfer::Limits;
+using transfer::limits_of;
 using transfer::Options;
-using transfer::settle;
-using transfer::Settled;
 
 namespace {
 
 constexpr int64_t kMinBlock = 64 << 10;
 constexpr int64_t kSlack = 2 * static_cast<int64_t>(io::kDirectAlignment);
 
-void check_bounds(const Options& options, const Settled& settled) {
-  REQUIRE(settled.threads >= 1);
-  REQUIRE(settled.threads <= 256);
-  if (options.threads > 0) REQUIRE(settled.threads <= options.threads);
-  REQUIRE(settled.block_bytes >= kMinBlock);
-  REQUIRE(settled.block_bytes <= std::max(options.block_bytes, kMinBlock));
+void check_bounds(const Options& options, const Limits& limits) {
+  REQUIRE(limits.threads >= 1);
+  REQUIRE(limits.threads <= 256);
+  if (options.threads > 0) REQUIRE(limits.threads <= options.threads);
+  REQUIRE(limits.block_bytes >= kMinBlock);
+  REQUIRE(limits.block_bytes <= std::max(options.block_bytes, kMinBlock));
   // What all threads stage together stays within the limit, unless one thread with the smallest block passes it.
-  const bool smallest = settled.threads == 1 && settled.block_bytes == kMinBlock;
-  if (!smallest) REQUIRE(settled.threads <= options.staging_bytes / (settled.block_bytes + kSlack));
+  const bool smallest = limits.threads == 1 && limits.block_bytes == kMinBlock;
+  if (!smallest) REQUIRE(limits.threads <= options.staging_bytes / (limits.block_bytes + kSlack));
 }
 
 }  // namespace
 
-TEST_CASE("settled options keep every limit") {
+TEST_CASE("the limits of options keep what is asked") {
   Random random(60);
   for (int i = 0; i < 20000; ++i) {
     Options options;
     options.threads = static_cast<int>(random.between(-1, 300));
     options.block_bytes = random.between(0, int64_t{1} << random.between(10, 40));
     options.staging_bytes = random.between(0, int64_t{1} << random.between(10, 40));
-    check_bounds(options, settle(options, random.chance(50)));
+    check_bounds(options, limits_of(options, random.chance(50)));
   }
 }
 
-TEST_CASE("extreme options settle") {
+TEST_CASE("extreme options have limits too") {
   for (const int threads : {INT_MIN, -1, 0, 1, INT_MAX}) {
     for (const int64_t block : {INT64_MIN, int64_t{-1}, int64_t{0}, int64_t{1}, INT64_MAX}) {
       for (const int64_t staging : {int64_t{-1}, int64_t{0}, int64_t{1}, INT64_MAX}) {
@@ -48,8 +48,8 @@ TEST_CASE("extreme options settle") {
         options.threads = threads;
         options.block_bytes = block;
         options.staging_bytes = staging;
-        check_bounds(options, settle(options, true));
-        check_bounds(options, settle(options, false));
+        check_bounds(options, limits_of(options, true));
+        check_bounds(options, limits_of(options, false));
       }
     }
   }
@@ -57,11 +57,11 @@ TEST_CASE("extreme options settle") {
 
 TEST_CASE("the defaults allow parallel work") {
   Options options;
-  CHECK(settle(options, true).threads >= 4);
-  CHECK(settle(options, false).threads >= 1);
-  CHECK(settle(options, false).block_bytes >= 1 << 20);  // also where many cores share the staging memory
+  CHECK(limits_of(options, true).threads >= 4);
+  CHECK(limits_of(options, false).threads >= 1);
+  CHECK(limits_of(options, false).block_bytes >= 1 << 20);  // also where many cores share the staging memory
   options.threads = 3;
-  CHECK(settle(options, true).threads == 3);
+  CHECK(limits_of(options, true).threads == 3);
   options.staging_bytes = 0;
-  CHECK(settle(options, true).threads == 1);
+  CHECK(limits_of(options, true).threads == 1);
 }

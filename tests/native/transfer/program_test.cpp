@@ -152,24 +152,24 @@ TEST_CASE("what the engine cannot place itself is staged or left to torch") {
   Destination destination = destination_of(memory, {4, 6}, {6, 1});
   CHECK(kind(layouts, item, destination) == Kind::kDirect);
   destination.dtype = kDouble;
-  CHECK(kind(layouts, item, destination) == Kind::kStaged);
+  CHECK(kind(layouts, item, destination) == Kind::kConverted);
   destination.dtype = checkpoint::kUnknownDType;
-  CHECK(kind(layouts, item, destination) == Kind::kStaged);
+  CHECK(kind(layouts, item, destination) == Kind::kConverted);
   destination.dtype = kFloat;
   destination.device = transfer::kElsewhere;
-  CHECK(kind(layouts, item, destination) == Kind::kStaged);
+  CHECK(kind(layouts, item, destination) == Kind::kConverted);
   destination.data = nullptr;
-  CHECK(kind(layouts, item, destination) == Kind::kStaged);
-  CHECK(kind(layouts, item, destination_of(memory, {4, 6}, {0, 1})) == Kind::kStaged);
-  CHECK(kind(layouts, item, destination_of(memory, {4, 6}, {3, 1})) == Kind::kStaged);
-  CHECK(kind(layouts_of({{4, 6}}, {{0, 1}}), item, destination_of(memory, {4, 6}, {6, 1})) == Kind::kUnknownRecord);
+  CHECK(kind(layouts, item, destination) == Kind::kConverted);
+  CHECK(kind(layouts, item, destination_of(memory, {4, 6}, {0, 1})) == Kind::kConverted);
+  CHECK(kind(layouts, item, destination_of(memory, {4, 6}, {3, 1})) == Kind::kConverted);
+  CHECK(kind(layouts_of({{4, 6}}, {{0, 1}}), item, destination_of(memory, {4, 6}, {6, 1})) == Kind::kFallback);
   // Whoever reads it counts its bytes.
   const Layouts expanded = layouts_of({{4, 6}}, {{0, 1}});
   CHECK(Program(expanded, {item}, {destination_of(memory, {4, 6}, {6, 1})}).bytes_needed() == 0);
   Layouts unknown = layouts_of({{4, 6}});
   unknown.parsed[0].status = checkpoint::ParsedRecord::Status::kUnknown;
   const Program program(unknown, {item}, {destination_of(memory, {4, 6}, {6, 1})});
-  CHECK(program.transfers()[0].kind == Kind::kUnknownRecord);
+  CHECK(program.transfers()[0].kind == Kind::kFallback);
   CHECK(program.bytes_needed() == 0);
   // One row of an expanded tensor is an ordinary box.
   CHECK(kind(layouts_of({{4, 6}}, {{0, 1}}), item_of({2, 0}, {1, 0}, {1, 6}), destination_of(memory, {4, 6}, {6, 1})) ==
