@@ -1,4 +1,4 @@
-"""Staged placement: boxes that torch must place, because of their dtype or device, pass through bounded memory.
+"""Conversion: boxes that torch must place, because of their dtype or device, pass through bounded memory.
 
 For a GPU that memory is on the GPU: a box arrives there in the dtype in which it is stored.
 """
