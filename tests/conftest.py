@@ -12,7 +12,7 @@ from ranks import Ranks
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run tests marked `long`, which take minutes each")
-    parser.addoption("--quick", action="store_true", help="leave out tests that start processes, and those by chance")
+    parser.addoption("--quick", action="store_true", help="leave out tests that take long: processes, faults, damage")
     parser.addoption("--fuzz-seed", type=int, help="run only this case of test_fuzz_differential.py")
 
 
@@ -30,7 +30,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _takes_long(item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
-    return "ranks" in fixtures or "fresh_ranks" in fixtures or "fuzz" in item.path.name or "run_gpu" in item.path.name
+    if "ranks" in fixtures or "fresh_ranks" in fixtures:
+        return True
+    return any(word in item.path.name for word in ("cli", "fault", "fuzz", "hostile", "interrupt", "lazy", "run_gpu"))
 
 
 @pytest.fixture
