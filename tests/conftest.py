@@ -32,7 +32,9 @@ def _takes_long(item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
     if "ranks" in fixtures or "fresh_ranks" in fixtures:
         return True
-    return any(word in item.path.name for word in ("cli", "fault", "fuzz", "hostile", "interrupt", "lazy", "run_gpu"))
+    return any(
+        word in item.path.name for word in ("fault", "fuzz", "hostile", "inspect", "interrupt", "lazy", "run_gpu")
+    )
 
 
 @pytest.fixture
