@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 import dcp_fast
 from dcp_fast import _native
 from dcp_fast.errors import CorruptMetadataError, LoadError, UntrustedMetadataError
+from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.metadata.unpickler import RestrictedUnpickler
 
 # Pickles that run code
@@ -268,5 +269,5 @@ def test_damage_gives_an_error_or_what_torch_reads(seed: int) -> None:
         # It names allowed globals only, and calls them as they are meant to be: torch may read it too.
         if not memoizes_far_away(pickled):
             assert same(theirs, pickle.loads(pickled)), pickled
-        outcomes["native" if isinstance(ours.state_dict_metadata, dcp_fast.metadata.LazyDict) else "unpickled"] += 1
+        outcomes["native" if isinstance(ours.state_dict_metadata, LazyDict) else "unpickled"] += 1
     assert min(outcomes.values()) > 5, outcomes
