@@ -137,13 +137,6 @@ BUGS = [
         r"RACE: .*cuMemcpyDtoDAsync",
     ),
     Bug(
-        "programs do not take turns",
-        "transfer/engine.cpp",
-        [("groups.at_once = kWavesAtOnce;", "groups.at_once = waves.size();")],
-        _TURNS,
-        r"RACE: .*cuMemcpyHtoDAsync",
-    ),
-    Bug(
         "torch's stream does not wait for the copies",
         "cuda/device.cpp",
         [_without("    DCP_FAST_CUDA(cuStreamWaitEvent, torch_stream, copies_done_.get(), 0);\n")],
