@@ -7,7 +7,9 @@
 #include <array>
 #include <cctype>
 #include <climits>
-#include <fstream>
+#include <cstdlib>
+
+#include "io/text_file.h"
 
 namespace dcp_fast::cuda {
 
@@ -23,13 +25,11 @@ constexpr size_t kBits = sizeof(unsigned long) * CHAR_BIT;
 int numa_node_of(std::string pci_bus_id, const std::string& sysfs) {
   std::transform(pci_bus_id.begin(), pci_bus_id.end(), pci_bus_id.begin(),
                  [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  std::string online;
-  std::ifstream(sysfs + "/devices/system/node/online") >> online;
+  const std::string online = io::read_text(sysfs + "/devices/system/node/online");
   // One node is written as "0", several as "0-1" or "0,2".
   if (online.find_first_of("-,") == std::string::npos) return -1;
-  int node = -1;
-  std::ifstream(sysfs + "/bus/pci/devices/" + pci_bus_id + "/numa_node") >> node;
-  return node;
+  const std::string node = io::read_text(sysfs + "/bus/pci/devices/" + pci_bus_id + "/numa_node");
+  return node.empty() ? -1 : static_cast<int>(std::strtol(node.c_str(), nullptr, 10));
 }
 
 void prefer_node(void* begin, size_t bytes, int node) noexcept {

@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <fstream>
-#include <sstream>
+#include <string_view>
 #include <thread>
+
+#include "io/text_file.h"
 
 namespace dcp_fast::transfer {
 
@@ -29,17 +30,27 @@ int processes_of_this_machine() {
   return static_cast<int>(std::clamp<int64_t>(count, 1, kMostProcesses));
 }
 
+double number_in(const std::string& text) { return std::strtod(text.c_str(), nullptr); }  // 0 for other words
+
 // Cores of one control group; 0 without a limit.
 double quota_of(const std::string& folder) {
-  std::string quota;
-  double period = 0;
-  std::ifstream(folder + "/cpu.max") >> quota >> period;  // version 2: "max 100000" or "250000 100000"
-  if (period <= 0) {
-    std::ifstream(folder + "/cpu.cfs_quota_us") >> quota;  // version 1; -1 without a limit
-    std::ifstream(folder + "/cpu.cfs_period_us") >> period;
+  std::string quota = io::read_text(folder + "/cpu.max");  // version 2: "max 100000" or "250000 100000"
+  std::string period = quota.substr(std::min(quota.find(' '), quota.size()));
+  if (quota.empty()) {
+    quota = io::read_text(folder + "/cpu.cfs_quota_us");  // version 1; -1 without a limit
+    period = io::read_text(folder + "/cpu.cfs_period_us");
   }
-  const double time = std::strtod(quota.c_str(), nullptr);  // 0 for "max"
-  return time > 0 && period > 0 ? time / period : 0;
+  const double time = number_in(quota);
+  const double of = number_in(period);
+  return time > 0 && of > 0 ? time / of : 0;
+}
+
+// What comes before the mark, which it takes off with that.
+std::string_view cut(std::string_view& text, char mark) {
+  const size_t end = std::min(text.find(mark), text.size());
+  const std::string_view part = text.substr(0, end);
+  text.remove_prefix(std::min(end + 1, text.size()));
+  return part;
 }
 
 }  // namespace
@@ -55,16 +66,12 @@ int quota_of_control_groups(const std::string& root) {
       group.erase(group.rfind('/'));
     }
   };
-  std::ifstream groups(root + "/proc/self/cgroup");  // lines such as "0::/a/b" and "4:cpu,cpuacct:/a/b"
-  for (std::string line; std::getline(groups, line);) {
-    std::istringstream parts(line);
-    std::string number;
-    std::string controllers;
-    std::string group;
-    std::getline(parts, number, ':');
-    std::getline(parts, controllers, ':');
-    std::getline(parts, group);
-    if (group == "/") group.clear();
+  const std::string groups = io::read_text(root + "/proc/self/cgroup");
+  for (std::string_view rest = groups; !rest.empty();) {
+    std::string_view line = cut(rest, '\n');  // such as "0::/a/b" and "4:cpu,cpuacct:/a/b"
+    const std::string_view number = cut(line, ':');
+    const std::string controllers(cut(line, ':'));
+    const std::string group(line == "/" ? std::string_view() : line);
     if (!group.empty() && group[0] != '/') continue;
     if (number == "0" && controllers.empty()) {
       look_at(root + "/sys/fs/cgroup", group);

@@ -298,7 +298,7 @@ TEST_CASE("device: an interruption ends the load, and no device writes any more"
   const Program program(layouts, matrix.items, matrix.destinations);
   class Slow final : public io::SystemCalls {
     ssize_t pread(int fd, void* buffer, size_t size, off_t offset) override {
-      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      std::this_thread::sleep_for(std::chrono::milliseconds(400));  // longer than a load goes on without asking
       return SystemCalls::pread(fd, buffer, size, offset);
     }
   };
