@@ -11,6 +11,7 @@ from helpers import Entry, ShardedBuffer, fast_reader, save, write_checkpoint
 from simulated_cuda.control import Simulator
 
 import dcp_fast
+from dcp_fast.transfer.gpu import StagingLimits
 
 MIB = 1 << 20
 
@@ -19,8 +20,9 @@ def load(path: Path, state: dict[str, Any], **options: Any) -> dcp_fast.LoadRepo
     dcp_fast.load(state, storage_reader=fast_reader(path, **options))
     report = dcp_fast.last_report()
     assert report is not None
-    assert report.pinned_bytes <= options.get("pinned_bytes", 64 * MIB)
-    assert report.device_staging_bytes <= options.get("device_staging_bytes", 128 * MIB)
+    limits = StagingLimits.of(None, 4 * MIB, options.get("pinned_bytes"), options.get("device_staging_bytes"))
+    assert report.pinned_bytes <= limits.pinned_bytes
+    assert report.device_staging_bytes <= limits.device_staging_bytes
     assert 0 <= report.overlap_efficiency <= 1.05
     assert report.copying_seconds >= 0
     assert all(seconds >= 0 for seconds in report.wait_seconds.values())

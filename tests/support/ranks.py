@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import tempfile
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,12 +52,13 @@ class Ranks:
 
     def __init__(self) -> None:
         self._workers: list[tuple[ForkServerProcess, Connection]] = []
+        self._crashes = tempfile.TemporaryDirectory()  # what a process that dies was doing
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 90.0) -> list[Any]:
         """What ``function(*args)`` returns on each rank of a new process group of ``world_size`` ranks."""
         while len(self._workers) < world_size:
             ours, theirs = _FORKS.Pipe()
-            process = _FORKS.Process(target=_serve, args=(theirs,), daemon=True)
+            process = _FORKS.Process(target=_serve, args=(theirs, self._crashes.name), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -72,7 +75,7 @@ class Ranks:
                     raise EOFError(f"no answer in {timeout} s")
                 done, result = connection.recv()
             except (EOFError, OSError) as error:
-                errors.append(f"rank {rank}: {type(error).__name__}: {error}")
+                errors.append(f"rank {rank}: {type(error).__name__}: {error}\n{self._death(rank)}")
                 continue
             if done:
                 results.append(result)
@@ -85,6 +88,13 @@ class Ranks:
             raise RankError("\n".join(errors))
         return results
 
+    def _death(self, rank: int) -> str:
+        """What is known of a process that does not answer."""
+        process, _ = self._workers[rank]
+        process.join(1)
+        crash = Path(self._crashes.name, str(process.pid))
+        return f"exit code {process.exitcode}\n{crash.read_text() if crash.exists() else ''}"
+
     def close(self) -> None:
         for process, connection in self._workers:
             connection.close()
@@ -93,7 +103,9 @@ class Ranks:
         self._workers = []
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, crashes: str) -> None:
+    crash = Path(crashes, str(os.getpid())).open("w")  # noqa: SIM115 - it is open as long as the process lives
+    faulthandler.enable(crash, all_threads=False)
     torch.set_num_threads(1)
     while True:
         try:

@@ -298,9 +298,15 @@ TEST_CASE("device: an interruption ends the load, and no device writes any more"
   const Program program(layouts, matrix.items, matrix.destinations);
   class Slow final : public io::SystemCalls {
     ssize_t pread(int fd, void* buffer, size_t size, off_t offset) override {
-      std::this_thread::sleep_for(std::chrono::milliseconds(400));  // longer than a load goes on without asking
+      wait();
       return SystemCalls::pread(fd, buffer, size, offset);
     }
+    ssize_t preadv(int fd, const iovec* vectors, int count, off_t offset) override {
+      wait();
+      return SystemCalls::preadv(fd, vectors, count, offset);
+    }
+    // Longer than a load goes on without asking.
+    static void wait() { std::this_thread::sleep_for(std::chrono::milliseconds(400)); }
   };
   Slow slow;
   const ScopedCalls scope(slow);
