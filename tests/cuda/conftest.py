@@ -36,6 +36,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != "test_seeded_bugs.py")  # the longest test by far begins first
     reason = _what_is_missing()
     for item in items:
         if reason is not None and _FOLDER in item.path.parents:

@@ -5,32 +5,18 @@ from __future__ import annotations
 import pytest
 from processes import SIMULATED
 from simulated_cuda import seeded_bugs
-from simulated_cuda.seeded_bugs import BUGS, Build, Result
 
 # They are about the simulator, and take minutes to build.
 _REASON = seeded_bugs.why_not() if SIMULATED else "builds with bugs are for the simulated driver"
-pytestmark = [
-    pytest.mark.skipif(_REASON is not None, reason=str(_REASON)),
-    pytest.mark.xdist_group("seeded_bugs"),  # they share what is built
-]
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 
-@pytest.fixture(scope="module")
-def build() -> Build:
-    return Build(seeded_bugs.DEFAULT_BUILD)
-
-
-@pytest.fixture(scope="module")
-def results(build: Build) -> dict[str, Result]:
-    return {result.bug.name: result for result in seeded_bugs.run(build, BUGS)}
-
-
-def test_engine_without_a_bug_passes(build: Build) -> None:
+def test_every_bug_is_caught() -> None:
+    """One test, as all bugs share what is built."""
+    build = seeded_bugs.Build(seeded_bugs.DEFAULT_BUILD)
     passed, output = seeded_bugs.without_bug(build)
     assert passed, output
-
-
-@pytest.mark.parametrize("name", [bug.name for bug in BUGS])
-def test_bug_is_caught(name: str, results: dict[str, Result]) -> None:
-    result = results[name]
-    assert result.caught, f"no {result.bug.caught_by!r} in:\n{result.output}"
+    results = list(seeded_bugs.run(build, seeded_bugs.BUGS))
+    assert len(results) == len(seeded_bugs.BUGS)
+    missed = [f"{r.bug.name}: no {r.bug.caught_by!r} in:\n{r.output}" for r in results if not r.caught]
+    assert not missed, "\n\n".join(missed)

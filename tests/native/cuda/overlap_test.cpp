@@ -184,10 +184,18 @@ bool as_modelled(const Measured& measured) {
   return measured.copy_seconds == doctest::Approx(measured.modelled_copy_seconds).epsilon(0.1);
 }
 
+// Sanitizers make the processor slow, which the modelled disk and links are not.
+#ifdef __SANITIZE_ADDRESS__
+constexpr double kSlack = 0.08;
+#else
+constexpr double kSlack = 0;
+#endif
+constexpr int kMostAttempts = 20;
+
 // The best of a few: threads of a busy machine wake up late, but nothing makes a load faster than it can be.
 Measured best_load(const Tensors& tensors, double disk_gigabytes_per_second, double enough) {
   Measured best;
-  for (int attempt = 0; attempt < 40 && !(best.efficiency >= enough && as_modelled(best)); ++attempt) {
+  for (int attempt = 0; attempt < kMostAttempts && !(best.efficiency >= enough && as_modelled(best)); ++attempt) {
     Gpu gpu;
     const Measured measured = load(tensors, gpu, disk_gigabytes_per_second);
     if (measured.efficiency > best.efficiency || (measured.efficiency >= enough && as_modelled(measured)))
@@ -204,8 +212,8 @@ TEST_CASE("overlap: reading and copying go on at the same time") {
   if (simulator() == nullptr) return;
   const Clean clean;
   const Tensors tensors(kCount, {0});
-  const Measured measured = best_load(tensors, kGigabytesPerSecond, 0.95);
-  CHECK(measured.efficiency >= 0.95);
+  const Measured measured = best_load(tensors, kGigabytesPerSecond, 0.95 - kSlack);
+  CHECK(measured.efficiency >= 0.95 - kSlack);
   CHECK(as_modelled(measured));
   CHECK(tensors.arrived());
 }
@@ -214,8 +222,8 @@ TEST_CASE("overlap: two devices are copied to at the same time") {
   if (simulator() == nullptr || other_device() == 0) return;
   const Clean clean;
   const Tensors tensors(2 * kCount, {0, 1});
-  const Measured measured = best_load(tensors, 2 * kGigabytesPerSecond, 0.9);
-  CHECK(measured.efficiency >= 0.9);
+  const Measured measured = best_load(tensors, 2 * kGigabytesPerSecond, 0.9 - kSlack);
+  CHECK(measured.efficiency >= 0.9 - kSlack);
   CHECK(as_modelled(measured));
   CHECK(tensors.arrived());
 }
@@ -276,7 +284,7 @@ TEST_CASE("overlap: conversions on the device take turns with what they convert,
   std::vector<std::unique_ptr<DeviceBytes>> memories;
   for (size_t i = 0; i < 2 * kPerProgram; ++i) memories.push_back(std::make_unique<DeviceBytes>(0, empty));
   double best = 0;
-  for (int attempt = 0; attempt < 40 && best < 0.9; ++attempt) {
+  for (int attempt = 0; attempt < kMostAttempts && best < 0.9 - kSlack; ++attempt) {
     const transfer::Layouts layouts = tensors.files.layouts({});
     std::vector<std::unique_ptr<transfer::Program>> programs;
     std::vector<const transfer::Program*> pointers;
@@ -310,7 +318,7 @@ TEST_CASE("overlap: conversions on the device take turns with what they convert,
     REQUIRE(tensors.arrived());
   }
   MESSAGE("overlap efficiency " << best);
-  CHECK(best >= 0.9);
+  CHECK(best >= 0.9 - kSlack);
 }
 
 TEST_CASE("overlap: there is none with a single slot, and the measurement shows it") {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import warnings
@@ -25,7 +26,10 @@ def load_extension() -> ModuleType:
     folder = _BUILDS / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), (folder / "builder").open("w") as builder:
+        # One process at a time. A process that was killed leaves torch's own lock behind, on which torch waits forever.
+        fcntl.flock(builder, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
         warnings.simplefilter("ignore")  # no CUDA toolkit, no compiler check: neither matters here
         return cpp_extension.load(
             name="simulated_cuda_torch_backend",
