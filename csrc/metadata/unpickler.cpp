@@ -357,7 +357,7 @@ class Unpickler {
       set_state(heap_, top(), state);
       return true;
     }
-    Dict* dict = heap_.dict(state);
+    const Dict* dict = heap_.dict(state);
     if (dict == nullptr) unsupported("a dict of fields that is used again");
     fields_.clear();
     for_each_item(heap_, dict->sequence, [&](Value item) { fields_.push_back(item); });
