@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.tensor import DTensor
 from typing_extensions import deprecated
 
 from dcp_fast._torch import api_bc_check, dcp_method_logger, storage_setup
@@ -25,6 +26,7 @@ from dcp_fast.readers.filesystem import FileSystemReader
 __all__ = ["load", "load_state_dict"]
 
 _TorchFileSystemReader = torch_filesystem.FileSystemReader
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, DTensor))
 
 
 @dcp_method_logger(log_exceptions=True)
@@ -126,7 +128,7 @@ def _set(options: list[tuple[object, str, Any]]) -> Iterator[None]:
 
 def _is_stateful(value: object) -> bool:
     # The check of a runtime protocol takes microseconds, which most values, being tensors, need not pay.
-    return type(value) is not torch.Tensor and isinstance(value, Stateful)
+    return type(value) not in _TENSORS and isinstance(value, Stateful)
 
 
 @deprecated(

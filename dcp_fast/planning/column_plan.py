@@ -13,20 +13,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from dcp_fast import _native
 from dcp_fast.collector import paused_collection
 
-__all__ = ["ColumnPlan", "PlannedTensors", "is_whole"]
+__all__ = ["ColumnPlan", "PlannedTensors"]
 
 _TENSOR = LoadItemType.TENSOR  # an enum's attributes are slow to get
-
-
-_WHOLE_TYPES = (torch.Tensor, torch.nn.Parameter)
-
-
-def is_whole(value: object) -> bool:
-    """Whether a value of a state dict can be nothing but a whole tensor, rather than a part of a global one.
-
-    Attributes of its own may make any tensor a part (torch.distributed.checkpoint.protocol, since torch 2.14).
-    """
-    return type(value) in _WHOLE_TYPES and not value.__dict__
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dcp_fast._torch import derived_version, flatten_state_dict, set_element
 from dcp_fast.collector import paused_collection
 from dcp_fast.drop_in import DropIn
 from dcp_fast.planning.bytes_entries import load_untrusted
-from dcp_fast.planning.column_plan import is_whole
+from dcp_fast.planning.flatten import flatten_at_once
 from dcp_fast.planning.search import create_default_local_load_plan
 
 __all__ = ["DefaultLoadPlanner"]
@@ -52,16 +52,12 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         """Take and flatten the state dict."""
-        is_flat = type(state_dict) is dict and all(
-            type(key) is str and is_whole(value) and not value.is_meta for key, value in state_dict.items()
-        )
-        if not (self.flatten_state_dict and is_flat):
+        flat = flatten_at_once(state_dict) if self.flatten_state_dict else None
+        if flat is None:
             super().set_up_planner(state_dict, metadata, is_coordinator)
             return
-        # What torch comes to after it has walked through a flat state dict four times.
         self.original_state_dict = state_dict
-        self.mappings = {fqn: (fqn,) for fqn in state_dict}
-        self.state_dict = dict(state_dict)
+        self.state_dict, self.mappings = flat
         self.metadata = metadata
         self.is_coordinator = is_coordinator
 

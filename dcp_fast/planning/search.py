@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from dcp_fast import _native
 from dcp_fast._torch import ShardedTensor, create_chunk_list, create_read_items, is_checkpointable_tensor
 from dcp_fast.metadata.lazy import LazyDict, columns_of
-from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, is_whole
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors
+from dcp_fast.planning.values import is_whole, plain_local_tensor
 
 __all__ = ["create_default_local_load_plan", "create_read_items_for_chunk_list", "global_size"]
 
@@ -107,6 +108,10 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
         if number is not None and stored_size is not None and is_whole(value) and value.shape == stored_size:
             add_whole(fqn, number)
             continue
+        known = search.known_chunks(value)
+        if known is not None and number is not None and stored_size is not None and value.shape == stored_size:
+            search.add_chunks(fqn, number, len(stored_size), known)
+            continue
         if stored_size is not None and getattr(value, "size", None) is not None:
             size = global_size(value)
             if stored_size != size:
@@ -135,6 +140,11 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
             ", ..." if len(uncovered) > 10 else "",
         )
     return plan
+
+
+def _geometry(value: DTensor) -> Any:
+    spec = value._spec  # its attributes are plain, those of the tensor are not
+    return id(spec.mesh), spec.placements, value.shape
 
 
 def _volume(sizes: Any) -> int:
@@ -175,14 +185,14 @@ class _Search:
 
     def wanted_chunks(self, value: Any) -> list[ChunkStorageMetadata]:
         """torch's ``_create_chunk_list``; the geometry of DTensors that are alike is computed once."""
-        # DTensor asks its local tensor first, which may tell its chunks by an attribute of its own.
-        if type(value) is not DTensor or type(value._local_tensor) is not torch.Tensor or vars(value._local_tensor):
-            return create_chunk_list(value)
-        key = (value.device_mesh, value.placements, value.shape)
-        chunks = self.dtensor_chunks.get(key)
-        if chunks is None:
-            chunks = self.dtensor_chunks[key] = create_chunk_list(value)
+        chunks = create_chunk_list(value)
+        if plain_local_tensor(value) is not None:
+            self.dtensor_chunks[_geometry(value)] = chunks
         return chunks
+
+    def known_chunks(self, value: Any) -> list[ChunkStorageMetadata] | None:
+        """The chunks of a DTensor like one before, on a mesh that this rank belongs to."""
+        return None if plain_local_tensor(value) is None else self.dtensor_chunks.get(_geometry(value))
 
     def add_bytes(self, fqn: str, value: Any) -> None:
         self.made += ((len(self.fqns), item) for item in create_read_items(fqn, BytesStorageMetadata(), value))

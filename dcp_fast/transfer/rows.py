@@ -18,7 +18,8 @@ from typing_extensions import Buffer
 
 from dcp_fast.errors import SizeMismatchError
 from dcp_fast.metadata.lazy import LazyDict
-from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, is_whole
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors
+from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.stored_entries import StoredEntries
 
@@ -191,8 +192,12 @@ class ColumnItems:
         fqns, chunks = tensors.fqns, tensors.wanted
         for request, wanted, dims in boxes.destinations():
             fqn = fqns[request]
-            value: Any = state_dict[fqn] if chunks[request] is None and fqn in state_dict else None
-            if not is_whole(value) or value.dim() != dims:
+            value: Any = state_dict.get(fqn)
+            if chunks[request] is not None:
+                value = plain_local_tensor(value)
+            elif not is_whole(value):
+                value = None
+            if value is None or value.dim() != dims:
                 value = find_state_dict_object(state_dict, tensors.destination(request, wanted, dims))
             destinations.add(value)
         return Resolved(
