@@ -16,7 +16,7 @@ constexpr uint32_t kAlignment = 16;
 // busy, and descriptors are 0.1 % of what they describe.
 constexpr uint32_t kEntryBytes = 32 << 10;
 
-constexpr auto kPage = static_cast<uint32_t>(io::kDirectAlignment);
+constexpr auto kPage = static_cast<uint32_t>(io::kPageBytes);
 
 uint32_t round_up(uint32_t bytes, uint32_t to) { return (bytes + to - 1) / to * to; }
 uint32_t aligned(uint32_t bytes) { return round_up(bytes, kAlignment); }

@@ -21,9 +21,9 @@ constexpr int64_t kWantedSlots = 4;
 // With room for the descriptors of a full block, or of many small boxes in place of it, or for the rest of the pages
 // that a block touches. Whole pages of the system: each slot is pinned on its own.
 int64_t with_descriptors(int64_t block) {
-  constexpr auto kDirect = static_cast<int64_t>(io::kDirectAlignment);
-  const int64_t page = std::max<int64_t>(kDirect, ::sysconf(_SC_PAGESIZE));
-  return (block + std::max(block / 64, 3 * kDirect) + page - 1) / page * page;
+  constexpr auto kPageBytes = static_cast<int64_t>(io::kPageBytes);
+  const int64_t page = std::max<int64_t>(kPageBytes, ::sysconf(_SC_PAGESIZE));
+  return (block + std::max(block / 64, 3 * kPageBytes) + page - 1) / page * page;
 }
 
 int64_t affordable_block(int64_t memory, int64_t block) {

@@ -42,20 +42,18 @@ Boxes boxes_of(const Program& program, int32_t wave) {
 // What all waves of a run have in common.
 struct Run {
   Run(const Layouts& layouts, const Options& options, const CudaTargets& targets)
-      : limits(limits_of(options, layouts.any_direct())),
+      : limits(limits_of(options, layouts.requests_at_once())),
         cuda(targets),
         recorder(options.recorder.get()),
-        files(layouts.paths, layouts.modes),
-        policies(policies_for(layouts.modes, limits.block_bytes, limits.block_bytes)) {
+        policies(policies_for(layouts.sources, limits.block_bytes, limits.block_bytes)) {
     if (cuda.staging == nullptr) return;
     const int64_t block = cuda.staging->block_bytes();
-    slot_policies = policies_for(layouts.modes, std::min(block, limits.block_bytes), block);
+    slot_policies = policies_for(layouts.sources, std::min(block, limits.block_bytes), block);
   }
 
   const Limits limits;
   const CudaTargets& cuda;
   trace::Recorder* recorder;
-  Files files;
   const std::vector<Policy> policies;  // for boxes on the host
   std::vector<Policy> slot_policies;   // for boxes on devices
 };
@@ -63,7 +61,7 @@ struct Run {
 // A wave of a program, as tasks: slots on their way to devices first, then boxes for the host.
 class Wave {
  public:
-  Wave(const Program& program, int32_t wave, Run& run) : run_(run), reader_(program, run.policies, run.files) {
+  Wave(const Program& program, int32_t wave, Run& run) : run_(run), reader_(program, run.policies) {
     const Boxes boxes = boxes_of(program, wave);
     bytes_ = boxes.bytes;
     host_ = join_pieces(split_boxes(boxes.host, run.policies), run.policies);

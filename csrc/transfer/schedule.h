@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "box/box.h"
-#include "io/file.h"
+#include "io/byte_source.h"
 
 namespace dcp_fast::transfer {
 
@@ -45,8 +45,8 @@ struct Schedule {
 // costs the gaps. So each loop of a box decides by comparing its gap with what a request costs, in bytes.
 struct Policy {
   int64_t request_cost = 0;
-  int64_t block_bytes = 0;  // the most that one request reads
-  bool direct_io = false;   // every read goes through staging
+  int64_t block_bytes = 0;   // the most that one request reads
+  bool whole_pages = false;  // of io::Access: every read goes through a bounce buffer
   // Likewise of a contiguous box. More than a block where that is read straight into place, as into a slot: blocks are
   // small where many threads share the memory that other boxes pass through.
   int64_t run_bytes = 0;
@@ -55,7 +55,7 @@ struct Policy {
   bool reads_through(const box::Loops& loops, size_t level) const;
 };
 
-std::vector<Policy> policies_for(const std::vector<io::IoMode>& modes, int64_t block_bytes, int64_t run_bytes);
+std::vector<Policy> policies_for(const io::ByteSources& sources, int64_t block_bytes, int64_t run_bytes);
 
 // Makes tasks of items that ascend by file and begin, in the same order. `range_of(item)` is what an item needs. An
 // item joins the task before it if the gap is not worth a request, all together fit into a block, and `joins(range of

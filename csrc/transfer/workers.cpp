@@ -12,28 +12,12 @@
 
 namespace dcp_fast::transfer {
 
-Files::Files(const std::vector<std::string>& paths, const std::vector<io::IoMode>& modes)
-    : paths_(paths), modes_(modes), slots_(paths.size()) {}
-
-std::shared_ptr<io::File> Files::open(size_t file) {
-  Slot& slot = slots_[file];
-  const std::scoped_lock lock(slot.mutex);
-  std::shared_ptr<io::File> opened = slot.file.lock();
-  if (!opened) {
-    opened = std::make_shared<io::File>(paths_[file]);
-    opened->choose_mode(modes_[file], 0, 0);
-    slot.file = opened;
+const io::ByteSource& Worker::open(io::ByteSource& source) {
+  if (source_.get() != &source) {
+    source_ = {};  // first, so that no thread has two open
+    source_ = io::OpenSource(source);
   }
-  return opened;
-}
-
-io::File& Worker::open(Files& files, size_t index) {
-  if (file_index_ != index || !file_) {
-    file_.reset();
-    file_ = files.open(index);
-    file_index_ = index;
-  }
-  return *file_;
+  return source;
 }
 
 namespace {

@@ -59,7 +59,7 @@ class StagingLimits:
         if pinned_bytes is None:
             block_bytes = min(block_bytes, _MOST_BLOCK_BYTES)
             slot = block_bytes * 33 // 32  # with descriptors
-            slots = _SLOTS_PER_THREAD * _native.reader_threads(threads or 0, any_direct=True)
+            slots = _SLOTS_PER_THREAD * _native.most_reader_threads(threads or 0)
             pinned_bytes = max(_MIN_PINNED_BYTES, slots * slot)
         if device_staging_bytes is None:
             device_staging_bytes = 2 * pinned_bytes

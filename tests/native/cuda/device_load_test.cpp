@@ -30,8 +30,8 @@ using Kind = transfer::Transfer::Kind;
 
 namespace {
 
-DeviceStats load(const Matrix& matrix, Gpu& gpu, const Options& options = {}) {
-  const Layouts layouts = matrix.files.layouts(options);
+DeviceStats load(const Matrix& matrix, Gpu& gpu, const Options& options = {}, io::IoMode mode = io::IoMode::kAuto) {
+  const Layouts layouts = matrix.files.layouts(options, mode);
   const Program program(layouts, matrix.items, matrix.destinations);
   gpu.run(program, options);
   gpu.synchronize();
@@ -62,7 +62,7 @@ TEST_CASE("device: any boxes, devices, layouts, ring and block sizes give what a
     Gpu gpu(random.pick(std::vector<int64_t>{0, 200000, kMiB, 8 * kMiB}),
             random.pick(std::vector<int64_t>{1, 65536, 100001, 4 * kMiB}));
     const Options options = random_options(random);
-    const Layouts layouts = load.files.layouts(options);
+    const Layouts layouts = load.files.layouts(options, random_mode(random));
     const Program program(layouts, load.items, load.destinations);
     for (int32_t wave = 0; wave < program.waves(); ++wave) {
       transfer::run_wave(program, wave, options, gpu.targets, never);
@@ -116,8 +116,7 @@ TEST_CASE("device: a large load takes one copy a slot, whatever the number of th
       Options options;
       options.threads = threads;
       options.staging_bytes = 16 * kMiB;  // half of what a reader has by default: 64 threads get 256 KiB each
-      options.mode = mode;
-      const DeviceStats stats = load(matrix, gpu, options);
+      const DeviceStats stats = load(matrix, gpu, options, mode);
       CHECK(stats.bytes_copied == 64 * kMiB);
       CHECK(stats.copies <= 64 * kMiB / static_cast<int64_t>(gpu.staging.slot_bytes()) * 11 / 10);
       CHECK(stats.launches == 0);

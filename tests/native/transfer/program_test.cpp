@@ -29,8 +29,7 @@ Layouts layouts_of(const std::vector<Ints>& sizes, const std::vector<Ints>& stri
     record.file = i;
     record.offset = 5000;
     record.length = 1000;
-    layouts.paths.push_back("file" + std::to_string(i));
-    layouts.modes.push_back(io::IoMode::kCached);
+    layouts.sources.push_back(std::make_unique<io::File>("file" + std::to_string(i)));
     layouts.records.push_back(record);
     checkpoint::ParsedRecord parsed;
     parsed.status = checkpoint::ParsedRecord::Status::kTensor;
