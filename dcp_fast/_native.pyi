@@ -57,7 +57,7 @@ class Program:
     def converted(self, wave: int) -> list[int]: ...
     def fallback(self, wave: int) -> list[int]: ...
     def run(
-        self, wave: int, options: Options, staging: CudaStaging | None = None, streams: dict[int, int] = ...
+        self, wave: int, options: Options, ring: PinnedRing | None = None, streams: dict[int, int] = ...
     ) -> Stats: ...
 
 class DeviceStats:
@@ -66,7 +66,7 @@ class DeviceStats:
     launches: int
     copy_seconds: float
 
-class CudaStaging:
+class PinnedRing:
     pinned_bytes: int
     device_bytes: int
     def __init__(self, *, pinned_bytes: int, device_bytes: int, block_bytes: int) -> None: ...
@@ -81,7 +81,7 @@ def most_reader_threads(wanted: int) -> int: ...
 def run_programs(
     programs: Sequence[Program],
     options: Options,
-    staging: CudaStaging,
+    ring: PinnedRing,
     streams: dict[int, int],
     placed: Callable[[int], None],
 ) -> Stats: ...

@@ -19,7 +19,7 @@
 #include "bindings/python.h"
 #include "bindings/streams.h"
 #include "checkpoint/dtype.h"
-#include "cuda/staging.h"
+#include "cuda/pinned_ring.h"
 #include "error.h"
 #include "io/file.h"
 #include "trace/recorder.h"
@@ -42,7 +42,7 @@ using transfer::Program;
 using transfer::Record;
 using transfer::Transfer;
 
-// What a load of local files asks for.
+// The options of a load from local files.
 struct FileOptions : Options {
   io::IoMode mode = io::IoMode::kAuto;
 };
@@ -141,9 +141,9 @@ std::unique_ptr<Program> make_program(const Layouts& layouts, const py::buffer& 
   return std::make_unique<Program>(layouts, std::move(items), destinations);
 }
 
-std::vector<size_t> items_of(const Program& program, Transfer::Kind kind, int32_t wave) {
+std::vector<size_t> items_of_kind(const Program& program, Transfer::Kind kind, int32_t wave) {
   std::vector<size_t> indices;
-  for (const size_t i : program.items_of(wave)) {
+  for (const size_t i : program.items_in_wave(wave)) {
     if (program.transfers()[i].kind == kind) indices.push_back(i);
   }
   return indices;
@@ -235,18 +235,18 @@ void bind_transfer(py::module_& module) {
              const Item& item = program.items().at(index);
              return py::make_tuple(item.storage_offsets, item.lengths);
            })
-      .def("converted",
-           [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kConverted, wave); })
+      .def("converted", [](const Program& program,
+                           int32_t wave) { return items_of_kind(program, Transfer::Kind::kConverted, wave); })
       .def("fallback",
-           [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kFallback, wave); })
+           [](const Program& program, int32_t wave) { return items_of_kind(program, Transfer::Kind::kFallback, wave); })
       .def(
           "run",
-          [](const Program& program, int32_t wave, const FileOptions& options, cuda::Staging* staging,
+          [](const Program& program, int32_t wave, const FileOptions& options, cuda::PinnedRing* ring,
              const StreamsByDevice& streams) {
-            const transfer::CudaTargets targets{staging, stream_handles(streams)};
+            const transfer::CudaTargets targets{ring, stream_handles(streams)};
             return without_gil([&] { return transfer::run_wave(program, wave, options, targets, interrupted); });
           },
-          py::arg("wave"), py::arg("options"), py::arg("staging") = nullptr, py::arg("streams") = StreamsByDevice());
+          py::arg("wave"), py::arg("options"), py::arg("ring") = nullptr, py::arg("streams") = StreamsByDevice());
 
   module.def(
       "most_reader_threads",
@@ -255,15 +255,14 @@ void bind_transfer(py::module_& module) {
 
   module.def(
       "run_programs",
-      [](const std::vector<const Program*>& programs, const FileOptions& options, cuda::Staging& staging,
+      [](const std::vector<const Program*>& programs, const FileOptions& options, cuda::PinnedRing& ring,
          const StreamsByDevice& streams, const std::function<void(size_t)>& placed) {
-        const transfer::CudaTargets targets{&staging, stream_handles(streams)};
+        const transfer::CudaTargets targets{&ring, stream_handles(streams)};
         return without_gil([&] { return transfer::run_programs(programs, options, targets, interrupted, placed); });
       },
-      py::arg("programs"), py::arg("options"), py::arg("staging"), py::arg("streams"), py::arg("placed"),
-      "Runs programs of one wave each, one after another. `placed` is called with the index of each when torch's "
-      "current "
-      "streams wait for it; memory of it may be used again by the program after the next one.");
+      py::arg("programs"), py::arg("options"), py::arg("ring"), py::arg("streams"), py::arg("placed"),
+      "Runs programs of one wave each, one after another. When torch's current streams wait for all that a program has "
+      "written, `placed` is called with its index. The program after the next one may use the same memory.");
 
   module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"), py::arg("options"),
              "Exactly `length` bytes of a file, and how many requests brought them. Nothing is allocated before the "

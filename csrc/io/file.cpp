@@ -53,7 +53,7 @@ size_t advance(std::vector<iovec>& vectors, size_t first, size_t bytes) {
   return first;
 }
 
-// One system call that reads, from its making on.
+// One system call that reads. Its time begins when the object is made.
 class Request {
  public:
   Request(const std::string& path, int64_t offset, size_t size, IoCounters& counters)
@@ -66,7 +66,7 @@ class Request {
   Request(const Request&) = delete;
   Request& operator=(const Request&) = delete;
 
-  // Counts the request, which returned `got`, or throws what that means.
+  // Counts the request. `got` is what the call returned; throws the error that it stands for, if any.
   size_t count(ssize_t got) {
     const int error_number = errno;
     counters_.requests.fetch_add(1, std::memory_order_relaxed);
@@ -193,8 +193,8 @@ void File::read_pages(std::byte* destination, size_t size, int64_t offset, IoCou
   const int64_t begin = offset - static_cast<int64_t>(lead);
   const size_t span = (lead + size + kPageBytes - 1) / kPageBytes * kPageBytes;
   size_t done = 0;
-  // A direct read that stops at an unaligned position (the end of the file, or an odd file system) cannot be
-  // continued directly; the page cache serves the rest, and also everything if the device refuses the alignment.
+  // A direct read that stops at an unaligned position (the end of the file, or an odd file system) cannot be continued
+  // directly, so the rest is read through the page cache. So is everything if the device refuses the alignment.
   while (done < lead + size && done % kPageBytes == 0) {
     const int64_t position = begin + static_cast<int64_t>(done);
     Request request(path(), position, span - done, counters);

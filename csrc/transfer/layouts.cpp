@@ -19,9 +19,9 @@ namespace {
 
 using checkpoint::Bytes;
 using checkpoint::kHeadBytes;
-using checkpoint::KnownPickles;
 using checkpoint::kTailBytes;
 using checkpoint::ParsedRecord;
+using checkpoint::PickleCache;
 
 enum class Part { kWhole, kHead, kTail };
 
@@ -98,7 +98,7 @@ std::vector<Task> join_windows(const Layouts& layouts, const std::vector<Window>
 }
 
 // Parses what is there, and reads more as long as the parser asks for more.
-void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, KnownPickles& pickles, const Worker& worker,
+void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, PickleCache& pickles, const Worker& worker,
            const io::ByteSource& source) {
   const Record& record = layouts.records[index];
   ParsedRecord parsed = checkpoint::parse_record(head, tail, record.length, pickles);
@@ -139,7 +139,7 @@ class LayoutReader {
     const Task& task = tasks_[index];
     const Range& range = task.range;
     size_t record = windows_[task.first].record;
-    KnownPickles pickles;
+    PickleCache pickles;
     try {
       with_memory_errors([&] {
         const io::ByteSource& source = worker.open(*layouts_.sources[range.file]);
@@ -158,7 +158,7 @@ class LayoutReader {
   }
 
  private:
-  void take(const Window& window, const std::byte* data, KnownPickles& pickles, const Worker& worker,
+  void take(const Window& window, const std::byte* data, PickleCache& pickles, const Worker& worker,
             const io::ByteSource& source) {
     const Bytes bytes(data, static_cast<size_t>(window.end - window.begin));
     if (window.part == Part::kWhole) return parse(layouts_, window.record, bytes, bytes, pickles, worker, source);

@@ -20,8 +20,8 @@ bool all_scatter(const Piece* begin, const Piece* end) {
   return true;
 }
 
-// Lists, in ascending order of their place in the file, where the bytes of a span go: runs into place, gaps into a
-// small buffer that stays in the cache and is never looked at. The kernel then does the slicing.
+// Lists where the bytes of a span go, in their order in the file: runs into place, gaps into a small buffer that nobody
+// looks at. The source then does the slicing.
 class ScatterList {
  public:
   ScatterList(std::vector<iovec>& vectors, io::AlignedBuffer& gaps, int64_t max_gap, int64_t begin)

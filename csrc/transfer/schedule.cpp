@@ -15,8 +15,8 @@ bool is_one_request(const Policy& policy, const Loops& loops, size_t level) {
   return level + 1 == loops.size() || policy.reads_through(loops, level);
 }
 
-// What reading loops[level..] costs, in bytes read. The request counts where it is one of many: a box of small runs far
-// apart is as much work as a large one, and as much is worth sharing among threads.
+// What reading loops[level..] costs, in bytes. Where there are many requests, each adds its own cost: a box of small
+// runs far apart is as much work as a large contiguous one, and is shared among threads like it.
 int64_t read_cost(const Policy& policy, const Loops& loops, size_t level) {
   if (is_one_request(policy, loops, level)) return box::source_span(loops, level);
   const bool requests = is_one_request(policy, loops, level + 1);

@@ -11,7 +11,7 @@ namespace dcp_fast::transfer {
 
 namespace {
 
-// The same loops into memory that is filled without gaps, in the order of the file.
+// Changes loops so that they fill memory without gaps, in the order of the file.
 void pack(box::Loops& loops) {
   int64_t stride = 1;
   for (auto loop = loops.rbegin(); loop != loops.rend(); ++loop) {

@@ -41,7 +41,7 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // Returns how many threads there are: where the system is out of them, fewer do the same work.
+  // Returns how many threads there are. If the system is out of threads, fewer do the same work.
   int start(int threads) {
     threads_.reserve(static_cast<size_t>(threads));
     running_ = threads;
@@ -101,7 +101,7 @@ class Pool {
     if (--running_ == 0) done_.notify_all();
   }
 
-  // False if there is none any more.
+  // Waits until a group may begin. False if the work is cancelled.
   bool wait_for_turn(size_t group) {
     if (group < groups_.at_once) return true;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -123,16 +123,16 @@ class Pool {
   }
 
   const Groups& groups_;
-  std::vector<size_t> ends_;  // of groups, among all tasks
+  std::vector<size_t> ends_;  // where each group ends among all tasks
   io::IoCounters& counters_;
   const Body& body_;
   std::atomic<size_t> next_{0};
   std::atomic<bool> cancelled_{false};
   std::mutex mutex_;
-  std::condition_variable done_;   // a group is, or a thread
-  std::condition_variable begin_;  // another group may
-  std::vector<size_t> left_;       // tasks of each group that are not done
-  size_t finished_ = 0;            // groups
+  std::condition_variable done_;   // a group or a thread is done
+  std::condition_variable begin_;  // another group may begin
+  std::vector<size_t> left_;       // how many tasks of each group are not done
+  size_t finished_ = 0;            // how many groups are finished
   int running_ = 0;
   std::exception_ptr error_;
   std::vector<std::thread> threads_;
