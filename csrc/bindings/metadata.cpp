@@ -200,7 +200,8 @@ py::object read_metadata(const py::str& path) {
     next = now + kInterval;
     return interrupted();
   };
-  const io::File file(system_path(path));
+  io::File file(system_path(path));
+  const io::OpenSource open(file);
   metadata::FileSource source(file, interrupted_now_and_then);
   return columns_of(source);
 }

@@ -28,7 +28,7 @@ const char* library_name() {
   return name != nullptr && *name != '\0' ? name : kDefaultLibrary;
 }
 
-// Its handle is never closed: threads of the driver run its code until the process ends.
+// The library is never closed, because threads of the driver run its code until the process ends.
 Driver load() {
   const char* name = library_name();
   void* library = ::dlopen(name, RTLD_NOW | RTLD_LOCAL);

@@ -59,7 +59,7 @@ class StagingLimits:
         if pinned_bytes is None:
             block_bytes = min(block_bytes, _MOST_BLOCK_BYTES)
             slot = block_bytes * 33 // 32  # with descriptors
-            slots = _SLOTS_PER_THREAD * _native.reader_threads(threads or 0, any_direct=True)
+            slots = _SLOTS_PER_THREAD * _native.most_reader_threads(threads or 0)
             pinned_bytes = max(_MIN_PINNED_BYTES, slots * slot)
         if device_staging_bytes is None:
             device_staging_bytes = 2 * pinned_bytes
@@ -75,7 +75,7 @@ class StagingLimits:
 
 
 # Staging that no load uses, by limits: one at the most. Pinning memory takes longer than filling it.
-_Idle = tuple[StagingLimits, _native.CudaStaging]
+_Idle = tuple[StagingLimits, _native.PinnedRing]
 _idle: _Idle | None = None
 _lock = threading.Lock()
 
@@ -189,7 +189,7 @@ class CudaLoad:
         self.synchronize = synchronize
         self.report = report
         self.conversion_bytes = 0
-        self._staging: _native.CudaStaging | None = None
+        self._staging: _native.PinnedRing | None = None
         self._options: _native.Options | None = None
         self._started = 0.0
         self._read_before = 0.0
@@ -329,12 +329,12 @@ def _current_streams(devices: Iterable[int]) -> dict[int, int]:
     return {device: torch.cuda.current_stream(device).cuda_stream for device in devices}
 
 
-def _lease(limits: StagingLimits) -> _native.CudaStaging:
+def _lease(limits: StagingLimits) -> _native.PinnedRing:
     idle = _swap_idle(None)
     if idle is not None and idle[0] == limits:
         return idle[1]
     del idle  # frees what it holds, before as much is allocated anew
-    return _native.CudaStaging(
+    return _native.PinnedRing(
         pinned_bytes=limits.pinned_bytes,
         # The other half is for boxes that torch converts.
         device_bytes=limits.device_staging_bytes // 2,

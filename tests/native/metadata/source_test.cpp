@@ -9,6 +9,7 @@
 #include "doctest/doctest.h"
 #include "exact.h"
 #include "faults.h"
+#include "io/file_reading.h"
 #include "metadata/columns_text.h"
 #include "metadata/metadata_pickle.h"
 #include "metadata/pickler.h"
@@ -34,7 +35,7 @@ std::string sample() {
 }
 
 std::string read_through(const std::string& path, size_t window, FastLane fast_lane) {
-  const io::File file(path);
+  const OpenFile file(path);
   metadata::FileSource source(file, never, window);
   return parsed(source, fast_lane);
 }
@@ -148,7 +149,7 @@ TEST_CASE("every read that fails is an error with the path, and short reads are 
   const TempDir folder;
   const std::string path = folder.write("metadata", sample());
   const std::string expected = parsed(sample(), FastLane::kNo);
-  const io::File file(path);
+  const OpenFile file(path);
   metadata::FileSource source(file, never, 64);
   const auto parse_with = [&](const io::Fault& fault) {
     io::FaultySystemCalls calls(fault);
@@ -189,7 +190,7 @@ TEST_CASE("every read that fails is an error with the path, and short reads are 
 TEST_CASE("an interrupted read stops") {
   const TempDir folder;
   const std::string path = folder.write("metadata", sample());
-  const io::File file(path);
+  const OpenFile file(path);
   int asked = 0;
   metadata::FileSource source(file, [&] { return ++asked == 3; }, 64);
   CHECK_THROWS_AS(metadata::parse(source, FastLane::kNo), Interrupted);
