@@ -29,6 +29,7 @@ from dcp_fast.optimizer.sliced import SlicedShardedTensor
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.planning.search import global_size
 from dcp_fast.ranks.steps import load_on_all_ranks, sendable
+from dcp_fast.this_load import this_load
 
 __all__ = ["load_sharded_optimizer_state_dict"]
 
@@ -41,6 +42,7 @@ _COUNTERS = ("step", "mu_product", "eta", "mu")
 T = TypeVar("T")
 
 
+@this_load()
 @paused_collection()
 def load_sharded_optimizer_state_dict(
     model_state_dict: dict[str, Any],

@@ -35,6 +35,7 @@ from dcp_fast.errors import CorruptMetadataError
 from dcp_fast.metadata.read import make_metadata, parse_blocks
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
 from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.this_load import option
 
 __all__ = ["share_metadata"]
 
@@ -91,7 +92,7 @@ def _reads_like_ours(reader: StorageReader) -> TypeGuard[FileSystemReader]:
     """Whether the reader reads metadata in just the way of ours. A subclass may read another file."""
     return (
         isinstance(reader, FileSystemReader)
-        and not reader.trust_metadata
+        and not option(reader, "trust_metadata")
         and type(reader).read_metadata is FileSystemReader.read_metadata
         and "read_metadata" not in vars(reader)
     )
@@ -156,7 +157,7 @@ class _Exchange:
 
     def take_part(self) -> Callable[[], Metadata]:
         """Send or receive the blocks, and parse them. Returns what yields the metadata, or raises what is wrong."""
-        with self._reader.metadata_stage(received=self._stored is None):
+        with self._reader._metadata_stage(received=self._stored is None):
             parsed = Outcome(self._parse)
         if parsed.error is None and parsed.value is None:
             return self._reader.read_metadata
@@ -173,7 +174,7 @@ class _Exchange:
             columns = parsed.get()
         except CorruptMetadataError:  # perhaps not in this rank's own file
             return None
-        return None if columns is None else self._reader.take_metadata(make_metadata(columns))
+        return None if columns is None else self._reader._own(make_metadata(columns))
 
     def _next_block(self, is_over: bool = False) -> memoryview:
         """The next bytes of the file, on all ranks; none if no more come, which the coordinator says if ``is_over``."""
