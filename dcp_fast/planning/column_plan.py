@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -13,7 +14,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from dcp_fast import _native
 from dcp_fast.collector import paused_collection
 
-__all__ = ["ColumnPlan", "PlannedTensors", "is_whole"]
+__all__ = ["ColumnPlan", "PlannedTensors", "in_plan_order", "is_whole"]
+
+T = TypeVar("T")
 
 _TENSOR = LoadItemType.TENSOR  # an enum's attributes are slow to get
 
@@ -82,6 +85,29 @@ class PlannedTensors(Sequence[ReadItem]):
         return MetadataIndex(self.fqns[request], (0,) * dims if chunks is None else chunks[wanted].offsets, wanted)
 
 
+def in_plan_order(
+    tensors: PlannedTensors,
+    byte_items: Sequence[tuple[int, ReadItem]],
+    of_tensors: Sequence[T],
+    of_bytes: Sequence[T],
+) -> list[T]:
+    """Values of all items of a plan, in the plan's order.
+
+    Args:
+        tensors, byte_items: of the plan, as in :class:`ColumnPlan`.
+        of_tensors, of_bytes: a value for each of these.
+    """
+    requests = range(len(tensors))
+    merged: list[T] = []
+    begin = 0
+    for (before, _), value in zip(byte_items, of_bytes, strict=True):
+        end = bisect_left(requests, before, begin, key=lambda item: tensors.boxes.box(item)[0])
+        merged += of_tensors[begin:end]
+        merged.append(value)
+        begin = end
+    return merged + list(of_tensors[begin:])
+
+
 class ColumnPlan(LoadPlan):
     """A LoadPlan to all code: whoever asks for ``items`` gets a list, which is the plan from then on."""
 
@@ -101,7 +127,8 @@ class ColumnPlan(LoadPlan):
     def items(self) -> list[ReadItem]:
         if self.tensors is not None:
             with paused_collection():
-                self._items = self._make_items(self.tensors)
+                byte_items = [item for _, item in self.byte_items]
+                self._items = in_plan_order(self.tensors, self.byte_items, self.tensors[:], byte_items)
             self.tensors = None
         return self._items
 
@@ -109,17 +136,6 @@ class ColumnPlan(LoadPlan):
     def items(self, items: list[ReadItem]) -> None:
         self.tensors = None
         self._items = items
-
-    def _make_items(self, tensors: PlannedTensors) -> list[ReadItem]:
-        items: list[ReadItem] = []
-        box = tensors.boxes.box
-        at, count = 0, len(tensors)
-        for before, byte_item in self.byte_items:
-            while at < count and (fields := box(at))[0] < before:
-                items.append(tensors._make(*fields))
-                at += 1
-            items.append(byte_item)
-        return items + tensors[at:]
 
     def __eq__(self, other: object) -> Any:
         if not isinstance(other, LoadPlan):

@@ -24,7 +24,7 @@ from dcp_fast.observe.trace import Timeline, saved
 from dcp_fast.this_load import notes_of, option
 from dcp_fast.transfer.gpu import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
 from dcp_fast.transfer.plan_transfer import PlanTransfer
-from dcp_fast.transfer.stored_entries import StoredEntries
+from dcp_fast.transfer.records import Records
 
 __all__ = ["FileSystemReader"]
 
@@ -229,10 +229,10 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
             mode=_MODES[self.io],
             recorder=recorder,
         )
-        storage = StoredEntries(self.path, self.storage_data, self.transforms, options, report)
+        records = Records(self.path, self.storage_data, self.transforms, options, report)
         cuda = CudaLoad(self.staging_limits, self.synchronize, report)
         try:
-            PlanTransfer(plan, planner, storage, options, self.staging_bytes, cuda, report).run()
+            PlanTransfer(plan, planner, records, options, self.staging_bytes, cuda, report).run()
         finally:
             report.reading_seconds = options.reading_seconds
             report.wait_seconds["disk"] = options.waiting_seconds
