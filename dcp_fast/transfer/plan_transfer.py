@@ -16,7 +16,8 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CudaError, LoadError, SizeMismatchError, typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.planning.hooks import has_default_hooks
-from dcp_fast.transfer.conversion import ConvertedBox, place_converted
+from dcp_fast.transfer.batches import ConvertedBox
+from dcp_fast.transfer.conversion import place_converted
 from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
