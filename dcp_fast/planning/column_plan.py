@@ -1,4 +1,4 @@
-"""A load plan as columns: its ReadItems are made when somebody looks at them."""
+"""A load plan in columns. Its ReadItems are made when somebody asks for them."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ _WHOLE_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value of a state dict can be nothing but a whole tensor, rather than a part of a global one.
+    """Whether a value of a state dict is certainly a whole tensor, and no part of a global one.
 
-    Attributes of its own may make any tensor a part (torch.distributed.checkpoint.protocol, since torch 2.14).
+    Since torch 2.14 attributes can make a plain tensor a part (torch.distributed.checkpoint.protocol), so that a tensor
+    with attributes is not certainly whole.
     """
     return type(value) in _WHOLE_TYPES and not value.__dict__
 
 
 @dataclass
 class PlannedTensors(Sequence[ReadItem]):
-    """The ReadItems of tensors.
+    """The ReadItems of tensors, as a sequence that makes an item when it is asked for.
+
+    The search got one request for each tensor, and found boxes for it.
 
     Attributes:
         columns: of the metadata that was planned with.
-        boxes: one for each item.
+        boxes: one for each item, in the order of the requests.
         fqns: of each request.
-        wanted: the wanted chunks of each request; None for a tensor that is wanted whole, where it begins.
+        wanted: the wanted chunks of each request; None for a tensor that is wanted whole.
     """
 
     columns: _native.MetadataColumns
@@ -80,7 +83,12 @@ class PlannedTensors(Sequence[ReadItem]):
         )
 
     def destination(self, request: int, wanted: int, dims: int) -> MetadataIndex:
-        """What names a wanted chunk, which has ``dims`` dimensions, in the state dict."""
+        """The index that names a wanted chunk of a request in the state dict.
+
+        Args:
+            request, wanted: numbers of the request, and of the chunk among those that it wants.
+            dims: how many dimensions the chunk has.
+        """
         chunks = self.wanted[request]
         return MetadataIndex(self.fqns[request], (0,) * dims if chunks is None else chunks[wanted].offsets, wanted)
 
@@ -109,13 +117,13 @@ def in_plan_order(
 
 
 class ColumnPlan(LoadPlan):
-    """A LoadPlan to all code: whoever asks for ``items`` gets a list, which is the plan from then on."""
+    """A LoadPlan in columns. Once somebody has asked for its ``items``, the list that they got is the plan."""
 
     tensors: PlannedTensors | None = None
     """All items of tensors, as long as nobody can have changed them."""
 
     byte_items: Sequence[tuple[int, ReadItem]] = ()
-    """The other items, each with the number of tensors' requests before it."""
+    """The items of bytes entries, each with the number of requests for tensors that the state dict has before it."""
 
     @classmethod
     def of(cls, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]]) -> ColumnPlan:
@@ -146,5 +154,5 @@ class ColumnPlan(LoadPlan):
     __hash__ = None  # type: ignore[assignment]  # as of every dataclass that can be compared
 
     def __reduce__(self) -> Any:
-        # Whoever gets it need not have dcp_fast.
+        # A process without dcp_fast can unpickle it.
         return LoadPlan, (self.items, self.storage_data, self.planner_data)

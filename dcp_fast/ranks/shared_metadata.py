@@ -59,15 +59,15 @@ def share_metadata(reader: StorageReader, ranks: DistWrapper) -> Callable[[], Me
         RuntimeError: as the process group does, whose other ranks cannot be reached any more.
     """
     prepared = Outcome(partial(_prepare, reader, ranks))
-    exchange = None if prepared.error is not None else prepared.value
-    if not _agree(ranks, None if exchange is None else exchange.identity) or exchange is None:
+    broadcast = None if prepared.error is not None else prepared.value
+    if not _have_same(ranks, None if broadcast is None else broadcast.identity) or broadcast is None:
         if prepared.error is None or isinstance(prepared.error, Exception):
             return reader.read_metadata  # which meets the error again, or can do without a block
         return partial(_raise, prepared.error)  # Ctrl-C
-    return exchange.take_part()
+    return broadcast.take_part()
 
 
-def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Exchange | None:
+def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Broadcast | None:
     """None if there is nothing to share.
 
     Raises:
@@ -85,7 +85,7 @@ def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Exchange | None:
         return None
     # 63 bits each, as the numbers of a tensor have signs.
     hashes = (int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8))
-    return _Exchange(reader, ranks, [size, *hashes])
+    return _Broadcast(reader, ranks, [size, *hashes])
 
 
 def _reads_like_ours(reader: StorageReader) -> TypeGuard[FileSystemReader]:
@@ -102,7 +102,7 @@ def _raise(error: BaseException) -> Metadata:
     raise error
 
 
-def _agree(ranks: DistWrapper, identity: list[int] | None) -> bool:
+def _have_same(ranks: DistWrapper, identity: list[int] | None) -> bool:
     """Whether all ranks have the same identity, and not None."""
     numbers = [0] * _IDENTITY_NUMBERS if identity is None else identity
     # Only if all ranks have the same number are the largest of it and the largest of its negative that number.
@@ -140,8 +140,12 @@ def _deferred_interrupt() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, handler)
 
 
-class _Exchange:
-    """One rank's end of it."""
+class _Broadcast:
+    """One rank's end of the broadcast of the file.
+
+    Args:
+        identity: what tells the file from others: its size in bytes, and two hashes.
+    """
 
     def __init__(self, reader: FileSystemReader, ranks: DistWrapper, identity: list[int]) -> None:
         self.identity = identity

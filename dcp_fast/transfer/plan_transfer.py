@@ -181,12 +181,12 @@ class PlanTransfer:
                 else:
                     stats = program.run(wave, self.options)
                 self._count(stats)
-                staged = [
+                converted = [
                     self._converted_box(items[i], records[i], *program.box(i), target(i))
                     for i in program.converted(wave)
                 ]
-                if staged:
-                    self._place_converted(staged)
+                if converted:
+                    self._place_converted(converted)
                 self._place_fallback([(items[i], records[i], target(i)) for i in program.fallback(wave)])
         finally:
             # What copy_ does: autograd must notice that these tensors are no longer what was saved for backward. After
