@@ -1,4 +1,4 @@
-"""Type checks against torch's classes keep their meaning while dcp_fast's stand in their place."""
+"""While dcp_fast is installed, type checks that name torch's classes mean what they meant before."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ __all__ = ["DropIn", "torch_class_of"]
 torch_class_of: dict[type, type] = {}
 
 
-# The metaclass of protocols is a kind of ABCMeta: subclasses of ours may implement protocols as those of torch's may.
-# That of typing_extensions, which torch uses, is the more special one.
+# A class may derive from ours and from a protocol, as it may from torch's. So this must be a metaclass of protocols.
+# That of typing_extensions, which torch uses, is derived from that of typing, and so serves for both.
 class DropIn(type(Protocol)):  # type: ignore[misc]
     """Metaclass of the classes that :func:`dcp_fast.install` puts in the place of torch's.
 
-    Code that then asks ``isinstance(reader, torch.distributed.checkpoint.FileSystemReader)`` asks about ours, but means
-    torch's: objects that were made before, and subclasses that torch or a framework derived before, are still meant.
+    After that, ``isinstance(reader, torch.distributed.checkpoint.FileSystemReader)`` asks about our class, but the code
+    means torch's. So the answer is also yes for objects of torch's class that were made before, and for objects of
+    subclasses that torch or a framework derived from it before.
     """
 
-    # Torch's class is looked for in the list of bases. To ask it would not end: it is abstract, and asks its
-    # subclasses, ours among them.
+    # Torch's class is looked for among the bases. `issubclass` with torch's class would recurse without end: that class
+    # is abstract, and asks its subclasses, of which ours is one.
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return ABCMeta.__instancecheck__(cls, instance) or torch_class_of.get(cls) in type(instance).__mro__

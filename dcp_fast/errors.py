@@ -135,7 +135,7 @@ class OptimizerStateError(LoadError, AssertionError, ValueError, KeyError, TypeE
 
 
 class OutOfMemoryError(LoadError, MemoryError):
-    """Memory for staging or for a record could not be had."""
+    """There is not memory enough for bounce buffers, or for a record."""
 
 
 class CudaError(LoadError, RuntimeError):

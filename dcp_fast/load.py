@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -22,6 +20,7 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.ranks.steps import load_on_all_ranks
 from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.this_load import this_load
 
 __all__ = ["load", "load_state_dict"]
 
@@ -52,8 +51,9 @@ def load(
     torch's function lacks these arguments:
 
     ``trace`` and ``trust_metadata`` are arguments of :class:`dcp_fast.FileSystemReader`, and ``trust_bytes`` is one of
-    :class:`dcp_fast.DefaultLoadPlanner`. They hold for this load, also if reader and planner are passed. None: as the
-    reader or planner was told.
+    :class:`dcp_fast.DefaultLoadPlanner`. They hold for this load, also if reader and planner are passed, which are not
+    changed: loads in several threads may share a reader, each with options of its own. (A planner holds the state dict
+    that it loads, so that each load needs one of its own.) None: as the reader or planner was told.
 
     ``share_metadata``, which must be the same on all ranks: whether the first rank of the process group reads
     ``.metadata`` for all, and the others receive its bytes, which each rank parses. Storage is then asked for the file
@@ -102,7 +102,7 @@ def load(
             value = state_dict[key]
             loaded[key] = value.state_dict() if _is_stateful(value) else value
     # Metadata, plan and columns are gone before the collector looks at them.
-    with paused_collection(), _set(options):
+    with paused_collection(), this_load(options):
         load_on_all_ranks(loaded, reader, planner, process_group, no_dist=no_dist, share=share_metadata)
     for key in keys:
         if key in state_dict:
@@ -111,19 +111,6 @@ def load(
                 value.load_state_dict(loaded[key])
             else:
                 state_dict[key] = loaded[key]
-
-
-@contextmanager
-def _set(options: list[tuple[object, str, Any]]) -> Iterator[None]:
-    """Set attributes, given as owner, name and value, and put back at the end what they were."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in options]
-    for owner, name, value in options:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
 
 
 def _is_stateful(value: object) -> bool:
@@ -148,11 +135,6 @@ def load_state_dict(
     Reader and planner say what they trust; the default planner is ``dcp_fast.DefaultLoadPlanner()``.
     """
     storage_reader.reset()
-    load_on_all_ranks(
-        state_dict,
-        storage_reader,
-        DefaultLoadPlanner() if planner is None else planner,
-        process_group,
-        coordinator_rank,
-        no_dist,
-    )
+    planner = DefaultLoadPlanner() if planner is None else planner
+    with this_load():
+        load_on_all_ranks(state_dict, storage_reader, planner, process_group, coordinator_rank, no_dist)

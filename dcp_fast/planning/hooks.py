@@ -1,4 +1,8 @@
-"""Which hooks of a planner are torch's own: only with others does the order of items matter, and what comes between."""
+"""Which hooks of a planner are torch's own.
+
+A planner with hooks of its own is called for each item in torch's order, with the item placed in between. If all hooks
+are torch's own, the engine may place items in any order.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dcp_fast.planning.planner import DefaultLoadPlanner as FastDefaultLoadPlann
 
 __all__ = ["has_default_hooks"]
 
-# As they are at import: whoever patches torch's class has hooks too.
+# As they are at import: a hook that somebody patches into torch's class later counts as the planner's own.
 _DEFAULT_HOOKS = {
     name: getattr(DefaultLoadPlanner, name)
     for name in ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor", "load_bytes")
@@ -26,5 +30,5 @@ def has_default_hooks(planner: LoadPlanner) -> bool:
 
 def _torch_hook(cls: type[DefaultLoadPlanner], name: str) -> object:
     hook = getattr(cls, name)
-    # Ours hands on to torch's where it trusts the checkpoint.
+    # Ours calls torch's where the checkpoint is trusted, so torch's is what counts.
     return getattr(DefaultLoadPlanner, name) if hook is _FAST_LOAD_BYTES else hook

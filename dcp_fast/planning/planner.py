@@ -15,6 +15,7 @@ from dcp_fast.drop_in import DropIn
 from dcp_fast.planning.bytes_entries import load_untrusted
 from dcp_fast.planning.flatten import flatten_at_once
 from dcp_fast.planning.search import create_default_local_load_plan
+from dcp_fast.this_load import option
 
 __all__ = ["DefaultLoadPlanner"]
 
@@ -77,7 +78,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
             UntrustedBytesError: it asks for what could run code, and ``trust_bytes`` is False.
             LoadError: it is damaged. If ``trust_bytes`` is True, whatever torch raises.
         """
-        if self.trust_bytes:
+        if option(self, "trust_bytes"):
             super().load_bytes(read_item, value)
             return
         fqn = read_item.dest_index.fqn

@@ -12,9 +12,10 @@ _WHOLE_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_whole(value: object) -> TypeIs[torch.Tensor]:
-    """Whether a value of a state dict can be nothing but a whole tensor, rather than a part of a global one.
+    """Whether a value of a state dict is certainly a whole tensor, and no part of a global one.
 
-    Attributes of its own may make any tensor a part (torch.distributed.checkpoint.protocol, since torch 2.14).
+    Since torch 2.14 attributes can make a plain tensor a part (torch.distributed.checkpoint.protocol), so that a tensor
+    with attributes is not certainly whole.
     """
     return type(value) in _WHOLE_TYPES and not value.__dict__
 

@@ -35,6 +35,7 @@ from dcp_fast.errors import CorruptMetadataError
 from dcp_fast.metadata.read import make_metadata, parse_blocks
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
 from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.this_load import option
 
 __all__ = ["share_metadata"]
 
@@ -58,15 +59,15 @@ def share_metadata(reader: StorageReader, ranks: DistWrapper) -> Callable[[], Me
         RuntimeError: as the process group does, whose other ranks cannot be reached any more.
     """
     prepared = Outcome(partial(_prepare, reader, ranks))
-    exchange = None if prepared.error is not None else prepared.value
-    if not _agree(ranks, None if exchange is None else exchange.identity) or exchange is None:
+    broadcast = None if prepared.error is not None else prepared.value
+    if not _have_same(ranks, None if broadcast is None else broadcast.identity) or broadcast is None:
         if prepared.error is None or isinstance(prepared.error, Exception):
             return reader.read_metadata  # which meets the error again, or can do without a block
         return partial(_raise, prepared.error)  # Ctrl-C
-    return exchange.take_part()
+    return broadcast.take_part()
 
 
-def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Exchange | None:
+def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Broadcast | None:
     """None if there is nothing to share.
 
     Raises:
@@ -84,14 +85,14 @@ def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Exchange | None:
         return None
     # 63 bits each, as the numbers of a tensor have signs.
     hashes = (int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8))
-    return _Exchange(reader, ranks, [size, *hashes])
+    return _Broadcast(reader, ranks, [size, *hashes])
 
 
 def _reads_like_ours(reader: StorageReader) -> TypeGuard[FileSystemReader]:
     """Whether the reader reads metadata in just the way of ours. A subclass may read another file."""
     return (
         isinstance(reader, FileSystemReader)
-        and not reader.trust_metadata
+        and not option(reader, "trust_metadata")
         and type(reader).read_metadata is FileSystemReader.read_metadata
         and "read_metadata" not in vars(reader)
     )
@@ -101,7 +102,7 @@ def _raise(error: BaseException) -> Metadata:
     raise error
 
 
-def _agree(ranks: DistWrapper, identity: list[int] | None) -> bool:
+def _have_same(ranks: DistWrapper, identity: list[int] | None) -> bool:
     """Whether all ranks have the same identity, and not None."""
     numbers = [0] * _IDENTITY_NUMBERS if identity is None else identity
     # Only if all ranks have the same number are the largest of it and the largest of its negative that number.
@@ -139,8 +140,12 @@ def _deferred_interrupt() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, handler)
 
 
-class _Exchange:
-    """One rank's end of it."""
+class _Broadcast:
+    """One rank's end of the broadcast of the file.
+
+    Args:
+        identity: what tells the file from others: its size in bytes, and two hashes.
+    """
 
     def __init__(self, reader: FileSystemReader, ranks: DistWrapper, identity: list[int]) -> None:
         self.identity = identity
@@ -156,7 +161,7 @@ class _Exchange:
 
     def take_part(self) -> Callable[[], Metadata]:
         """Send or receive the blocks, and parse them. Returns what yields the metadata, or raises what is wrong."""
-        with self._reader.metadata_stage(received=self._stored is None):
+        with self._reader._metadata_stage(received=self._stored is None):
             parsed = Outcome(self._parse)
         if parsed.error is None and parsed.value is None:
             return self._reader.read_metadata
@@ -173,7 +178,7 @@ class _Exchange:
             columns = parsed.get()
         except CorruptMetadataError:  # perhaps not in this rank's own file
             return None
-        return None if columns is None else self._reader.take_metadata(make_metadata(columns))
+        return None if columns is None else self._reader._own(make_metadata(columns))
 
     def _next_block(self, is_over: bool = False) -> memoryview:
         """The next bytes of the file, on all ranks; none if no more come, which the coordinator says if ``is_over``."""

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -20,13 +21,27 @@ from dcp_fast.drop_in import DropIn
 from dcp_fast.metadata.read import parse_metadata, read_metadata
 from dcp_fast.observe.report import LoadReport, begin, publish
 from dcp_fast.observe.trace import Timeline, saved
+from dcp_fast.this_load import notes_of, option
 from dcp_fast.transfer.gpu import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
 from dcp_fast.transfer.plan_transfer import PlanTransfer
-from dcp_fast.transfer.stored_entries import StoredEntries
+from dcp_fast.transfer.records import Records
 
 __all__ = ["FileSystemReader"]
 
 _MODES = {"auto": _native.IoMode.AUTO, "cached": _native.IoMode.CACHED, "direct": _native.IoMode.DIRECT}
+
+
+@dataclass
+class _Progress:
+    """What a reader knows of a load between its own methods, which a load calls one after another.
+
+    Attributes:
+        planning_started: a reading of ``time.perf_counter``, 0 before and after planning.
+    """
+
+    report: LoadReport = field(default_factory=LoadReport)
+    timeline: Timeline | None = None
+    planning_started: float = 0.0
 
 
 class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
@@ -98,21 +113,29 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
         self.synchronize = synchronize
         self.io = io
         self.trace = None if trace is None else os.fsdecode(trace)
-        self._timeline: Timeline | None = None
         self.trust_metadata = self.trust_metadata_by_default if trust_metadata is None else trust_metadata
-        self._report = LoadReport()
-        self._planning_started = 0.0
+
+    @property
+    def _progress(self) -> _Progress:
+        progress: _Progress = notes_of(self).setdefault("_progress", _Progress())
+        return progress
+
+    @_progress.setter
+    def _progress(self, progress: _Progress) -> None:
+        notes_of(self)["_progress"] = progress
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Forget the checkpoint that was read; optionally turn to another one."""
         super().reset(checkpoint_id)
-        self._report = LoadReport()
-        self._timeline = None
+        self._progress = _Progress()
 
-    def _start_timeline(self) -> None:
-        self._timeline = None if self.trace is None else Timeline(self.trace)
-        if self._timeline is not None:
-            self._report.trace_stages(self._timeline)
+    def _start_timeline(self) -> Timeline | None:
+        progress = self._progress
+        trace = option(self, "trace")
+        progress.timeline = None if trace is None else Timeline(trace)
+        if progress.timeline is not None:
+            progress.report.trace_stages(progress.timeline)
+        return progress.timeline
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``.
@@ -124,29 +147,32 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
             CorruptMetadataError: the file is damaged.
             UntrustedMetadataError: it asks for what could run code.
         """
-        with self.metadata_stage():
-            if self.trust_metadata:
+        with self._metadata_stage():
+            if option(self, "trust_metadata"):
                 return super().read_metadata(*args, **kwargs)
             path = self._get_metadata_path(kwargs.get("rank"))
             if type(self.fs) is torch_filesystem.FileSystem:
-                return self.take_metadata(read_metadata(str(path)))
+                return self._own(read_metadata(str(path)))
             with self.fs.create_stream(path, "rb") as file:
-                return self.take_metadata(parse_metadata(file.read(), str(path)))
+                return self._own(parse_metadata(file.read(), str(path)))
 
-    # What a rank does as well that received the metadata: see shared_metadata.py.
+    # A rank that receives the metadata from another one does these two things as well: see ranks/shared_metadata.py.
 
     @contextmanager
-    def metadata_stage(self, received: bool = False) -> Iterator[None]:
-        """A load begins: what happens within is its first stage. ``received``: as in the report."""
-        self._report = LoadReport(path=str(self.path), metadata_received=received)
-        begin(self._report)
-        self._start_timeline()
-        with saved(self._timeline), self._report.stage("metadata"), paused_collection():
-            yield
-        self._planning_started = time.perf_counter()
+    def _metadata_stage(self, received: bool = False) -> Iterator[None]:
+        """A load begins: what happens within is its first stage.
 
-    def take_metadata(self, metadata: Metadata) -> Metadata:
-        """Give metadata what it has of its reader."""
+        Args:
+            received: whether another rank read the file and sent its bytes here.
+        """
+        progress = self._progress = _Progress(LoadReport(path=str(self.path), metadata_received=received))
+        begin(progress.report)
+        with saved(self._start_timeline()), progress.report.stage("metadata"), paused_collection():
+            yield
+        progress.planning_started = time.perf_counter()
+
+    def _own(self, metadata: Metadata) -> Metadata:
+        """Mark metadata as read by this reader."""
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -155,16 +181,16 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take the metadata. Here, where the error of one rank reaches all, an unwritable trace is found out."""
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
-        if self._timeline is None:  # somebody else read the metadata
-            self._start_timeline()
-        if self._timeline is not None:
-            self._timeline.write()
+        timeline = self._progress.timeline or self._start_timeline()  # none yet: somebody else read the metadata
+        if timeline is not None:
+            timeline.write()
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Return the plan as it is."""
-        if self._planning_started:
-            self._report.add_stage("planning", self._planning_started)
-            self._planning_started = 0.0
+        progress = self._progress
+        if progress.planning_started:
+            progress.report.add_stage("planning", progress.planning_started)
+            progress.planning_started = 0.0
         return super().prepare_local_plan(plan)
 
     def _reads_plain_files(self) -> bool:
@@ -178,11 +204,11 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load all items of the plan; the future is done when this returns."""
-        timeline, self._timeline = self._timeline, None
-        report, self._report = self._report, LoadReport()
-        report.path = str(self.path)
-        with saved(timeline):
-            return self._load(plan, planner, report, None if timeline is None else timeline.recorder)
+        progress, self._progress = self._progress, _Progress()
+        progress.report.path = str(self.path)
+        with saved(progress.timeline):
+            recorder = None if progress.timeline is None else progress.timeline.recorder
+            return self._load(plan, planner, progress.report, recorder)
 
     def staging_limits(self) -> StagingLimits:
         """What a load may use on its way to GPUs."""
@@ -203,10 +229,10 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
             mode=_MODES[self.io],
             recorder=recorder,
         )
-        storage = StoredEntries(self.path, self.storage_data, self.transforms, options, report)
+        records = Records(self.path, self.storage_data, self.transforms, options, report)
         cuda = CudaLoad(self.staging_limits, self.synchronize, report)
         try:
-            PlanTransfer(plan, planner, storage, options, self.staging_bytes, cuda, report).run()
+            PlanTransfer(plan, planner, records, options, self.staging_bytes, cuda, report).run()
         finally:
             report.reading_seconds = options.reading_seconds
             report.wait_seconds["disk"] = options.waiting_seconds

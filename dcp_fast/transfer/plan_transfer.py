@@ -16,12 +16,13 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CudaError, LoadError, SizeMismatchError, typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.planning.hooks import has_default_hooks
-from dcp_fast.transfer.conversion import ConvertedBox, place_converted
+from dcp_fast.transfer.batches import ConvertedBox
+from dcp_fast.transfer.conversion import place_converted
 from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
-from dcp_fast.transfer.rows import ColumnItems, ListedItems, box_of, items_of
-from dcp_fast.transfer.stored_entries import StoredEntries
+from dcp_fast.transfer.items import box_of, find_items
+from dcp_fast.transfer.records import Records
 
 __all__ = ["PlanTransfer"]
 
@@ -38,7 +39,7 @@ class PlanTransfer:
     Args:
         plan: of this rank.
         planner: whose state dict is loaded.
-        storage: the stored entries.
+        records: of the checkpoint.
         options: for the native engine. It gets half of ``staging_bytes``; boxes that torch places get the other half.
         staging_bytes: host memory that bytes may pass through.
         cuda: brings bytes to destinations on GPUs.
@@ -49,49 +50,39 @@ class PlanTransfer:
         self,
         plan: LoadPlan,
         planner: LoadPlanner,
-        storage: StoredEntries,
+        records: Records,
         options: _native.Options,
         staging_bytes: int,
         cuda: CudaLoad,
         report: LoadReport,
     ) -> None:
         self.planner = planner
-        self.storage = storage
+        self.records = records
         self.options = options
         self.staging_bytes = staging_bytes
         self.report = report
         self.cuda = cuda
         self.plan = plan
-        self.record_fqns: list[str] = []
-        in_any_order = has_default_hooks(planner)
-        with report.stage("layout"), paused_collection():
-            self.items: ColumnItems | ListedItems = (
-                items_of(plan, storage) if in_any_order else ListedItems(plan.items, storage)
-            )
-        self.layouts = self._read_layouts()
-        self.in_any_order = in_any_order
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
-        with typed_errors(self.record_fqns, self.storage.root):
+        report = self.report
+        with report.stage("layout"), paused_collection():
+            self.items = find_items(self.plan, self.records)
+        rows = self.items.record_rows
+        with typed_errors(rows.fqns, self.records.root):
+            with report.stage("layout"):
+                self.layouts = _native.read_layouts(list(map(self.records.path, rows.files)), rows.rows, self.options)
+            report.records = len(self.layouts)
+            report.requests += self.layouts.requests
+            report.bytes_read += self.layouts.bytes_read
             try:
-                if not (self.in_any_order and self._place_at_once()):
+                if not (has_default_hooks(self.planner) and self._place_at_once()):
                     self._place_one_by_one()
                 self.cuda.finish()
             except BaseException:
                 self.cuda.abort()
                 raise
-
-    # Layout
-
-    def _read_layouts(self) -> _native.Layouts:
-        self.record_fqns[:] = self.items.record_fqns
-        with self.report.stage("layout"), typed_errors(self.record_fqns, self.storage.root):
-            layouts = _native.read_layouts(self.items.paths, self.items.record_rows, self.options)
-        self.report.records = len(layouts)
-        self.report.requests += layouts.requests
-        self.report.bytes_read += layouts.bytes_read
-        return layouts
 
     # Placement
 
@@ -120,13 +111,9 @@ class PlanTransfer:
 
     def _place_one_by_one(self) -> None:
         """For planners with hooks: resolve, place and commit each item before the next, in torch's order."""
-        listed = self.items
-        if not isinstance(listed, ListedItems):
-            with self.report.stage("layout"), paused_collection():
-                self.items = listed = ListedItems(self.plan.items, self.storage)
-            self.layouts = self._read_layouts()
-        for i in sorted(range(len(listed.items)), key=lambda i: listed.record_files[listed.records[i]]):
-            item = listed.items[i]
+        with self.report.stage("layout"), paused_collection():
+            items = self.items.in_order()
+        for item, record in items:
             if item.type is _BYTE_IO:
                 with self.report.stage("commit"):
                     self._load_bytes(item)
@@ -134,7 +121,7 @@ class PlanTransfer:
             with self.report.stage("commit"):
                 tensor = self.planner.resolve_tensor(item).detach()
             with self.report.stage("transfer"):
-                self._place_item(item, listed.records[i], tensor)
+                self._place_item(item, record, tensor)
             with self.report.stage("commit"):
                 self.planner.commit_tensor(item, tensor)
 
@@ -142,7 +129,7 @@ class PlanTransfer:
         # Here the destination is the box itself, so nothing of it may be left out.
         if any(length < size for length, size in zip(item.lengths, tensor.size(), strict=False)):
             reason = f"req {item.storage_index} mismatch sizes {tensor.size()} vs {item.lengths}"
-            raise self.storage.error(SizeMismatchError, reason, item)
+            raise self.records.error(SizeMismatchError, reason, item)
         storage_offsets, _, lengths = box_of(item)
         dims = len(lengths)
         rows = array("q", [record, 0, dims, *storage_offsets, *(0,) * dims, *lengths])
@@ -194,12 +181,12 @@ class PlanTransfer:
                 else:
                     stats = program.run(wave, self.options)
                 self._count(stats)
-                staged = [
+                converted = [
                     self._converted_box(items[i], records[i], *program.box(i), target(i))
                     for i in program.converted(wave)
                 ]
-                if staged:
-                    self._place_converted(staged)
+                if converted:
+                    self._place_converted(converted)
                 self._place_fallback([(items[i], records[i], target(i)) for i in program.fallback(wave)])
         finally:
             # What copy_ does: autograd must notice that these tensors are no longer what was saved for backward. After
@@ -230,20 +217,20 @@ class PlanTransfer:
         for item, record, target in sorted(placements, key=lambda placement: placement[1]):
             if loaded is None or loaded[0] != record:
                 loaded = None  # before the next one is read: only one is ever in memory
-                loaded = (record, self.storage.load_tensor(item))
+                loaded = (record, self.records.load_tensor(item))
                 self.report.fallback_records += 1
             try:
                 source = narrow_tensor_by_index(loaded[1], item.storage_offsets, item.lengths)
             except (RuntimeError, IndexError) as error:
-                raise self.storage.error(SizeMismatchError, str(error), item) from error
+                raise self.records.error(SizeMismatchError, str(error), item) from error
             if target.size() != source.size():
                 reason = f"req {item.storage_index} mismatch sizes {target.size()} vs {source.size()}"
-                raise self.storage.error(SizeMismatchError, reason, item)
+                raise self.records.error(SizeMismatchError, reason, item)
             target.copy_(source)
             self.report.bytes_needed += source.numel() * source.element_size()
 
     def _load_bytes(self, item: ReadItem) -> None:
-        value = self.storage.read(item)
+        value = self.records.read(item)
         self.report.bytes_needed += value.getbuffer().nbytes
         try:
             self.planner.load_bytes(item, value)
@@ -251,7 +238,7 @@ class PlanTransfer:
             if error.path:
                 raise
             # The planner knows the FQN alone.
-            raise self.storage.error(type(error), error.reason, item) from error.__cause__
+            raise self.records.error(type(error), error.reason, item) from error.__cause__
 
     def _count(self, stats: _native.Stats) -> None:
         self.report.requests += stats.requests

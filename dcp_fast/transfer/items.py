@@ -1,4 +1,4 @@
-"""What a plan asks for, as the transfer takes it: told from its ReadItems, or from columns without making any."""
+"""The items of a load plan, as the transfer takes them: from its ReadItems, or from columns without making any."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -18,12 +18,12 @@ from typing_extensions import Buffer
 
 from dcp_fast.errors import SizeMismatchError
 from dcp_fast.metadata.lazy import LazyDict
-from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, in_plan_order
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import Destinations
-from dcp_fast.transfer.stored_entries import StoredEntries
+from dcp_fast.transfer.records import Records
 
-__all__ = ["ColumnItems", "ListedItems", "Resolved", "box_of", "items_of"]
+__all__ = ["Items", "Resolved", "box_of", "find_items"]
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 
@@ -49,13 +49,54 @@ class Resolved:
     byte_items: Sequence[ReadItem]
 
 
-def items_of(plan: LoadPlan, storage: StoredEntries) -> ColumnItems | ListedItems:
-    """The items of this rank's plan; in columns if those of plan and storage are the same."""
+class RecordRows:
+    """Where the records of a plan lie, for ``_native.read_layouts``.
+
+    Attributes:
+        files: names of the files that hold a record, in the order in which the plan first needs them.
+        rows: four numbers for each record: the index of its file, offset and length in bytes, and 1 if torch must read
+            it, else 0.
+        fqns: of each record.
+    """
+
+    def __init__(self, files: Sequence[str] = (), rows: Sequence[int] = (), fqns: Iterable[str] = ()) -> None:
+        self._numbers = {name: number for number, name in enumerate(files)}
+        self.rows = array("q", rows)
+        self.fqns = list(fqns)
+
+    @property
+    def files(self) -> list[str]:
+        return list(self._numbers)
+
+    def file_of(self, record: int) -> int:
+        return self.rows[4 * record]
+
+    def add(self, item: ReadItem, info: Any, all_fallback: bool) -> None:
+        file = self._numbers.setdefault(info.relative_path, len(self._numbers))
+        fallback = all_fallback or item.type is _BYTE_IO or bool(info.transform_descriptors)
+        self.rows.extend((file, info.offset, info.length, fallback))
+        self.fqns.append(item.storage_index.fqn)
+
+
+class Items(Protocol):
+    """The items of a plan."""
+
+    record_rows: RecordRows
+
+    def resolve(self, state_dict: dict[str, Any]) -> Resolved:
+        """Find all destinations in a state dict as torch's DefaultLoadPlanner has it."""
+
+    def in_order(self) -> list[tuple[ReadItem, int]]:
+        """Each item and its record, in the order in which torch loads them: file by file, within one as in the plan."""
+
+
+def find_items(plan: LoadPlan, records: Records) -> Items:
+    """The items of this rank's plan; in columns if plan and records come from the same metadata."""
     if isinstance(plan, ColumnPlan) and plan.tensors is not None:
-        data = storage.storage_data
+        data = records.storage_data
         if isinstance(data, LazyDict) and data.untouched_columns is plan.tensors.columns:
-            return ColumnItems(plan.tensors, plan.byte_items, storage)
-    return ListedItems(plan.items, storage)
+            return _ColumnItems(plan.tensors, plan.byte_items, records)
+    return _ListedItems(plan.items, records)
 
 
 def box_of(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
@@ -78,19 +119,8 @@ def box_of(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]
     return storage_offsets[:stored_dims], dest_offsets[:stored_dims], lengths[:stored_dims]
 
 
-class _Records:
-    """Rows for ``_native.read_layouts``: file, offset, length, whether only Python can read it."""
-
-    def __init__(self, files: Sequence[str] = (), rows: Sequence[int] = (), fqns: Iterable[str] = ()) -> None:
-        self.files = {name: number for number, name in enumerate(files)}
-        self.rows = array("q", rows)
-        self.fqns = list(fqns)
-
-    def add(self, item: ReadItem, info: Any, all_fallback: bool) -> None:
-        file = self.files.setdefault(info.relative_path, len(self.files))
-        fallback = all_fallback or item.type is _BYTE_IO or bool(info.transform_descriptors)
-        self.rows.extend((file, info.offset, info.length, fallback))
-        self.fqns.append(item.storage_index.fqn)
+def _by_file(items: Sequence[ReadItem], records: Sequence[int], rows: RecordRows) -> list[tuple[ReadItem, int]]:
+    return sorted(zip(items, records, strict=True), key=lambda pair: rows.file_of(pair[1]))
 
 
 def _nothing_native() -> bool:
@@ -98,36 +128,25 @@ def _nothing_native() -> bool:
     return sys.byteorder == "big" or get_default_load_endianness() == LoadEndianness.BIG
 
 
-class ListedItems:
-    """The ReadItems of a plan.
+class _ListedItems:
+    """Items that are there as objects."""
 
-    Attributes:
-        paths: files that hold something of the plan.
-        record_rows: for ``_native.read_layouts``, where each stored entry lies.
-        record_fqns: of each stored entry.
-        items: in the plan's order.
-        records: the record of each item.
-        record_files: the file of each record.
-    """
-
-    def __init__(self, items: Sequence[ReadItem], storage: StoredEntries) -> None:
-        self.items = items
+    def __init__(self, items: Sequence[ReadItem], records: Records) -> None:
+        self._items = items
         # All are kept until records are told apart by identity: a mapping may make them as they are asked for.
-        infos = [storage.storage_data[item.storage_index] for item in items]
+        infos = [records.storage_data[item.storage_index] for item in items]
         numbers: dict[int, int] = {}
-        self.records = [numbers.setdefault(id(info), len(numbers)) for info in infos]
-        records = _Records()
+        self._records = [numbers.setdefault(id(info), len(numbers)) for info in infos]
+        self.record_rows = RecordRows()
         all_fallback = _nothing_native()
-        for item, info, record in zip(items, infos, self.records, strict=True):
-            if record == len(records.fqns):  # its first item
-                records.add(item, info, all_fallback)
-        self.paths = list(map(storage.path, records.files))
-        self.record_rows = records.rows
-        self.record_fqns = records.fqns
-        self.record_files = records.rows[::4]
+        for item, info, record in zip(items, infos, self._records, strict=True):
+            if record == len(self.record_rows.fqns):  # its first item
+                self.record_rows.add(item, info, all_fallback)
+
+    def in_order(self) -> list[tuple[ReadItem, int]]:
+        return _by_file(self._items, self._records, self.record_rows)
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
-        """Find all destinations in a state dict as torch's DefaultLoadPlanner has it."""
         destinations = Destinations()
         known: dict[tuple[str, torch.Size | None, int | None], int] = {}
         rows: list[int] = []
@@ -135,7 +154,7 @@ class ListedItems:
         byte_items: list[ReadItem] = []
         records: list[int] = []
         numbers: list[int] = []
-        for item, record in zip(self.items, self.records, strict=True):
+        for item, record in zip(self._items, self._records, strict=True):
             if item.type is _BYTE_IO:
                 byte_items.append(item)
                 continue
@@ -152,23 +171,17 @@ class ListedItems:
         return Resolved(items, records, numbers, array("q", rows), destinations, byte_items)
 
 
-class ColumnItems:
-    """The items of a plan in columns.
+class _ColumnItems:
+    """Items in columns, of which a ReadItem is only made where somebody needs the object."""
 
-    Attributes:
-        paths, record_rows, record_fqns: as in ListedItems.
-    """
-
-    def __init__(
-        self, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]], storage: StoredEntries
-    ) -> None:
+    def __init__(self, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]], records: Records) -> None:
         self._tensors = tensors
-        self._byte_items = [item for _, item in byte_items]
+        self._byte_items = byte_items
         self._planned = planned = tensors.boxes.find_records()
         if planned.missing is not None:
             raise KeyError(tensors[planned.missing].storage_index)
         all_fallback = _nothing_native()
-        infos = [storage.storage_data[item.storage_index] for _, item in byte_items]
+        infos = [records.storage_data[item.storage_index] for _, item in byte_items]
         # In the plan's order, which tells what is written last where destinations share memory.
         names, requests = planned.files
         first_use = [(request, 1, name) for name, request in zip(names, requests, strict=True)]
@@ -178,15 +191,20 @@ class ColumnItems:
         if files != names:
             numbers = {name: number for number, name in enumerate(files)}
             rows[::4] = array("q", [numbers[names[file]] for file in rows[::4]])
-        records = _Records(files, rows, map(tensors.fqns.__getitem__, planned.requests))
+        self.record_rows = RecordRows(files, rows, map(tensors.fqns.__getitem__, planned.requests))
         for (_, item), info in zip(byte_items, infos, strict=True):
-            records.add(item, info, all_fallback)
-        self.paths = list(map(storage.path, records.files))
-        self.record_rows = records.rows
-        self.record_fqns = records.fqns
+            self.record_rows.add(item, info, all_fallback)
+
+    def in_order(self) -> list[tuple[ReadItem, int]]:
+        tensors, byte_items = self._tensors, self._byte_items
+        # A bytes entry is a record of its own, behind those of tensors.
+        count = len(self.record_rows.fqns)
+        of_bytes = range(count - len(byte_items), count)
+        items = in_plan_order(tensors, byte_items, tensors[:], [item for _, item in byte_items])
+        records = in_plan_order(tensors, byte_items, self._planned.of_box, of_bytes)
+        return _by_file(items, records, self.record_rows)
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
-        """As that of ListedItems."""
         tensors, boxes = self._tensors, self._tensors.boxes
         destinations = Destinations()
         fqns, chunks = tensors.fqns, tensors.wanted
@@ -206,5 +224,5 @@ class ColumnItems:
             boxes.destination_of_box,
             boxes.rows(self._planned),
             destinations,
-            self._byte_items,
+            [item for _, item in self._byte_items],
         )
