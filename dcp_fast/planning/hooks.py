@@ -1,7 +1,7 @@
 """Which hooks of a planner are torch's own.
 
-A planner with hooks of its own is called for each item in torch's order, with the item placed in between. If all hooks
-are torch's own, the engine may place items in any order.
+A planner with hooks of its own is called for each item in torch's order. If all hooks are torch's own, the engine may
+place items in any order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from dcp_fast.planning.planner import DefaultLoadPlanner as FastDefaultLoadPlanner
 
-__all__ = ["has_default_hooks"]
+__all__ = ["has_default_commit", "has_default_hooks"]
 
 # As they are at import: a hook that somebody patches into torch's class later counts as the planner's own.
 _DEFAULT_HOOKS = {
@@ -23,9 +23,16 @@ _FAST_LOAD_BYTES = FastDefaultLoadPlanner.load_bytes
 
 def has_default_hooks(planner: LoadPlanner) -> bool:
     """Whether a planner does with items what torch's DefaultLoadPlanner does, so that their order is free."""
-    return isinstance(planner, DefaultLoadPlanner) and all(
-        name not in vars(planner) and _torch_hook(type(planner), name) is hook for name, hook in _DEFAULT_HOOKS.items()
-    )
+    return isinstance(planner, DefaultLoadPlanner) and all(_is_default(planner, name) for name in _DEFAULT_HOOKS)
+
+
+def has_default_commit(planner: LoadPlanner) -> bool:
+    """Whether ``commit_tensor`` is that of torch's DefaultLoadPlanner, which does nothing."""
+    return isinstance(planner, DefaultLoadPlanner) and _is_default(planner, "commit_tensor")
+
+
+def _is_default(planner: DefaultLoadPlanner, name: str) -> bool:
+    return name not in vars(planner) and _torch_hook(type(planner), name) is _DEFAULT_HOOKS[name]
 
 
 def _torch_hook(cls: type[DefaultLoadPlanner], name: str) -> object:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.autograd.graph import increment_version
@@ -23,6 +25,7 @@ from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import box_of, find_items
 from dcp_fast.transfer.records import Records
+from dcp_fast.transfer.windows import Placement, Windows
 
 __all__ = ["PlanTransfer"]
 
@@ -78,7 +81,7 @@ class PlanTransfer:
             report.bytes_read += self.layouts.bytes_read
             try:
                 if not (has_default_hooks(self.planner) and self._place_at_once()):
-                    self._place_one_by_one()
+                    self._place_in_order()
                 self.cuda.finish()
             except BaseException:
                 self.cuda.abort()
@@ -109,33 +112,45 @@ class PlanTransfer:
                 self._load_bytes(item)
         return True
 
-    def _place_one_by_one(self) -> None:
-        """For planners with hooks: resolve, place and commit each item before the next, in torch's order."""
+    def _place_in_order(self) -> None:
+        """For planners with hooks: resolve and commit all items in torch's order."""
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()
-        for item, record in items:
-            if item.type is _BYTE_IO:
-                with self.report.stage("commit"):
-                    self._load_bytes(item)
-                continue
-            with self.report.stage("commit"):
-                tensor = self.planner.resolve_tensor(item).detach()
-            with self.report.stage("transfer"):
-                self._place_item(item, record, tensor)
-            with self.report.stage("commit"):
-                self.planner.commit_tensor(item, tensor)
+        windows = Windows(self.planner, self._place_window, self.staging_bytes)
+        start, transferred = time.perf_counter(), self.report.seconds["transfer"]
+        try:
+            for item, record in items:
+                if item.type is _BYTE_IO:
+                    windows.add_bytes(partial(self._load_bytes, item))
+                else:
+                    windows.add(item, partial(self._resolve, item, record))
+            windows.finish()
+        finally:  # all that was not transfer is the planner's
+            self.report.add_stage("commit", start + self.report.seconds["transfer"] - transferred)
 
-    def _place_item(self, item: ReadItem, record: int, tensor: torch.Tensor) -> None:
+    def _resolve(self, item: ReadItem, record: int) -> Placement:
+        tensor = self.planner.resolve_tensor(item).detach()
         # Here the destination is the box itself, so nothing of it may be left out.
         if any(length < size for length, size in zip(item.lengths, tensor.size(), strict=False)):
             reason = f"req {item.storage_index} mismatch sizes {tensor.size()} vs {item.lengths}"
             raise self.records.error(SizeMismatchError, reason, item)
-        storage_offsets, _, lengths = box_of(item)
-        dims = len(lengths)
-        rows = array("q", [record, 0, dims, *storage_offsets, *(0,) * dims, *lengths])
+        return Placement(item, record, tensor)
+
+    def _place_window(self, placements: Sequence[Placement]) -> None:
         destinations = Destinations()
-        destinations.add(tensor)
-        self._place([item], [record], rows, destinations, lambda _: tensor)
+        rows = array("q")
+        for placement in placements:
+            number = destinations.add(placement.tensor)
+            storage_offsets, _, lengths = box_of(placement.item)
+            dims = len(lengths)
+            rows.extend((placement.record, number, dims, *storage_offsets, *(0,) * dims, *lengths))
+        if not destinations.all_have_addresses and len(placements) > 1:
+            for placement in placements:
+                self._place_window([placement])
+            return
+        items, records = [p.item for p in placements], [p.record for p in placements]
+        with self.report.stage("transfer"):
+            self._place(items, records, rows, destinations, lambda i: placements[i].tensor)
 
     def _place(
         self,
