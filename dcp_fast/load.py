@@ -93,15 +93,15 @@ def load(
                 raise ValueError(f"{name} needs a dcp_fast.{cls.__name__}, got a {type(owner).__name__}")
             options.append((owner, name, given))
 
-    # All ranks load in the same order of keys. A Stateful's own state dict is loaded in place of it. What a Stateful
-    # removes from the state dict meanwhile is skipped, as in torch.
+    # All ranks load in the same order of keys. A Stateful is replaced by its own state dict. It may remove keys from
+    # `state_dict` when it is asked for that. Such keys are skipped, as in torch.
     keys = sorted(state_dict)
     loaded: dict[str, Any] = {}
     for key in keys:
         if key in state_dict:
             value = state_dict[key]
             loaded[key] = value.state_dict() if _is_stateful(value) else value
-    # Metadata, plan and columns are gone before the collector looks at them.
+    # Without a pause the collector would walk through metadata and plan, which are gone at the end of the load.
     with paused_collection(), this_load(options):
         load_on_all_ranks(loaded, reader, planner, process_group, no_dist=no_dist, share=share_metadata)
     for key in keys:
@@ -114,7 +114,7 @@ def load(
 
 
 def _is_stateful(value: object) -> bool:
-    # The check of a runtime protocol takes microseconds, which most values, being tensors, need not pay.
+    # To check for a runtime protocol takes microseconds. Most values are tensors and need no check.
     return type(value) not in _TENSORS and isinstance(value, Stateful)
 
 

@@ -36,7 +36,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
     """
 
     trust_bytes_by_default: ClassVar[bool] = False
-    trust_bytes: bool = False  # for subclasses that do without our __init__
+    trust_bytes: bool = False  # of subclasses whose __init__ does not call ours
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Take and flatten the state dict."""
+        """Keep the state dict, flattened if ``flatten_state_dict`` is set, and the metadata."""
         flat = flatten_at_once(state_dict) if self.flatten_state_dict else None
         if flat is None:
             super().set_up_planner(state_dict, metadata, is_coordinator)
@@ -63,7 +63,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """Plan the reads of this rank; see :func:`create_default_local_load_plan` for the errors."""
+        """Plan the reads of this rank. Raises as :func:`create_default_local_load_plan`."""
         if self.metadata is None:
             raise AssertionError("set_up_planner was not called with metadata")
         if self.flatten_state_dict:
@@ -89,8 +89,9 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
             self.state_dict[fqn] = loaded
 
     def _use_old_keys_if_stored(self) -> None:
-        # Before torch 2.4 fewer containers were flattened. Stored keys that the state dict lacks, but has when it is
-        # flattened the old way, tell such a checkpoint. Same test as torch's DefaultLoadPlanner.create_local_plan.
+        # torch before 2.4 flattened fewer containers, so that its checkpoints have other keys. If the state dict lacks
+        # a stored key, but has it when it is flattened in the old way, then the checkpoint is such a one. torch's own
+        # DefaultLoadPlanner.create_local_plan makes the same test.
         assert self.metadata is not None
         missing = set(self.metadata.state_dict_metadata).difference(self.state_dict)
         if not missing:

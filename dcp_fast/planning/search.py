@@ -92,9 +92,17 @@ def _flatten(chunks: Sequence[ChunkStorageMetadata], dims: int) -> list[int] | N
 def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadata, strict: bool = True) -> LoadPlan:
     """Drop-in for ``torch.distributed.checkpoint.default_planner.create_default_local_load_plan``.
 
-    Raises as torch does: RuntimeError for a key that is not in the checkpoint (if ``strict``), ValueError for a size or
-    a kind of entry that differs. Where no stored chunk covers a part of a wanted tensor, torch leaves that part as it
-    was without a word; so does this function, but it logs a warning that names the tensors.
+    Where no stored chunk covers a part of a wanted tensor, the plan leaves that part out, as torch's does. Unlike
+    torch, this function then logs a warning that names the tensors.
+
+    Args:
+        state_dict: what is wanted, flat: tensors or values by FQN.
+        metadata: of the checkpoint.
+        strict: whether a key that the checkpoint lacks is an error. If not, it is skipped.
+
+    Raises:
+        RuntimeError: the checkpoint lacks a key, and ``strict`` is set.
+        ValueError: a tensor has another size in the checkpoint, or an entry is of another kind there.
     """
     search = _Search(metadata)
     find, add_whole = search.finder(), search.add_whole
@@ -152,25 +160,35 @@ def _volume(sizes: Any) -> int:
 
 
 class _Search:
-    """Collects what is wanted of all tensors, then looks for all overlaps in one go.
+    """Collects what is wanted of all tensors, then finds all overlaps in one native call.
 
-    Without columns, or where somebody may have changed an entry, chunks are compared tensor by tensor.
+    That call compares with the columns of the metadata. If there are none, or if an entry exists as an object, which
+    somebody may have changed, the chunks of that entry are compared at once, tensor by tensor.
+
+    Attributes:
+        columns: of the metadata, or None.
+        requests: for the native call: of each tensor the number of its entry, and the chunks that are wanted of it.
+        fqns, wanted: of each request: its FQN and chunks, as in :class:`PlannedTensors`.
+        made: items that need no native call, each with the number of requests before it.
+        incomplete: FQNs of tensors of which the checkpoint lacks something.
     """
 
     def __init__(self, metadata: Metadata) -> None:
         self.metadata = metadata.state_dict_metadata
         self.columns = columns_of(metadata)
-        # Requests to the columns, of one tensor each.
         self.requests: list[int] = []
         self.fqns: list[str] = []
         self.wanted: list[Sequence[ChunkStorageMetadata] | None] = []
-        # Items of all else, with the number of requests before.
         self.made: list[tuple[int, ReadItem]] = []
-        self.incomplete: set[str] = set()  # FQNs
+        self.incomplete: set[str] = set()
         self.dtensor_chunks: dict[Any, list[ChunkStorageMetadata]] = {}
 
     def finder(self) -> Callable[[str], tuple[int | None, Sequence[int] | None] | None]:
-        """What tells the number of a key's entry, if the columns have it, and the size of its tensor, if it is one."""
+        """A function of a key. It returns None if the checkpoint lacks the key, else two facts about its entry.
+
+        The first is the entry's number in the columns, None if the entry must be looked at as an object. The second is
+        the size of the tensor, None for a bytes entry.
+        """
         if self.columns is not None and cast(LazyDict[str, Any], self.metadata).untouched_columns is not None:
             return self.columns.find_size
         return self._find
@@ -219,7 +237,7 @@ class _Search:
         self.made += ((len(self.fqns), item) for item in items)
 
     def run(self) -> tuple[LoadPlan, set[str]]:
-        """The plan, in the order of the state dict, and the tensors of which the checkpoint lacks something."""
+        """The plan, in the order of the state dict, and ``incomplete``."""
         if self.columns is None:
             return LoadPlan([item for _, item in self.made]), self.incomplete
         boxes = _native.find_boxes(self.columns, self.requests)
@@ -231,8 +249,8 @@ class _Search:
 
 
 def global_size(value: Any) -> torch.Size:
-    """The size of the global tensor that a value of a state dict is, or is a part of."""
+    """The size of the global tensor that a value of a state dict is, or is a part of, in elements."""
     if isinstance(value, ShardedTensor):
-        return value.metadata().size  # what size() returns too, after a detour and with a warning
+        return value.metadata().size  # as size() returns, which takes longer and warns
     size: torch.Size = torch.Size(value.global_shape) if is_checkpointable_tensor(value) else value.size()
     return size

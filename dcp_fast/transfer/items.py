@@ -100,10 +100,13 @@ def find_items(plan: LoadPlan, records: Records) -> Items:
 
 
 def box_of(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-    """Offsets in the stored tensor and in the destination, and lengths, all of as many dimensions.
+    """Offsets in the stored tensor and in the destination, and lengths, each with the same number of dimensions.
 
-    narrow_tensor_by_index, with which torch takes a box out of a tensor, walks offsets and lengths in parallel as far
-    as both go.
+    An item may have more or fewer offsets than lengths. torch then uses as many dimensions as both have
+    (narrow_tensor_by_index), and so does this function.
+
+    Raises:
+        SizeMismatchError: the box has other dimensions in the stored tensor than in the destination.
     """
     storage_offsets, dest_offsets, lengths = item.storage_offsets, item.dest_offsets, item.lengths
     dims = len(lengths)
@@ -133,7 +136,8 @@ class _ListedItems:
 
     def __init__(self, items: Sequence[ReadItem], records: Records) -> None:
         self._items = items
-        # All are kept until records are told apart by identity: a mapping may make them as they are asked for.
+        # Records are told apart by the identity of these objects, so all must be alive meanwhile: some mappings make a
+        # new object whenever they are asked.
         infos = [records.storage_data[item.storage_index] for item in items]
         numbers: dict[int, int] = {}
         self._records = [numbers.setdefault(id(info), len(numbers)) for info in infos]
@@ -182,7 +186,7 @@ class _ColumnItems:
             raise KeyError(tensors[planned.missing].storage_index)
         all_fallback = _nothing_native()
         infos = [records.storage_data[item.storage_index] for _, item in byte_items]
-        # In the plan's order, which tells what is written last where destinations share memory.
+        # Files in the plan's order. Where destinations share memory, it decides what is written last.
         names, requests = planned.files
         first_use = [(request, 1, name) for name, request in zip(names, requests, strict=True)]
         first_use += [(before, 0, info.relative_path) for (before, _), info in zip(byte_items, infos, strict=True)]

@@ -1,4 +1,4 @@
-"""Transfer: boxes x layouts x destinations, run by the native engine; torch places what the engine cannot."""
+"""Transfer: the engine reads the boxes of a plan and places them; torch places those that the engine cannot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dcp_fast.transfer.windows import Placement, Windows
 __all__ = ["PlanTransfer"]
 
 _MOST_DEVICES = 64  # of a process
-# Figures of a report that an attempt counts, and one that is refused midway counts for nothing.
+# Figures of a report that start again where an attempt ends because a driver refuses what it needs.
 _COUNTED_ANEW = ("bytes_needed", "staged_items", "fallback_records", "device_fallback_items")
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
@@ -90,10 +90,11 @@ class PlanTransfer:
     # Placement
 
     def _place_at_once(self) -> bool:
-        """Resolve all destinations, then place all tensors in any order that gives torch's result.
+        """Find all destinations, then place all tensors in any order that gives torch's result.
 
         Returns:
-            False, with nothing done, if no such order can be told.
+            False, with nothing placed, if such an order cannot be told: a destination has no address, and may share its
+            memory with another one.
         """
         with self.report.stage("transfer"), paused_collection():
             resolved = self.items.resolve(self.planner.state_dict)  # type: ignore[attr-defined]
@@ -171,12 +172,13 @@ class PlanTransfer:
                 self._run(program, items, records, destinations, target)
                 refused = False
             except CudaRefusedError as error:
-                # A refusal is remembered, so that there is one for each device at the most; else somebody forgets them.
+                # Refusals are remembered, so that there is one for each device, unless another thread calls
+                # release_staging() all the time.
                 attempts_left -= 1
                 if attempts_left == 0:
                     raise CudaError(str(error)) from None
             if refused:
-                # From the beginning, and without that device: what is in place already gets the same values again.
+                # Again from the beginning, without that device. Boxes that are in place already get the same values.
                 self.cuda.give_up()
                 vars(report).update(before)
                 destinations = destinations.anew()
@@ -204,8 +206,8 @@ class PlanTransfer:
                     self._place_converted(converted)
                 self._place_fallback([(items[i], records[i], target(i)) for i in program.fallback(wave)])
         finally:
-            # What copy_ does: autograd must notice that these tensors are no longer what was saved for backward. After
-            # an error nobody knows which of them were written.
+            # As copy_ does, so that autograd notices that tensors that were saved for backward have changed. Also after
+            # an error, when nobody knows which of them were written.
             increment_version(destinations.tensors)
 
     def _converted_box(
@@ -252,7 +254,7 @@ class PlanTransfer:
         except LoadError as error:
             if error.path:
                 raise
-            # The planner knows the FQN alone.
+            # The planner knows the FQN, but neither file nor byte range.
             raise self.records.error(type(error), error.reason, item) from error.__cause__
 
     def _count(self, stats: _native.Stats) -> None:

@@ -1,7 +1,7 @@
-"""Records: where they lie, and the few that Python reads itself.
+"""Records: where they lie, and how Python reads those that the engine does not.
 
-Those are bytes entries, records that a transform such as zstd was applied to, and records that only ``torch.load``
-knows.
+Python reads bytes entries, records that were stored with a transform such as zstd, and records that only ``torch.load``
+can read.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ class Records:
         return os.path.join(self.root, relative_path)
 
     def read(self, item: ReadItem) -> io.BytesIO:
-        """The bytes of an item's record, transforms undone."""
+        """The bytes of an item's record, as they were before any transform.
+
+        Raises:
+            LoadError: they cannot be read, or a transform cannot be undone.
+        """
         info = self.storage_data[item.storage_index]
         path = self.path(info.relative_path)
         try:
@@ -89,7 +93,11 @@ class Records:
             raise self.error(CorruptCheckpointError, f"cannot undo {list(descriptors)}: {error}", item) from error
 
     def load_tensor(self, item: ReadItem) -> torch.Tensor:
-        """The stored tensor of an item, read by ``torch.load(weights_only=True)``."""
+        """The whole stored tensor that an item is a box of, read by ``torch.load(weights_only=True)``.
+
+        Raises:
+            LoadError: the record cannot be read, or holds no tensor.
+        """
         record = self.read(item)
         try:
             with span(self._options.recorder, "torch.load"):
