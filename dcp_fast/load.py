@@ -24,6 +24,7 @@ from dcp_fast.readers.filesystem import FileSystemReader
 
 __all__ = ["load", "load_state_dict"]
 
+_NO_STATEFULS = frozenset({torch.Tensor, type(None), bool, int, float, str, bytes, tuple, list, dict})
 _TorchFileSystemReader = torch_filesystem.FileSystemReader
 
 
@@ -126,7 +127,7 @@ def _set(options: list[tuple[object, str, Any]]) -> Iterator[None]:
 
 def _is_stateful(value: object) -> bool:
     # The check of a runtime protocol takes microseconds, which most values, being tensors, need not pay.
-    return type(value) is not torch.Tensor and isinstance(value, Stateful)
+    return type(value) not in _NO_STATEFULS and isinstance(value, Stateful)
 
 
 @deprecated(

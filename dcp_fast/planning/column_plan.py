@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from dcp_fast import _native
+from dcp_fast._torch import create_read_items
 from dcp_fast.collector import paused_collection
 
-__all__ = ["ColumnPlan", "PlannedTensors", "is_whole"]
+__all__ = ["ColumnPlan", "PlannedBytes", "PlannedTensors", "bytes_item", "is_whole"]
 
 _TENSOR = LoadItemType.TENSOR  # an enum's attributes are slow to get
 
@@ -82,19 +83,44 @@ class PlannedTensors(Sequence[ReadItem]):
         return MetadataIndex(self.fqns[request], (0,) * dims if chunks is None else chunks[wanted].offsets, wanted)
 
 
+@dataclass
+class PlannedBytes(Sequence[ReadItem]):
+    """The ReadItems of bytes entries, by their FQNs."""
+
+    fqns: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.fqns)
+
+    @overload
+    def __getitem__(self, at: int) -> ReadItem: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[ReadItem]: ...
+    def __getitem__(self, at: int | slice) -> ReadItem | list[ReadItem]:
+        if isinstance(at, slice):
+            return list(map(bytes_item, self.fqns[at]))
+        return bytes_item(self.fqns[at])
+
+
+def bytes_item(fqn: str) -> ReadItem:
+    """The ReadItem of a bytes entry."""
+    (item,) = create_read_items(fqn, BytesStorageMetadata(), None)
+    return item
+
+
 class ColumnPlan(LoadPlan):
     """A LoadPlan to all code: whoever asks for ``items`` gets a list, which is the plan from then on."""
 
     tensors: PlannedTensors | None = None
     """All items of tensors, as long as nobody can have changed them."""
 
-    byte_items: Sequence[tuple[int, ReadItem]] = ()
-    """The other items, each with the number of tensors' requests before it."""
+    others: Sequence[tuple[int, ReadItem | str]] = ()
+    """The other items, each with the number of tensors' requests before it. Of a bytes entry: its FQN."""
 
     @classmethod
-    def of(cls, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]]) -> ColumnPlan:
+    def of(cls, tensors: PlannedTensors, others: Sequence[tuple[int, ReadItem | str]]) -> ColumnPlan:
         plan = cls([])
-        plan.tensors, plan.byte_items = tensors, byte_items
+        plan.tensors, plan.others = tensors, others
         return plan
 
     @property
@@ -114,11 +140,11 @@ class ColumnPlan(LoadPlan):
         items: list[ReadItem] = []
         box = tensors.boxes.box
         at, count = 0, len(tensors)
-        for before, byte_item in self.byte_items:
+        for before, other in self.others:
             while at < count and (fields := box(at))[0] < before:
                 items.append(tensors._make(*fields))
                 at += 1
-            items.append(byte_item)
+            items.append(bytes_item(other) if isinstance(other, str) else other)
         return items + tensors[at:]
 
     def __eq__(self, other: object) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -16,15 +16,33 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.serialization import LoadEndianness, get_default_load_endianness
 from typing_extensions import Buffer
 
+from dcp_fast import _native
 from dcp_fast.errors import SizeMismatchError
 from dcp_fast.metadata.lazy import LazyDict
-from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, is_whole
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedBytes, PlannedTensors, is_whole
 from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.stored_entries import StoredEntries
 
-__all__ = ["ColumnItems", "ListedItems", "Resolved", "box_of", "items_of"]
+__all__ = ["BytesEntries", "ColumnItems", "ListedItems", "Resolved", "box_of", "items_of"]
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
+
+
+@dataclass
+class BytesEntries:
+    """The bytes entries of a plan.
+
+    Attributes:
+        items: as ReadItems.
+        fqns: under which the planner has them.
+        records: of each.
+        transformed: the records that a transform was applied to.
+    """
+
+    items: Sequence[ReadItem]
+    fqns: Sequence[str]
+    records: Sequence[int]
+    transformed: set[int]
 
 
 @dataclass
@@ -37,7 +55,7 @@ class Resolved:
         numbers: the destination of each item.
         rows: of the items, for ``_native.Program``.
         destinations: tensors by number.
-        byte_items: all other items.
+        bytes_entries: all other items.
     """
 
     items: Sequence[ReadItem]
@@ -45,7 +63,7 @@ class Resolved:
     numbers: Sequence[int]
     rows: Buffer
     destinations: Destinations
-    byte_items: Sequence[ReadItem]
+    bytes_entries: BytesEntries
 
 
 def items_of(plan: LoadPlan, storage: StoredEntries) -> ColumnItems | ListedItems:
@@ -53,7 +71,7 @@ def items_of(plan: LoadPlan, storage: StoredEntries) -> ColumnItems | ListedItem
     if isinstance(plan, ColumnPlan) and plan.tensors is not None:
         data = storage.storage_data
         if isinstance(data, LazyDict) and data.untouched_columns is plan.tensors.columns:
-            return ColumnItems(plan.tensors, plan.byte_items, storage)
+            return ColumnItems(plan.tensors, cast(Sequence[tuple[int, str]], plan.others), storage)
     return ListedItems(plan.items, storage)
 
 
@@ -80,13 +98,16 @@ def box_of(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]
 class _Records:
     """Rows for ``_native.read_layouts``: file, offset, length, whether only Python can read it."""
 
-    def __init__(self, files: Sequence[str] = (), rows: Sequence[int] = (), fqns: Iterable[str] = ()) -> None:
-        self.files = {name: number for number, name in enumerate(files)}
-        self.rows = array("q", rows)
-        self.fqns = list(fqns)
+    def __init__(self) -> None:
+        self.files: dict[str, int] = {}
+        self.rows = array("q")
+        self.fqns: list[str] = []
+        self.transformed: set[int] = set()
 
     def add(self, item: ReadItem, info: Any, all_fallback: bool) -> None:
         file = self.files.setdefault(info.relative_path, len(self.files))
+        if info.transform_descriptors:
+            self.transformed.add(len(self.fqns))
         fallback = all_fallback or item.type is _BYTE_IO or bool(info.transform_descriptors)
         self.rows.extend((file, info.offset, info.length, fallback))
         self.fqns.append(item.storage_index.fqn)
@@ -95,6 +116,10 @@ class _Records:
 def _nothing_native() -> bool:
     # The engine moves little-endian bytes as they are; where that may be wrong, torch swaps them.
     return sys.byteorder == "big" or get_default_load_endianness() == LoadEndianness.BIG
+
+
+def _array(rows: _native.Rows) -> array[int]:
+    return array("q", bytes(memoryview(rows).cast("B")))
 
 
 class ListedItems:
@@ -124,6 +149,7 @@ class ListedItems:
         self.record_rows = records.rows
         self.record_fqns = records.fqns
         self.record_files = records.rows[::4]
+        self._transformed = records.transformed
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
         """Find all destinations in a state dict as torch's DefaultLoadPlanner has it."""
@@ -132,11 +158,13 @@ class ListedItems:
         rows: list[int] = []
         items: list[ReadItem] = []
         byte_items: list[ReadItem] = []
+        byte_records: list[int] = []
         records: list[int] = []
         numbers: list[int] = []
         for item, record in zip(self.items, self.records, strict=True):
             if item.type is _BYTE_IO:
                 byte_items.append(item)
+                byte_records.append(record)
                 continue
             index: MetadataIndex = item.dest_index
             key = (index.fqn, index.offset, index.index)
@@ -148,7 +176,9 @@ class ListedItems:
             items.append(item)
             records.append(record)
             numbers.append(number)
-        return Resolved(items, records, numbers, array("q", rows), destinations, byte_items)
+        byte_fqns = [item.dest_index.fqn for item in byte_items]
+        bytes_entries = BytesEntries(byte_items, byte_fqns, byte_records, self._transformed)
+        return Resolved(items, records, numbers, array("q", rows), destinations, bytes_entries)
 
 
 class ColumnItems:
@@ -159,30 +189,42 @@ class ColumnItems:
     """
 
     def __init__(
-        self, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]], storage: StoredEntries
+        self, tensors: PlannedTensors, bytes_entries: Sequence[tuple[int, str]], storage: StoredEntries
     ) -> None:
         self._tensors = tensors
-        self._byte_items = [item for _, item in byte_items]
         self._planned = planned = tensors.boxes.find_records()
         if planned.missing is not None:
             raise KeyError(tensors[planned.missing].storage_index)
-        all_fallback = _nothing_native()
-        infos = [storage.storage_data[item.storage_index] for _, item in byte_items]
+        fqns = [fqn for _, fqn in bytes_entries]
+        try:
+            bytes_rows = _array(_native.bytes_rows(tensors.columns, fqns))
+        except KeyError as error:
+            raise KeyError(MetadataIndex(*error.args)) from None
         # In the plan's order, which tells what is written last where destinations share memory.
         names, requests = planned.files
         first_use = [(request, 1, name) for name, request in zip(names, requests, strict=True)]
-        first_use += [(before, 0, info.relative_path) for (before, _), info in zip(byte_items, infos, strict=True)]
+        stored_files = tensors.columns.files() if fqns else []
+        first_bytes: dict[int, int] = {}
+        for (before, _), file in zip(bytes_entries, bytes_rows[::4], strict=True):
+            first_bytes.setdefault(file, before)
+        first_use += [(before, 0, stored_files[file]) for file, before in first_bytes.items()]
         files = list(dict.fromkeys(name for *_, name in sorted(first_use, key=itemgetter(0, 1))))
-        rows = array("q", bytes(memoryview(planned.rows(all_fallback)).cast("B")))
+        numbers = {name: number for number, name in enumerate(files)}
+        rows = _array(planned.rows(_nothing_native()))
         if files != names:
-            numbers = {name: number for number, name in enumerate(files)}
             rows[::4] = array("q", [numbers[names[file]] for file in rows[::4]])
-        records = _Records(files, rows, map(tensors.fqns.__getitem__, planned.requests))
-        for (_, item), info in zip(byte_items, infos, strict=True):
-            records.add(item, info, all_fallback)
-        self.paths = list(map(storage.path, records.files))
-        self.record_rows = records.rows
-        self.record_fqns = records.fqns
+        first = len(rows) // 4
+        records = range(first, first + len(fqns))
+        transformed = {
+            record for record, is_transformed in zip(records, bytes_rows[3::4], strict=True) if is_transformed
+        }
+        bytes_rows[::4] = array("q", [numbers[stored_files[file]] for file in bytes_rows[::4]])
+        bytes_rows[3::4] = array("q", [1]) * len(fqns)  # only their ranges are checked
+        rows += bytes_rows
+        self._bytes_entries = BytesEntries(PlannedBytes(fqns), fqns, records, transformed)
+        self.paths = list(map(storage.path, files))
+        self.record_rows = rows
+        self.record_fqns = [*map(tensors.fqns.__getitem__, planned.requests), *fqns]
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
         """As that of ListedItems."""
@@ -201,5 +243,5 @@ class ColumnItems:
             boxes.destination_of_box,
             boxes.rows(self._planned),
             destinations,
-            self._byte_items,
+            self._bytes_entries,
         )

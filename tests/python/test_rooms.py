@@ -14,6 +14,7 @@ ROOMS = [
     {"_native", "_torch", "collector", "drop_in", "errors"},
     {"observe"},
     {"metadata"},
+    {"values"},
     {"planning"},
     {"transfer"},
     {"readers"},
