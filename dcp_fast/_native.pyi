@@ -1,5 +1,6 @@
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Buffer, Self
 
@@ -85,6 +86,10 @@ def run_programs(
     streams: dict[int, int],
     placed: Callable[[int], None],
 ) -> Stats: ...
+def read_plain_values(
+    layouts: Layouts, records: Sequence[int], options: Options
+) -> tuple[list[Any], int, int]: ...  # an Ellipsis for what is no plain value; requests, bytes
+def parse_plain_value(record: Buffer) -> Any: ...
 def read_range(path: str, offset: int, length: int, options: Options) -> tuple[bytes, int]: ...
 
 class MetadataColumns:
@@ -117,6 +122,8 @@ def parse_blocks(size: int, next_block: Callable[[], Buffer]) -> MetadataColumns
 def read_metadata(path: str) -> MetadataColumns | str: ...
 
 class Rows(Buffer): ...  # int64
+
+def bytes_rows(columns: MetadataColumns, fqns: Sequence[str]) -> Rows: ...  # file, offset, length, is transformed
 
 class PlannedRecords:
     """The stored tensors that boxes are parts of."""

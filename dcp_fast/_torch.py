@@ -6,7 +6,7 @@ The public names of torch are imported where they are used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import _weights_only_unpickler as weights_only_unpickler
@@ -37,6 +37,8 @@ from torch.distributed.checkpoint.utils import _get_failure_dict as get_failure_
 from torch.distributed.distributed_c10d import _get_object_coll_device as get_object_coll_device
 from torch.serialization import _get_layout
 from torch.serialization import _is_zipfile as is_zipfile
+from torch.serialization import _legacy_load as load_legacy
+from torch.serialization import _load as load_archive
 
 try:  # torch 2.14 lets a local shard carry the shape of its global tensor
     from torch.distributed.checkpoint.protocol import _is_checkpointable_tensor as is_checkpointable_tensor
@@ -51,6 +53,14 @@ get_layout = cast(Callable[[str], torch.layout], _get_layout)
 disabled_torch_function = torch._C._disabled_torch_function_impl
 foreach_copy_ = torch._foreach_copy_
 PyTorchFileReader = torch._C.PyTorchFileReader
+rebuild_from_type: Callable[..., Any] = torch._tensor._rebuild_from_type_v2
+tensor_rebuild_functions = cast(Callable[[], set[Any]], weights_only_unpickler._tensor_rebuild_functions)
+
+
+def tensor_types() -> tuple[type, ...]:
+    """Classes of tensors and storages, which take memory of any size when they are called with a number."""
+    return (torch.Tensor, *torch._tensor_classes, *torch._storage_classes)
+
 
 __all__ = [
     "MEMORY_FORMAT_ENCODING",
@@ -79,10 +89,15 @@ __all__ = [
     "get_object_coll_device",
     "is_checkpointable_tensor",
     "is_zipfile",
+    "load_archive",
+    "load_legacy",
     "narrow_tensor_by_index",
+    "rebuild_from_type",
     "set_element",
     "shard_metadata",
     "storage_setup",
+    "tensor_rebuild_functions",
+    "tensor_types",
     "unflatten_state_dict",
     "weights_only_unpickler",
     "wrap_exception",

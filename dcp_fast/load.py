@@ -24,8 +24,10 @@ from dcp_fast.this_load import this_load
 
 __all__ = ["load", "load_state_dict"]
 
+_NO_STATEFULS = frozenset(
+    {torch.Tensor, torch.nn.Parameter, DTensor, type(None), bool, int, float, str, bytes, tuple, list, dict}
+)
 _TorchFileSystemReader = torch_filesystem.FileSystemReader
-_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, DTensor))
 
 
 @dcp_method_logger(log_exceptions=True)
@@ -115,7 +117,7 @@ def load(
 
 def _is_stateful(value: object) -> bool:
     # To check for a runtime protocol takes microseconds. Most values are tensors and need no check.
-    return type(value) not in _TENSORS and isinstance(value, Stateful)
+    return type(value) not in _NO_STATEFULS and isinstance(value, Stateful)
 
 
 @deprecated(

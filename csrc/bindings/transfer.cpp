@@ -16,9 +16,11 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/plain_values.h"
 #include "bindings/python.h"
 #include "bindings/streams.h"
 #include "checkpoint/dtype.h"
+#include "checkpoint/value_record.h"
 #include "cuda/pinned_ring.h"
 #include "error.h"
 #include "io/file.h"
@@ -27,6 +29,7 @@
 #include "transfer/layouts.h"
 #include "transfer/options.h"
 #include "transfer/program.h"
+#include "transfer/value_pickles.h"
 #include "transfer/workers.h"
 
 namespace py = pybind11;
@@ -175,6 +178,30 @@ py::tuple read_range(const py::str& python_path, int64_t offset, int64_t length,
   return py::make_tuple(bytes, counters.requests.load());
 }
 
+py::tuple read_plain_values(const Layouts& layouts, const std::vector<size_t>& records, const FileOptions& options) {
+  const transfer::ValuePickles read =
+      without_gil([&] { return transfer::read_value_pickles(layouts, records, options, interrupted); });
+  PlainValues values;
+  py::list result(records.size());
+  for (size_t i = 0; i < records.size(); ++i) {
+    py::object value;
+    if (!read.pickles[i].empty()) value = values.parse(read.pickles[i]);
+    result[i] = value ? value : py::reinterpret_borrow<py::object>(Py_Ellipsis);
+  }
+  return py::make_tuple(result, read.requests, read.bytes);
+}
+
+py::object parse_plain_value(const py::buffer& record) {
+  const py::buffer_info info = record.request();
+  const auto size = static_cast<size_t>(info.size * info.itemsize);
+  py::object value;
+  if (info.size * info.itemsize <= checkpoint::kMaxValueRecord) {
+    const auto pickle = checkpoint::find_value_pickle({static_cast<const std::byte*>(info.ptr), size});
+    if (pickle) value = PlainValues().parse({reinterpret_cast<const char*>(pickle->data()), pickle->size()});
+  }
+  return value ? value : py::reinterpret_borrow<py::object>(Py_Ellipsis);
+}
+
 double seconds(io::ReadClock::Duration duration) { return std::chrono::duration<double>(duration).count(); }
 
 }  // namespace
@@ -264,6 +291,10 @@ void bind_transfer(py::module_& module) {
       "Runs programs of one wave each, one after another. When torch's current streams wait for all that a program has "
       "written, `placed` is called with its index. The program after the next one may use the same memory.");
 
+  module.def("read_plain_values", &read_plain_values, py::arg("layouts"), py::arg("records"), py::arg("options"),
+             "The values of bytes entries, with an Ellipsis for each that is more than a plain value, and how many "
+             "requests and bytes brought them. Equal values that cannot change are one object.");
+  module.def("parse_plain_value", &parse_plain_value, py::arg("record"), "The same of one entry that is in memory.");
   module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"), py::arg("options"),
              "Exactly `length` bytes of a file, and how many requests brought them. Nothing is allocated before the "
              "file's size is checked.");

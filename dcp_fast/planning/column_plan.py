@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from dcp_fast import _native
+from dcp_fast._torch import create_read_items
 from dcp_fast.collector import paused_collection
 
-__all__ = ["ColumnPlan", "PlannedTensors", "in_plan_order"]
+__all__ = ["ColumnPlan", "PlannedBytes", "PlannedTensors", "bytes_item", "in_plan_order"]
 
 T = TypeVar("T")
 
@@ -81,22 +82,47 @@ class PlannedTensors(Sequence[ReadItem]):
         return MetadataIndex(self.fqns[request], (0,) * dims if chunks is None else chunks[wanted].offsets, wanted)
 
 
+@dataclass
+class PlannedBytes(Sequence[ReadItem]):
+    """The ReadItems of bytes entries, by their FQNs."""
+
+    fqns: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.fqns)
+
+    @overload
+    def __getitem__(self, at: int) -> ReadItem: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[ReadItem]: ...
+    def __getitem__(self, at: int | slice) -> ReadItem | list[ReadItem]:
+        if isinstance(at, slice):
+            return list(map(bytes_item, self.fqns[at]))
+        return bytes_item(self.fqns[at])
+
+
+def bytes_item(fqn: str) -> ReadItem:
+    """The ReadItem of a bytes entry."""
+    (item,) = create_read_items(fqn, BytesStorageMetadata(), None)
+    return item
+
+
 def in_plan_order(
     tensors: PlannedTensors,
-    byte_items: Sequence[tuple[int, ReadItem]],
+    others: Sequence[tuple[int, object]],
     of_tensors: Sequence[T],
-    of_bytes: Sequence[T],
+    of_others: Sequence[T],
 ) -> list[T]:
     """Values of all items of a plan, in the plan's order.
 
     Args:
-        tensors, byte_items: of the plan, as in :class:`ColumnPlan`.
-        of_tensors, of_bytes: a value for each of these.
+        tensors, others: of the plan, as in :class:`ColumnPlan`.
+        of_tensors, of_others: a value for each of these.
     """
     requests = range(len(tensors))
     merged: list[T] = []
     begin = 0
-    for (before, _), value in zip(byte_items, of_bytes, strict=True):
+    for (before, _), value in zip(others, of_others, strict=True):
         end = bisect_left(requests, before, begin, key=lambda item: tensors.boxes.box(item)[0])
         merged += of_tensors[begin:end]
         merged.append(value)
@@ -110,21 +136,21 @@ class ColumnPlan(LoadPlan):
     tensors: PlannedTensors | None = None
     """All items of tensors, as long as nobody can have changed them."""
 
-    byte_items: Sequence[tuple[int, ReadItem]] = ()
-    """The items of bytes entries, each with the number of requests for tensors that the state dict has before it."""
+    others: Sequence[tuple[int, ReadItem | str]] = ()
+    """The other items, each with the number of requests for tensors before it. Of a bytes entry: its FQN."""
 
     @classmethod
-    def of(cls, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]]) -> ColumnPlan:
+    def of(cls, tensors: PlannedTensors, others: Sequence[tuple[int, ReadItem | str]]) -> ColumnPlan:
         plan = cls([])
-        plan.tensors, plan.byte_items = tensors, byte_items
+        plan.tensors, plan.others = tensors, others
         return plan
 
     @property
     def items(self) -> list[ReadItem]:
         if self.tensors is not None:
             with paused_collection():
-                byte_items = [item for _, item in self.byte_items]
-                self._items = in_plan_order(self.tensors, self.byte_items, self.tensors[:], byte_items)
+                others = [bytes_item(other) if isinstance(other, str) else other for _, other in self.others]
+                self._items = in_plan_order(self.tensors, self.others, self.tensors[:], others)
             self.tensors = None
         return self._items
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-from dcp_fast.planning.planner import DefaultLoadPlanner as FastDefaultLoadPlanner
+__all__ = ["STANDS_FOR_TORCHS", "has_default_commit", "has_default_hooks"]
 
-__all__ = ["has_default_commit", "has_default_hooks"]
+STANDS_FOR_TORCHS = "_dcp_fast_stands_for_torchs"  # marks a hook of ours, which hands on to torch's
 
 # As they are at import: a hook that somebody patches into torch's class later counts as the planner's own.
 _DEFAULT_HOOKS = {
     name: getattr(DefaultLoadPlanner, name)
     for name in ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor", "load_bytes")
 }
-_FAST_LOAD_BYTES = FastDefaultLoadPlanner.load_bytes
 
 
 def has_default_hooks(planner: LoadPlanner) -> bool:
@@ -37,5 +36,4 @@ def _is_default(planner: DefaultLoadPlanner, name: str) -> bool:
 
 def _torch_hook(cls: type[DefaultLoadPlanner], name: str) -> object:
     hook = getattr(cls, name)
-    # Ours calls torch's where the checkpoint is trusted, so torch's is what counts.
-    return getattr(DefaultLoadPlanner, name) if hook is _FAST_LOAD_BYTES else hook
+    return getattr(DefaultLoadPlanner, name) if getattr(hook, STANDS_FOR_TORCHS, False) else hook

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any, ClassVar
 
 from torch.distributed.checkpoint import default_planner as torch_planner
@@ -12,12 +13,17 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from dcp_fast._torch import derived_version, flatten_state_dict, set_element
 from dcp_fast.collector import paused_collection
 from dcp_fast.drop_in import DropIn
-from dcp_fast.planning.bytes_entries import load_untrusted
 from dcp_fast.planning.flatten import flatten_at_once
+from dcp_fast.planning.hooks import STANDS_FOR_TORCHS
 from dcp_fast.planning.search import create_default_local_load_plan
 from dcp_fast.this_load import option
+from dcp_fast.values.load import load_untrusted
 
-__all__ = ["DefaultLoadPlanner"]
+__all__ = ["DefaultLoadPlanner", "put_value"]
+
+# torch's variables, and what it takes for a yes.
+_FORCED = ("WEIGHTS_ONLY", "NO_WEIGHTS_ONLY")
+_TRUE = ("1", "y", "yes", "true")
 
 
 class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
@@ -29,9 +35,10 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
     Args:
         flatten_state_dict, flatten_sharded_tensors, allow_partial_load: as torch's.
         trust_bytes: unpickle bytes entries (values that are no tensors) as torch does, which runs whatever code the
-            checkpoint names. By default ``torch.load(weights_only=True)`` reads them; types that it does not know are
-            an UntrustedBytesError unless they were registered with ``torch.serialization.add_safe_globals``. None:
-            False, or as :func:`dcp_fast.install` was told. If somebody has replaced ``load_bytes`` of torch's class,
+            checkpoint names. By default values of inert types are made (see docs/security.md); other types are an
+            UntrustedBytesError unless they were registered with ``torch.serialization.add_safe_globals``. None:
+            False, or as :func:`dcp_fast.install` was told, or True if the environment has
+            ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``. If somebody has replaced ``load_bytes`` of torch's class,
             theirs is only called if this is True.
     """
 
@@ -47,7 +54,9 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
         trust_bytes: bool | None = None,
     ) -> None:
         super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
-        self.trust_bytes = self.trust_bytes_by_default if trust_bytes is None else trust_bytes
+        if trust_bytes is None:
+            trust_bytes = self.trust_bytes_by_default or _is_lifted_for_torch()
+        self.trust_bytes = trust_bytes
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -82,11 +91,9 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
             super().load_bytes(read_item, value)
             return
         fqn = read_item.dest_index.fqn
-        loaded = load_untrusted(value, fqn)
-        if self.flatten_state_dict:
-            set_element(self.original_state_dict, self.mappings[fqn], loaded)
-        else:
-            self.state_dict[fqn] = loaded
+        put_value(self, fqn, load_untrusted(value, fqn))
+
+    setattr(load_bytes, STANDS_FOR_TORCHS, True)
 
     def _use_old_keys_if_stored(self) -> None:
         # torch before 2.4 flattened fewer containers, so that its checkpoints have other keys. If the state dict lacks
@@ -103,3 +110,21 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
             derived_version._derived_version = None
         if old_state_dict.keys() & missing:
             self.state_dict, self.mappings = old_state_dict, old_mappings
+
+
+def put_value(planner: torch_planner.DefaultLoadPlanner, fqn: str, value: Any) -> None:
+    """Put the value of a bytes entry into the state dict, where torch's planner puts it."""
+    if not planner.flatten_state_dict:
+        planner.state_dict[fqn] = value
+        return
+    path = planner.mappings[fqn]
+    if len(path) == 1:
+        planner.original_state_dict[path[0]] = value  # type: ignore[index]
+    else:
+        set_element(planner.original_state_dict, path, value)
+
+
+def _is_lifted_for_torch() -> bool:
+    """Whether the environment tells torch.load to be content with weights_only=False."""
+    forced = {name: os.environ.get(f"TORCH_FORCE_{name}_LOAD", "0").lower() in _TRUE for name in _FORCED}
+    return forced["NO_WEIGHTS_ONLY"] and not forced["WEIGHTS_ONLY"]

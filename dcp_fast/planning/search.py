@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -25,9 +24,9 @@ from torch.distributed.checkpoint.planner_helpers import (
 from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
-from dcp_fast._torch import ShardedTensor, create_chunk_list, create_read_items, is_checkpointable_tensor
+from dcp_fast._torch import ShardedTensor, create_chunk_list, is_checkpointable_tensor
 from dcp_fast.metadata.lazy import LazyDict, columns_of
-from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, bytes_item
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 
 __all__ = ["create_default_local_load_plan", "create_read_items_for_chunk_list", "global_size"]
@@ -128,7 +127,7 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
         if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
             continue
         if stored_size is None:
-            search.add_bytes(fqn, value)
+            search.add_bytes(fqn)
             continue
         try:
             wanted = search.wanted_chunks(value)
@@ -179,7 +178,7 @@ class _Search:
         self.requests: list[int] = []
         self.fqns: list[str] = []
         self.wanted: list[Sequence[ChunkStorageMetadata] | None] = []
-        self.made: list[tuple[int, ReadItem]] = []
+        self.made: list[tuple[int, ReadItem | str]] = []  # of bytes entries: the FQN
         self.incomplete: set[str] = set()
         self.dtensor_chunks: dict[Any, list[ChunkStorageMetadata]] = {}
 
@@ -212,8 +211,8 @@ class _Search:
         """The chunks of a DTensor like one before, on a mesh that this rank belongs to."""
         return None if plain_local_tensor(value) is None else self.dtensor_chunks.get(_geometry(value))
 
-    def add_bytes(self, fqn: str, value: Any) -> None:
-        self.made += ((len(self.fqns), item) for item in create_read_items(fqn, BytesStorageMetadata(), value))
+    def add_bytes(self, fqn: str) -> None:
+        self.made.append((len(self.fqns), fqn))
 
     def add_whole(self, fqn: str, number: int) -> None:
         self.requests += (number, _native.WHOLE)
@@ -239,11 +238,12 @@ class _Search:
     def run(self) -> tuple[LoadPlan, set[str]]:
         """The plan, in the order of the state dict, and ``incomplete``."""
         if self.columns is None:
-            return LoadPlan([item for _, item in self.made]), self.incomplete
+            items = [bytes_item(item) if isinstance(item, str) else item for _, item in self.made]
+            return LoadPlan(items), self.incomplete
         boxes = _native.find_boxes(self.columns, self.requests)
         self.incomplete.update(self.fqns[request] for request in boxes.uncovered)
         plan = ColumnPlan.of(PlannedTensors(self.columns, boxes, self.fqns, self.wanted), self.made)
-        if all(item.type is LoadItemType.BYTE_IO for _, item in self.made):
+        if all(isinstance(item, str) for _, item in self.made):
             return plan, self.incomplete
         return LoadPlan(plan.items), self.incomplete
 

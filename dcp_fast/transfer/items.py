@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -16,16 +16,34 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from torch.serialization import LoadEndianness, get_default_load_endianness
 from typing_extensions import Buffer
 
+from dcp_fast import _native
 from dcp_fast.errors import SizeMismatchError
 from dcp_fast.metadata.lazy import LazyDict
-from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, in_plan_order
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedBytes, PlannedTensors, in_plan_order
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.records import Records
 
-__all__ = ["Items", "Resolved", "box_of", "find_items"]
+__all__ = ["BytesEntries", "Items", "Resolved", "box_of", "find_items"]
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
+
+
+@dataclass
+class BytesEntries:
+    """The bytes entries of a plan.
+
+    Attributes:
+        items: as ReadItems.
+        fqns: under which the planner has them.
+        records: of each.
+        transformed: the records that a transform was applied to.
+    """
+
+    items: Sequence[ReadItem]
+    fqns: Sequence[str]
+    records: Sequence[int]
+    transformed: set[int]
 
 
 @dataclass
@@ -38,7 +56,7 @@ class Resolved:
         numbers: the destination of each item.
         rows: of the items, for ``_native.Program``.
         destinations: tensors by number.
-        byte_items: all other items.
+        bytes_entries: all other items.
     """
 
     items: Sequence[ReadItem]
@@ -46,7 +64,7 @@ class Resolved:
     numbers: Sequence[int]
     rows: Buffer
     destinations: Destinations
-    byte_items: Sequence[ReadItem]
+    bytes_entries: BytesEntries
 
 
 class RecordRows:
@@ -57,12 +75,14 @@ class RecordRows:
         rows: four numbers for each record: the index of its file, offset and length in bytes, and 1 if torch must read
             it, else 0.
         fqns: of each record.
+        transformed: the records that a transform was applied to.
     """
 
     def __init__(self, files: Sequence[str] = (), rows: Sequence[int] = (), fqns: Iterable[str] = ()) -> None:
         self._numbers = {name: number for number, name in enumerate(files)}
         self.rows = array("q", rows)
         self.fqns = list(fqns)
+        self.transformed: set[int] = set()
 
     @property
     def files(self) -> list[str]:
@@ -73,6 +93,8 @@ class RecordRows:
 
     def add(self, item: ReadItem, info: Any, all_fallback: bool) -> None:
         file = self._numbers.setdefault(info.relative_path, len(self._numbers))
+        if info.transform_descriptors:
+            self.transformed.add(len(self.fqns))
         fallback = all_fallback or item.type is _BYTE_IO or bool(info.transform_descriptors)
         self.rows.extend((file, info.offset, info.length, fallback))
         self.fqns.append(item.storage_index.fqn)
@@ -95,7 +117,8 @@ def find_items(plan: LoadPlan, records: Records) -> Items:
     if isinstance(plan, ColumnPlan) and plan.tensors is not None:
         data = records.storage_data
         if isinstance(data, LazyDict) and data.untouched_columns is plan.tensors.columns:
-            return _ColumnItems(plan.tensors, plan.byte_items, records)
+            # None of them is an item: those are of tensors that the columns do not have.
+            return _ColumnItems(plan.tensors, cast(Sequence[tuple[int, str]], plan.others), records)
     return _ListedItems(plan.items, records)
 
 
@@ -124,6 +147,10 @@ def box_of(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 def _by_file(items: Sequence[ReadItem], records: Sequence[int], rows: RecordRows) -> list[tuple[ReadItem, int]]:
     return sorted(zip(items, records, strict=True), key=lambda pair: rows.file_of(pair[1]))
+
+
+def _array(rows: _native.Rows) -> array[int]:
+    return array("q", bytes(memoryview(rows).cast("B")))
 
 
 def _nothing_native() -> bool:
@@ -156,11 +183,13 @@ class _ListedItems:
         rows: list[int] = []
         items: list[ReadItem] = []
         byte_items: list[ReadItem] = []
+        byte_records: list[int] = []
         records: list[int] = []
         numbers: list[int] = []
         for item, record in zip(self._items, self._records, strict=True):
             if item.type is _BYTE_IO:
                 byte_items.append(item)
+                byte_records.append(record)
                 continue
             index: MetadataIndex = item.dest_index
             key = (index.fqn, index.offset, index.index)
@@ -172,40 +201,53 @@ class _ListedItems:
             items.append(item)
             records.append(record)
             numbers.append(number)
-        return Resolved(items, records, numbers, array("q", rows), destinations, byte_items)
+        byte_fqns = [item.dest_index.fqn for item in byte_items]
+        bytes_entries = BytesEntries(byte_items, byte_fqns, byte_records, self.record_rows.transformed)
+        return Resolved(items, records, numbers, array("q", rows), destinations, bytes_entries)
 
 
 class _ColumnItems:
     """Items in columns, of which a ReadItem is only made where somebody needs the object."""
 
-    def __init__(self, tensors: PlannedTensors, byte_items: Sequence[tuple[int, ReadItem]], records: Records) -> None:
+    def __init__(self, tensors: PlannedTensors, others: Sequence[tuple[int, str]], records: Records) -> None:
         self._tensors = tensors
-        self._byte_items = byte_items
+        self._others = others
         self._planned = planned = tensors.boxes.find_records()
         if planned.missing is not None:
             raise KeyError(tensors[planned.missing].storage_index)
-        all_fallback = _nothing_native()
-        infos = [records.storage_data[item.storage_index] for _, item in byte_items]
+        fqns = [fqn for _, fqn in others]
+        try:
+            bytes_rows = _array(_native.bytes_rows(tensors.columns, fqns))
+        except KeyError as error:
+            raise KeyError(MetadataIndex(*error.args)) from None
         # Files in the plan's order. Where destinations share memory, it decides what is written last.
         names, requests = planned.files
         first_use = [(request, 1, name) for name, request in zip(names, requests, strict=True)]
-        first_use += [(before, 0, info.relative_path) for (before, _), info in zip(byte_items, infos, strict=True)]
+        stored_files = tensors.columns.files() if fqns else []
+        first_bytes: dict[int, int] = {}
+        for (before, _), file in zip(others, bytes_rows[::4], strict=True):
+            first_bytes.setdefault(file, before)
+        first_use += [(before, 0, stored_files[file]) for file, before in first_bytes.items()]
         files = list(dict.fromkeys(name for *_, name in sorted(first_use, key=itemgetter(0, 1))))
-        rows = array("q", bytes(memoryview(planned.rows(all_fallback)).cast("B")))
+        numbers = {name: number for number, name in enumerate(files)}
+        rows = _array(planned.rows(_nothing_native()))
         if files != names:
-            numbers = {name: number for number, name in enumerate(files)}
             rows[::4] = array("q", [numbers[names[file]] for file in rows[::4]])
-        self.record_rows = RecordRows(files, rows, map(tensors.fqns.__getitem__, planned.requests))
-        for (_, item), info in zip(byte_items, infos, strict=True):
-            self.record_rows.add(item, info, all_fallback)
+        # A bytes entry is a record of its own, behind those of tensors.
+        first = len(rows) // 4
+        transformed = {first + i for i, is_transformed in enumerate(bytes_rows[3::4]) if is_transformed}
+        bytes_rows[::4] = array("q", [numbers[stored_files[file]] for file in bytes_rows[::4]])
+        bytes_rows[3::4] = array("q", [1]) * len(fqns)  # only their ranges are checked
+        all_fqns = [*map(tensors.fqns.__getitem__, planned.requests), *fqns]
+        self.record_rows = RecordRows(files, rows + bytes_rows, all_fqns)
+        self.record_rows.transformed = transformed
+        of_bytes = range(first, first + len(fqns))
+        self._bytes_entries = BytesEntries(PlannedBytes(fqns), fqns, of_bytes, transformed)
 
     def in_order(self) -> list[tuple[ReadItem, int]]:
-        tensors, byte_items = self._tensors, self._byte_items
-        # A bytes entry is a record of its own, behind those of tensors.
-        count = len(self.record_rows.fqns)
-        of_bytes = range(count - len(byte_items), count)
-        items = in_plan_order(tensors, byte_items, tensors[:], [item for _, item in byte_items])
-        records = in_plan_order(tensors, byte_items, self._planned.of_box, of_bytes)
+        tensors, entries = self._tensors, self._bytes_entries
+        items = in_plan_order(tensors, self._others, tensors[:], entries.items)
+        records = in_plan_order(tensors, self._others, self._planned.of_box, entries.records)
         return _by_file(items, records, self.record_rows)
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
@@ -228,5 +270,5 @@ class _ColumnItems:
             boxes.destination_of_box,
             boxes.rows(self._planned),
             destinations,
-            [item for _, item in self._byte_items],
+            self._bytes_entries,
         )

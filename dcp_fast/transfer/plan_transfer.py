@@ -18,12 +18,13 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CudaError, LoadError, SizeMismatchError, typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.planning.hooks import has_default_hooks
+from dcp_fast.planning.planner import put_value
 from dcp_fast.transfer.batches import ConvertedBox
 from dcp_fast.transfer.conversion import place_converted
 from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
-from dcp_fast.transfer.items import box_of, find_items
+from dcp_fast.transfer.items import BytesEntries, box_of, find_items
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.windows import Placement, Windows
 
@@ -109,8 +110,7 @@ class PlanTransfer:
             self.cuda.keep(destinations.tensors)
             self._place(items, resolved.records, resolved.rows, destinations, target)
         with self.report.stage("commit"):
-            for item in resolved.byte_items:
-                self._load_bytes(item)
+            self._load_all_bytes(resolved.bytes_entries)
         return True
 
     def _place_in_order(self) -> None:
@@ -245,6 +245,22 @@ class PlanTransfer:
                 raise self.records.error(SizeMismatchError, reason, item)
             target.copy_(source)
             self.report.bytes_needed += source.numel() * source.element_size()
+
+    def _load_all_bytes(self, entries: BytesEntries) -> None:
+        """Plain values are read natively; all others are for the planner, one by one."""
+        records = [record for record in entries.records if record not in entries.transformed]
+        values, requests, bytes_read = _native.read_plain_values(self.layouts, records, self.options)
+        self.report.requests += requests
+        self.report.bytes_read += bytes_read
+        plain = dict(zip(records, values, strict=True))
+        lengths = self.items.record_rows.rows[2::4]
+        for i, (fqn, record) in enumerate(zip(entries.fqns, entries.records, strict=True)):
+            value = plain.get(record, ...)
+            if value is ...:
+                self._load_bytes(entries.items[i])
+            else:
+                put_value(self.planner, fqn, value)  # type: ignore[arg-type]
+                self.report.bytes_needed += lengths[record]
 
     def _load_bytes(self, item: ReadItem) -> None:
         value = self.records.read(item)

@@ -14,6 +14,7 @@ ROOMS = [
     {"_native", "_torch", "collector", "drop_in", "errors", "this_load"},
     {"observe"},
     {"metadata"},
+    {"values"},
     {"planning"},
     {"transfer"},
     {"readers"},
