@@ -53,6 +53,7 @@ class ByteSource {
   ByteSource& operator=(const ByteSource&) = delete;
 
   const std::string& path() const { return path_; }
+  const Access& access() const { return access_; }
 
   // Throws Error(kIo), and is then not open. Thread-safe, as is close().
   void open();
@@ -64,7 +65,6 @@ class ByteSource {
 
   // Decides how bytes of [begin, end) will be read. Not while anybody reads; it holds when the source is opened again.
   virtual void choose_access(int64_t begin, int64_t end) = 0;
-  const Access& access() const { return access_; }
 
   // Throws Error(kTruncated) unless the source has [offset, offset + size).
   void check_range(size_t size, int64_t offset) const;
@@ -80,8 +80,8 @@ class ByteSource {
   // position within a page, and the rest of the pages that the destination touches may be overwritten. Errors as above.
   virtual void read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const = 0;
 
-  // Returns where [offset, offset + size) lies in memory: in `buffer`, which it is read into as the access says, until
-  // that is used again. Errors as above, and std::bad_alloc.
+  // Returns where [offset, offset + size) lies in memory until `buffer` is used again: in `buffer`, which the source
+  // reads it into, or in memory that the source has. Errors as above, and std::bad_alloc.
   virtual const std::byte* view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const = 0;
 
  protected:
