@@ -50,24 +50,27 @@ def load(
     A local ``checkpoint_id`` is read by :class:`dcp_fast.FileSystemReader`, any other by the reader that torch chooses.
     The default planner is :class:`dcp_fast.DefaultLoadPlanner`. A reader or planner that is passed is used as it is.
 
-    torch's function lacks these arguments:
+    torch's function lacks the last four arguments. ``None`` means: as the reader or planner was told. The options of
+    this load change neither of these objects. So loads in several threads may share a reader, each with options of its
+    own. A planner holds the state dict that it loads, so each load needs a planner of its own.
 
-    ``trace`` and ``trust_metadata`` are arguments of :class:`dcp_fast.FileSystemReader`, and ``trust_bytes`` is one of
-    :class:`dcp_fast.DefaultLoadPlanner`. They hold for this load, also if reader and planner are passed, which are not
-    changed: loads in several threads may share a reader, each with options of its own. (A planner holds the state dict
-    that it loads, so that each load needs one of its own.) None: as the reader or planner was told.
-
-    ``share_metadata``, which must be the same on all ranks: whether the first rank of the process group reads
-    ``.metadata`` for all, and the others receive its bytes, which each rank parses. Storage is then asked for the file
-    once rather than by every rank or node, which pays where many nodes load from storage that they share. It is not the
-    default because ranks of one machine, whose page cache they share already, read the file in less time than it takes
-    to send it around (see the benchmarks), and because it takes one more collective call, of 56 bytes. Ranks read their
-    own all the same where they see different files, if the file is smaller than 1 MiB, if it cannot be parsed natively,
-    if a rank trusts metadata, or if its reader is not ours.
+    Args:
+        state_dict, checkpoint_id, storage_reader, planner, process_group, no_dist: as torch's.
+        trace: a file for the timeline of this load, as of :class:`dcp_fast.FileSystemReader`.
+        share_metadata: whether the first rank of the process group reads ``.metadata`` and sends its bytes to the other
+            ranks, each of which parses them. Must be the same on all ranks. Storage is then asked for the file once,
+            rather than by every rank or node, which pays where many nodes load from storage that they share. On one
+            machine it does not pay: ranks share the page cache, and read the file in less time than it takes to send
+            it (docs/benchmarks.md). It costs one more collective call, of 56 bytes. Each rank reads the file itself, as
+            without this option, if ranks see different files, if the file is smaller than 1 MiB, if the native parser
+            does not know it, if a rank trusts metadata, or if a rank's reader is not ours.
+        trust_metadata: unpickle ``.metadata`` as torch does, as of :class:`dcp_fast.FileSystemReader`.
+        trust_bytes: unpickle bytes entries as torch does, as of :class:`dcp_fast.DefaultLoadPlanner`.
 
     Raises:
-        ValueError: one of these was given, but another reader or planner than ours is to be used.
-        CheckpointException: on every rank if any rank failed; ``failures`` maps ranks to their errors, which for
+        ValueError: ``trace``, ``trust_metadata`` or ``trust_bytes`` was given, but the reader or planner that it is for
+            is not dcp_fast's.
+        CheckpointException: on every rank if any rank failed. ``failures`` maps ranks to their errors, which for
             damaged checkpoints are of the classes in :mod:`dcp_fast.errors`.
     """
     no_dist = no_dist or not dist.is_available() or not dist.is_initialized()

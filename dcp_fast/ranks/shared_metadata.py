@@ -3,9 +3,9 @@
 1. Each rank looks at its file: its size, its first and last bytes. One collective call tells whether all ranks can
    share and see the same file. If not, each reads its own, as without sharing.
 2. The coordinator reads the file and broadcasts it, in blocks. Each rank parses the blocks as they come, as it would
-   parse the file. With each block comes a byte that tells whether it is to be used; the coordinator stops there if it
-   cannot read or parse. What goes wrong on another rank is kept until the last block has come: whoever leaves early
-   makes all others wait.
+   parse the file. A byte after each block tells whether the block is to be used. If the coordinator cannot read or
+   parse, that byte says no, and no more blocks come. Any other rank that fails takes part until the last block has come
+   and raises its error then, because a rank that leaves early makes all others wait.
 3. A rank that could make nothing of the blocks reads its own file. So it gets the error, or the metadata, that it would
    get without sharing.
 

@@ -32,7 +32,7 @@ logger = logging.getLogger("dcp_fast")
 # Bits of the flag of a rank: its planner or reader needs the plans of all ranks; something has failed on it.
 _GATHER_PLANS, _FAILED = 1, 2
 
-# As they are at import: whoever patches torch's class has a global step of their own.
+# As they are at import: a step that somebody patches into torch's class later counts as the planner's or reader's own.
 _DEFAULT_STEPS: list[tuple[type, str, Any]] = [
     (LoadPlanner, "create_global_plan", torch_planner.DefaultLoadPlanner.create_global_plan),
     (LoadPlanner, "finish_plan", torch_planner.DefaultLoadPlanner.finish_plan),

@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, told from its metadata alone: from columns where there are any, else from objects."""
+"""What a checkpoint holds, told from its metadata alone: from columns if it was read into some, else from objects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ _INT64 = range(-(1 << 63), 1 << 63)
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk of a tensor, or a whole bytes entry; and its record, where storage_data knows one."""
+    """A chunk of a tensor, or a whole bytes entry, and its record.
+
+    Attributes:
+        offsets, sizes: of the chunk in its tensor, in elements. None for a bytes entry.
+        file, offset, length: the file of the record in the checkpoint's folder, and the byte range in it. None if the
+            metadata knows no record.
+        transforms: descriptors of the transforms that the record was stored with, as torch's extensions write them.
+    """
 
     offsets: list[int] | None
     sizes: list[int] | None
@@ -41,18 +48,29 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Entry:
-    """A key of state_dict_metadata. What only tensors have is None for a bytes entry."""
+    """A tensor or a bytes entry.
+
+    Attributes:
+        fqn: its key in the flattened state dict.
+        dtype, layout, shape: such as ``"float32"``, ``"strided"``, ``[4, 3]``. None for a bytes entry.
+        chunk_count: a bytes entry counts as one.
+        payload_bytes: of the elements of all chunks. None for a bytes entry.
+        record_bytes: of all records: their payloads and what encloses them.
+        file_count: how many files hold a part of it.
+        missing_records: how many chunks the metadata knows no record of.
+        chunks: None unless :func:`inspect` was asked for them.
+    """
 
     fqn: str
     dtype: str | None
     layout: str | None
     shape: list[int] | None
-    chunk_count: int  # a bytes entry counts as one
-    payload_bytes: int | None  # of the elements of all chunks
-    record_bytes: int  # of all records: their payloads and what encloses them
+    chunk_count: int
+    payload_bytes: int | None
+    record_bytes: int
     file_count: int
-    missing_records: int  # chunks that storage_data does not know
-    chunks: list[Chunk] | None = None  # None unless inspect() was asked for them
+    missing_records: int
+    chunks: list[Chunk] | None = None
 
 
 @dataclass(frozen=True)

@@ -82,13 +82,13 @@ def place_converted(
 def _place_through_host(
     boxes: list[ConvertedBox], layouts: _native.Layouts, options: _native.Options, buffer_bytes: int
 ) -> list[_native.Stats]:
-    # Streams are a matter of the calling thread: copies to a device stay on it.
+    # torch has a current stream for each thread. Copies to a device must use the caller's, so they stay on this thread.
     on_host = all(box.target.device.type == "cpu" for box in boxes)
     threads = layouts.threads(options) if on_host else 1
     capacity = max(min(_BATCH_BYTES, buffer_bytes // threads), _LEAST_BATCH_BYTES)
     batches = _Shared(batches_of(boxes, capacity))
     one_thread = options.with_threads(1)
-    inference = torch.is_inference_mode_enabled()  # a matter of the calling thread too
+    inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own too: they get the caller's
     stats: list[_native.Stats] = []
 
     def work() -> None:
@@ -198,7 +198,7 @@ def _place_through_device(
     batches = [Batch(parts, halves[i % 2], device) for i, parts in enumerate(batches_of(boxes, capacity))]
 
     def convert(i: int) -> None:
-        # Whoever gets the memory after this waits for it, as torch's streams order it.
+        # torch's allocator may give the memory away after this. Its streams see to it that this copy is done before.
         for target, source in batches[i].copies:
             target.copy_(source)
 
