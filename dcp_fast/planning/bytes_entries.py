@@ -45,7 +45,7 @@ def load_untrusted(value: IO[bytes], fqn: str) -> Any:
     """
     start = value.tell()
     try:
-        return torch.load(value, weights_only=True)
+        return torch.load(value, mmap=False, weights_only=True)
     except Exception as error:
         refused = _refused(error, value, start)
         if refused is not None:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -130,8 +131,15 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
             path = self._get_metadata_path(kwargs.get("rank"))
             if type(self.fs) is torch_filesystem.FileSystem:
                 return self.take_metadata(read_metadata(str(path)))
-            with self.fs.create_stream(path, "rb") as file:
-                return self.take_metadata(parse_metadata(file.read(), str(path)))
+            return self.take_metadata(
+                parse_metadata(self.file_content(path), str(path), partial(self.file_content, path))
+            )
+
+    def file_content(self, path: str | os.PathLike[str]) -> bytes:
+        """All bytes of a file, by the reader's file system."""
+        with self.fs.create_stream(path, "rb") as file:
+            content: bytes = file.read()
+            return content
 
     # What a rank does as well that received the metadata: see shared_metadata.py.
 
