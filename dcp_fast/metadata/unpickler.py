@@ -1,8 +1,9 @@
 """Unpickles what of metadata is made into objects at once, and calls nothing but what is on the allow-list.
 
 Python's own unpickler in C lets a pickle set attributes of classes, and call any class that it may name. So this is
-the one in Python, in which each opcode that acts is replaced. It is slower than torch's. Of all that known writers write,
-it makes only the plans that Megatron-Core keeps, when somebody asks for them; else what may be damaged or hostile.
+the one in Python, in which each opcode that acts is replaced. It is slower than torch's. Of all that known writers
+write, it makes only the plans that Megatron-Core keeps, when somebody asks for them; else what may be damaged or
+hostile.
 """
 
 from __future__ import annotations

@@ -541,3 +541,23 @@ def test_planner_sees_no_difference(checkpoint: Path) -> None:
     planner.set_up_planner({"a": torch.zeros(6)}, metadata, True)
     assert len(planner.create_local_plan().items) == 1
     assert unmade(metadata)
+
+
+def test_refusal_is_not_announced_as_missing_metadata(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fields = text("state_dict_metadata") + b"}" + text("planner_data") + named("os", "system")
+    (checkpoint / ".metadata").write_bytes(b"\x80\x04" + new("Metadata") + b"}(" + fields + b"ub.")
+    with pytest.raises(dcp.api.CheckpointException) as caught:
+        dcp_fast.load({"a": torch.zeros(6)}, checkpoint_id=checkpoint)
+    assert isinstance(caught.value.failures[0][0], dcp_fast.UntrustedMetadataError)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_intact_records_where_torch_is_told_to_map_files(tmp_path: Path) -> None:
+    """A record is no file, so torch's own load fails there. A quantized tensor and a value are read by torch.load."""
+    quantized = torch.quantize_per_tensor(torch.eye(3), 0.5, 0, torch.qint8)
+    path = save(tmp_path / "checkpoint", {"quantized": quantized, "step": 5})
+    loaded = {"quantized": torch.quantize_per_tensor(torch.zeros(3, 3), 0.5, 0, torch.qint8), "step": 0}
+    with torch.utils.serialization.config.patch("load.mmap", True):
+        dcp_fast.load(loaded, checkpoint_id=path)
+    assert loaded["step"] == 5
+    assert torch.equal(loaded["quantized"].dequantize(), torch.eye(3))  # type: ignore[attr-defined]
