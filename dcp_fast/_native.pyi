@@ -100,7 +100,9 @@ class MetadataColumns:
     def fqns(self) -> list[str]: ...
     def find_entry(self, fqn: str) -> int: ...  # -1: there is none
     def find_size(self, fqn: str) -> tuple[int, tuple[int, ...] | None] | None: ...
-    def entry_fields(self, entry: int) -> tuple[int, int, bool, int, bool, bool, tuple[int, ...]] | None: ...
+    def entry_fields(
+        self, entry: int
+    ) -> tuple[int, int, bool, int, bool, bool, tuple[int, ...], tuple[int, ...] | None] | None: ...
     def chunks(self, entry: int) -> memoryview: ...  # int64: chunk, offsets or sizes, dimension
     has_storage: bool
     row_count: int
@@ -115,6 +117,8 @@ class MetadataColumns:
     ) -> tuple[str, tuple[int, ...] | None, int | None, str, int, int, list[str] | tuple[str, ...] | None]: ...
     planner_data: bytes
     storage_meta: bytes
+    attributes: list[tuple[str, bytes | None]]  # beyond the fields of Metadata; None: only the file has it
+    left_out: list[tuple[str, str, str]]  # module, class, field
     version: str | None
 
 def parse_metadata(pickle: Buffer) -> MetadataColumns | str: ...

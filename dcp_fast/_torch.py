@@ -25,6 +25,7 @@ from torch.distributed.checkpoint._storage_utils import _storage_setup as storag
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import _wrap_exception as wrap_exception
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.checkpoint.filesystem import _StoragePrefix as StoragePrefix
 from torch.distributed.checkpoint.filesystem import _StorageReaderTransforms as StorageReaderTransforms
 from torch.distributed.checkpoint.logger import _dcp_method_logger as dcp_method_logger
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MEMORY_FORMAT_ENCODING
@@ -49,6 +50,9 @@ except ImportError:
         return False
 
 
+# A field of torch 2.15. Both classes of properties have it, or none.
+PROPERTIES_HAVE_STRIDES = "strides" in ShardProperties.__dataclass_fields__
+
 get_layout = cast(Callable[[str], torch.layout], _get_layout)
 disabled_torch_function = torch._C._disabled_torch_function_impl
 foreach_copy_ = torch._foreach_copy_
@@ -64,6 +68,7 @@ def tensor_types() -> tuple[type, ...]:
 
 __all__ = [
     "MEMORY_FORMAT_ENCODING",
+    "PROPERTIES_HAVE_STRIDES",
     "ChunkShardingSpec",
     "DistWrapper",
     "ExtensionRegistry",
@@ -73,6 +78,7 @@ __all__ = [
     "ShardedTensor",
     "ShardedTensorMetadata",
     "StorageInfo",
+    "StoragePrefix",
     "StorageReaderTransforms",
     "api_bc_check",
     "create_chunk_list",

@@ -51,6 +51,11 @@ class Cursor {
     window_.begin += count;
     return begin;
   }
+  // The length of a frame, of which all bytes must be there. Nothing else depends on it.
+  void require_frame() {
+    const uint64_t length = unsigned_integer(8);
+    if (length > left()) corrupt("a frame beyond the end of the file");
+  }
   uint64_t unsigned_integer(size_t width) { return from_little_endian(take(width), width); }
   // Up to and past the next newline, which is left out.
   std::string_view line() {

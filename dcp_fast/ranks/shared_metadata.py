@@ -178,7 +178,10 @@ class _Broadcast:
             columns = parsed.get()
         except CorruptMetadataError:  # perhaps not in this rank's own file
             return None
-        return None if columns is None else self._reader._own(make_metadata(columns))
+        if columns is None:
+            return None
+        read_again = partial(self._reader.file_content, self._path)
+        return self._reader._own(make_metadata(columns, read_again, str(self._path)))
 
     def _next_block(self, is_over: bool = False) -> memoryview:
         """The next bytes of the file, on all ranks; none if no more come, which the coordinator says if ``is_over``."""

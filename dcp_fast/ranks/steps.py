@@ -180,17 +180,18 @@ def _read_metadata(reader: StorageReader, rank: int, shared: Callable[[], Metada
     except Exception as error:
         errors.append(f"global metadata read failed: {error}")
         global_error: Exception | None = error
-        logger.warning("Global metadata is not found. Falling back to rank local metadata.", exc_info=True)
     else:
         global_error = None
     if _takes_keywords(reader.read_metadata):
         try:
             metadata = reader.read_metadata(rank=rank)
             if metadata is not None:
+                logger.warning(
+                    "the load uses what this rank saved on its own: %s", errors or "there is no global metadata"
+                )
                 return metadata, False
         except Exception as error:
             errors.append(f"rank local metadata read failed: {error}")
-            logger.warning("Rank local metadata is not found.", exc_info=True)
     # torch's type for whatever is wrong with metadata is AssertionError; ours tell more.
     reason = "; ".join(["metadata is None", *errors])
     if isinstance(global_error, OSError) and global_error.errno:

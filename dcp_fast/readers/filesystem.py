@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -153,8 +154,13 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
             path = self._get_metadata_path(kwargs.get("rank"))
             if type(self.fs) is torch_filesystem.FileSystem:
                 return self._own(read_metadata(str(path)))
-            with self.fs.create_stream(path, "rb") as file:
-                return self._own(parse_metadata(file.read(), str(path)))
+            return self._own(parse_metadata(self.file_content(path), str(path), partial(self.file_content, path)))
+
+    def file_content(self, path: str | os.PathLike[str]) -> bytes:
+        """All bytes of a file, by the reader's file system."""
+        with self.fs.create_stream(path, "rb") as file:
+            content: bytes = file.read()
+            return content
 
     # A rank that receives the metadata from another one does these two things as well: see ranks/shared_metadata.py.
 

@@ -101,7 +101,7 @@ class Records:
         record = self.read(item)
         try:
             with span(self._options.recorder, "torch.load"):
-                tensor = torch.load(record, map_location="cpu", weights_only=True)
+                tensor = torch.load(record, map_location="cpu", mmap=False, weights_only=True)
         except LoadError:
             raise
         except Exception as error:

@@ -42,8 +42,8 @@ def write(path: Path, metadata: Any) -> Path:
 
 
 def without_columns(metadata: Metadata) -> bytes:
-    """What only the unpickler reads: a field that no torch has yet."""
-    metadata.later = 1  # type: ignore[attr-defined]
+    """What only the unpickler reads: planner data with a set."""
+    metadata.planner_data = {"set": {1}}
     pickled = pickle.dumps(metadata)
     assert columns_of(parse_metadata(pickled, "")) is None
     return pickled
