@@ -185,6 +185,7 @@ py::tuple read_plain_values(const Layouts& layouts, const std::vector<size_t>& r
   py::list result(records.size());
   for (size_t i = 0; i < records.size(); ++i) {
     py::object value;
+    if (i % 4096 == 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!read.pickles[i].empty()) value = values.parse(read.pickles[i]);
     result[i] = value ? value : py::reinterpret_borrow<py::object>(Py_Ellipsis);
   }
