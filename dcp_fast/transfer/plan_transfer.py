@@ -118,7 +118,7 @@ class PlanTransfer:
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()
         windows = Windows(self.planner, self._place_window, self.staging_bytes)
-        start, transferred = time.perf_counter(), self.report.seconds["transfer"]
+        self._with_planner_since = time.perf_counter()
         try:
             for item, record in items:
                 if item.type is _BYTE_IO:
@@ -126,8 +126,8 @@ class PlanTransfer:
                 else:
                     windows.add(item, partial(self._resolve, item, record))
             windows.finish()
-        finally:  # all that was not transfer is the planner's
-            self.report.add_stage("commit", start + self.report.seconds["transfer"] - transferred)
+        finally:
+            self.report.add_stage("commit", self._with_planner_since)
 
     def _resolve(self, item: ReadItem, record: int) -> Placement:
         tensor = self.planner.resolve_tensor(item).detach()
@@ -150,8 +150,12 @@ class PlanTransfer:
                 self._place_window([placement])
             return
         items, records = [p.item for p in placements], [p.record for p in placements]
-        with self.report.stage("transfer"):
-            self._place(items, records, rows, destinations, lambda i: placements[i].tensor)
+        self.report.add_stage("commit", self._with_planner_since)
+        try:
+            with self.report.stage("transfer"):
+                self._place(items, records, rows, destinations, lambda i: placements[i].tensor)
+        finally:
+            self._with_planner_since = time.perf_counter()
 
     def _place(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import enum
 import json
 import pickle
 import threading
@@ -126,23 +127,29 @@ def test_threads_trust_metadata_with_one_reader(stored: Path) -> None:
     assert image(state) == image(STORED)
 
 
+class Colour(enum.Enum):
+    """Not inert: a class of one's own."""
+
+    RED = 1
+
+
 def test_a_load_within_a_load_has_options_of_its_own(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path / "ckpt", {"day": datetime.date(2026, 1, 2)})
+    checkpoint = save(tmp_path / "ckpt", {"colour": Colour.RED})
     reader, inner = dcp_fast.FileSystemReader(checkpoint), dcp_fast.DefaultLoadPlanner()
     errors = []
 
     def midway() -> None:
         with pytest.raises(dcp.api.CheckpointException) as caught:
-            dcp_fast.load({"day": None}, storage_reader=reader, planner=inner, no_dist=True)
+            dcp_fast.load({"colour": None}, storage_reader=reader, planner=inner, no_dist=True)
         errors.append(caught.value.failures[0][0])
         assert not planner.trust_bytes
 
     planner = Planner(midway)
-    state: dict[str, Any] = {"day": None}
+    state: dict[str, Any] = {"colour": None}
     dcp_fast.load(
         state, storage_reader=reader, planner=planner, trust_bytes=True, trace=tmp_path / "load.json", no_dist=True
     )
-    assert state["day"] == datetime.date(2026, 1, 2)
+    assert state["colour"] is Colour.RED
     assert [type(error) for error in errors] == [dcp_fast.UntrustedBytesError]
     assert stages_of(tmp_path / "load.json")[:2] == ["metadata", "planning"]
 
