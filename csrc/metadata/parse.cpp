@@ -225,10 +225,10 @@ class Builder {
 
 }  // namespace
 
-Columns parse(Source& source, FastLane fast_lane) {
+Columns parse(Source& source, Batches batches) {
   Heap heap(source.size());
   try {
-    const Value root = unpickle(source, fast_lane, heap);
+    const Value root = unpickle(source, batches, heap);
     return Builder(heap).build(root);
   } catch (Error& error) {
     if (error.kind == ErrorKind::kCorruptMetadata && error.offset < 0) {  // of the object, which lies anywhere in it

@@ -6,10 +6,10 @@
 #include <string_view>
 #include <vector>
 
+#include "metadata/batch_reader.h"
 #include "metadata/collect.h"
 #include "metadata/cursor.h"
 #include "metadata/failure.h"
-#include "metadata/lane.h"
 #include "metadata/memo.h"
 #include "metadata/objects.h"
 #include "metadata/sequences.h"
@@ -22,8 +22,8 @@ namespace {
 
 class Unpickler {
  public:
-  Unpickler(Source& source, FastLane fast_lane, Heap& heap)
-      : heap_(heap), cursor_(source), fast_lane_(fast_lane), lane_(heap, memo_, cursor_) {}
+  Unpickler(Source& source, Batches batches, Heap& heap)
+      : heap_(heap), cursor_(source), batches_(batches), batch_reader_(heap, memo_, cursor_) {}
 
   Value run() {
     try {
@@ -244,7 +244,7 @@ class Unpickler {
   }
   bool recall(uint64_t index) {
     const Value value = memo_.get(index);
-    if (!value.is(Tag::kUnset)) return push(lane_.outside(value));
+    if (!value.is(Tag::kUnset)) return push(batch_reader_.outside(value));
     if (memo_.was_put(index)) unsupported("a part of an object that is used again");
     corrupt("a memo index that was never written");
   }
@@ -254,7 +254,7 @@ class Unpickler {
   bool container(uint8_t opcode) {
     switch (opcode) {
       case '(':  // MARK
-        if (fast_lane_ == FastLane::kYes && stack_.size() > fence_ && lane_.read_batch(stack_.back())) return true;
+        if (batches_ == Batches::kAtOnce && stack_.size() > fence_ && batch_reader_.read(stack_.back())) return true;
         marks_.push_back(stack_.size());
         fence_ = stack_.size();
         return true;
@@ -463,12 +463,12 @@ class Unpickler {
   size_t fence_ = 0;           // the last of them
   Memo memo_;
   std::vector<Value> fields_;
-  FastLane fast_lane_;
-  Lane lane_;
+  Batches batches_;
+  BatchReader batch_reader_;
 };
 
 }  // namespace
 
-Value unpickle(Source& source, FastLane fast_lane, Heap& heap) { return Unpickler(source, fast_lane, heap).run(); }
+Value unpickle(Source& source, Batches batches, Heap& heap) { return Unpickler(source, batches, heap).run(); }
 
 }  // namespace dcp_fast::metadata
