@@ -167,6 +167,7 @@ bool BatchReader::chunk(ChunkRun& run) {
   if (!item_.phrase(sizes_begin_, [&] { return item_.field(Known::kSizes) && item_.size_type(); })) return false;
   if (!item_.shape(dims_of_sizes) || dims_of_sizes != dims) return false;
   keep_size(start + dims);
+  if (!item_.later_fields(Global::kChunkStorageMetadata)) return false;
   if (!item_.end_object() || (run.count > 0 && run.dims != dims)) return false;
   run.dims = static_cast<uint32_t>(dims);
   ++run.count;
@@ -204,9 +205,10 @@ bool BatchReader::row() {
   if (!item_.text(file, is_new)) return false;
   if (is_new) item_.keep_last(Value(Tag::kText, file), 0);
   if (!item_.phrase(offset_, [&] { return item_.field(Known::kOffset); }) || !item_.integer(offset)) return false;
-  if (!item_.phrase(length_, [&] { return item_.field(Known::kLength); }) || !item_.integer(length) ||
-      !item_.end_object())
+  if (!item_.phrase(length_, [&] { return item_.field(Known::kLength); }) || !item_.integer(length)) {
     return false;
+  }
+  if (!item_.later_fields(Global::kStorageInfo) || !item_.end_object()) return false;
 
   if (row + 1 >= HashTable::kNone) return false;
   rows.fqn.push_back(fqn);

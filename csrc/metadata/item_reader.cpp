@@ -1,6 +1,9 @@
 #include "metadata/item_reader.h"
 
+#include <string_view>
+
 #include "little_endian.h"
+#include "metadata/objects.h"
 
 namespace dcp_fast::metadata {
 
@@ -36,6 +39,22 @@ bool ItemReader::shape(size_t& dims) {
     if (!opcode(code) || !put()) return false;
   }
   return opcode(kTuple1) && put() && opcode('R') && put();
+}
+
+bool ItemReader::later_fields(Global type) {
+  constexpr uint8_t kNewTrue = 0x88;
+  constexpr uint8_t kNewFalse = 0x89;
+  while (!stands_at('u')) {
+    Value name;
+    if (!recall(name) || !name.is(Tag::kText) || name.payload() < kKnownTexts.size()) return false;
+    const std::string_view text = heap_.text(name);
+    // The one is a field of torch that is seldom there, the others would be refused.
+    if (text == "transform_descriptors" || text.substr(0, 2) == "__") return false;
+    int64_t number = 0;
+    if (!opcode('N') && !opcode(kNewTrue) && !opcode(kNewFalse) && !integer(number)) return false;
+    leave_out(heap_, type, text);
+  }
+  return true;
 }
 
 bool ItemReader::text(uint32_t& index, bool& is_new) {

@@ -59,6 +59,8 @@ class ItemReader {
   bool field(Known name) { return recalls(Value(Tag::kText, static_cast<uint64_t>(name))); }
   bool size_type() { return recalls(Value(Tag::kGlobal, static_cast<uint64_t>(Global::kSize))); }
   bool shape(size_t& dims);
+  // Fields of a later torch that hold a number, a flag or None, before the end of an object. They are left out.
+  bool later_fields(Global type);
   bool text(uint32_t& index, bool& is_new);
   bool integer(int64_t& number);
   bool opcode(uint8_t code);

@@ -25,6 +25,7 @@ using Shape = std::vector<int64_t>;
 struct Habits {
   int protocol = 4;
   size_t batch = 1000;
+  bool later_fields = false;
   int oddity = 0;  // in percent: how many items are out of the ordinary
 };
 
@@ -114,6 +115,7 @@ class RandomMetadata {
     size(offset, sizes);
     out_.name("sizes");
     size(Shape(dims, random_.chance(habits_.oddity / 8) ? -1 : 300), sizes);
+    later_field("checksum");
     out_.pickle() += "ub";
   }
 
@@ -141,9 +143,21 @@ class RandomMetadata {
     out_.number(random_.between(-3, 100'000));
     if (oddly()) {
       out_.name("transform_descriptors");
-      out_.pickle() += list({text("zstd")});
+      out_.pickle() += random_.chance(30) ? "N" : list({text("zstd")});
     }
+    later_field(random_.chance(habits_.oddity / 8) ? "length" : "crc");
     out_.pickle() += "ub";
+  }
+
+  // As a later torch may write, in all items or in none.
+  void later_field(std::string_view name) {
+    if (!habits_.later_fields) return;
+    out_.name(std::string(name));
+    random_.chance(20) ? static_cast<void>(out_.pickle() += 'N') : out_.number(random_.between(0, 1 << 20));
+    if (oddly()) {
+      out_.name("more");
+      out_.pickle() += random_.pick(std::vector<std::string>{"\x88", "\x89", ")", "]"});
+    }
   }
 
   Random& random_;
@@ -160,6 +174,7 @@ std::string odd_pickle(Random& random, int oddity) {
   habits.protocol = static_cast<int>(random.between(2, 5));
   habits.batch = random.pick(std::vector<size_t>{1, 2, 5, 1000});
   habits.oddity = oddity;
+  habits.later_fields = random.chance(30);
   return RandomMetadata(random, habits).write(random.below(6), random.pick(std::vector<size_t>{1, 4, 12}));
 }
 

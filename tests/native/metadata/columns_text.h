@@ -35,6 +35,9 @@ inline std::string text_of(const metadata::Columns& columns) {
     }
     text += '\n';
   }
+  for (const metadata::LeftOut& field : columns.left_out) {
+    text += std::string(metadata::name_of(field.type)) + " without " + field.name + '\n';
+  }
   return text + columns.planner_data + columns.storage_meta + columns.version;
 }
 
