@@ -21,7 +21,7 @@ class Cursor {
   uint64_t left() const { return size_ - position(); }
 
   void seek(uint64_t position) {
-    if (window_end_ - position <= static_cast<uint64_t>(window_.end - window_begin_)) {
+    if (window_begin_ != nullptr && window_end_ - position <= static_cast<uint64_t>(window_.end - window_begin_)) {
       window_.begin = window_.end - (window_end_ - position);
       return;
     }

@@ -67,6 +67,7 @@ class Unpickler {
     const Dict* dict = heap_.dict(stack_[1]);
     if (dict == nullptr || dict->sequence.items > 0) return false;
     std::vector<size_t> heights;
+    heights.reserve(marks_.size());
     for (size_t i = 0; i < marks_.size(); ++i) {
       heights.push_back((i + 1 < marks_.size() ? marks_[i + 1] : stack_.size()) - marks_[i]);
     }
@@ -82,7 +83,7 @@ class Unpickler {
     if (!skipped) return false;
     fields_.assign(fields, fields + skipped->untouched / 2 * 2);
     for (const uint32_t name : skipped->names) {
-      fields_.push_back(Value(Tag::kText, name));
+      fields_.emplace_back(Tag::kText, name);
       if (!is_attribute(fields_.back())) return false;
       fields_.emplace_back();
     }
@@ -401,7 +402,7 @@ class Unpickler {
       set_state(heap_, top(), state);
       return true;
     }
-    Dict* dict = heap_.dict(state);
+    const Dict* dict = heap_.dict(state);
     if (dict == nullptr) unsupported("a dict of fields that is used again");
     fields_.clear();
     for_each_item(heap_, dict->sequence, [&](Value item) { fields_.push_back(item); });
