@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <string_view>
 
 #include "little_endian.h"
@@ -62,8 +61,8 @@ class Cursor {
     for (uint64_t wanted = 1;;) {
       require(wanted);
       const Window bytes = window(wanted);
-      const auto* newline = static_cast<const uint8_t*>(std::memchr(bytes.begin, '\n', available()));
-      if (newline != nullptr) {
+      const uint8_t* newline = std::find(bytes.begin, bytes.end, uint8_t{'\n'});
+      if (newline != bytes.end) {
         const auto count = static_cast<size_t>(newline - bytes.begin);
         return {reinterpret_cast<const char*>(take(count + 1)), count};
       }

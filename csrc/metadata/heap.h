@@ -33,7 +33,7 @@ struct Sequence {
   uint64_t cells = 0;  // of Heap::values that its segments take
 };
 
-// The dicts that carry the fields of an object are gone when the object has them, and their slots are used again. A
+// The dicts that carry the fields of an object are gone when the object has them, and their places are used again. A
 // value from before then has another generation.
 struct Dict {
   Sequence sequence;

@@ -133,16 +133,6 @@ class Fields {
   size_t taken_ = 0;
 };
 
-void leave_out(Heap& heap, Global type, std::string_view name) {
-  constexpr size_t kMaxLeftOut = 64;
-  constexpr size_t kMaxName = 128;
-  LeftOut field{type, std::string(name)};
-  std::vector<LeftOut>& known = heap.columns.left_out;
-  if (std::find(known.begin(), known.end(), field) != known.end()) return;
-  if (known.size() == kMaxLeftOut || name.size() > kMaxName) unsupported("more fields than any torch writes");
-  known.push_back(std::move(field));
-}
-
 uint32_t size_of(Value value) {
   if (!value.is(Tag::kSize)) unsupported("a shape that is no torch.Size");
   return static_cast<uint32_t>(value.payload());
@@ -219,6 +209,16 @@ bool is_metadata_field(std::string_view name) {
   constexpr std::array<std::string_view, 5> kFields = {"state_dict_metadata", "planner_data", "storage_data",
                                                        "storage_meta", "version"};
   return std::find(kFields.begin(), kFields.end(), name) != kFields.end();
+}
+
+void leave_out(Heap& heap, Global type, std::string_view name) {
+  constexpr size_t kMaxLeftOut = 64;
+  constexpr size_t kMaxName = 128;
+  LeftOut field{type, std::string(name)};
+  std::vector<LeftOut>& known = heap.columns.left_out;
+  if (std::find(known.begin(), known.end(), field) != known.end()) return;
+  if (known.size() == kMaxLeftOut || name.size() > kMaxName) unsupported("more fields than any torch writes");
+  known.push_back(std::move(field));
 }
 
 Value call(Heap& heap, Value callable, Value arguments) {

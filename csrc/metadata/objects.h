@@ -13,6 +13,9 @@ namespace dcp_fast::metadata {
 // Whether torch's Metadata has a field of this name.
 bool is_metadata_field(std::string_view name);
 
+// Notes a field that the columns have no place for. Throws Unsupported for more of them than any torch has.
+void leave_out(Heap& heap, Global type, std::string_view name);
+
 // REDUCE: callable(*arguments).
 Value call(Heap& heap, Value callable, Value arguments);
 

@@ -62,7 +62,8 @@ class Builder {
         try {
           attribute.pickle = plain_pickle(heap_, known.value);
           attribute.is_read = true;
-        } catch (const Unsupported&) {  // it has objects
+        } catch (const Unsupported&) {
+          attribute.is_read = false;  // it has objects
         }
       }
       columns_.attributes.push_back(std::move(attribute));
@@ -225,10 +226,10 @@ class Builder {
 
 }  // namespace
 
-Columns parse(Source& source, FastLane fast_lane) {
+Columns parse(Source& source, Batches batches) {
   Heap heap(source.size());
   try {
-    const Value root = unpickle(source, fast_lane, heap);
+    const Value root = unpickle(source, batches, heap);
     return Builder(heap).build(root);
   } catch (Error& error) {
     if (error.kind == ErrorKind::kCorruptMetadata && error.offset < 0) {  // of the object, which lies anywhere in it

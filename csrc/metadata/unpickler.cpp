@@ -6,10 +6,10 @@
 #include <string_view>
 #include <vector>
 
+#include "metadata/batch_reader.h"
 #include "metadata/collect.h"
 #include "metadata/cursor.h"
 #include "metadata/failure.h"
-#include "metadata/lane.h"
 #include "metadata/memo.h"
 #include "metadata/objects.h"
 #include "metadata/sequences.h"
@@ -22,8 +22,8 @@ namespace {
 
 class Unpickler {
  public:
-  Unpickler(Source& source, FastLane fast_lane, Heap& heap)
-      : heap_(heap), cursor_(source), fast_lane_(fast_lane), lane_(heap, memo_, cursor_) {}
+  Unpickler(Source& source, Batches batches, Heap& heap)
+      : heap_(heap), cursor_(source), batches_(batches), batch_reader_(heap, memo_, cursor_) {}
 
   Value run() {
     try {
@@ -67,6 +67,7 @@ class Unpickler {
     const Dict* dict = heap_.dict(stack_[1]);
     if (dict == nullptr || dict->sequence.items > 0) return false;
     std::vector<size_t> heights;
+    heights.reserve(marks_.size());
     for (size_t i = 0; i < marks_.size(); ++i) {
       heights.push_back((i + 1 < marks_.size() ? marks_[i + 1] : stack_.size()) - marks_[i]);
     }
@@ -82,7 +83,7 @@ class Unpickler {
     if (!skipped) return false;
     fields_.assign(fields, fields + skipped->untouched / 2 * 2);
     for (const uint32_t name : skipped->names) {
-      fields_.push_back(Value(Tag::kText, name));
+      fields_.emplace_back(Tag::kText, name);
       if (!is_attribute(fields_.back())) return false;
       fields_.emplace_back();
     }
@@ -244,7 +245,7 @@ class Unpickler {
   }
   bool recall(uint64_t index) {
     const Value value = memo_.get(index);
-    if (!value.is(Tag::kUnset)) return push(lane_.outside(value));
+    if (!value.is(Tag::kUnset)) return push(batch_reader_.outside(value));
     if (memo_.was_put(index)) unsupported("a part of an object that is used again");
     corrupt("a memo index that was never written");
   }
@@ -254,7 +255,7 @@ class Unpickler {
   bool container(uint8_t opcode) {
     switch (opcode) {
       case '(':  // MARK
-        if (fast_lane_ == FastLane::kYes && stack_.size() > fence_ && lane_.read_batch(stack_.back())) return true;
+        if (batches_ == Batches::kAtOnce && stack_.size() > fence_ && batch_reader_.read(stack_.back())) return true;
         marks_.push_back(stack_.size());
         fence_ = stack_.size();
         return true;
@@ -463,12 +464,12 @@ class Unpickler {
   size_t fence_ = 0;           // the last of them
   Memo memo_;
   std::vector<Value> fields_;
-  FastLane fast_lane_;
-  Lane lane_;
+  Batches batches_;
+  BatchReader batch_reader_;
 };
 
 }  // namespace
 
-Value unpickle(Source& source, FastLane fast_lane, Heap& heap) { return Unpickler(source, fast_lane, heap).run(); }
+Value unpickle(Source& source, Batches batches, Heap& heap) { return Unpickler(source, batches, heap).run(); }
 
 }  // namespace dcp_fast::metadata
