@@ -110,6 +110,6 @@ def test_memory_does_not_grow_with_the_load(
     assert report.bytes_to_device == 4 * 2 * MIB
     busy = simulator.busy_seconds(0, "copy")
     assert busy == pytest.approx(4 * 2 * MIB / 0.02e9, rel=0.1)
-    assert report.copying_seconds == pytest.approx(busy, rel=0.3)
+    assert 0.9 * busy <= report.copying_seconds <= report.seconds["transfer"]  # a busy machine notices late
     assert report.wait_seconds["slot" if pinned == MIB else "device"] > 0.05
     assert report.seconds["transfer"] >= busy
