@@ -6,7 +6,9 @@ The public names of torch are imported where they are used.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, cast
 
 import torch
 from torch import _weights_only_unpickler as weights_only_unpickler
@@ -31,6 +33,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MEMORY
 from torch.distributed.checkpoint.optimizer import _gen_rank_device as gen_rank_device
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list as create_chunk_list
 from torch.distributed.checkpoint.planner_helpers import _create_read_items as create_read_items
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict as load_state_dict
 from torch.distributed.checkpoint.utils import _api_bc_check as api_bc_check
 from torch.distributed.checkpoint.utils import _DistWrapper as DistWrapper
 from torch.distributed.checkpoint.utils import _get_failure_dict as get_failure_dict
@@ -46,6 +49,11 @@ except ImportError:
         """Whether a value carries the shape of a global tensor that it is a part of. Here none can."""
         return False
 
+
+fsspec_filesystem: Any = None
+for _name in ("fsspec_filesystem", "_fsspec_filesystem"):  # public since torch 2.15
+    with suppress(ImportError):  # there is none without fsspec
+        fsspec_filesystem = fsspec_filesystem or import_module(f"torch.distributed.checkpoint.{_name}")
 
 get_layout = cast(Callable[[str], torch.layout], _get_layout)
 disabled_torch_function = torch._C._disabled_torch_function_impl
@@ -72,6 +80,7 @@ __all__ = [
     "disabled_torch_function",
     "flatten_state_dict",
     "foreach_copy_",
+    "fsspec_filesystem",
     "gen_rank_device",
     "get_device_module",
     "get_failure_dict",
@@ -79,6 +88,7 @@ __all__ = [
     "get_object_coll_device",
     "is_checkpointable_tensor",
     "is_zipfile",
+    "load_state_dict",
     "narrow_tensor_by_index",
     "set_element",
     "shard_metadata",

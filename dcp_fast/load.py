@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
@@ -18,13 +17,14 @@ from typing_extensions import deprecated
 
 from dcp_fast._torch import api_bc_check, dcp_method_logger, storage_setup
 from dcp_fast.collector import paused_collection
+from dcp_fast.observe.report import reported
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.ranks.steps import load_on_all_ranks
 from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.readers.others import fast_twin
+from dcp_fast.readers.proof import has_torchs_read_data
 
-__all__ = ["load", "load_state_dict"]
-
-_TorchFileSystemReader = torch_filesystem.FileSystemReader
+__all__ = ["is_stateful", "load", "load_state_dict", "load_state_dict_on_all_ranks"]
 
 
 @dcp_method_logger(log_exceptions=True)
@@ -44,8 +44,10 @@ def load(
 ) -> None:
     """Drop-in for ``torch.distributed.checkpoint.load``: same arguments, same result, same exceptions.
 
-    A local ``checkpoint_id`` is read by :class:`dcp_fast.FileSystemReader`, any other by the reader that torch chooses.
-    The default planner is :class:`dcp_fast.DefaultLoadPlanner`. A reader or planner that is passed is used as it is.
+    A local ``checkpoint_id`` (a path, ``file://`` or ``local://``) is read by :class:`dcp_fast.FileSystemReader`, any
+    other by the reader that torch chooses. The default planner is :class:`dcp_fast.DefaultLoadPlanner`. A reader or
+    planner that is passed is used as it is, but where a reader reads data just as torch's FileSystemReader does, from
+    local files, the native engine does it instead. The report of the load tells (:func:`dcp_fast.last_report`).
 
     torch's function lacks these arguments:
 
@@ -74,9 +76,9 @@ def load(
             stacklevel=3,
         )
     reader = cast(StorageReader, storage_setup(storage_reader, checkpoint_id, reader=True))
-    if storage_reader is None and type(reader) is _TorchFileSystemReader:
-        assert checkpoint_id is not None
-        reader = FileSystemReader(checkpoint_id)
+    if storage_reader is None and has_torchs_read_data(reader):
+        twin = fast_twin(reader)
+        reader = twin if isinstance(twin, FileSystemReader) else reader
     if planner is None:
         planner = DefaultLoadPlanner()
     options: list[tuple[object, str, Any]] = []
@@ -86,29 +88,29 @@ def load(
         (planner, DefaultLoadPlanner, "trust_bytes", trust_bytes),
     ):
         if given is not None:
-            # By its bases: isinstance() also says yes to torch's while ours stand in their place.
-            if cls not in type(owner).__mro__:
+            if not isinstance(owner, cls):
                 raise ValueError(f"{name} needs a dcp_fast.{cls.__name__}, got a {type(owner).__name__}")
             options.append((owner, name, given))
 
-    # All ranks load in the same order of keys. A Stateful's own state dict is loaded in place of it. What a Stateful
-    # removes from the state dict meanwhile is skipped, as in torch.
-    keys = sorted(state_dict)
-    loaded: dict[str, Any] = {}
-    for key in keys:
-        if key in state_dict:
-            value = state_dict[key]
-            loaded[key] = value.state_dict() if _is_stateful(value) else value
-    # Metadata, plan and columns are gone before the collector looks at them.
-    with paused_collection(), _set(options):
-        load_on_all_ranks(loaded, reader, planner, process_group, no_dist=no_dist, share=share_metadata)
-    for key in keys:
-        if key in state_dict:
-            value = state_dict[key]
-            if _is_stateful(value):
-                value.load_state_dict(loaded[key])
-            else:
-                state_dict[key] = loaded[key]
+    with reported():
+        # All ranks load in the same order of keys. A Stateful's own state dict is loaded in place of it. What a
+        # Stateful removes from the state dict meanwhile is skipped, as in torch.
+        keys = sorted(state_dict)
+        loaded: dict[str, Any] = {}
+        for key in keys:
+            if key in state_dict:
+                value = state_dict[key]
+                loaded[key] = value.state_dict() if is_stateful(value) else value
+        # Metadata, plan and columns are gone before the collector looks at them.
+        with paused_collection(), _set(options):
+            load_on_all_ranks(loaded, reader, planner, process_group, no_dist=no_dist, share=share_metadata)
+        for key in keys:
+            if key in state_dict:
+                value = state_dict[key]
+                if is_stateful(value):
+                    value.load_state_dict(loaded[key])
+                else:
+                    state_dict[key] = loaded[key]
 
 
 @contextmanager
@@ -124,7 +126,8 @@ def _set(options: list[tuple[object, str, Any]]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _is_stateful(value: object) -> bool:
+def is_stateful(value: object) -> bool:
+    """Whether a value has a state dict of its own."""
     # The check of a runtime protocol takes microseconds, which most values, being tensors, need not pay.
     return type(value) is not torch.Tensor and isinstance(value, Stateful)
 
@@ -146,11 +149,24 @@ def load_state_dict(
     Reader and planner say what they trust; the default planner is ``dcp_fast.DefaultLoadPlanner()``.
     """
     storage_reader.reset()
-    load_on_all_ranks(
-        state_dict,
-        storage_reader,
-        DefaultLoadPlanner() if planner is None else planner,
-        process_group,
-        coordinator_rank,
-        no_dist,
-    )
+    load_state_dict_on_all_ranks(state_dict, storage_reader, process_group, coordinator_rank, no_dist, planner)
+
+
+def load_state_dict_on_all_ranks(
+    state_dict: dict[str, Any],
+    storage_reader: StorageReader,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: LoadPlanner | None = None,
+) -> None:
+    """What torch's functions call to load a state dict, once reader and planner are there."""
+    with reported(), paused_collection():
+        load_on_all_ranks(
+            state_dict,
+            storage_reader,
+            DefaultLoadPlanner() if planner is None else planner,
+            process_group,
+            coordinator_rank,
+            no_dist,
+        )

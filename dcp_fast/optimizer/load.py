@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from dcp_fast._torch import DistWrapper, unflatten_state_dict
 from dcp_fast.collector import paused_collection
 from dcp_fast.errors import OptimizerStateError
+from dcp_fast.observe.report import reported
 from dcp_fast.optimizer.sharding import (
     ParameterSlice,
     RowSharding,
@@ -41,6 +42,7 @@ _COUNTERS = ("step", "mu_product", "eta", "mu")
 T = TypeVar("T")
 
 
+@reported()
 @paused_collection()
 def load_sharded_optimizer_state_dict(
     model_state_dict: dict[str, Any],

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from dcp_fast import _native
 from dcp_fast._torch import ShardedTensor, create_chunk_list, create_read_items, is_checkpointable_tensor
 from dcp_fast.metadata.lazy import LazyDict, columns_of
+from dcp_fast.observe.report import current_report
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, is_whole
 
 __all__ = ["create_default_local_load_plan", "create_read_items_for_chunk_list", "global_size"]
@@ -95,6 +96,8 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
     a kind of entry that differs. Where no stored chunk covers a part of a wanted tensor, torch leaves that part as it
     was without a word; so does this function, but it logs a warning that names the tensors.
     """
+    if (report := current_report()) is not None:
+        report.planned_natively = True
     search = _Search(metadata)
     find, add_whole = search.finder(), search.add_whole
     for fqn, value in state_dict.items():

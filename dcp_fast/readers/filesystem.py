@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -14,22 +13,23 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from dcp_fast import _native
-from dcp_fast._torch import ExtensionRegistry, StorageReaderTransforms
+from dcp_fast._torch import ExtensionRegistry
 from dcp_fast.collector import paused_collection
-from dcp_fast.drop_in import DropIn
 from dcp_fast.metadata.read import parse_metadata, read_metadata
-from dcp_fast.observe.report import LoadReport, begin, publish
-from dcp_fast.observe.trace import Timeline, saved
+from dcp_fast.observe.report import LoadReport, begin, current_report, last_report, publish
+from dcp_fast.planning.hooks import why_planner_is_slow
+from dcp_fast.planning.planner import DefaultLoadPlanner
+from dcp_fast.readers.proof import LocalFiles, class_name, is_torchs_file_system, local_files
 from dcp_fast.transfer.gpu import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
 from dcp_fast.transfer.plan_transfer import PlanTransfer
 from dcp_fast.transfer.stored_entries import StoredEntries
 
-__all__ = ["FileSystemReader"]
+__all__ = ["FileSystemReader", "read_metadata_of"]
 
 _MODES = {"auto": _native.IoMode.AUTO, "cached": _native.IoMode.CACHED, "direct": _native.IoMode.DIRECT}
 
 
-class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
+class FileSystemReader(torch_filesystem.FileSystemReader):
     """Drop-in for ``torch.distributed.checkpoint.FileSystemReader`` that reads only the bytes that are needed.
 
     Works with any ``LoadPlanner``. Tensors land in host memory without a copy in between wherever the stored and the
@@ -98,21 +98,13 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
         self.synchronize = synchronize
         self.io = io
         self.trace = None if trace is None else os.fsdecode(trace)
-        self._timeline: Timeline | None = None
         self.trust_metadata = self.trust_metadata_by_default if trust_metadata is None else trust_metadata
-        self._report = LoadReport()
-        self._planning_started = 0.0
+        self._report = LoadReport()  # of the load that this reader alone knows of: torch's load() runs it
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Forget the checkpoint that was read; optionally turn to another one."""
         super().reset(checkpoint_id)
         self._report = LoadReport()
-        self._timeline = None
-
-    def _start_timeline(self) -> None:
-        self._timeline = None if self.trace is None else Timeline(self.trace)
-        if self._timeline is not None:
-            self._report.trace_stages(self._timeline)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``.
@@ -125,92 +117,116 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
             UntrustedMetadataError: it asks for what could run code.
         """
         with self.metadata_stage():
-            if self.trust_metadata:
-                return super().read_metadata(*args, **kwargs)
-            path = self._get_metadata_path(kwargs.get("rank"))
-            if type(self.fs) is torch_filesystem.FileSystem:
-                return self.take_metadata(read_metadata(str(path)))
-            with self.fs.create_stream(path, "rb") as file:
-                return self.take_metadata(parse_metadata(file.read(), str(path)))
+            return read_metadata_of(super().read_metadata, self, *args, **kwargs)
 
     # What a rank does as well that received the metadata: see shared_metadata.py.
 
     @contextmanager
     def metadata_stage(self, received: bool = False) -> Iterator[None]:
-        """A load begins: what happens within is its first stage. ``received``: as in the report."""
-        self._report = LoadReport(path=str(self.path), metadata_received=received)
-        begin(self._report)
-        self._start_timeline()
-        with saved(self._timeline), self._report.stage("metadata"), paused_collection():
-            yield
-        self._planning_started = time.perf_counter()
+        """What happens within is a stage of the load. ``received``: as in the report."""
+        if current_report() is None:
+            self._report = LoadReport()
+            self._report.enter("planning")
+        report = self._start_report()
+        report.metadata_received = received
+        try:
+            with report.stage("metadata"), paused_collection():
+                yield
+        finally:
+            if current_report() is None and report.timeline is not None:
+                report.timeline.save()  # nobody else may come to do it
 
     def take_metadata(self, metadata: Metadata) -> Metadata:
         """Give metadata what it has of its reader."""
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        return _with_load_id(metadata, self)
+
+    def _start_report(self) -> LoadReport:
+        """The report of the load that goes on, with a timeline if this reader is to write one."""
+        report = current_report() or self._report
+        report.path = report.path or str(self.path)
+        if self.trace is not None and report.timeline is None:
+            report.record(self.trace)
+        return report
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take the metadata. Here, where the error of one rank reaches all, an unwritable trace is found out."""
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
-        if self._timeline is None:  # somebody else read the metadata
-            self._start_timeline()
-        if self._timeline is not None:
-            self._timeline.write()
+        if current_report() is None:
+            if last_report() is self._report:  # that of a load which failed after this
+                self._report = LoadReport()
+            begin(self._report)
+            self._report.enter("planning")
+        report = self._start_report()
+        if report.timeline is not None:
+            report.timeline.write()
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Return the plan as it is."""
-        if self._planning_started:
-            self._report.add_stage("planning", self._planning_started)
-            self._planning_started = 0.0
+        if current_report() is None:
+            self._report.enter("ranks")
         return super().prepare_local_plan(plan)
-
-    def _reads_plain_files(self) -> bool:
-        # Whoever puts another file system, view or transform below torch's reader deals in Python streams.
-        return (
-            type(self.fs) is torch_filesystem.FileSystem
-            and type(self.transforms) is StorageReaderTransforms
-            and type(self)._slice_file is torch_filesystem.FileSystemReader._slice_file
-            and "_slice_file" not in vars(self)
-        )
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load all items of the plan; the future is done when this returns."""
-        timeline, self._timeline = self._timeline, None
-        report, self._report = self._report, LoadReport()
-        report.path = str(self.path)
-        with saved(timeline):
-            return self._load(plan, planner, report, None if timeline is None else timeline.recorder)
+        report = self._start_report()
+        if current_report() is not None:
+            return self._load(plan, planner, report)
+        self._report = LoadReport()
+        report.reader, report.planner = class_name(self), class_name(planner)
+        report.planner_fallback_reason = why_planner_is_slow(planner, isinstance(planner, DefaultLoadPlanner))
+        try:
+            return self._load(plan, planner, report)
+        finally:
+            publish(report)
 
     def staging_limits(self) -> StagingLimits:
         """What a load may use on its way to GPUs."""
         return StagingLimits.of(self.threads, self.block_bytes, self.pinned_bytes, self.device_staging_bytes)
 
-    def _load(
-        self, plan: LoadPlan, planner: LoadPlanner, report: LoadReport, recorder: _native.TraceRecorder | None
-    ) -> Future[None]:
-        if not self._reads_plain_files():
+    def _load(self, plan: LoadPlan, planner: LoadPlanner, report: LoadReport) -> Future[None]:
+        files = local_files(self)
+        report.reader_fallback_reason = files.reason
+        if files.reason:
             with report.stage("transfer"):
-                future = super().read_data(plan, planner)
-            publish(report)
-            return future
+                return super().read_data(plan, planner)
+        with report.stage("commit"):
+            self._read_natively(files, plan, planner, report)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _read_natively(self, files: LocalFiles, plan: LoadPlan, planner: LoadPlanner, report: LoadReport) -> None:
         options = _native.Options(
             threads=self.threads or 0,
             block_bytes=self.block_bytes,
             staging_bytes=self.staging_bytes // 2,
             mode=_MODES[self.io],
-            recorder=recorder,
+            recorder=None if report.timeline is None else report.timeline.recorder,
         )
-        storage = StoredEntries(self.path, self.storage_data, self.transforms, options, report)
+        storage = StoredEntries(files.root, self.storage_data, self.transforms, options, report)
         cuda = CudaLoad(self.staging_limits, self.synchronize, report)
         try:
             PlanTransfer(plan, planner, storage, options, self.staging_bytes, cuda, report).run()
         finally:
-            report.reading_seconds = options.reading_seconds
-            report.wait_seconds["disk"] = options.waiting_seconds
-            publish(report)
-        future = Future()
-        future.set_result(None)
-        return future
+            report.reading_seconds += options.reading_seconds
+            report.wait_seconds["disk"] += options.waiting_seconds
+
+
+def read_metadata_of(
+    torchs: Callable[..., Metadata], reader: torch_filesystem.FileSystemReader, *args: Any, **kwargs: Any
+) -> Metadata:
+    """Read metadata for a reader of torch's class, or one derived from it. ``torchs``: its own method, bound to it."""
+    if getattr(reader, "trust_metadata", FileSystemReader.trust_metadata_by_default):
+        return torchs(*args, **kwargs)
+    path = reader._get_metadata_path(kwargs.get("rank"))
+    if is_torchs_file_system(reader.fs):
+        return _with_load_id(read_metadata(str(path)), reader)
+    with reader.fs.create_stream(path, "rb") as file:
+        return _with_load_id(parse_metadata(file.read(), str(path)), reader)
+
+
+def _with_load_id(metadata: Metadata, reader: torch_filesystem.FileSystemReader) -> Metadata:
+    if metadata.storage_meta is None:
+        metadata.storage_meta = StorageMeta()
+    metadata.storage_meta.load_id = reader.load_id
+    return metadata
