@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
@@ -76,9 +77,8 @@ def load(
             stacklevel=3,
         )
     reader = cast(StorageReader, storage_setup(storage_reader, checkpoint_id, reader=True))
-    if storage_reader is None and has_torchs_read_data(reader):
-        twin = fast_twin(reader)
-        reader = twin if isinstance(twin, FileSystemReader) else reader
+    if storage_reader is None and checkpoint_id is not None:
+        reader = _reader_of_ours(reader, checkpoint_id)
     if planner is None:
         planner = DefaultLoadPlanner()
     options: list[tuple[object, str, Any]] = []
@@ -111,6 +111,14 @@ def load(
                     value.load_state_dict(loaded[key])
                 else:
                     state_dict[key] = loaded[key]
+
+
+def _reader_of_ours(reader: StorageReader, checkpoint_id: str | os.PathLike[str]) -> StorageReader:
+    """The reader that torch chose for a checkpoint, or ours in its place if the checkpoint is local."""
+    if type(reader) is torch_filesystem.FileSystemReader:
+        return FileSystemReader(checkpoint_id)
+    twin = fast_twin(reader) if has_torchs_read_data(reader) else None
+    return twin if isinstance(twin, FileSystemReader) else reader
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from dcp_fast.observe.report import LoadReport, joined_report
 from dcp_fast.planning.hooks import why_planner_is_slow
 from dcp_fast.ranks.collectives import Outcome, largest
 from dcp_fast.ranks.shared_metadata import share_metadata
-from dcp_fast.readers.others import read_plan, why_reader_is_slow
+from dcp_fast.readers.others import read_plan
 from dcp_fast.readers.proof import class_name
 
 __all__ = ["load_on_all_ranks", "sendable"]
@@ -71,7 +71,6 @@ def load_on_all_ranks(
     with joined_report() as report:
         report.reader, report.planner = class_name(storage_reader), class_name(planner)
         report.path = str(getattr(storage_reader, "checkpoint_id", "") or "")
-        report.reader_fallback_reason = why_reader_is_slow(storage_reader)
         ranks = DistWrapper(process_group, not no_dist, coordinator_rank)
         _load(state_dict, storage_reader, planner, ranks, metadata, share, report)
 

@@ -16,6 +16,7 @@ from dcp_fast import _native
 from dcp_fast._torch import StorageInfo
 from dcp_fast.errors import LoadError, typed_errors
 from dcp_fast.observe.report import joined_report
+from dcp_fast.planning.hooks import why_planner_is_slow
 from dcp_fast.readers.filesystem import FileSystemReader
 from dcp_fast.readers.proof import class_name, has_torchs_read_data, local_files, method_of
 from dcp_fast.transfer.destinations import DTYPES
@@ -26,7 +27,6 @@ __all__ = [
     "fast_twin",
     "read_data_like_torch",
     "read_plan",
-    "why_reader_is_slow",
 ]
 
 Reader = TypeVar("Reader", bound=StorageReader)
@@ -36,13 +36,6 @@ _FIELDS = {"relative_path", "offset", "length", "transform_descriptors"}  # of t
 _BLOCK = 1 << 20
 _UNKNOWN = -1  # the dtype of a record that only torch.load can read
 _ARCHIVE = b"PK\x03\x04"  # begins what torch.save writes since torch 1.6
-
-
-def why_reader_is_slow(reader: StorageReader) -> str:
-    """Why the engine cannot read for a reader, as far as the reader itself tells; empty if it can."""
-    if has_torchs_read_data(reader) or method_of(reader, "read_data") is FileSystemReader.read_data:
-        return local_files(reader).reason
-    return "it has a read_data of its own (dcp_fast.accelerate)"
 
 
 def fast_twin(reader: Any) -> FileSystemReader | str:
@@ -63,9 +56,11 @@ def read_plan(reader: StorageReader, plan: LoadPlan, planner: LoadPlanner) -> Fu
     """A reader's ``read_data``, or what comes to the same."""
     if has_torchs_read_data(reader):
         return read_data_like_torch(reader.read_data, reader, plan, planner)
-    if isinstance(reader, FileSystemReader):
+    if method_of(reader, "read_data") is FileSystemReader.read_data:
         return reader.read_data(plan, planner)
     with joined_report() as report, report.stage("transfer"):
+        # Perhaps it hands on to one of ours, which then knows better.
+        report.reader_fallback_reason = "it has a read_data of its own, see dcp_fast.accelerate"
         return reader.read_data(plan, planner)
 
 
@@ -84,8 +79,10 @@ def _read_by(
     planner: LoadPlanner,
 ) -> Future[None]:
     with joined_report() as report:
-        report.path = report.path or str(getattr(reader, "checkpoint_id", ""))
-        report.reader, report.planner = report.reader or class_name(reader), report.planner or class_name(planner)
+        if not report.reader:  # the load goes on in torch's code, of which only this is ours
+            report.path = str(getattr(reader, "checkpoint_id", ""))
+            report.reader, report.planner = class_name(reader), class_name(planner)
+            report.planner_fallback_reason = why_planner_is_slow(planner, planned_natively=True)
         if isinstance(twin, FileSystemReader):
             return twin.read_data(plan, planner)
         report.reader_fallback_reason = twin

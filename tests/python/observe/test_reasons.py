@@ -69,6 +69,17 @@ def test_planners_while_installed(stored: Path) -> None:
     assert report.planner_fallback_reason.startswith("its resolve_tensor")
 
 
+class ReadsItself(dcp_fast.FileSystemReader):
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        return dcp.FileSystemReader.read_data(self, plan, planner)
+
+
+def test_reader_derived_from_ours_that_reads_itself(stored: Path) -> None:
+    report = report_of(dcp_fast.load, zeros(), storage_reader=ReadsItself(stored))
+    assert report.reader.endswith("ReadsItself")
+    assert "read_data" in report.reader_fallback_reason
+
+
 class Wrapping(Foreign):
     """Leaves the reading to a reader that it holds."""
 

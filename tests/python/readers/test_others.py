@@ -223,3 +223,7 @@ def test_patched_class_of_torch(stored: Path, monkeypatch: pytest.MonkeyPatch) -
     report = report_of(dcp_fast.load, zeros(), storage_reader=dcp.FileSystemReader(stored))
     assert report.reader_fallback_reason
     assert opened
+    # Who only names a checkpoint gets our reader all the same, which runs nothing.
+    report = report_of(dcp_fast.load, zeros(), checkpoint_id=stored)
+    assert report.reader == "dcp_fast.readers.filesystem.FileSystemReader"
+    assert "reads through" in report.reader_fallback_reason
