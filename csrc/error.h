@@ -1,5 +1,6 @@
-// The one exception type of the native code. It carries every fact that a person needs to find the bad bytes;
-// bindings.cpp hands it to Python, where dcp_fast/errors.py turns it into a typed exception that names the FQN.
+// The one exception type of the native code. It carries every fact that a person needs to find the bad bytes.
+// csrc/bindings/module.cpp hands it to Python, where dcp_fast/errors.py makes a typed exception of it that names the
+// FQN.
 #pragma once
 
 #include <cerrno>
@@ -16,12 +17,12 @@ enum class ErrorKind {
   kIo,               // a system call failed, or memory ran out; `error_number` is its errno
   kTruncated,        // the file ends before the bytes that the metadata promises
   kCorrupt,          // the bytes contradict themselves or the metadata
-  kCorruptPickle,    // likewise the description of a tensor within its record
+  kCorruptPickle,    // the description of a tensor within its record contradicts itself
   kCorruptMetadata,  // the metadata of the checkpoint contradicts itself
   kSizeMismatch,     // a box does not fit its stored tensor or its destination
   kCuda,             // a call of the CUDA driver failed, or work that it was given
   kCudaOutOfMemory,
-  kCudaRefused,  // the driver does not give what a load needs: pinned memory, or the kernel; other work goes on
+  kCudaRefused,  // the driver refuses pinned memory or the kernel, which a load needs; other work on the GPU goes on
 };
 
 struct Error : std::runtime_error {
@@ -34,7 +35,7 @@ struct Error : std::runtime_error {
         offset(byte_offset),
         length(byte_length) {}
 
-  // What a CUDA device did not do.
+  // An error of one CUDA device.
   static Error of_device(int ordinal, ErrorKind error_kind, const std::string& message) {
     Error error(error_kind, message);
     error.device = ordinal;
@@ -48,13 +49,13 @@ struct Error : std::runtime_error {
   int error_number = 0;
   int64_t record = -1;  // index into the records of the load, -1 where none is known
   int64_t item = -1;    // index into the items of the load, -1 where none is known
-  int device = -1;      // ordinal of the CUDA device that refused something, -1 where it is no single one's
+  int device = -1;      // ordinal of the CUDA device that refused something, -1 where no single device did
 };
 
-// Thrown where whoever waits has asked to stop (Ctrl-C).
+// Thrown when the caller has asked to stop (Ctrl-C).
 struct Interrupted : std::exception {};
 
-// Calls `work`. Memory that it cannot have is an error of the system like any other, so that callers add where.
+// Calls `work`. If it runs out of memory, that becomes an Error like any other, to which callers add path and range.
 template <typename Work>
 void with_memory_errors(const Work& work) {
   const auto error = [] {

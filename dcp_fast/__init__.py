@@ -1,5 +1,7 @@
 """The fast, safe load path for torch.distributed.checkpoint. Public names are those of that module, plus our own."""
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
 try:
@@ -44,6 +46,9 @@ from dcp_fast.readers.filesystem import FileSystemReader
 from dcp_fast.readers.others import accelerate
 from dcp_fast.transfer.gpu import prepare_staging, release_staging
 
+if TYPE_CHECKING:
+    from dcp_fast.tools.inspect import Inspection, inspect
+
 __all__ = [
     "CorruptCheckpointError",
     "CorruptMetadataError",
@@ -56,6 +61,7 @@ __all__ = [
     "FilePermissionError",
     "FileSystemReader",
     "FileTimeoutError",
+    "Inspection",
     "LoadError",
     "LoadReport",
     "MetadataAccessError",
@@ -70,6 +76,7 @@ __all__ = [
     "UntrustedMetadataError",
     "accelerate",
     "create_read_items_for_chunk_list",
+    "inspect",
     "install",
     "last_report",
     "load",
@@ -79,3 +86,12 @@ __all__ = [
     "release_staging",
     "uninstall",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What no load needs is imported when it is first asked for.
+    if name in ("Inspection", "inspect"):
+        from dcp_fast.tools import inspect
+
+        return getattr(inspect, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

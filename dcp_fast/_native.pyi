@@ -1,5 +1,6 @@
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Buffer, Self
 
@@ -57,7 +58,7 @@ class Program:
     def converted(self, wave: int) -> list[int]: ...
     def fallback(self, wave: int) -> list[int]: ...
     def run(
-        self, wave: int, options: Options, staging: CudaStaging | None = None, streams: dict[int, int] = ...
+        self, wave: int, options: Options, ring: PinnedRing | None = None, streams: dict[int, int] = ...
     ) -> Stats: ...
 
 class DeviceStats:
@@ -66,7 +67,7 @@ class DeviceStats:
     launches: int
     copy_seconds: float
 
-class CudaStaging:
+class PinnedRing:
     pinned_bytes: int
     device_bytes: int
     def __init__(self, *, pinned_bytes: int, device_bytes: int, block_bytes: int) -> None: ...
@@ -77,14 +78,18 @@ class CudaStaging:
     def take_slot_seconds(self) -> float: ...
 
 def require_not_capturing(streams: dict[int, int]) -> None: ...
-def reader_threads(wanted: int, any_direct: bool) -> int: ...
+def most_reader_threads(wanted: int) -> int: ...
 def run_programs(
     programs: Sequence[Program],
     options: Options,
-    staging: CudaStaging,
+    ring: PinnedRing,
     streams: dict[int, int],
     placed: Callable[[int], None],
 ) -> Stats: ...
+def read_plain_values(
+    layouts: Layouts, records: Sequence[int], options: Options
+) -> tuple[list[Any], int, int]: ...  # an Ellipsis for what is no plain value; requests, bytes
+def parse_plain_value(record: Buffer) -> Any: ...
 def read_range(path: str, offset: int, length: int, options: Options) -> tuple[bytes, int]: ...
 
 class MetadataColumns:
@@ -95,7 +100,9 @@ class MetadataColumns:
     def fqns(self) -> list[str]: ...
     def find_entry(self, fqn: str) -> int: ...  # -1: there is none
     def find_size(self, fqn: str) -> tuple[int, tuple[int, ...] | None] | None: ...
-    def entry_fields(self, entry: int) -> tuple[int, int, bool, int, bool, bool, tuple[int, ...]] | None: ...
+    def entry_fields(
+        self, entry: int
+    ) -> tuple[int, int, bool, int, bool, bool, tuple[int, ...], tuple[int, ...] | None] | None: ...
     def chunks(self, entry: int) -> memoryview: ...  # int64: chunk, offsets or sizes, dimension
     has_storage: bool
     row_count: int
@@ -110,6 +117,8 @@ class MetadataColumns:
     ) -> tuple[str, tuple[int, ...] | None, int | None, str, int, int, list[str] | tuple[str, ...] | None]: ...
     planner_data: bytes
     storage_meta: bytes
+    attributes: list[tuple[str, bytes | None]]  # beyond the fields of Metadata; None: only the file has it
+    left_out: list[tuple[str, str, str]]  # module, class, field
     version: str | None
 
 def parse_metadata(pickle: Buffer) -> MetadataColumns | str: ...
@@ -117,6 +126,8 @@ def parse_blocks(size: int, next_block: Callable[[], Buffer]) -> MetadataColumns
 def read_metadata(path: str) -> MetadataColumns | str: ...
 
 class Rows(Buffer): ...  # int64
+
+def bytes_rows(columns: MetadataColumns, fqns: Sequence[str]) -> Rows: ...  # file, offset, length, is transformed
 
 class PlannedRecords:
     """The stored tensors that boxes are parts of."""

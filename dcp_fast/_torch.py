@@ -27,6 +27,7 @@ from torch.distributed.checkpoint._storage_utils import _storage_setup as storag
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import _wrap_exception as wrap_exception
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.checkpoint.filesystem import _StoragePrefix as StoragePrefix
 from torch.distributed.checkpoint.filesystem import _StorageReaderTransforms as StorageReaderTransforms
 from torch.distributed.checkpoint.logger import _dcp_method_logger as dcp_method_logger
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MEMORY_FORMAT_ENCODING
@@ -40,6 +41,8 @@ from torch.distributed.checkpoint.utils import _get_failure_dict as get_failure_
 from torch.distributed.distributed_c10d import _get_object_coll_device as get_object_coll_device
 from torch.serialization import _get_layout
 from torch.serialization import _is_zipfile as is_zipfile
+from torch.serialization import _legacy_load as load_legacy
+from torch.serialization import _load as load_archive
 
 try:  # torch 2.14 lets a local shard carry the shape of its global tensor
     from torch.distributed.checkpoint.protocol import _is_checkpointable_tensor as is_checkpointable_tensor
@@ -50,6 +53,9 @@ except ImportError:
         return False
 
 
+# A field of torch 2.15. Both classes of properties have it, or none.
+PROPERTIES_HAVE_STRIDES = "strides" in ShardProperties.__dataclass_fields__
+
 fsspec_filesystem: Any = None
 for _name in ("fsspec_filesystem", "_fsspec_filesystem"):  # public since torch 2.15
     with suppress(ImportError):  # there is none without fsspec
@@ -59,9 +65,18 @@ get_layout = cast(Callable[[str], torch.layout], _get_layout)
 disabled_torch_function = torch._C._disabled_torch_function_impl
 foreach_copy_ = torch._foreach_copy_
 PyTorchFileReader = torch._C.PyTorchFileReader
+rebuild_from_type: Callable[..., Any] = torch._tensor._rebuild_from_type_v2
+tensor_rebuild_functions = cast(Callable[[], set[Any]], weights_only_unpickler._tensor_rebuild_functions)
+
+
+def tensor_types() -> tuple[type, ...]:
+    """Classes of tensors and storages, which take memory of any size when they are called with a number."""
+    return (torch.Tensor, *torch._tensor_classes, *torch._storage_classes)
+
 
 __all__ = [
     "MEMORY_FORMAT_ENCODING",
+    "PROPERTIES_HAVE_STRIDES",
     "ChunkShardingSpec",
     "DistWrapper",
     "ExtensionRegistry",
@@ -71,6 +86,7 @@ __all__ = [
     "ShardedTensor",
     "ShardedTensorMetadata",
     "StorageInfo",
+    "StoragePrefix",
     "StorageReaderTransforms",
     "api_bc_check",
     "create_chunk_list",
@@ -88,11 +104,16 @@ __all__ = [
     "get_object_coll_device",
     "is_checkpointable_tensor",
     "is_zipfile",
+    "load_archive",
+    "load_legacy",
     "load_state_dict",
     "narrow_tensor_by_index",
+    "rebuild_from_type",
     "set_element",
     "shard_metadata",
     "storage_setup",
+    "tensor_rebuild_functions",
+    "tensor_types",
     "unflatten_state_dict",
     "weights_only_unpickler",
     "wrap_exception",

@@ -13,8 +13,8 @@ __all__ = ["paused_collection"]
 def paused_collection() -> Iterator[None]:
     """Keep the cyclic garbage collector from running within.
 
-    Metadata and plans are hundreds of thousands of small objects without cycles. While they are made, the collector
-    would walk all objects of the process again and again, which takes longer than making them.
+    Metadata and plans consist of hundreds of thousands of small objects without cycles. While these are made, the
+    collector would walk through all objects of the process again and again, which takes longer than to make them.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -109,7 +109,7 @@ class UntrustedMetadataError(LoadError, pickle.UnpicklingError, AssertionError):
 
 
 class UntrustedBytesError(LoadError, pickle.UnpicklingError):
-    """A bytes entry asks for what could run code, and so torch.load(weights_only=True) refuses it.
+    """A bytes entry asks for what could run code, and so is refused.
 
     ``torch.serialization.add_safe_globals`` allows single types; ``trust_bytes=True`` of :func:`dcp_fast.load`,
     :class:`dcp_fast.DefaultLoadPlanner` or :func:`dcp_fast.install` allows everything.
@@ -135,7 +135,7 @@ class OptimizerStateError(LoadError, AssertionError, ValueError, KeyError, TypeE
 
 
 class OutOfMemoryError(LoadError, MemoryError):
-    """Memory for staging or for a record could not be had."""
+    """There is not memory enough for bounce buffers, or for a record."""
 
 
 class CudaError(LoadError, RuntimeError):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -14,6 +12,7 @@ from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.tensor import DTensor
 from typing_extensions import deprecated
 
 from dcp_fast._torch import api_bc_check, dcp_method_logger, storage_setup
@@ -26,6 +25,10 @@ from dcp_fast.readers.others import fast_twin
 from dcp_fast.readers.proof import has_torchs_read_data
 
 __all__ = ["is_stateful", "load", "load_state_dict", "load_state_dict_on_all_ranks"]
+
+_NO_STATEFULS = frozenset(
+    {torch.Tensor, torch.nn.Parameter, DTensor, type(None), bool, int, float, str, bytes, tuple, list, dict}
+)
 
 
 @dcp_method_logger(log_exceptions=True)
@@ -50,23 +53,27 @@ def load(
     planner that is passed is used as it is, but where a reader reads data just as torch's FileSystemReader does, from
     local files, the native engine does it instead. The report of the load tells (:func:`dcp_fast.last_report`).
 
-    torch's function lacks these arguments:
+    torch's function lacks the last four arguments. ``None`` means: as the reader or planner was told. The options of
+    this load change neither of these objects. So loads in several threads may share a reader, each with options of its
+    own. A planner holds the state dict that it loads, so each load needs a planner of its own.
 
-    ``trace`` and ``trust_metadata`` are arguments of :class:`dcp_fast.FileSystemReader`, and ``trust_bytes`` is one of
-    :class:`dcp_fast.DefaultLoadPlanner`. They hold for this load, also if reader and planner are passed. None: as the
-    reader or planner was told.
-
-    ``share_metadata``, which must be the same on all ranks: whether the first rank of the process group reads
-    ``.metadata`` for all, and the others receive its bytes, which each rank parses. Storage is then asked for the file
-    once rather than by every rank or node, which pays where many nodes load from storage that they share. It is not the
-    default because ranks of one machine, whose page cache they share already, read the file in less time than it takes
-    to send it around (see the benchmarks), and because it takes one more collective call, of 56 bytes. Ranks read their
-    own all the same where they see different files, if the file is smaller than 1 MiB, if it cannot be parsed natively,
-    if a rank trusts metadata, or if its reader is not ours.
+    Args:
+        state_dict, checkpoint_id, storage_reader, planner, process_group, no_dist: as torch's.
+        trace: a file for the timeline of this load, as of :class:`dcp_fast.FileSystemReader`.
+        share_metadata: whether the first rank of the process group reads ``.metadata`` and sends its bytes to the other
+            ranks, each of which parses them. Must be the same on all ranks. Storage is then asked for the file once,
+            rather than by every rank or node, which pays where many nodes load from storage that they share. On one
+            machine it does not pay: ranks share the page cache, and read the file in less time than it takes to send
+            it (docs/benchmarks.md). It costs one more collective call, of 56 bytes. Each rank reads the file itself, as
+            without this option, if ranks see different files, if the file is smaller than 1 MiB, if the native parser
+            does not know it, if a rank trusts metadata, or if a rank's reader is not ours.
+        trust_metadata: unpickle ``.metadata`` as torch does, as of :class:`dcp_fast.FileSystemReader`.
+        trust_bytes: unpickle bytes entries as torch does, as of :class:`dcp_fast.DefaultLoadPlanner`.
 
     Raises:
-        ValueError: one of these was given, but another reader or planner than ours is to be used.
-        CheckpointException: on every rank if any rank failed; ``failures`` maps ranks to their errors, which for
+        ValueError: ``trace``, ``trust_metadata`` or ``trust_bytes`` was given, but the reader or planner that it is for
+            is not dcp_fast's.
+        CheckpointException: on every rank if any rank failed. ``failures`` maps ranks to their errors, which for
             damaged checkpoints are of the classes in :mod:`dcp_fast.errors`.
     """
     no_dist = no_dist or not dist.is_available() or not dist.is_initialized()
@@ -92,17 +99,17 @@ def load(
                 raise ValueError(f"{name} needs a dcp_fast.{cls.__name__}, got a {type(owner).__name__}")
             options.append((owner, name, given))
 
-    with reported():
-        # All ranks load in the same order of keys. A Stateful's own state dict is loaded in place of it. What a
-        # Stateful removes from the state dict meanwhile is skipped, as in torch.
+    with reported(options):
+        # All ranks load in the same order of keys. A Stateful is replaced by its own state dict. It may remove keys
+        # from `state_dict` when it is asked for that. Such keys are skipped, as in torch.
         keys = sorted(state_dict)
         loaded: dict[str, Any] = {}
         for key in keys:
             if key in state_dict:
                 value = state_dict[key]
                 loaded[key] = value.state_dict() if is_stateful(value) else value
-        # Metadata, plan and columns are gone before the collector looks at them.
-        with paused_collection(), _set(options):
+        # Without a pause the collector would walk through metadata and plan, which are gone at the end of the load.
+        with paused_collection():
             load_on_all_ranks(loaded, reader, planner, process_group, no_dist=no_dist, share=share_metadata)
         for key in keys:
             if key in state_dict:
@@ -121,23 +128,10 @@ def _reader_of_ours(reader: StorageReader, checkpoint_id: str | os.PathLike[str]
     return twin if isinstance(twin, FileSystemReader) else reader
 
 
-@contextmanager
-def _set(options: list[tuple[object, str, Any]]) -> Iterator[None]:
-    """Set attributes, given as owner, name and value, and put back at the end what they were."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in options]
-    for owner, name, value in options:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-
-
 def is_stateful(value: object) -> bool:
     """Whether a value has a state dict of its own."""
-    # The check of a runtime protocol takes microseconds, which most values, being tensors, need not pay.
-    return type(value) is not torch.Tensor and isinstance(value, Stateful)
+    # To check for a runtime protocol takes microseconds. Most values are tensors and need no check.
+    return type(value) not in _NO_STATEFULS and isinstance(value, Stateful)
 
 
 @deprecated(

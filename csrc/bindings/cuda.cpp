@@ -1,4 +1,4 @@
-// The staging memory of GPUs for Python.
+// The pinned ring for Python.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,29 +10,29 @@
 #include "bindings/bindings.h"
 #include "bindings/python.h"
 #include "bindings/streams.h"
-#include "cuda/staging.h"
+#include "cuda/pinned_ring.h"
 
 namespace py = pybind11;
 
 namespace dcp_fast {
 namespace {
 
-void synchronize(cuda::Staging& staging, const StreamsByDevice& streams) {
+void synchronize(cuda::PinnedRing& ring, const StreamsByDevice& streams) {
   without_gil([&] {
-    staging.synchronize(stream_handles(streams), interrupted);
+    ring.synchronize(stream_handles(streams), interrupted);
     return 0;
   });
 }
 
-// What holds GPU memory waits for the GPU before it goes. In a child of the process that made it nothing of the driver
-// may be called: the child's copy is left as it is.
-struct DeleteStaging {
+// A ring waits for the GPUs before it goes. In a forked child nothing of the driver may be called, so a child's copy of
+// the ring is left as it is.
+struct DeleteRing {
   pid_t owner = ::getpid();
 
-  void operator()(cuda::Staging* staging) const {
+  void operator()(cuda::PinnedRing* ring) const {
     if (::getpid() != owner) return;
     const py::gil_scoped_release release;
-    delete staging;
+    delete ring;
   }
 };
 
@@ -50,19 +50,19 @@ void bind_cuda(py::module_& module) {
       .def_readonly("launches", &cuda::DeviceStats::launches)
       .def_readonly("copy_seconds", &cuda::DeviceStats::copy_seconds);
 
-  py::class_<cuda::Staging, std::unique_ptr<cuda::Staging, DeleteStaging>>(module, "CudaStaging")
+  py::class_<cuda::PinnedRing, std::unique_ptr<cuda::PinnedRing, DeleteRing>>(module, "PinnedRing")
       .def(py::init([](int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes) {
-             return std::unique_ptr<cuda::Staging, DeleteStaging>(
-                 new cuda::Staging(pinned_bytes, device_bytes, block_bytes));
+             return std::unique_ptr<cuda::PinnedRing, DeleteRing>(
+                 new cuda::PinnedRing(pinned_bytes, device_bytes, block_bytes));
            }),
            py::kw_only(), py::arg("pinned_bytes"), py::arg("device_bytes"), py::arg("block_bytes"))
-      .def_property_readonly("pinned_bytes", &cuda::Staging::pinned_bytes)
-      .def_property_readonly("device_bytes", &cuda::Staging::device_bytes)
-      .def("prepare", &cuda::Staging::prepare, py::arg("device"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("pinned_bytes", &cuda::PinnedRing::pinned_bytes)
+      .def_property_readonly("device_bytes", &cuda::PinnedRing::device_bytes)
+      .def("prepare", &cuda::PinnedRing::prepare, py::arg("device"), py::call_guard<py::gil_scoped_release>())
       .def("synchronize", &synchronize, py::arg("streams"))
-      .def("drain", &cuda::Staging::drain, py::call_guard<py::gil_scoped_release>())
-      .def("take_stats", &cuda::Staging::take_stats)
-      .def("take_slot_seconds", &cuda::Staging::take_slot_seconds);
+      .def("drain", &cuda::PinnedRing::drain, py::call_guard<py::gil_scoped_release>())
+      .def("take_stats", &cuda::PinnedRing::take_stats)
+      .def("take_slot_seconds", &cuda::PinnedRing::take_slot_seconds);
 }
 
 }  // namespace dcp_fast

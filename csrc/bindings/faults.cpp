@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 
@@ -19,25 +20,14 @@ namespace {
 class FaultInjection {
  public:
   FaultInjection(const std::string& function, int64_t nth, int error_number, int64_t repeat, size_t short_bytes) {
-    io::Fault fault;
-    if (function == "open") {
-      fault.function = io::FaultFunction::kOpen;
-    } else if (function == "fstat") {
-      fault.function = io::FaultFunction::kFstat;
-    } else if (function == "pread") {
-      fault.function = io::FaultFunction::kPread;
-    } else if (function == "pread_nowait") {
-      fault.function = io::FaultFunction::kPreadNowait;
-    } else if (function == "close") {
-      fault.function = io::FaultFunction::kClose;
-    } else {
-      throw py::value_error("no such function: " + function);
-    }
-    fault.nth = nth;
-    fault.error_number = error_number;
-    fault.repeat = repeat;
-    fault.short_bytes = short_bytes;
-    calls_ = std::make_unique<io::FaultySystemCalls>(fault);
+    static const std::map<std::string, io::FaultFunction> functions = {
+        {"open", io::FaultFunction::kOpen},   {"fstat", io::FaultFunction::kFstat},
+        {"pread", io::FaultFunction::kPread}, {"pread_nowait", io::FaultFunction::kPreadNowait},
+        {"close", io::FaultFunction::kClose},
+    };
+    const auto found = functions.find(function);
+    if (found == functions.end()) throw py::value_error("no such function: " + function);
+    calls_ = std::make_unique<io::FaultySystemCalls>(io::Fault{found->second, nth, error_number, repeat, short_bytes});
   }
   ~FaultInjection() { leave(); }
   FaultInjection(const FaultInjection&) = delete;

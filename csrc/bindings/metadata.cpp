@@ -92,14 +92,16 @@ const Entry& tensor_entry(const Columns& columns, size_t entry) {
 }
 
 // None for a bytes entry; dtype, layout, requires_grad, memory format, pin_memory, whether the properties are of the
-// class in torch.distributed._shard, size.
+// class in torch.distributed._shard, size, strides or None.
 py::object entry_fields(const Columns& columns, size_t entry) {
   if (entry < columns.entries.size() && columns.entries[entry].kind == EntryKind::kBytes) return py::none();
   const Entry& tensor = tensor_entry(columns, entry);
   const metadata::Properties& properties = tensor.properties;
+  py::object strides = py::none();
+  if (properties.has_strides) strides = to_python(columns.numbers.data() + properties.strides, properties.stride_count);
   return py::make_tuple(properties.dtype, properties.layout, properties.requires_grad,
                         static_cast<int>(properties.memory_format), properties.pin_memory, properties.of_shard,
-                        to_python(columns.numbers.data() + tensor.size, tensor.dims));
+                        to_python(columns.numbers.data() + tensor.size, tensor.dims), strides);
 }
 
 py::memoryview chunks(const std::shared_ptr<Columns>& columns, size_t entry) {
@@ -160,6 +162,26 @@ py::tuple row(const Columns& columns, size_t index) {
                         to_python(columns.files[rows.file[index]]), rows.offset[index], rows.length[index], transforms);
 }
 
+// Each: the name, and what it holds as a pickle, or None if only the file has it.
+py::list attributes(const Columns& columns) {
+  py::list result;
+  for (const metadata::Attribute& attribute : columns.attributes) {
+    const py::object pickle = attribute.is_read ? py::object(py::bytes(attribute.pickle)) : py::object(py::none());
+    result.append(py::make_tuple(to_python(attribute.name), pickle));
+  }
+  return result;
+}
+
+// Each: the module and the name of the class, and the name of the field.
+py::list left_out(const Columns& columns) {
+  py::list result;
+  for (const metadata::LeftOut& field : columns.left_out) {
+    result.append(py::make_tuple(to_python(metadata::module_of(field.type)), to_python(metadata::name_of(field.type)),
+                                 to_python(field.name)));
+  }
+  return result;
+}
+
 // The columns, or why only Python can read the metadata.
 py::object columns_of(metadata::Source& source) {
   auto columns = std::make_shared<Columns>();
@@ -200,7 +222,8 @@ py::object read_metadata(const py::str& path) {
     next = now + kInterval;
     return interrupted();
   };
-  const io::File file(system_path(path));
+  io::File file(system_path(path));
+  const io::OpenSource open(file);
   metadata::FileSource source(file, interrupted_now_and_then);
   return columns_of(source);
 }
@@ -242,6 +265,8 @@ void bind_metadata(py::module_& module) {
                              [](const std::shared_ptr<Columns>& self) { return view_of(self, self->rows.length); })
       .def_property_readonly("planner_data", [](const Columns& columns) { return py::bytes(columns.planner_data); })
       .def_property_readonly("storage_meta", [](const Columns& columns) { return py::bytes(columns.storage_meta); })
+      .def_property_readonly("attributes", &attributes)
+      .def_property_readonly("left_out", &left_out)
       .def_property_readonly("version", [](const Columns& columns) {
         return columns.has_version ? py::object(to_python(columns.version)) : py::object(py::none());
       });

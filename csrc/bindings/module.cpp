@@ -1,5 +1,5 @@
-// The module _native. The files of this folder alone know Python: they turn columns of integers into the native
-// structures, and native errors into exceptions.
+// The module _native. Only the files of this folder know Python: they turn columns of integers into native structures,
+// and native errors into exceptions.
 
 #include <pybind11/pybind11.h>
 

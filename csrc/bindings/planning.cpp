@@ -96,6 +96,28 @@ Rows record_rows(const PlannedRecords& planned, bool all_fallback) {
   return rows;
 }
 
+// A row for each bytes entry: its file, by the columns' numbers, offset, length, and whether a transform was applied.
+Rows bytes_rows(const Columns& columns, const std::vector<py::str>& fqns) {
+  Rows rows;
+  rows.values.reserve(4 * fqns.size());
+  for (const py::str& fqn : fqns) {
+    const uint32_t number = columns.fqns.find(Utf8(fqn).view());
+    const uint32_t row = number == metadata::TextTable::kNone
+                             ? metadata::HashTable::kNone
+                             : columns.find_row(number, nullptr, StorageRows::kNoOffset);
+    if (row == metadata::HashTable::kNone) {
+      PyErr_SetObject(PyExc_KeyError, fqn.ptr());
+      throw py::error_already_set();
+    }
+    const StorageRows& storage = columns.rows;
+    const bool is_transformed =
+        !storage.transforms.empty() && !columns.transforms[storage.transforms[row]].names.empty();
+    rows.values.insert(rows.values.end(),
+                       {storage.file[row], storage.offset[row], storage.length[row], is_transformed});
+  }
+  return rows;
+}
+
 py::tuple files(const PlannedRecords& planned) {
   py::list names;
   for (const uint32_t file : planned.records.files) names.append(to_python(planned.columns->files[file]));
@@ -148,6 +170,7 @@ void bind_planning(py::module_& module) {
       .def_property_readonly("missing", [](const PlannedRecords& planned) { return planned.records.missing; })
       .def_property_readonly("files", &files)
       .def("rows", &record_rows, py::arg("all_fallback"));
+  module.def("bytes_rows", &bytes_rows, py::arg("columns"), py::arg("fqns"));
   module.attr("WHOLE") = planning::kWhole;
   module.def("find_boxes", &find_boxes, py::arg("columns"), py::arg("requests"),
              "Boxes of all requests: rows of entry, number of wanted chunks, their offsets and sizes; or of entry and "

@@ -36,7 +36,7 @@ inline std::string system_path(const pybind11::str& path) {
   return pybind11::reinterpret_steal<pybind11::bytes>(encoded);
 }
 
-// Lone surrogates are texts too, as for pickle.
+// Accepts lone surrogates in texts, as pickle does.
 inline pybind11::str to_python(std::string_view text, const char* errors = "surrogatepass") {
   PyObject* result = PyUnicode_DecodeUTF8(text.data(), static_cast<pybind11::ssize_t>(text.size()), errors);
   if (result == nullptr) throw pybind11::error_already_set();
@@ -48,7 +48,7 @@ class Utf8 {
  public:
   explicit Utf8(const pybind11::str& text) {
     pybind11::ssize_t size = 0;
-    const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);  // kept by the text itself
+    const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);  // the text itself keeps it
     if (data == nullptr) {
       PyErr_Clear();
       encoded_ =

@@ -1,4 +1,4 @@
-// Timelines for Python.
+// The recorder of traces for Python.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -16,10 +16,12 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/plain_values.h"
 #include "bindings/python.h"
 #include "bindings/streams.h"
 #include "checkpoint/dtype.h"
-#include "cuda/staging.h"
+#include "checkpoint/value_record.h"
+#include "cuda/pinned_ring.h"
 #include "error.h"
 #include "io/file.h"
 #include "trace/recorder.h"
@@ -27,6 +29,7 @@
 #include "transfer/layouts.h"
 #include "transfer/options.h"
 #include "transfer/program.h"
+#include "transfer/value_pickles.h"
 #include "transfer/workers.h"
 
 namespace py = pybind11;
@@ -41,6 +44,11 @@ using transfer::Options;
 using transfer::Program;
 using transfer::Record;
 using transfer::Transfer;
+
+// The options of a load from local files.
+struct FileOptions : Options {
+  io::IoMode mode = io::IoMode::kAuto;
+};
 
 // Walks a Python buffer of int64 with bounds checks.
 class Column {
@@ -77,23 +85,27 @@ class Column {
   py::ssize_t position_ = 0;
 };
 
-Layouts read_layouts(const std::vector<py::str>& python_paths, const py::buffer& record_column,
-                     const Options& options) {
-  std::vector<std::string> paths;
-  paths.reserve(python_paths.size());
-  for (const py::str& path : python_paths) paths.push_back(system_path(path));
+std::unique_ptr<Layouts> read_layouts(const std::vector<py::str>& python_paths, const py::buffer& record_column,
+                                      const FileOptions& options) {
+  io::ByteSources sources;
+  sources.reserve(python_paths.size());
+  for (const py::str& path : python_paths) {
+    sources.push_back(std::make_unique<io::File>(system_path(path), options.mode));
+  }
   Column column(record_column);
   std::vector<Record> records;
   while (!column.done()) {
     Record record;
-    record.file = column.next_index(paths.size());
+    record.file = column.next_index(sources.size());
     record.offset = column.next();
     record.length = column.next();
     record.fallback = column.next() != 0;
     records.push_back(record);
   }
-  return without_gil(
-      [&] { return transfer::read_layouts(std::move(paths), std::move(records), options, interrupted); });
+  return without_gil([&] {
+    return std::make_unique<Layouts>(
+        transfer::read_layouts(std::move(sources), std::move(records), options, interrupted));
+  });
 }
 
 std::unique_ptr<Program> make_program(const Layouts& layouts, const py::buffer& item_column,
@@ -132,20 +144,20 @@ std::unique_ptr<Program> make_program(const Layouts& layouts, const py::buffer& 
   return std::make_unique<Program>(layouts, std::move(items), destinations);
 }
 
-std::vector<size_t> items_of(const Program& program, Transfer::Kind kind, int32_t wave) {
+std::vector<size_t> items_of_kind(const Program& program, Transfer::Kind kind, int32_t wave) {
   std::vector<size_t> indices;
-  for (const size_t i : program.items_of(wave)) {
+  for (const size_t i : program.items_in_wave(wave)) {
     if (program.transfers()[i].kind == kind) indices.push_back(i);
   }
   return indices;
 }
 
-py::tuple read_range(const py::str& python_path, int64_t offset, int64_t length, const Options& options) {
-  const std::string path = system_path(python_path);
+py::tuple read_range(const py::str& python_path, int64_t offset, int64_t length, const FileOptions& options) {
   if (offset < 0 || length < 0) throw py::value_error("negative offset or length");
-  const io::File file = [&path] {
+  io::File file(system_path(python_path));
+  const io::OpenSource open = [&file] {
     const py::gil_scoped_release release;
-    return io::File(path);
+    return io::OpenSource(file);
   }();
   file.check_range(static_cast<size_t>(length), offset);
   const auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, length));
@@ -166,6 +178,31 @@ py::tuple read_range(const py::str& python_path, int64_t offset, int64_t length,
   return py::make_tuple(bytes, counters.requests.load());
 }
 
+py::tuple read_plain_values(const Layouts& layouts, const std::vector<size_t>& records, const FileOptions& options) {
+  const transfer::ValuePickles read =
+      without_gil([&] { return transfer::read_value_pickles(layouts, records, options, interrupted); });
+  PlainValues values;
+  py::list result(records.size());
+  for (size_t i = 0; i < records.size(); ++i) {
+    py::object value;
+    if (i % 4096 == 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!read.pickles[i].empty()) value = values.parse(read.pickles[i]);
+    result[i] = value ? value : py::reinterpret_borrow<py::object>(Py_Ellipsis);
+  }
+  return py::make_tuple(result, read.requests, read.bytes);
+}
+
+py::object parse_plain_value(const py::buffer& record) {
+  const py::buffer_info info = record.request();
+  const auto size = static_cast<size_t>(info.size * info.itemsize);
+  py::object value;
+  if (info.size * info.itemsize <= checkpoint::kMaxValueRecord) {
+    const auto pickle = checkpoint::find_value_pickle({static_cast<const std::byte*>(info.ptr), size});
+    if (pickle) value = PlainValues().parse({reinterpret_cast<const char*>(pickle->data()), pickle->size()});
+  }
+  return value ? value : py::reinterpret_borrow<py::object>(Py_Ellipsis);
+}
+
 double seconds(io::ReadClock::Duration duration) { return std::chrono::duration<double>(duration).count(); }
 
 }  // namespace
@@ -180,22 +217,21 @@ void bind_transfer(py::module_& module) {
       .value("CACHED", io::IoMode::kCached)
       .value("DIRECT", io::IoMode::kDirect);
 
-  py::class_<Options>(module, "Options")
+  py::class_<FileOptions>(module, "Options")
       .def(py::init([](int threads, int64_t block_bytes, int64_t staging_bytes, io::IoMode mode,
                        std::shared_ptr<trace::Recorder> recorder) {
-             Options options{threads, block_bytes, staging_bytes, mode, {}, {}};
-             options.read_clock = std::make_shared<io::ReadClock>();
-             options.recorder = std::move(recorder);
-             return options;
+             const Options options{threads, block_bytes, staging_bytes, std::make_shared<io::ReadClock>(),
+                                   std::move(recorder)};
+             return FileOptions{options, mode};
            }),
            py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("staging_bytes"), py::arg("mode"),
            py::arg("recorder") = nullptr)
-      .def_readonly("recorder", &Options::recorder)
+      .def_readonly("recorder", &FileOptions::recorder)
       .def_property_readonly("reading_seconds",
-                             [](const Options& options) { return seconds(options.read_clock->reading()); })
+                             [](const FileOptions& options) { return seconds(options.read_clock->reading()); })
       .def_property_readonly("waiting_seconds",
-                             [](const Options& options) { return seconds(options.read_clock->waiting()); })
-      .def("with_threads", [](Options options, int threads) {
+                             [](const FileOptions& options) { return seconds(options.read_clock->waiting()); })
+      .def("with_threads", [](FileOptions options, int threads) {
         options.threads = threads;
         return options;
       });
@@ -203,8 +239,10 @@ void bind_transfer(py::module_& module) {
   py::class_<Layouts>(module, "Layouts")
       .def_readonly("requests", &Layouts::requests)
       .def_readonly("bytes_read", &Layouts::bytes)
-      .def("threads", [](const Layouts& layouts,
-                         const Options& options) { return transfer::limits_of(options, layouts.any_direct()).threads; })
+      .def("threads",
+           [](const Layouts& layouts, const FileOptions& options) {
+             return transfer::limits_of(options, layouts.requests_at_once()).threads;
+           })
       .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
       .def("strides", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.strides; })
       .def("__len__", [](const Layouts& layouts) { return layouts.records.size(); });
@@ -225,34 +263,39 @@ void bind_transfer(py::module_& module) {
              const Item& item = program.items().at(index);
              return py::make_tuple(item.storage_offsets, item.lengths);
            })
-      .def("converted",
-           [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kConverted, wave); })
+      .def("converted", [](const Program& program,
+                           int32_t wave) { return items_of_kind(program, Transfer::Kind::kConverted, wave); })
       .def("fallback",
-           [](const Program& program, int32_t wave) { return items_of(program, Transfer::Kind::kFallback, wave); })
+           [](const Program& program, int32_t wave) { return items_of_kind(program, Transfer::Kind::kFallback, wave); })
       .def(
           "run",
-          [](const Program& program, int32_t wave, const Options& options, cuda::Staging* staging,
+          [](const Program& program, int32_t wave, const FileOptions& options, cuda::PinnedRing* ring,
              const StreamsByDevice& streams) {
-            const transfer::CudaTargets targets{staging, stream_handles(streams)};
+            const transfer::CudaTargets targets{ring, stream_handles(streams)};
             return without_gil([&] { return transfer::run_wave(program, wave, options, targets, interrupted); });
           },
-          py::arg("wave"), py::arg("options"), py::arg("staging") = nullptr, py::arg("streams") = StreamsByDevice());
+          py::arg("wave"), py::arg("options"), py::arg("ring") = nullptr, py::arg("streams") = StreamsByDevice());
 
-  module.def("reader_threads", &transfer::reader_threads, py::arg("wanted"), py::arg("any_direct"),
-             "How many threads read; `wanted` is 0 for the default of this machine.");
+  module.def(
+      "most_reader_threads",
+      [](int wanted) { return transfer::reader_threads(wanted, io::kDirectAccess.requests_at_once); },
+      py::arg("wanted"), "How many threads read at the most; `wanted` is 0 for the default of this machine.");
 
   module.def(
       "run_programs",
-      [](const std::vector<const Program*>& programs, const Options& options, cuda::Staging& staging,
+      [](const std::vector<const Program*>& programs, const FileOptions& options, cuda::PinnedRing& ring,
          const StreamsByDevice& streams, const std::function<void(size_t)>& placed) {
-        const transfer::CudaTargets targets{&staging, stream_handles(streams)};
+        const transfer::CudaTargets targets{&ring, stream_handles(streams)};
         return without_gil([&] { return transfer::run_programs(programs, options, targets, interrupted, placed); });
       },
-      py::arg("programs"), py::arg("options"), py::arg("staging"), py::arg("streams"), py::arg("placed"),
-      "Runs programs of one wave each, one after another. `placed` is called with the index of each when torch's "
-      "current "
-      "streams wait for it; memory of it may be used again by the program after the next one.");
+      py::arg("programs"), py::arg("options"), py::arg("ring"), py::arg("streams"), py::arg("placed"),
+      "Runs programs of one wave each, one after another. When torch's current streams wait for all that a program has "
+      "written, `placed` is called with its index. The program after the next one may use the same memory.");
 
+  module.def("read_plain_values", &read_plain_values, py::arg("layouts"), py::arg("records"), py::arg("options"),
+             "The values of bytes entries, with an Ellipsis for each that is more than a plain value, and how many "
+             "requests and bytes brought them. Equal values that cannot change are one object.");
+  module.def("parse_plain_value", &parse_plain_value, py::arg("record"), "The same of one entry that is in memory.");
   module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"), py::arg("options"),
              "Exactly `length` bytes of a file, and how many requests brought them. Nothing is allocated before the "
              "file's size is checked.");

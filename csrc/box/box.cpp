@@ -35,7 +35,7 @@ void copy_runs(std::byte* destination, const std::byte* source, const Dim& dim, 
   }
 }
 
-// Past this many bytes between two writes a column-wise walk misses the cache on every element.
+// Where two writes are this many bytes apart, a walk along columns misses the cache on every element.
 constexpr int64_t kTileStride = 256;
 constexpr int64_t kTile = 32;
 
@@ -58,9 +58,9 @@ void copy_tiled(std::byte* destination, const std::byte* source, const Dim& oute
 
 Loops collapse(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
                const std::vector<int64_t>& destination_strides, int64_t itemsize) {
-  // First: an empty tensor's strides may be anything, and too large to compute with.
+  // This comes first: the strides of an empty tensor may be anything, and too large to compute with.
   if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return {};
-  // Every item of a load comes by here several times: one allocation.
+  // Every item of a load comes by here several times, so there is one allocation only.
   Loops loops;
   loops.reserve(sizes.size() + 1);
   for (size_t i = 0; i < sizes.size(); ++i) {

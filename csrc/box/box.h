@@ -27,13 +27,13 @@ using Loops = std::vector<Dim>;
 Loops collapse(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
                const std::vector<int64_t>& destination_strides, int64_t itemsize);
 
-// Whether no two source positions of sorted loops share a byte, so that a span read once serves the whole box.
+// Whether no two source positions of sorted loops share a byte. Then a span that is read once serves the whole box.
 bool source_is_disjoint(const Loops& loops);
 
 // Bytes from the first to past the last source byte of loops[level..].
 int64_t source_span(const Loops& loops, size_t level = 0);
 
-// Bytes that are copied.
+// How many bytes loops[level..] copy.
 int64_t volume(const Loops& loops, size_t level = 0);
 
 // Copies between two places in memory.

@@ -10,7 +10,7 @@ namespace dcp_fast::box {
 
 namespace {
 
-// Where a chunk ends, also for absurd metadata.
+// Where a chunk ends. Metadata may be absurd, so the sum is limited.
 int64_t end_of(const Chunks& chunks, size_t chunk, size_t dim) {
   int64_t end = 0;
   const bool overflows = __builtin_add_overflow(chunks.offsets(chunk)[dim], chunks.sizes(chunk)[dim], &end);
@@ -41,7 +41,7 @@ std::vector<size_t> sorted_by_start(const Chunks& chunks, size_t dim) {
   std::iota(order.begin(), order.end(), size_t{0});
   if (chunks.dims > 0) {
     const auto before = [&](size_t a, size_t b) { return chunks.offsets(a)[dim] < chunks.offsets(b)[dim]; };
-    // Most are, as ranks wrote them, and to see it costs a tenth of a sort.
+    // Most chunks are sorted, as ranks wrote them in order. To see this costs a tenth of a sort.
     if (!std::is_sorted(order.begin(), order.end(), before)) std::stable_sort(order.begin(), order.end(), before);
   }
   return order;

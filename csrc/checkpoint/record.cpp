@@ -85,9 +85,9 @@ Bytes bytes_before(uint64_t end, uint64_t count, const Bytes& head, const Bytes&
 
 enum class Place { kFilled, kWrong, kNeedsTail };
 
-// Whether an entry's data ends where the next entry begins, but for the data descriptor: only the local header tells
-// where the data begins, and damage to it would shift the tensor. As other zip writers than torch's may choose among
-// descriptors of several sizes, for them the descriptor itself must confirm its size.
+// Checks that an entry's data ends where the next entry begins, but for the data descriptor. Only the local header
+// tells where the data begins, and damage to it would shift the tensor. The descriptors of torch have a known size.
+// Other writers of zip files choose among several sizes, so their descriptor itself must confirm its size.
 Place check_place(const Bytes& head, const Bytes& tail, uint64_t length, const ZipEntry& entry, uint64_t data,
                   uint64_t next) {
   const uint64_t end = data + entry.size;
@@ -102,7 +102,7 @@ Place check_place(const Bytes& head, const Bytes& tail, uint64_t length, const Z
 
 // Bytes from the storage's start to past the tensor's last element; nullopt if that overflows.
 std::optional<int64_t> storage_span(const PickledTensor& tensor) {
-  // First: an empty tensor's offset and strides may be anything.
+  // This comes first: the offset and strides of an empty tensor may be anything.
   if (std::find(tensor.sizes.begin(), tensor.sizes.end(), 0) != tensor.sizes.end()) return 0;
   int64_t last = tensor.storage_offset;
   for (size_t i = 0; i < tensor.sizes.size(); ++i) {
@@ -121,7 +121,7 @@ std::optional<int64_t> storage_span(const PickledTensor& tensor) {
 
 }  // namespace
 
-ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length, KnownPickles& pickles) {
+ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length, PickleCache& pickles) {
   const auto size = static_cast<uint64_t>(length);
   const ZipTail zip = parse_zip_tail(tail, size);
   if (zip.status == ZipTail::Status::kNeedsMore) return needs_more(head, tail, 0, zip.needed, length);
@@ -129,7 +129,7 @@ ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length, KnownPickles& 
   const std::optional<Entries> entries = sort_entries(zip.directory);
   if (!entries) return unknown("archive entries that a plain tensor does not have");
 
-  // One more read, if any, shall bring all that is needed: the pickle, the byte order and the payload's local header.
+  // If another read is needed, it brings all that is: the pickle, the byte order and the local header of the payload.
   uint64_t head_needed = 0;
   const auto need = [&head_needed, &head](const ZipEntry& entry, uint64_t data_bytes) {
     const std::optional<uint64_t> data = local_data_offset(head, entry);

@@ -11,14 +11,14 @@
 
 #include "checkpoint/bytes.h"
 #include "checkpoint/dtype.h"
-#include "checkpoint/known_pickles.h"
+#include "checkpoint/pickle_cache.h"
 
 namespace dcp_fast::checkpoint {
 
-// Bytes at either end of a record that nearly always suffice.
+// So many bytes at either end of a record are nearly always enough.
 inline constexpr int64_t kHeadBytes = 1024;
 inline constexpr int64_t kTailBytes = 768;
-// More than this at either end is not from torch.save.
+// torch.save never needs more than this at either end.
 inline constexpr int64_t kMaxWindowBytes = 1 << 20;
 
 struct TensorLayout {
@@ -33,7 +33,7 @@ struct ParsedRecord {
     kTensor,         // `layout` holds it
     kUnknown,        // torch.load must decide what it is; `reason` says why
     kCorrupt,        // the record contradicts itself; `reason` says how
-    kCorruptPickle,  // likewise its description of the tensor
+    kCorruptPickle,  // its description of the tensor is corrupt; `reason` says how
     kNeedsMore,      // parse again with `head` and `tail` first and last bytes
   };
   Status status = Status::kUnknown;
@@ -43,8 +43,8 @@ struct ParsedRecord {
   TensorLayout layout;
 };
 
-// Parses a record of `length` bytes of which the first and last are given; they may overlap. `pickles` may remember
-// those of other records.
-ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length, KnownPickles& pickles);
+// Parses a record of `length` bytes, of which the first and the last are given; the two may overlap. `pickles` may hold
+// the pickles of other records.
+ParsedRecord parse_record(Bytes head, Bytes tail, int64_t length, PickleCache& pickles);
 
 }  // namespace dcp_fast::checkpoint

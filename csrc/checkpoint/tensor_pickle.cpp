@@ -22,8 +22,8 @@ struct Value {
 
 using Kind = Value::Kind;
 
-// A tensor's pickle needs a dozen values and some fifty opcodes, more for many dimensions; the limits bound damage,
-// among it tuples nested so deep that freeing them would overflow a thread's stack.
+// A tensor's pickle needs a dozen values and some fifty opcodes, and more for many dimensions. The limits bound what a
+// hostile pickle can do, such as nest tuples so deep that freeing them would overflow a thread's stack.
 constexpr size_t kMaxStack = 256;
 constexpr int kMaxOpcodes = 4096;
 

@@ -47,7 +47,7 @@ std::optional<End> parse_end(Bytes tail, uint64_t archive_size) {
   if (comment != 0 || disk != directory_disk || (disk != 0 && disk != 0xFFFF)) return std::nullopt;
   const bool needs_zip64 =
       end.entries == 0xFFFF || end.directory_size == 0xFFFFFFFF || end.directory_offset == 0xFFFFFFFF;
-  // torch.save writes the zip64 records always, needed or not.
+  // torch.save always writes the zip64 records, even where they are not needed.
   const bool room = end_position >= kZip64LocatorSize + kZip64EndSize;
   if (room) tail.seek(end_position - kZip64LocatorSize);
   if (!room || tail.u32() != kZip64Locator) {
@@ -200,7 +200,7 @@ uint64_t torch_descriptor_size(const ZipEntry& entry) {
 }
 
 std::optional<uint64_t> find_descriptor(Bytes bytes, const ZipEntry& entry) {
-  // With signature first: without it, the rest of the same descriptor fits too.
+  // The one with a signature is tried first: what follows the signature would fit as a descriptor without one.
   for (const bool signature : {true, false}) {
     for (const bool wide : {true, false}) {
       const uint64_t size = (signature ? 4U : 0U) + 4 + (wide ? 16 : 8);

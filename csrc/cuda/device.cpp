@@ -23,7 +23,7 @@ double milliseconds_between(const Event& from, const Event& to) {
   return result;
 }
 
-// Does work of a device; an error names it.
+// Does work of a device. Errors name the device.
 template <typename Work>
 decltype(auto) naming(int ordinal, const Work& work) {
   try {
@@ -42,7 +42,7 @@ void Device::in_context(const std::function<void()>& work) const {
   });
 }
 
-// Where the context is broken there is no work left, and nothing can be given back before the process ends.
+// If the context is broken, there is no work left to wait for, and nothing can be freed before the process ends.
 void Device::in_context_if_possible(const std::function<void()>& work) const noexcept {
   try {
     in_context(work);
@@ -123,13 +123,14 @@ void Device::begin(StreamHandle torch_stream, trace::Recorder* recorder) {
     const bool first = recorder != recorder_;  // of several waves of a load
     recorder_ = recorder;
     if (first && recorder_ != nullptr) {
-      // On an idle stream an event happens when it is recorded: so device time is told in the recorder's.
+      // On an idle stream an event happens when it is recorded. This ties the device's time to the recorder's.
       DCP_FAST_CUDA(cuStreamSynchronize, copy_stream_.get());
       began_at_ = recorder_->now();
       DCP_FAST_CUDA(cuEventRecord, began_.get(), copy_stream_.get());
       DCP_FAST_CUDA(cuEventSynchronize, began_.get());
     }
-    // Torch may have handed out memory that work under way on its stream still uses. Kernels wait for copies anyway.
+    // Torch may have handed out memory that work under way on its stream still uses. The kernel stream need not wait
+    // for it, since each kernel waits for copies.
     DCP_FAST_CUDA(cuEventRecord, torch_before_.get(), torch_stream);
     DCP_FAST_CUDA(cuStreamWaitEvent, copy_stream_.get(), torch_before_.get(), 0);
   });
@@ -254,8 +255,8 @@ void Device::synchronize(StreamHandle torch_stream, const std::function<bool()>&
 void Device::drain() noexcept {
   launcher_.join();
   in_context_if_possible([&] {
-    // Both, whatever becomes of one: then the other is all the more to be waited for. By events, as a thread that waits
-    // for a stream may spin.
+    // If one of the streams fails, the other one must be waited for all the same. Events are used because a thread that
+    // waits for a stream may spin.
     const auto wait = [](const Stream& stream, const Event& done) {
       if (!stream) return;
       const bool waited = done && driver().cuEventRecord(done.get(), stream.get()) == kSuccess &&
@@ -270,7 +271,8 @@ void Device::drain() noexcept {
 DeviceStats Device::take_stats() {
   const std::scoped_lock lock(counting_);
   recorder_ = nullptr;
-  // What is still under way belongs to this load, not to the next one, which will wait for it.
+  // Copies that are still under way belong to this load. The next one will wait for them, but must not count their
+  // time.
   for (Slot& slot : slots_) slot.timed = true;
   return std::exchange(stats_, {});
 }

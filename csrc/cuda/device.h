@@ -27,7 +27,7 @@ struct DeviceStats {
   int64_t launches = 0;
   double copy_seconds = 0;  // that the copies of finished slots took on the device
 
-  // With another device's that was at work at the same time: its time does not come on top.
+  // Adds another device's, except for the time: the devices were at work at the same time.
   DeviceStats& join(const DeviceStats& other);
 };
 
@@ -45,13 +45,13 @@ class Device {
   int ordinal() const { return ordinal_; }
   const PrimaryContext& context() const { return context_; }
   int64_t staging_bytes() const { return staging_ ? static_cast<int64_t>(slots_.size() * slot_bytes_) : 0; }
-  // Near which host memory is to be; -1 if that does not matter or is not known.
+  // The NUMA node that host memory should be on; -1 if that does not matter or is not known.
   int numa_node() const { return numa_node_; }
 
   // Does work with the device's context; errors name the device.
   void in_context(const std::function<void()>& work) const;
 
-  // What is submitted from here on waits for the work that torch's stream has now.
+  // From here on, what is submitted waits for the work that torch's stream has now.
   void begin(StreamHandle torch_stream, trace::Recorder* recorder);
 
   // Allocates staging memory, and loads the kernel or begins to compile it. Needed once, before a plan with entries.
@@ -62,10 +62,10 @@ class Device {
   // Enqueues the copies of a slot, and the launch that places its boxes. Thread-safe.
   void submit(size_t slot, const std::byte* memory, const SlotPlan& plan);
 
-  // Whether the work that a slot was last submitted for is done, or failed. Throws Error(kCuda).
+  // Whether the last work of a slot is done. Throws Error(kCuda) if it failed.
   bool is_done(size_t slot);
 
-  // Waits until it is done. Throws Error(kCuda) if it failed.
+  // Waits until the last work of a slot is done. Throws Error(kCuda) if it failed.
   void wait(size_t slot);
 
   // Torch's stream waits for all that was submitted.
@@ -74,10 +74,10 @@ class Device {
   // The host waits for what torch's stream has now. Throws Interrupted if `interrupted` says so.
   void synchronize(StreamHandle torch_stream, const std::function<bool()>& interrupted);
 
-  // Waits for all that was submitted, whatever became of it.
+  // Waits for all that was submitted, even if some of it failed.
   void drain() noexcept;
 
-  // At the end of a load: what was done in it. The recorder is forgotten.
+  // Returns what was done in a load, at its end, and drops the recorder.
   DeviceStats take_stats();
 
  private:
@@ -86,10 +86,10 @@ class Device {
     Event copied;
     Event kernel_begin;
     Event placed;
-    uint32_t bytes = 0;         // that are copied
-    uint32_t staged_bytes = 0;  // that the kernel places, with their descriptors
+    uint32_t bytes = 0;         // how many are copied
+    uint32_t staged_bytes = 0;  // how many of them the kernel places, descriptors included
     bool launched = false;
-    bool timed = true;  // its times are in the stats
+    bool timed = true;  // whether the stats have its times
   };
 
   void release() noexcept;
@@ -108,7 +108,7 @@ class Device {
   std::vector<Slot> slots_;
   Event began_;         // with a recorder: on the copy stream, at its time `began_at_`
   Event torch_before_;  // on torch's stream
-  Event torch_after_;   // likewise
+  Event torch_after_;   // on torch's stream
   Event copies_done_;
   Event kernels_done_;
   DeviceMemory staging_;  // for every slot; only once a box needs it

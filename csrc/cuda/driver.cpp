@@ -28,9 +28,10 @@ const char* library_name() {
   return name != nullptr && *name != '\0' ? name : kDefaultLibrary;
 }
 
-// Its handle is never closed: threads of the driver run its code until the process ends.
+// The library is never closed, because threads of the driver run its code until the process ends.
 Driver load() {
   const char* name = library_name();
+  // NOLINTNEXTLINE(clang-analyzer-optin.taint.GenericTaint): who sets the environment chooses the driver
   void* library = ::dlopen(name, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw Error(ErrorKind::kCuda, "the CUDA driver cannot be loaded: dlopen: " + last_dl_error());
   Driver driver;

@@ -12,7 +12,7 @@ struct Driver {
 #define DCP_FAST_DECLARE(name, parameters) Result(*name) parameters = nullptr;  // NOLINT(bugprone-macro-parentheses)
   DCP_FAST_DRIVER_CALLS(DCP_FAST_DECLARE)
 #undef DCP_FAST_DECLARE
-  // Only a simulator has it: tells its race detector that a thread is about to write memory that copies read.
+  // Only a simulator has this one. It tells the race detector that a thread is about to write memory that copies read.
   void (*simcuda_host_write)(const void* begin, size_t bytes, const char* who) = nullptr;
 };
 
@@ -23,10 +23,10 @@ const Driver& driver();
 // Throws Error(kCuda), or Error(kCudaOutOfMemory), if the call that `function` names failed.
 void check(const char* function, Result result);
 
-// Whether a call that failed left its context as it was: what was asked for is not to be had, and all else goes on.
+// Whether a call failed but left its context usable: the driver refuses what was asked for, and other work goes on.
 bool is_refusal(Result result);
 
-// Likewise as check(), but Error(kCudaRefused) where all else goes on.
+// The same as check(), but throws Error(kCudaRefused) for a refusal.
 void require(const char* function, Result result);
 
 // Calls a function of the driver and checks its result.

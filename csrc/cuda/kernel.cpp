@@ -19,7 +19,7 @@ Kernel with_function(ModuleHandle handle) {
   Kernel kernel;
   kernel.module = Module(handle);
   require("cuModuleGetFunction", driver().cuModuleGetFunction(&kernel.function, handle, kName));
-  // Drivers put off the loading, and the compiling, of a kernel until somebody asks something of it.
+  // Drivers load and compile a kernel only when somebody asks something of it.
   int registers = 0;
   require("cuFuncGetAttribute", driver().cuFuncGetAttribute(&registers, kFunctionRegisters, kernel.function));
   return kernel;

@@ -28,11 +28,11 @@ class Launcher {
   Launcher(const Launcher&) = delete;
   Launcher& operator=(const Launcher&) = delete;
 
-  // Loads the kernel, or begins to compile it, if that has not been done. Needed before anything is submitted. By one
-  // thread. Throws Error(kCuda, kCudaRefused).
+  // Loads the kernel, or begins to compile it, if that has not been done. One thread does this before any submits.
+  // Throws Error(kCuda, kCudaRefused).
   void prepare();
 
-  // The rest is thread-safe. What fails is Error(kCudaRefused) if the kernel cannot be had, else Error(kCuda).
+  // The rest is thread-safe, and throws Error(kCudaRefused) if there is no kernel, Error(kCuda) if a launch failed.
 
   // Launches for a slot, now or once the kernel is there.
   void submit(size_t slot, Launch launch);
@@ -40,11 +40,12 @@ class Launcher {
   bool is_settled(size_t slot);
   // Waits until it is enqueued. Throws if it never will be.
   void wait(size_t slot);
-  // Likewise for all.
+  // Waits until the launches of all slots are enqueued. Throws as wait() does.
   void wait_for_all();
 
-  // Waits until no launch is enqueued any more, and gives back the kernel.
+  // Waits until the kernel is compiled and all launches that waited for it are enqueued.
   void join() noexcept;
+  // Unloads the kernel.
   void release() noexcept;
 
  private:

@@ -1,4 +1,4 @@
-// On machines of several NUMA nodes, memory near a device: copies from another node's cross one more link.
+// Memory near a device, on machines of several NUMA nodes. A copy from another node's memory crosses one more link.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@ namespace dcp_fast::cuda {
 // this is known.
 int numa_node_of(std::string pci_bus_id, const std::string& sysfs = "/sys");
 
-// Pages of this range that nobody has touched yet come from the node, as long as it has any. Where the system refuses
-// (containers may), all works the same, if slower.
+// Asks the system to take pages of this range that nobody has touched yet from the node, as long as it has any. If the
+// system refuses, as in some containers, copies are slower.
 void prefer_node(void* begin, size_t bytes, int node) noexcept;
 
 }  // namespace dcp_fast::cuda

@@ -10,7 +10,7 @@ PinnedMemory::PinnedMemory(std::byte* memory, size_t size) : data_(memory) {
   if (!is_refusal(result)) check("cuMemHostRegister_v2", result);
   void* allocated = nullptr;
   const Result second = driver().cuMemHostAlloc(&allocated, size, kHostAllocPortable);
-  if (second != kSuccess) require("cuMemHostRegister_v2", result);  // the cause, of which the other is a consequence
+  if (second != kSuccess) require("cuMemHostRegister_v2", result);  // the first refusal is the cause
   data_ = static_cast<std::byte*>(allocated);
   registered_ = false;
 }

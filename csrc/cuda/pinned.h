@@ -1,4 +1,4 @@
-// Host memory that any device copies from at full speed and without the host's doing.
+// Pinned memory: any device copies from it at full speed, without the processor.
 #pragma once
 
 #include <cstddef>
@@ -7,9 +7,9 @@ namespace dcp_fast::cuda {
 
 class PinnedMemory {
  public:
-  // Registers `size` bytes at `memory`, whole pages that outlive this, with the driver. Where it does not let that be
+  // Registers `size` bytes at `memory` with the driver: whole pages, which outlive this. Where the driver refuses
   // (limits of containers and WSL, confidential computing), it is asked for as many bytes of its own. Needs a current
-  // context. Throws Error(kCudaRefused) if it refuses both, Error(kCuda).
+  // context. Throws Error(kCudaRefused) if the driver refuses both, Error(kCuda).
   PinnedMemory(std::byte* memory, size_t size);
   // Needs a current context too.
   ~PinnedMemory();

@@ -1,4 +1,4 @@
-// What the driver hands out, owned: every handle is given back when its owner goes.
+// Owners of what the driver hands out. A handle is given back when its owner goes.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@
 
 namespace dcp_fast::cuda {
 
-// A handle that a function of the driver gives back. That needs the context of the handle to be current.
+// A handle, and the driver's function that gives it back. This needs the context of the handle to be current.
 template <typename Handle, Result (*Driver::*kGiveBack)(Handle)>
 class Owned {
  public:
@@ -25,7 +25,7 @@ class Owned {
 
   Handle get() const { return handle_; }
   explicit operator bool() const { return handle_ != Handle{}; }
-  // After a failed launch every call fails, this one too: the driver then frees all at the end of the process.
+  // After a failed launch every call fails, and this one too. The driver then frees all at the end of the process.
   void reset() noexcept {
     if (handle_ != Handle{}) static_cast<void>((driver().*kGiveBack)(std::exchange(handle_, Handle{})));
   }
@@ -61,8 +61,8 @@ class PrimaryContext {
   ContextHandle handle_ = nullptr;
 };
 
-// Makes a context the current one of this thread for a while: torch goes by the one that it finds. Calls of this thread
-// meanwhile do no harm to CUDA graphs that other threads capture, nor those to them.
+// Makes a context the current one of this thread, and puts back the former one at the end, which torch counts on.
+// Meanwhile calls of this thread do no harm to CUDA graphs that other threads capture, and captures none to the calls.
 class CurrentContext {
  public:
   explicit CurrentContext(const PrimaryContext& context);

@@ -10,21 +10,21 @@ namespace dcp_fast::cuda {
 
 namespace {
 
-// Boxes start at multiples of the largest vector.
+// Boxes start at multiples of the largest vector's size.
 constexpr uint32_t kAlignment = 16;
 // What one block of 256 threads copies: 8 vectors of 16 bytes for each thread. A full slot keeps all multiprocessors
 // busy, and descriptors are 0.1 % of what they describe.
 constexpr uint32_t kEntryBytes = 32 << 10;
 
-constexpr auto kPage = static_cast<uint32_t>(io::kDirectAlignment);
+constexpr auto kPage = static_cast<uint32_t>(io::kPageBytes);
 
 uint32_t round_up(uint32_t bytes, uint32_t to) { return (bytes + to - 1) / to * to; }
 uint32_t aligned(uint32_t bytes) { return round_up(bytes, kAlignment); }
 
 uint32_t entries_for(uint32_t bytes) { return (bytes + kEntryBytes - 1) / kEntryBytes; }
 
-// The loops of a box that lies packed in the slot, outermost first: neighbours that are contiguous in the destination
-// are one. Empty if all of it is.
+// The loops of a box that lies packed in the slot, outermost first. Neighbouring loops that are contiguous in the
+// destination are joined. Empty if the whole box is contiguous there.
 std::vector<BoxDim> collapse_packed(const box::Loops& loops) {
   std::vector<BoxDim> dims;  // innermost first
   for (auto loop = loops.rbegin(); loop != loops.rend(); ++loop) {
@@ -75,7 +75,8 @@ bool SlotPacker::add(const box::Loops& loops, DeviceAddress destination, std::op
   size_t size = aligned(box.bytes);
   if (page_position) {
     box.page_position = static_cast<uint32_t>(*page_position);
-    size = kPage + round_up(*box.page_position + box.bytes, kPage);  // the first is lost to what comes before
+    size = kPage +
+           round_up(*box.page_position + box.bytes, kPage);  // a part of the first page belongs to what comes before
   }
   if (!box.straight) size += box.dims.size() * sizeof(BoxDim) + entries_for(box.bytes) * sizeof(BoxCopy);
   if (used_ + size > capacity_) return false;
@@ -86,7 +87,8 @@ bool SlotPacker::add(const box::Loops& loops, DeviceAddress destination, std::op
 
 SlotPlan SlotPacker::finish() {
   SlotPlan plan;
-  // A few small copies cost less than one more and a launch. Most slots of large tensors have such an end of one.
+  // A few small copies cost less than one more copy and a launch. Most slots of large tensors hold the small end of
+  // one.
   const bool all_contiguous =
       std::all_of(boxes_.begin(), boxes_.end(), [](const Box& box) { return box.dims.empty(); });
   const auto small = std::count_if(boxes_.begin(), boxes_.end(), [](const Box& box) { return !box.straight; });

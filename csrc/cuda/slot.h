@@ -1,7 +1,7 @@
 // What one slot carries. A slot is a piece of pinned memory, and as much staging memory on the device. The boxes of a
 // slot are packed one after another when it is filled: slicing on the source side is done by then. A box that is
 // contiguous in its destination too, and large, is copied straight there. All others travel together, followed by
-// descriptors of where they go, to the staging memory of the device, whence one kernel launch places them.
+// descriptors of where they go, to the staging memory of the device, and one kernel launch places them from there.
 #pragma once
 
 #include <cstddef>
@@ -15,11 +15,11 @@
 
 namespace dcp_fast::cuda {
 
-// From here on a copy of its own costs less than the kernel's reading and writing of the bytes: about what a copy takes
-// to start, 5 us, at 12 GB/s and more.
+// A box of at least this size gets a copy of its own: a copy takes about 5 us to start, which is less than the kernel
+// needs to read and write so many bytes.
 constexpr int64_t kMinStraightBytes = 64 << 10;
 
-// So many smaller ones are copied straight too, where nothing else in the slot needs the kernel.
+// Up to so many smaller boxes get copies of their own too, if nothing else in the slot needs the kernel.
 constexpr int kFewCopies = 4;
 
 struct StraightCopy {
@@ -31,13 +31,13 @@ struct StraightCopy {
 struct SlotPlan {
   std::vector<uint32_t> offsets;  // where in the slot each box lies, in the order in which they were added
   std::vector<StraightCopy> straight;
-  uint32_t staged_bytes = 0;  // what goes to staging: the slot's first bytes
+  uint32_t staged_bytes = 0;  // how many of the slot's first bytes go to staging memory
   uint32_t descriptors = 0;   // where in it the dims and entries belong
   std::vector<BoxDim> dims;
   std::vector<BoxCopy> entries;
   uint32_t bytes = 0;  // of the slot that are used
 
-  // Neighbours on both sides are one copy.
+  // Joins copies that are neighbours both in the slot and in the destination.
   void add_straight(const StraightCopy& copy);
   uint32_t entries_offset() const { return descriptors + static_cast<uint32_t>(dims.size() * sizeof(BoxDim)); }
   // Puts dims and entries where they belong in a slot.
@@ -49,7 +49,7 @@ class SlotPacker {
  public:
   explicit SlotPacker(size_t capacity) : capacity_(capacity) {}
 
-  // Adds a box whose loops have their destination's strides. False, with nothing done, if it does not fit any more.
+  // Adds a box whose loops have their destination's strides. Returns false, with nothing done, if it does not fit.
   // With `page_position` the box begins at this position within a page of the slot, and the pages that it touches are
   // its own: a direct read can then fill them. Only for boxes that are copied straight.
   bool add(const box::Loops& loops, DeviceAddress destination, std::optional<int64_t> page_position = {});

@@ -19,12 +19,12 @@ std::byte* AlignedBuffer::reserve(size_t size) {
   if (data_ != nullptr) ::munmap(data_, capacity_);
   data_ = nullptr;
   capacity_ = 0;
-  const size_t rounded = (size + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
+  const size_t rounded = (size + kPageBytes - 1) / kPageBytes * kPageBytes;
   if (rounded < size) throw std::bad_alloc();
   void* memory = ::mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-  // Page faults cost more than the copy itself; a refusal only costs speed.
+  // Page faults cost more than the copy itself. If the system refuses huge pages, only speed is lost.
   if (rounded >= kHugePage) static_cast<void>(::madvise(memory, rounded, MADV_HUGEPAGE));
 #endif
   data_ = static_cast<std::byte*>(memory);

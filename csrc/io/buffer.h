@@ -5,8 +5,9 @@
 
 namespace dcp_fast::io {
 
-// What O_DIRECT asks of file offsets, lengths and addresses on every common file system and block device.
-inline constexpr size_t kDirectAlignment = 4096;
+// The page of sources that read whole pages alone: what direct reads (O_DIRECT) ask of offsets, lengths and addresses
+// on every common file system and block device.
+inline constexpr size_t kPageBytes = 4096;
 
 class AlignedBuffer {
  public:

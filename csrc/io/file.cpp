@@ -16,6 +16,8 @@ namespace dcp_fast::io {
 namespace {
 
 constexpr int kProbes = 16;
+constexpr int kOpenFlags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
+constexpr Access kCachedAccess{8 << 10, 1, false};
 
 [[noreturn]] void throw_errno(int error_number, const char* what, const std::string& path, int64_t offset,
                               int64_t length) {
@@ -28,7 +30,7 @@ constexpr int kProbes = 16;
 // The kernel's limit on vectors in one call (IOV_MAX).
 constexpr size_t kMaxVectors = 1024;
 
-// Makes a system call until no signal interrupts it.
+// Makes a system call until no signal interrupts it. Here, and nowhere else, EINTR and short reads are retried.
 template <typename Call>
 auto retrying(const Call& call) {
   for (;;) {
@@ -51,7 +53,7 @@ size_t advance(std::vector<iovec>& vectors, size_t first, size_t bytes) {
   return first;
 }
 
-// One system call that reads, from its making on.
+// One system call that reads. Its time begins when the object is made.
 class Request {
  public:
   Request(const std::string& path, int64_t offset, size_t size, IoCounters& counters)
@@ -64,7 +66,7 @@ class Request {
   Request(const Request&) = delete;
   Request& operator=(const Request&) = delete;
 
-  // Counts the request, which returned `got`, or throws what that means.
+  // Counts the request. `got` is what the call returned; throws the error that it stands for, if any.
   size_t count(ssize_t got) {
     const int error_number = errno;
     counters_.requests.fetch_add(1, std::memory_order_relaxed);
@@ -91,10 +93,12 @@ class Request {
 
 }  // namespace
 
-File::File(std::string path) : path_(std::move(path)) {
+File::File(std::string path, IoMode mode) : ByteSource(std::move(path)), mode_(mode) { access_ = kCachedAccess; }
+
+int64_t File::do_open() {
   // O_NONBLOCK: a pipe in place of a file must be an error, not a hang. It changes nothing for regular files.
-  fd_ = open_retrying(path_, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd_ < 0) throw_errno(errno, "cannot open", path_, -1, -1);
+  fd_ = open_retrying(path(), kOpenFlags);
+  if (fd_ < 0) throw_errno(errno, "cannot open", path(), -1, -1);
   struct stat status{};
   int error_number = 0;
   if (retrying([&] { return system_calls().fstat(fd_, &status); }) != 0) {
@@ -105,28 +109,35 @@ File::File(std::string path) : path_(std::move(path)) {
     error_number = EINVAL;
   }
   if (error_number != 0) {
-    system_calls().close(std::exchange(fd_, -1));
-    throw_errno(error_number, "not a readable regular file", path_, -1, -1);
+    do_close();
+    throw_errno(error_number, "not a readable regular file", path(), -1, -1);
   }
-  size_ = status.st_size;
+  if (access().whole_pages) open_direct();
+  return status.st_size;
 }
 
-File::~File() {
+void File::do_close() noexcept {
   // Nothing was written, so a failing close loses nothing.
-  if (fd_ >= 0) system_calls().close(fd_);
-  if (direct_fd_ >= 0) system_calls().close(direct_fd_);
+  if (fd_ >= 0) system_calls().close(std::exchange(fd_, -1));
+  if (direct_fd_ >= 0) system_calls().close(std::exchange(direct_fd_, -1));
+}
+
+void File::open_direct() {
+#ifdef O_DIRECT
+  if (direct_fd_ < 0) direct_fd_ = open_retrying(path(), kOpenFlags | O_DIRECT);
+#endif
 }
 
 bool File::mostly_cached(int64_t begin, int64_t end) const {
   if (end <= begin) return true;
   // Without FADV_RANDOM some kernels start reading ahead for a probe that finds nothing, which would then compete
   // with the direct reads. The advice belongs to the descriptor, so the probes get one of their own.
-  const int probe_fd = open_retrying(path_, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  const int probe_fd = open_retrying(path(), kOpenFlags);
   if (probe_fd < 0) return true;
 #ifdef POSIX_FADV_RANDOM
   static_cast<void>(::posix_fadvise(probe_fd, 0, 0, POSIX_FADV_RANDOM));
 #endif
-  const int64_t step = std::max<int64_t>((end - begin) / kProbes, kDirectAlignment);
+  const int64_t step = std::max<int64_t>((end - begin) / kProbes, kPageBytes);
   int cached = 0;
   int probes = 0;
   bool can_tell = true;
@@ -141,28 +152,17 @@ bool File::mostly_cached(int64_t begin, int64_t end) const {
   return !can_tell || 2 * cached >= probes;
 }
 
-IoMode File::choose_mode(IoMode wanted, int64_t begin, int64_t end) {
-  if (wanted == IoMode::kAuto) wanted = mostly_cached(begin, end) ? IoMode::kCached : IoMode::kDirect;
-#ifdef O_DIRECT
-  if (wanted == IoMode::kDirect) {
-    if (direct_fd_ < 0) direct_fd_ = open_retrying(path_, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_DIRECT);
-    if (direct_fd_ >= 0) return IoMode::kDirect;
-  }
-#endif
-  return IoMode::kCached;
-}
-
-void File::check_range(size_t size, int64_t offset) const {
-  if (offset >= 0 && offset <= size_ && size <= static_cast<uint64_t>(size_ - offset)) return;
-  throw Error(ErrorKind::kTruncated, "the file is only " + std::to_string(size_) + " bytes long", path_, offset,
-              static_cast<int64_t>(size));
+void File::choose_access(int64_t begin, int64_t end) {
+  if (mode_ == IoMode::kCached || (mode_ == IoMode::kAuto && mostly_cached(begin, end))) return;
+  open_direct();
+  if (direct_fd_ >= 0) access_ = kDirectAccess;
 }
 
 void File::read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const {
   check_range(size, offset);
   for (size_t done = 0; done < size;) {
     const int64_t position = offset + static_cast<int64_t>(done);
-    Request request(path_, position, size - done, counters);
+    Request request(path(), position, size - done, counters);
     const ssize_t got = retrying(
         [&] { return system_calls().pread(fd_, static_cast<char*>(destination) + done, size - done, position); });
     done += request.count(got);
@@ -177,7 +177,7 @@ void File::read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounter
   for (size_t done = 0; done < size;) {
     const int64_t position = offset + static_cast<int64_t>(done);
     const auto chosen = static_cast<int>(std::min(vectors.size() - first, kMaxVectors));
-    Request request(path_, position, size - done, counters);
+    Request request(path(), position, size - done, counters);
     const ssize_t got = retrying([&] { return system_calls().preadv(fd_, &vectors[first], chosen, position); });
     const size_t bytes = request.count(got);
     first = advance(vectors, first, bytes);
@@ -186,17 +186,18 @@ void File::read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounter
 }
 
 void File::read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const {
+  if (direct_fd_ < 0) return read_exactly(destination, size, offset, counters);
   check_range(size, offset);
-  const size_t lead = static_cast<size_t>(offset) % kDirectAlignment;
+  const size_t lead = static_cast<size_t>(offset) % kPageBytes;
   std::byte* data = destination - lead;
   const int64_t begin = offset - static_cast<int64_t>(lead);
-  const size_t span = (lead + size + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
+  const size_t span = (lead + size + kPageBytes - 1) / kPageBytes * kPageBytes;
   size_t done = 0;
-  // A direct read that stops at an unaligned position (the end of the file, or an odd file system) cannot be
-  // continued directly; the page cache serves the rest, and also everything if the device refuses the alignment.
-  while (direct_fd_ >= 0 && done < lead + size && done % kDirectAlignment == 0) {
+  // A direct read that stops at an unaligned position (the end of the file, or an odd file system) cannot be continued
+  // directly, so the rest is read through the page cache. So is everything if the device refuses the alignment.
+  while (done < lead + size && done % kPageBytes == 0) {
     const int64_t position = begin + static_cast<int64_t>(done);
-    Request request(path_, position, span - done, counters);
+    Request request(path(), position, span - done, counters);
     const ssize_t got = retrying([&] { return system_calls().pread(direct_fd_, data + done, span - done, position); });
     if (got == 0 || (got < 0 && errno == EINVAL)) break;
     done += request.count(got);
@@ -207,16 +208,11 @@ void File::read_pages(std::byte* destination, size_t size, int64_t offset, IoCou
   }
 }
 
-const std::byte* File::read_staged(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const {
+const std::byte* File::view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const {
   check_range(size, offset);
-  const size_t lead = direct_fd_ < 0 ? 0 : static_cast<size_t>(offset) % kDirectAlignment;
-  const size_t span = (lead + size + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
-  std::byte* data = buffer.reserve(span) + lead;
-  if (direct_fd_ < 0) {
-    read_exactly(data, size, offset, counters);
-  } else {
-    read_pages(data, size, offset, counters);
-  }
+  const size_t lead = access().whole_pages ? static_cast<size_t>(offset) % kPageBytes : 0;
+  std::byte* data = buffer.reserve(lead + size) + lead;
+  read_pages(data, size, offset, counters);
   return data;
 }
 

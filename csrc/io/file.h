@@ -1,17 +1,12 @@
-// One checkpoint file, open for reading through the page cache or past it.
+// One checkpoint file on a file system: read through the page cache or past it.
 #pragma once
 
-#include <sys/uio.h>
-
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "io/buffer.h"
-#include "io/read_clock.h"
-#include "trace/recorder.h"
+#include "io/byte_source.h"
 
 namespace dcp_fast::io {
 
@@ -21,56 +16,31 @@ enum class IoMode {
   kDirect,  // O_DIRECT where the file system allows it, else cached
 };
 
-// What was asked of the operating system, summed over threads. The clock and the recorder, where there are any, learn
-// of every request.
-struct IoCounters {
-  std::atomic<int64_t> requests{0};
-  std::atomic<int64_t> bytes{0};
-  ReadClock* clock = nullptr;
-  trace::Recorder* recorder = nullptr;
-};
+// What access() asks for past the page cache, where requests that are under way at once keep a disk busy.
+inline constexpr Access kDirectAccess{256 << 10, 4, true};
 
-class File {
+class File : public ByteSource {
  public:
-  // Opens a regular file. Throws Error(kIo) with the path and errno, also for a directory or a pipe.
-  explicit File(std::string path);
-  ~File();
-  File(const File&) = delete;
-  File& operator=(const File&) = delete;
+  explicit File(std::string path, IoMode mode = IoMode::kCached);
 
-  const std::string& path() const { return path_; }
-  int64_t size() const { return size_; }
+  // Finds out for kAuto, by asking for a few bytes of the range, whether the page cache holds it.
+  void choose_access(int64_t begin, int64_t end) override;
 
-  // Settles kAuto by probing a few positions in [begin, end) with RWF_NOWAIT; opens the direct descriptor if needed.
-  // Returns the mode that reads will use.
-  IoMode choose_mode(IoMode wanted, int64_t begin, int64_t end);
-
-  // Throws Error(kTruncated) unless the file has [offset, offset + size).
-  void check_range(size_t size, int64_t offset) const;
-
-  // Reads exactly [offset, offset + size) through the page cache. Here, and nowhere else, EINTR and short reads are
-  // retried. Throws Error(kTruncated) if the file ends early, Error(kIo) otherwise.
-  void read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const;
-
-  // The same for consecutive bytes of the file that go to several places. Uses up `vectors`, none of which is empty.
-  void read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const;
-
-  // Reads [offset, offset + size) to `destination`, past the page cache if choose_mode said kDirect. The two have the
-  // same position within a page, and the rest of the pages that the destination touches is overwritten. Errors as
-  // above.
-  void read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const;
-
-  // Reads [offset, offset + size) through `buffer`, past the page cache if choose_mode said kDirect, and returns
-  // where the first byte landed. Errors as above.
-  const std::byte* read_staged(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const;
+  void read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const override;
+  void read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const override;
+  void read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const override;
+  const std::byte* view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const override;
 
  private:
+  // Opens a regular file, and nothing else: no directory and no pipe.
+  int64_t do_open() override;
+  void do_close() noexcept override;
+  void open_direct();
   bool mostly_cached(int64_t begin, int64_t end) const;
 
-  std::string path_;
+  const IoMode mode_;
   int fd_ = -1;
   int direct_fd_ = -1;
-  int64_t size_ = 0;
 };
 
 }  // namespace dcp_fast::io

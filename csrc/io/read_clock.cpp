@@ -4,8 +4,8 @@
 
 namespace dcp_fast::io {
 
-// Threads read the time before they get the lock, so calls may come a little out of order: time that was counted
-// already is not counted again.
+// Threads read the time before they get the lock, so calls may come a little out of order. Time that was counted once
+// is not counted again.
 
 void ReadClock::enter(Time now) {
   const std::scoped_lock lock(mutex_);

@@ -11,13 +11,13 @@ class ReadClock {
   using Time = std::chrono::steady_clock::time_point;
   using Duration = std::chrono::steady_clock::duration;
 
-  // A request begins; each is ended by one call of leave(), which gets the time at which it began too.
+  // A request begins. One call of leave() ends it, and gets the time at which it began as well.
   void enter(Time now);
   void leave(Time begin, Time now);
 
   // The time in which at least one request was under way.
   Duration reading() const;
-  // The times of all requests, those that ran side by side too.
+  // The sum of the times of all requests, even of those that ran side by side.
   Duration waiting() const;
 
  private:

@@ -20,6 +20,12 @@ struct Properties {
   bool pin_memory = false;
   bool of_shard = false;  // of the class Global::kShardTensorProperties
   bool complete = false;
+  // Of torch 2.15 on: the strides of the tensor, where there were any. In the columns, `strides` says where in
+  // `numbers` they are; until then, where in Heap::ints.
+  bool has_strides = false;
+  uint32_t stride_count = 0;
+  uint64_t strides = 0;
+  bool strides_are_columns = false;
 };
 
 enum class EntryKind : uint8_t { kBytes, kTensor };
@@ -74,6 +80,20 @@ struct Transforms {
   bool operator==(const Transforms& other) const { return is_list == other.is_list && names == other.names; }
 };
 
+// An attribute of the metadata that torch's class does not have, such as Megatron-Core adds.
+struct Attribute {
+  std::string name;
+  bool is_read = false;  // whether `pickle` holds it; if not, only the file does
+  std::string pickle;    // see plain_pickle.h
+};
+
+// A field that a class of this file has and the columns have no place for.
+struct LeftOut {
+  Global type = Global::kMetadata;
+  std::string name;
+  bool operator==(const LeftOut& other) const { return type == other.type && name == other.name; }
+};
+
 struct Columns {
   TextTable fqns;              // the first are those of the entries, in their order; others only have storage rows
   std::vector<Entry> entries;  // by FQN
@@ -85,9 +105,11 @@ struct Columns {
   std::vector<Transforms> transforms;
   HashTable row_table;
 
-  // Pickles of nothing but builtin containers, texts, numbers and paths; see plain_pickle.h.
+  // Pickles of nothing but plain values; see plain_pickle.h.
   std::string planner_data;
   std::string storage_meta;  // (checkpoint_id, save_id, load_id, modules), or empty for none
+  std::vector<Attribute> attributes;
+  std::vector<LeftOut> left_out;  // each once
   bool has_version = false;
   std::string version;
 

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <string_view>
 
 #include "little_endian.h"
@@ -22,7 +21,7 @@ class Cursor {
   uint64_t left() const { return size_ - position(); }
 
   void seek(uint64_t position) {
-    if (window_end_ - position <= static_cast<uint64_t>(window_.end - window_begin_)) {
+    if (window_begin_ != nullptr && window_end_ - position <= static_cast<uint64_t>(window_.end - window_begin_)) {
       window_.begin = window_.end - (window_end_ - position);
       return;
     }
@@ -51,14 +50,19 @@ class Cursor {
     window_.begin += count;
     return begin;
   }
+  // The length of a frame, of which all bytes must be there. Nothing else depends on it.
+  void require_frame() {
+    const uint64_t length = unsigned_integer(8);
+    if (length > left()) corrupt("a frame beyond the end of the file");
+  }
   uint64_t unsigned_integer(size_t width) { return from_little_endian(take(width), width); }
   // Up to and past the next newline, which is left out.
   std::string_view line() {
     for (uint64_t wanted = 1;;) {
       require(wanted);
       const Window bytes = window(wanted);
-      const auto* newline = static_cast<const uint8_t*>(std::memchr(bytes.begin, '\n', available()));
-      if (newline != nullptr) {
+      const uint8_t* newline = std::find(bytes.begin, bytes.end, uint8_t{'\n'});
+      if (newline != bytes.end) {
         const auto count = static_cast<size_t>(newline - bytes.begin);
         return {reinterpret_cast<const char*>(take(count + 1)), count};
       }

@@ -33,7 +33,7 @@ struct Sequence {
   uint64_t cells = 0;  // of Heap::values that its segments take
 };
 
-// The dicts that carry the fields of an object are gone when the object has them, and their slots are used again. A
+// The dicts that carry the fields of an object are gone when the object has them, and their places are used again. A
 // value from before then has another generation.
 struct Dict {
   Sequence sequence;
@@ -72,6 +72,13 @@ struct Metadata {
   Value storage_data;
   Value storage_meta;
   Value version;
+  size_t first_attribute = 0;  // in Heap::attributes
+  size_t attribute_count = 0;
+};
+// What the metadata has beyond the fields of torch's class.
+struct HeapAttribute {
+  uint32_t name = 0;  // index into Heap::texts
+  Value value;        // unset if the unpickler skipped it
 };
 struct Path {
   Global type = Global::kPosixPath;
@@ -136,6 +143,7 @@ struct Heap {
   BlockList<StorageMeta> storage_metas;
   BlockList<Metadata> metadatas;
   BlockList<Path> paths;
+  BlockList<HeapAttribute> attributes;
 
   // The number of a text, which is new if it was not there; kNone if it is not UTF-8.
   uint32_t intern(std::string_view text) {

@@ -19,7 +19,7 @@ enum class Keep { kYes, kNo };
 // What an item puts into the memo: `width` values, of which those in `kept` may be asked for again.
 struct MemoItem {
   struct Kept {
-    uint64_t slot = 0;
+    uint64_t place = 0;  // among the values of the item
     Value value;
     uint64_t step = 0;  // what the payload grows by from each item to the next
   };
@@ -27,7 +27,7 @@ struct MemoItem {
   size_t kept_count = 0;
   std::array<Kept, 3> kept;
 
-  void keep(uint64_t slot, Value value, uint64_t step) { kept[kept_count++] = {slot, value, step}; }
+  void keep(uint64_t place, Value value, uint64_t step) { kept[kept_count++] = {place, value, step}; }
 };
 
 class Memo {
@@ -107,7 +107,7 @@ class Memo {
     bool continues_with(const MemoItem& next) const {
       if (next.width != item.width || next.kept_count != item.kept_count) return false;
       for (size_t i = 0; i < item.kept_count; ++i) {
-        if (next.kept[i].slot != item.kept[i].slot || !(next.kept[i].value == value(i, items))) return false;
+        if (next.kept[i].place != item.kept[i].place || !(next.kept[i].value == value(i, items))) return false;
       }
       return true;
     }
@@ -131,9 +131,9 @@ class Memo {
   }
   Value find(uint64_t index) const {
     if (const Run* run = run_of(index)) {
-      const uint64_t slot = (index - run->first) % run->item.width;
+      const uint64_t place = (index - run->first) % run->item.width;
       for (size_t i = 0; i < run->item.kept_count; ++i) {
-        if (run->item.kept[i].slot == slot) return run->value(i, (index - run->first) / run->item.width);
+        if (run->item.kept[i].place == place) return run->value(i, (index - run->first) / run->item.width);
       }
       return {};
     }

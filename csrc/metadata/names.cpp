@@ -1,5 +1,7 @@
 #include "metadata/names.h"
 
+#include <algorithm>
+
 #include "checkpoint/dtype.h"
 
 namespace dcp_fast::metadata {
@@ -14,10 +16,12 @@ struct KnownGlobal {
 
 constexpr std::string_view kCheckpoint = "torch.distributed.checkpoint.metadata";
 constexpr std::string_view kFileSystem = "torch.distributed.checkpoint.filesystem";
+constexpr std::string_view kMegatron = "megatron.core.dist_checkpointing.strategies.torch";
 constexpr std::string_view kShard = "torch.distributed._shard.sharded_tensor.metadata";
 
-constexpr std::array<KnownGlobal, 19> kGlobals = {{
+constexpr std::array<KnownGlobal, 22> kGlobals = {{
     {kCheckpoint, "Metadata", Global::kMetadata},
+    {kMegatron, "MCoreMetadata", Global::kMetadata},  // a subclass, of version 0.15
     {kCheckpoint, "TensorStorageMetadata", Global::kTensorStorageMetadata},
     {kCheckpoint, "BytesStorageMetadata", Global::kBytesStorageMetadata},
     {kCheckpoint, "ChunkStorageMetadata", Global::kChunkStorageMetadata},
@@ -36,7 +40,13 @@ constexpr std::array<KnownGlobal, 19> kGlobals = {{
     {"builtins", "dict", Global::kDict},
     {"pathlib", "PosixPath", Global::kPosixPath},
     {"pathlib", "PurePosixPath", Global::kPurePosixPath},
+    {"pathlib", "WindowsPath", Global::kPureWindowsPath},
+    {"pathlib", "PureWindowsPath", Global::kPureWindowsPath},
 }};
+
+const KnownGlobal& known(Global global) {
+  return *std::find_if(kGlobals.begin(), kGlobals.end(), [&](const auto& entry) { return entry.global == global; });
+}
 
 // The module's name in Python 3.12, where pathlib was still one module.
 std::string_view modern_module(std::string_view module, int protocol) {
@@ -49,6 +59,9 @@ std::string_view modern_module(std::string_view module, int protocol) {
 }  // namespace
 
 static_assert(kDTypeNames.size() >= checkpoint::kDTypes.size());
+
+std::string_view module_of(Global global) { return known(global).module; }
+std::string_view name_of(Global global) { return known(global).name; }
 
 std::optional<Value> find_global(std::string_view module, std::string_view name, int protocol) {
   const std::string_view modern = modern_module(module, protocol);

@@ -1,5 +1,5 @@
 // The allow-list: every global that metadata written by DCP may name, and the codes for what they stand for. The same
-// list in Python: dcp_fast/metadata/globals.py.
+// list in Python: dcp_fast/metadata/allowed.py.
 #pragma once
 
 #include <array>
@@ -31,6 +31,7 @@ enum class Global : uint8_t {
   kDict,
   kPosixPath,
   kPurePosixPath,
+  kPureWindowsPath,  // a path of Windows, which only there could be more than pure
 };
 
 enum class MemoryFormat : uint8_t { kContiguous, kChannelsLast, kPreserve };
@@ -78,6 +79,10 @@ inline constexpr std::array<std::string_view, 3> kMemoryFormatNames = {
 
 // kGlobal or kDType; nullopt for what is not on the list. `protocol`: below 3 modules have the names of Python 2.
 std::optional<Value> find_global(std::string_view module, std::string_view name, int protocol);
+
+// What a class is called.
+std::string_view module_of(Global global);
+std::string_view name_of(Global global);
 
 template <size_t count>
 std::optional<uint8_t> code_of(const std::array<std::string_view, count>& names, std::string_view name) {

@@ -1,8 +1,12 @@
 #include "metadata/objects.h"
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "metadata/failure.h"
 #include "metadata/sequences.h"
@@ -81,37 +85,51 @@ Value reconstruct(Heap& heap, Value arguments) {
   return new_object(heap, heap.item(arguments, 0));
 }
 
-// Finds fields by name in what BUILD brought, and sees to it that nothing else is there.
+// Finds fields by name in what BUILD brought.
 class Fields {
  public:
   Fields(const Heap& heap, const Value* items, size_t count) : heap_(heap), items_(items), count_(count) {}
 
   Value take(std::string_view name) {
     for (size_t i = 0; i < count_; i += 2) {
-      if (items_[i].is(Tag::kText) && heap_.text(items_[i]) == name) {
-        ++taken_;
-        return items_[i + 1];
-      }
+      if (items_[i].is(Tag::kText) && heap_.text(items_[i]) == name) return note(name, items_[i + 1]);
     }
     return {};
   }
   // For fields that nearly always come in this place.
   Value take_at(size_t place, std::string_view name) {
     if (2 * place < count_ && items_[2 * place].is(Tag::kText) && heap_.text(items_[2 * place]) == name) {
-      ++taken_;
-      return items_[2 * place + 1];
+      return note(name, items_[2 * place + 1]);
     }
     return take(name);
   }
-  // A name that stands there twice is taken once.
-  void done() const {
-    if (2 * taken_ != count_) unsupported("fields that DCP does not write");
+  // Calls visit(name, value) for the fields that nobody took.
+  template <typename Visit>
+  void for_each_other(const Visit& visit) const {
+    if (2 * taken_ == count_) return;
+    size_t others = 0;
+    for (size_t i = 0; i < count_; i += 2) {
+      if (!items_[i].is(Tag::kText)) unsupported("a field whose name is no text");
+      const std::string_view name = heap_.text(items_[i]);
+      if (std::find(names_.begin(), names_.begin() + taken_, name) != names_.begin() + taken_) continue;
+      // Special methods would be as good as code.
+      if (name.substr(0, 2) == "__") unsupported("the field " + std::string(name));
+      ++others;
+      visit(items_[i], items_[i + 1]);
+    }
+    if (2 * (taken_ + others) != count_) unsupported("a field that is there twice");
   }
 
  private:
+  Value note(std::string_view name, Value value) {
+    names_.at(taken_++) = name;
+    return value;
+  }
+
   const Heap& heap_;
   const Value* items_;
   size_t count_;
+  std::array<std::string_view, 5> names_;  // of those that were taken
   size_t taken_ = 0;
 };
 
@@ -169,18 +187,39 @@ void set(StorageMeta& meta, Fields& fields) {
   meta = {fields.take("checkpoint_id"), fields.take("save_id"), fields.take("load_id"), fields.take("modules")};
 }
 
-void set(Metadata& metadata, Fields& fields) {
+void set(Heap& heap, Metadata& metadata, Fields& fields) {
   if (!metadata.entries.is(Tag::kUnset)) unsupported("metadata that is built twice");
   metadata.entries = fields.take("state_dict_metadata");
   metadata.planner_data = fields.take("planner_data");
   metadata.storage_data = fields.take("storage_data");
   metadata.storage_meta = fields.take("storage_meta");
   metadata.version = fields.take("version");
+  metadata.first_attribute = heap.attributes.size();
+  fields.for_each_other([&](Value name, Value value) {
+    heap.attributes.push_back({static_cast<uint32_t>(name.payload()), value});
+    ++metadata.attribute_count;
+  });
   if (!metadata.entries.is(Tag::kDict)) unsupported("metadata without entries");
   if (!metadata.version.is(Tag::kUnset) && !is_text_or_none(metadata.version)) unsupported("a version of another type");
 }
 
 }  // namespace
+
+bool is_metadata_field(std::string_view name) {
+  constexpr std::array<std::string_view, 5> kFields = {"state_dict_metadata", "planner_data", "storage_data",
+                                                       "storage_meta", "version"};
+  return std::find(kFields.begin(), kFields.end(), name) != kFields.end();
+}
+
+void leave_out(Heap& heap, Global type, std::string_view name) {
+  constexpr size_t kMaxLeftOut = 64;
+  constexpr size_t kMaxName = 128;
+  LeftOut field{type, std::string(name)};
+  std::vector<LeftOut>& known = heap.columns.left_out;
+  if (std::find(known.begin(), known.end(), field) != known.end()) return;
+  if (known.size() == kMaxLeftOut || name.size() > kMaxName) unsupported("more fields than any torch writes");
+  known.push_back(std::move(field));
+}
 
 Value call(Heap& heap, Value callable, Value arguments) {
   if (!callable.is(Tag::kGlobal)) unsupported("a call of what is no global");
@@ -199,6 +238,7 @@ Value call(Heap& heap, Value callable, Value arguments) {
       return reconstruct(heap, arguments);
     case Global::kPosixPath:
     case Global::kPurePosixPath:
+    case Global::kPureWindowsPath:
       return make_path(heap, callable, arguments);
     case Global::kDict:
       return make_dict(heap, arguments);
@@ -238,33 +278,42 @@ Value new_object(Heap& heap, Value type) {
 void set_fields(Heap& heap, Value object, const Value* items, size_t count) {
   Fields fields(heap, items, count);
   const uint64_t index = object.payload();
+  Global type = Global::kMetadata;
   switch (object.tag()) {
     case Tag::kChunk:
+      type = Global::kChunkStorageMetadata;
       set(heap.chunks[index], fields);
       break;
     case Tag::kTensor:
+      type = Global::kTensorStorageMetadata;
       set(heap, heap.tensors[index], fields);
       break;
+    case Tag::kBytesEntry:
+      type = Global::kBytesStorageMetadata;
+      break;
     case Tag::kIndex:
+      type = Global::kMetadataIndex;
       set(heap.indices[index], fields);
       break;
     case Tag::kStorageInfo:
+      type = Global::kStorageInfo;
       set(heap, heap.storage_infos[index], fields);
       break;
     case Tag::kStorageMeta:
+      type = Global::kStorageMeta;
       set(heap.storage_metas[index], fields);
       break;
     case Tag::kMetadata:
-      set(heap.metadatas[index], fields);
-      break;
+      set(heap, heap.metadatas[index], fields);
+      return;
     default:
       unsupported("fields of another object");
   }
-  fields.done();
+  fields.for_each_other([&](Value name, Value) { leave_out(heap, type, heap.text(name)); });
 }
 
 void set_state(Heap& heap, Value object, Value state) {
-  if (!object.is(Tag::kProperties) || !state.is(Tag::kTuple) || heap.tuple_size(state) != 5) {
+  if (!object.is(Tag::kProperties) || !state.is(Tag::kTuple) || heap.tuple_size(state) < 5) {
     unsupported("state of another object");
   }
   Properties& properties = heap.properties[object.payload()];
@@ -273,12 +322,20 @@ void set_state(Heap& heap, Value object, Value state) {
   const Value requires_grad = heap.item(state, 2);
   const Value format = heap.item(state, 3);
   const Value pin_memory = heap.item(state, 4);
+  const Value strides = heap.tuple_size(state) > 5 ? heap.item(state, 5) : Value(Tag::kNone);
   const auto is_bool = [](Value value) { return value.is(Tag::kTrue) || value.is(Tag::kFalse); };
   const auto format_type = properties.of_shard ? Global::kShardMemoryFormat : Global::kMemoryFormat;
   if (properties.complete || !dtype.is(Tag::kDType) || !layout.is(Tag::kLayout) || !is_bool(requires_grad) ||
       !format.is(Tag::kMemoryFormat) || format.payload() >> 8 != static_cast<uint64_t>(format_type) ||
-      !is_bool(pin_memory)) {
+      !is_bool(pin_memory) || (!strides.is(Tag::kInts) && !strides.is(Tag::kNone))) {
     unsupported("properties that DCP does not write");
+  }
+  const Global type = properties.of_shard ? Global::kShardTensorProperties : Global::kTensorProperties;
+  for (size_t i = 6; i < heap.tuple_size(state); ++i) leave_out(heap, type, std::to_string(i));
+  properties.has_strides = strides.is(Tag::kInts);
+  if (properties.has_strides) {
+    properties.strides = strides.payload() + 1;
+    properties.stride_count = static_cast<uint32_t>(heap.tuple_size(strides));
   }
   properties.dtype = static_cast<uint8_t>(dtype.payload());
   properties.layout = static_cast<uint8_t>(layout.payload());

@@ -26,6 +26,7 @@ class Builder {
       columns_.has_version = true;
       columns_.version = heap_.text(metadata.version);
     }
+    add_attributes(metadata);
     add_entries(metadata.entries);
     add_storage(metadata.storage_data);
     return std::move(columns_);
@@ -48,6 +49,25 @@ class Builder {
       heap_.values.push_back(field);
     }
     columns_.storage_meta = plain_pickle(heap_, Value(Tag::kTuple, tuple));
+  }
+
+  void add_attributes(const Metadata& metadata) {
+    constexpr size_t kMaxPickles = 8;
+    for (size_t i = 0; i < metadata.attribute_count; ++i) {
+      const HeapAttribute& known = heap_.attributes[metadata.first_attribute + i];
+      Attribute attribute;
+      attribute.name = heap_.texts[known.name];
+      // Each pickle may be as large as the file, as attributes may share what they hold.
+      if (!known.value.is(Tag::kUnset) && i < kMaxPickles) {
+        try {
+          attribute.pickle = plain_pickle(heap_, known.value);
+          attribute.is_read = true;
+        } catch (const Unsupported&) {
+          attribute.is_read = false;  // it has objects
+        }
+      }
+      columns_.attributes.push_back(std::move(attribute));
+    }
   }
 
   // Entries
@@ -87,6 +107,7 @@ class Builder {
     const auto dims = static_cast<size_t>(heap_.ints[tensor.size]);
     if (dims > kMaxDims) unsupported("a tensor of more than 64 dimensions");
     entry.kind = EntryKind::kTensor;
+    place_strides(heap_.properties[tensor.properties]);
     entry.properties = heap_.properties[tensor.properties];
     entry.dims = static_cast<uint32_t>(dims);
     entry.size = numbers().size();
@@ -101,6 +122,17 @@ class Builder {
     // Entries that share their list share the chunks here, lest a small file grow large.
     if (!added.done) added = {place_of_chunks(tensor.chunks), true};
     entry.chunks = added.start;
+  }
+
+  // Once for each object, however many entries share it.
+  void place_strides(Properties& properties) {
+    if (!properties.has_strides || properties.strides_are_columns) return;
+    const size_t count = properties.stride_count;
+    if (count > kMaxDims || !has_room(heap_, count)) unsupported("strides of more than 64 dimensions");
+    const uint64_t start = numbers().size();
+    for (size_t i = 0; i < count; ++i) numbers().push_back(heap_.ints[properties.strides + i]);
+    properties.strides = start;
+    properties.strides_are_columns = true;
   }
 
   uint32_t count_chunks(uint32_t list, size_t dims) const {
@@ -194,10 +226,10 @@ class Builder {
 
 }  // namespace
 
-Columns parse(Source& source, FastLane fast_lane) {
+Columns parse(Source& source, Batches batches) {
   Heap heap(source.size());
   try {
-    const Value root = unpickle(source, fast_lane, heap);
+    const Value root = unpickle(source, batches, heap);
     return Builder(heap).build(root);
   } catch (Error& error) {
     if (error.kind == ErrorKind::kCorruptMetadata && error.offset < 0) {  // of the object, which lies anywhere in it

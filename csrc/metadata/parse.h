@@ -9,6 +9,6 @@ namespace dcp_fast::metadata {
 
 // Takes time and memory in proportion to the file. Throws Unsupported for what only Python can read or refuse,
 // Error(kCorruptMetadata) for what contradicts itself, and what reading the source throws.
-Columns parse(Source& source, FastLane fast_lane = FastLane::kYes);
+Columns parse(Source& source, Batches batches = Batches::kAtOnce);
 
 }  // namespace dcp_fast::metadata

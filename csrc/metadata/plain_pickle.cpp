@@ -82,6 +82,12 @@ class Writer {
         pickle_ += literal(value.payload());
         memoize(value);
         return;
+      case Tag::kSize:
+        pickle_ += "ctorch\nSize\n";
+        ints(value);
+        pickle_ += "\x85R";
+        memoize(value);
+        return;
       case Tag::kInts:
       case Tag::kIntsInTuple:
         ints(value);
@@ -92,8 +98,7 @@ class Writer {
         for (size_t i = heap_.tuple_size(value); i > 0; --i) tasks_.push_back({heap_.item(value, i - 1), '\0'});
         return;
       case Tag::kPath:
-        pickle_ += heap_.paths[value.payload()].type == Global::kPosixPath ? "cpathlib\nPosixPath\n"
-                                                                           : "cpathlib\nPurePosixPath\n";
+        pickle_ += path_type(heap_.paths[value.payload()].type);
         tasks_.push_back({value, 'R'});
         tasks_.push_back({heap_.paths[value.payload()].parts, '\0'});
         return;
@@ -107,7 +112,7 @@ class Writer {
         dict(value);
         return;
       default:
-        unsupported("planner data or storage metadata with other objects than plain ones");
+        unsupported("objects where plain values are expected");
     }
   }
 
@@ -172,6 +177,17 @@ class Writer {
     for (size_t i = 0; i < heap_.tuple_size(value); ++i) number(heap_.ints[value.payload() + 1 + i]);
     pickle_ += 't';
     if (value.is(Tag::kIntsInTuple)) pickle_ += '\x85';
+  }
+
+  static const char* path_type(Global type) {
+    switch (type) {
+      case Global::kPosixPath:
+        return "cpathlib\nPosixPath\n";
+      case Global::kPurePosixPath:
+        return "cpathlib\nPurePosixPath\n";
+      default:
+        return "cpathlib\nPureWindowsPath\n";
+    }
   }
 
   // The opcode and its argument as they were in the file, where the unpickler has checked them.

@@ -8,9 +8,9 @@
 
 namespace dcp_fast::metadata {
 
-// The pickle names no globals but the classes of paths. What the value shares is shared in it, so that it takes at most
-// a small multiple of the file. Throws Unsupported for other values than builtin containers, texts, numbers and paths,
-// and Error(kCorruptMetadata) for containers nested deeper than any writer nests them.
+// The pickle names no globals but the classes of paths and torch.Size. What the value shares is shared in it, so that
+// it takes at most a small multiple of the file. Throws Unsupported for other values than builtin containers, texts,
+// numbers, paths and torch.Size, and Error(kCorruptMetadata) for containers nested deeper than any writer nests them.
 std::string plain_pickle(Heap& heap, Value value);
 
 }  // namespace dcp_fast::metadata

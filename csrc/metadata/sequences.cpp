@@ -11,8 +11,8 @@ namespace {
 constexpr uint64_t kSegmentHeader = 2;
 constexpr int kGenerationBits = Value::kPayloadBits - 32;
 
-Value dict_value(const Heap& heap, size_t slot) {
-  return Value(Tag::kDict, uint64_t{heap.dicts[slot].generation} << 32 | slot);
+Value dict_value(const Heap& heap, size_t place) {
+  return Value(Tag::kDict, uint64_t{heap.dicts[place].generation} << 32 | place);
 }
 
 size_t begin_shape(Heap& heap, size_t count) {
@@ -53,9 +53,9 @@ Value new_list(Heap& heap) {
 
 Value new_dict(Heap& heap) {
   if (!heap.free_dicts.empty()) {
-    const size_t slot = heap.free_dicts.back();
+    const size_t place = heap.free_dicts.back();
     heap.free_dicts.pop_back();
-    return dict_value(heap, slot);
+    return dict_value(heap, place);
   }
   if (heap.dicts.size() >= kUnset) unsupported("more dicts than 32 bits count");
   heap.dicts.emplace_back();
@@ -79,15 +79,15 @@ void append(Heap& heap, Sequence& sequence, const Value* items, size_t count) {
 }
 
 void free_dict(Heap& heap, Value value) {
-  const auto slot = static_cast<uint32_t>(value.payload());
-  Dict& dict = heap.dicts[slot];
+  const auto place = static_cast<uint32_t>(value.payload());
+  Dict& dict = heap.dicts[place];
   const Sequence& sequence = dict.sequence;
   if (sequence.items > 0 && heap.values.size() - sequence.first == sequence.cells) {
     heap.values.truncate(sequence.first);
   }
   dict.sequence = {};
   ++dict.generation;
-  if (dict.generation >> kGenerationBits == 0) heap.free_dicts.push_back(slot);
+  if (dict.generation >> kGenerationBits == 0) heap.free_dicts.push_back(place);
 }
 
 }  // namespace dcp_fast::metadata

@@ -20,7 +20,7 @@ Value new_dict(Heap& heap);
 
 void append(Heap& heap, Sequence& sequence, const Value* items, size_t count);
 
-// Gives back the slot of a dict that no one may ask for again, and its memory if nothing lies behind it.
+// Gives back the place of a dict that no one may ask for again, and its memory if nothing lies behind it.
 void free_dict(Heap& heap, Value dict);
 
 }  // namespace dcp_fast::metadata

@@ -13,7 +13,7 @@ Window MemorySource::read(uint64_t position, uint64_t /*count*/) {
   return {data + position, data + bytes_.size()};
 }
 
-FileSource::FileSource(const io::File& file, std::function<bool()> interrupted, size_t window)
+FileSource::FileSource(const io::ByteSource& file, std::function<bool()> interrupted, size_t window)
     : file_(file), interrupted_(std::move(interrupted)), window_(window) {}
 
 Window FileSource::read(uint64_t position, uint64_t count) {

@@ -10,7 +10,7 @@
 
 #include "checkpoint/bytes.h"
 #include "io/buffer.h"
-#include "io/file.h"
+#include "io/byte_source.h"
 
 namespace dcp_fast::metadata {
 
@@ -46,14 +46,14 @@ class FileSource final : public Source {
   // Stays within the fastest caches of common machines.
   static constexpr size_t kWindow = size_t{256} << 10;
 
-  // `interrupted` is asked before every read; if it says so, Interrupted is thrown.
-  FileSource(const io::File& file, std::function<bool()> interrupted, size_t window = kWindow);
+  // The file must be open. `interrupted` is asked before every read; if it says so, Interrupted is thrown.
+  FileSource(const io::ByteSource& file, std::function<bool()> interrupted, size_t window = kWindow);
 
   uint64_t size() const override { return static_cast<uint64_t>(file_.size()); }
   Window read(uint64_t position, uint64_t count) override;
 
  private:
-  const io::File& file_;
+  const io::ByteSource& file_;
   std::function<bool()> interrupted_;
   size_t window_;
   io::AlignedBuffer buffer_;

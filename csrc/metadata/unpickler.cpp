@@ -6,13 +6,14 @@
 #include <string_view>
 #include <vector>
 
+#include "metadata/batch_reader.h"
 #include "metadata/collect.h"
 #include "metadata/cursor.h"
 #include "metadata/failure.h"
-#include "metadata/lane.h"
 #include "metadata/memo.h"
 #include "metadata/objects.h"
 #include "metadata/sequences.h"
+#include "metadata/skip.h"
 #include "metadata/text.h"
 
 namespace dcp_fast::metadata {
@@ -21,17 +22,12 @@ namespace {
 
 class Unpickler {
  public:
-  Unpickler(Source& source, FastLane fast_lane, Heap& heap)
-      : heap_(heap), cursor_(source), fast_lane_(fast_lane), lane_(heap, memo_, cursor_) {}
+  Unpickler(Source& source, Batches batches, Heap& heap)
+      : heap_(heap), cursor_(source), batches_(batches), batch_reader_(heap, memo_, cursor_) {}
 
   Value run() {
     try {
-      while (true) {
-        opcode_at_ = cursor_.position();
-        const uint8_t opcode = cursor_.take(1)[0];
-        if (opcode == '.') return pop();
-        if (!memo(opcode) && !scalar(opcode) && !container(opcode) && !object(opcode)) unknown(opcode);
-      }
+      return run_opcodes();
     } catch (Error& error) {
       if (error.kind != ErrorKind::kCorruptMetadata) throw;
       const uint64_t end = std::min(std::max(cursor_.position(), opcode_at_ + 1), cursor_.size());
@@ -44,6 +40,57 @@ class Unpickler {
   }
 
  private:
+  Value run_opcodes() {
+    try {
+      while (true) {
+        opcode_at_ = cursor_.position();
+        stack_before_ = stack_.size();
+        marks_before_ = marks_.size();
+        fence_before_ = fence_;
+        const uint8_t opcode = cursor_.take(1)[0];
+        if (opcode == '.') return pop();
+        if (!memo(opcode) && !scalar(opcode) && !container(opcode) && !object(opcode)) unknown(opcode);
+      }
+    } catch (const Unsupported&) {
+      if (!skip_attributes()) throw;
+      return stack_.front();
+    }
+  }
+
+  // Whether what is unsupported belongs to an attribute of the metadata that torch's class does not have. Then it and
+  // what comes after it is left unmade, and the metadata gets its fields.
+  bool skip_attributes() {
+    // As if the opcode had not begun. Values that it took are of the attribute, and their places count, not they.
+    if (marks_.size() < marks_before_) marks_.push_back(fence_before_);
+    stack_.resize(stack_before_);
+    if (marks_.empty() || marks_[0] != 2 || !stack_[0].is(Tag::kMetadata) || !stack_[1].is(Tag::kDict)) return false;
+    const Dict* dict = heap_.dict(stack_[1]);
+    if (dict == nullptr || dict->sequence.items > 0) return false;
+    std::vector<size_t> heights;
+    heights.reserve(marks_.size());
+    for (size_t i = 0; i < marks_.size(); ++i) {
+      heights.push_back((i + 1 < marks_.size() ? marks_[i + 1] : stack_.size()) - marks_[i]);
+    }
+    const Value* fields = stack_.data() + marks_[0];
+    const auto is_attribute = [&](Value value) {
+      return value.is(Tag::kText) && !is_metadata_field(heap_.text(value));
+    };
+    bool has_attributes = false;
+    for (size_t i = 0; i < heights[0]; i += 2) has_attributes = has_attributes || is_attribute(fields[i]);
+    if (!has_attributes) return false;
+    cursor_.seek(opcode_at_);
+    const auto skipped = skip_fields(heap_, memo_, fields, heights, cursor_);
+    if (!skipped) return false;
+    fields_.assign(fields, fields + skipped->untouched / 2 * 2);
+    for (const uint32_t name : skipped->names) {
+      fields_.emplace_back(Tag::kText, name);
+      if (!is_attribute(fields_.back())) return false;
+      fields_.emplace_back();
+    }
+    set_fields(heap_, stack_.front(), fields_.data(), fields_.size());
+    return true;
+  }
+
   // Numbers, texts and singletons
 
   bool scalar(uint8_t opcode) {
@@ -198,7 +245,7 @@ class Unpickler {
   }
   bool recall(uint64_t index) {
     const Value value = memo_.get(index);
-    if (!value.is(Tag::kUnset)) return push(lane_.outside(value));
+    if (!value.is(Tag::kUnset)) return push(batch_reader_.outside(value));
     if (memo_.was_put(index)) unsupported("a part of an object that is used again");
     corrupt("a memo index that was never written");
   }
@@ -208,7 +255,7 @@ class Unpickler {
   bool container(uint8_t opcode) {
     switch (opcode) {
       case '(':  // MARK
-        if (fast_lane_ == FastLane::kYes && stack_.size() > fence_ && lane_.read_batch(stack_.back())) return true;
+        if (batches_ == Batches::kAtOnce && stack_.size() > fence_ && batch_reader_.read(stack_.back())) return true;
         marks_.push_back(stack_.size());
         fence_ = stack_.size();
         return true;
@@ -309,11 +356,9 @@ class Unpickler {
         protocol_ = static_cast<int>(cursor_.unsigned_integer(1));
         if (protocol_ > 5) corrupt("pickle protocol " + std::to_string(protocol_));
         return true;
-      case 0x95: {  // FRAME
-        const uint64_t length = cursor_.unsigned_integer(8);
-        if (length > cursor_.left()) corrupt("a frame beyond the end of the file");
+      case 0x95:  // FRAME
+        cursor_.require_frame();
         return true;
-      }
       case 'c': {  // GLOBAL
         const std::string module(cursor_.line());
         return push(global(module, cursor_.line()));
@@ -357,7 +402,7 @@ class Unpickler {
       set_state(heap_, top(), state);
       return true;
     }
-    Dict* dict = heap_.dict(state);
+    const Dict* dict = heap_.dict(state);
     if (dict == nullptr) unsupported("a dict of fields that is used again");
     fields_.clear();
     for_each_item(heap_, dict->sequence, [&](Value item) { fields_.push_back(item); });
@@ -408,19 +453,23 @@ class Unpickler {
 
   Heap& heap_;
   Cursor cursor_;
+  // Where the opcode at hand begins, and what was there before it.
   uint64_t opcode_at_ = 0;
+  size_t stack_before_ = 0;
+  size_t marks_before_ = 0;
+  size_t fence_before_ = 0;
   int protocol_ = 0;
   std::vector<Value> stack_;
   std::vector<size_t> marks_;  // sizes of the stack
   size_t fence_ = 0;           // the last of them
   Memo memo_;
   std::vector<Value> fields_;
-  FastLane fast_lane_;
-  Lane lane_;
+  Batches batches_;
+  BatchReader batch_reader_;
 };
 
 }  // namespace
 
-Value unpickle(Source& source, FastLane fast_lane, Heap& heap) { return Unpickler(source, fast_lane, heap).run(); }
+Value unpickle(Source& source, Batches batches, Heap& heap) { return Unpickler(source, batches, heap).run(); }
 
 }  // namespace dcp_fast::metadata

@@ -8,12 +8,13 @@
 
 namespace dcp_fast::metadata {
 
-// Whether to use lane.h, which makes no difference but in time and memory.
-enum class FastLane { kYes, kNo };
+// How the items of large lists and dicts are read: by batch_reader.h, or opcode by opcode, which makes no difference
+// but in time and memory.
+enum class Batches { kAtOnce, kOneByOne };
 
 // Fills the heap and returns the pickled object.
 //
 // Throws Error(kCorruptMetadata) with the byte offset, Unsupported, or what reading the source throws.
-Value unpickle(Source& source, FastLane fast_lane, Heap& heap);
+Value unpickle(Source& source, Batches batches, Heap& heap);
 
 }  // namespace dcp_fast::metadata

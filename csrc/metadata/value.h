@@ -28,7 +28,7 @@ enum class Tag : uint8_t {
   kRowFqn,        // only in the memo: the FQN of a storage row
   kTuple,         // any other tuple: index into Heap::values, where the count stands before the items
   kList,          // index into Heap::lists
-  kDict,          // slot and generation of a dict, see heap.h
+  kDict,          // place and generation of a dict, see heap.h
   kPath,          // a pathlib path: index into Heap::paths
   kChunk,         // ChunkStorageMetadata: index into Heap::chunks, and so on
   kChunks,        // in a list, several of them that are columns already: index into Heap::chunk_runs

@@ -15,7 +15,7 @@ using metadata::Columns;
 using metadata::Entry;
 using metadata::EntryKind;
 
-// Absurd metadata may exceed what there can be; then counts only have to be large.
+// Metadata may be absurd. A count that overflows only has to be large.
 void add(int64_t& sum, int64_t value) {
   if (__builtin_add_overflow(sum, value, &sum)) sum = std::numeric_limits<int64_t>::max();
 }
@@ -72,7 +72,7 @@ class Search {
     }
     const auto count = static_cast<size_t>(chunks);
     const size_t row = 2 * size_t{entry.dims};
-    // Chunks of no dimensions take no room.
+    // Chunks of no dimensions take no room in the row, so their number is limited in another way.
     if (row == 0 ? count > std::numeric_limits<uint32_t>::max() : count > (requests_.size() - at_) / row)
       throw std::invalid_argument("a request is cut");
     const int64_t* wanted = requests_.data() + at_;
@@ -81,7 +81,7 @@ class Search {
     at_ += wanted_.values.size();
   }
 
-  // Returns how many elements the overlaps have.
+  // Adds boxes, and returns how many elements they have.
   int64_t append(uint32_t request, const box::Overlaps& overlaps) {
     const auto dims = static_cast<uint32_t>(wanted_.dims);
     int64_t elements = 0;

@@ -15,7 +15,7 @@ struct Box {
   uint32_t request;      // by its number
   uint32_t wanted;       // among the request's chunks
   uint32_t stored;       // among the chunks of the request's entry
-  uint32_t destination;  // numbers the wanted chunks that anything is read for
+  uint32_t destination;  // the number of its wanted chunk among those that anything is read for
   uint32_t dims;
   uint64_t numbers;  // where in `numbers` offsets in the stored chunk, offsets in the wanted one, and lengths are
 };
@@ -46,7 +46,7 @@ struct Records {
   std::vector<uint32_t> files;              // that hold records, as numbered in the columns
   std::vector<uint32_t> file;               // of each record: its number in `files`
   std::vector<uint32_t> requests;           // of the first box of each record
-  std::vector<uint32_t> requests_of_files;  // likewise of each file
+  std::vector<uint32_t> requests_of_files;  // of the first box of each file
   std::optional<size_t> missing;  // the first box whose chunk storage_data lacks; then nothing else is complete
 };
 

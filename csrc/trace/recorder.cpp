@@ -23,8 +23,8 @@ const char* Recorder::keep(const std::string& name) {
   return strings_.insert(name).first->c_str();
 }
 
-// The lowest number that no other thread has. An entry of a thread that ended without a ThreadScope is found by the
-// next thread with its id.
+// Returns the track of this thread, or the lowest one that no other thread has. A thread that ended without a
+// ThreadScope leaves its track to the next thread with its id.
 Track Recorder::find_thread_track() {
   const auto known = threads_.find(std::this_thread::get_id());
   if (known != threads_.end()) return known->second;

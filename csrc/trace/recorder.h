@@ -34,7 +34,7 @@ struct Event {
   Arguments arguments;
 };
 
-// Thread-safe. Whoever holds a pointer to one records nothing, and pays nothing, while it is null.
+// Thread-safe. Who may have to record holds a pointer to one; while that is null, recording costs nothing.
 class Recorder {
  public:
   Recorder() : start_(Clock::now()) {}
@@ -77,8 +77,8 @@ class Recorder {
   std::unordered_set<std::string> strings_;  // its elements stay where they are
 };
 
-// Lends a track to the calling thread, and makes it free for another thread at its end: the threads of one pool after
-// the other then share the same few tracks. Does nothing without a recorder.
+// Lends a track to the calling thread, and frees it at its end. So the threads of several pools, one after another,
+// share the same few tracks. Does nothing without a recorder.
 class ThreadScope {
  public:
   explicit ThreadScope(Recorder* recorder) : recorder_(recorder) {

@@ -19,7 +19,7 @@ constexpr int kMostProcesses = 4096;
 int cores_of_affinity() {
   cpu_set_t set;
   CPU_ZERO(&set);
-  // Fails where there are more cores than the set holds: that is a limit that no reader cares for.
+  // This fails if there are more cores than the set holds. Then the number of all cores serves as well.
   if (::sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
   return static_cast<int>(std::thread::hardware_concurrency());
 }
@@ -45,7 +45,7 @@ double quota_of(const std::string& folder) {
   return time > 0 && of > 0 ? time / of : 0;
 }
 
-// What comes before the mark, which it takes off with that.
+// Returns what comes before the mark, and removes it from the text together with the mark.
 std::string_view cut(std::string_view& text, char mark) {
   const size_t end = std::min(text.find(mark), text.size());
   const std::string_view part = text.substr(0, end);

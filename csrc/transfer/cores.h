@@ -5,8 +5,8 @@
 
 namespace dcp_fast::transfer {
 
-// Cores that the process may run on; no more than its share of what the machine has, and what its control groups
-// (version 1 or 2) give time for, where LOCAL_WORLD_SIZE, which torchrun sets, tells how many processes share that.
+// The cores that the process may run on, but no more than its share of the machine's cores and of what its control
+// groups (version 1 or 2) give time for. LOCAL_WORLD_SIZE, which torchrun sets, tells how many processes share these.
 // Control groups are asked once. At least 1.
 int usable_cores();
 

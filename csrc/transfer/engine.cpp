@@ -28,7 +28,7 @@ struct Boxes {
 
 Boxes boxes_of(const Program& program, int32_t wave) {
   Boxes boxes;
-  for (const size_t i : program.items_of(wave)) {
+  for (const size_t i : program.items_in_wave(wave)) {
     const Transfer& transfer = program.transfers()[i];
     if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
     const size_t file = program.layouts().records[program.items()[i].record].file;
@@ -42,20 +42,18 @@ Boxes boxes_of(const Program& program, int32_t wave) {
 // What all waves of a run have in common.
 struct Run {
   Run(const Layouts& layouts, const Options& options, const CudaTargets& targets)
-      : limits(limits_of(options, layouts.any_direct())),
+      : limits(limits_of(options, layouts.requests_at_once())),
         cuda(targets),
         recorder(options.recorder.get()),
-        files(layouts.paths, layouts.modes),
-        policies(policies_for(layouts.modes, limits.block_bytes, limits.block_bytes)) {
-    if (cuda.staging == nullptr) return;
-    const int64_t block = cuda.staging->block_bytes();
-    slot_policies = policies_for(layouts.modes, std::min(block, limits.block_bytes), block);
+        policies(policies_for(layouts.sources, limits.block_bytes, limits.block_bytes)) {
+    if (cuda.ring == nullptr) return;
+    const int64_t block = cuda.ring->block_bytes();
+    slot_policies = policies_for(layouts.sources, std::min(block, limits.block_bytes), block);
   }
 
   const Limits limits;
   const CudaTargets& cuda;
   trace::Recorder* recorder;
-  Files files;
   const std::vector<Policy> policies;  // for boxes on the host
   std::vector<Policy> slot_policies;   // for boxes on devices
 };
@@ -63,16 +61,16 @@ struct Run {
 // A wave of a program, as tasks: slots on their way to devices first, then boxes for the host.
 class Wave {
  public:
-  Wave(const Program& program, int32_t wave, Run& run) : run_(run), reader_(program, run.policies, run.files) {
+  Wave(const Program& program, int32_t wave, Run& run) : run_(run), reader_(program, run.policies) {
     const Boxes boxes = boxes_of(program, wave);
     bytes_ = boxes.bytes;
     host_ = join_pieces(split_boxes(boxes.host, run.policies), run.policies);
     if (boxes.devices.empty()) return;
-    cuda::Staging* staging = run.cuda.staging;
-    if (staging == nullptr) throw std::invalid_argument("boxes for a GPU need staging");
-    slots_ = make_slot_tasks(boxes.devices, run.slot_policies, staging->slot_bytes());
-    for (const auto& [ordinal, pieces] : boxes.devices) devices_.emplace(ordinal, &staging->device(ordinal));
-    // Before the first byte is written: memory may be had once somebody has given some back.
+    cuda::PinnedRing* ring = run.cuda.ring;
+    if (ring == nullptr) throw std::invalid_argument("boxes for a GPU need a pinned ring");
+    slots_ = make_slot_tasks(boxes.devices, run.slot_policies, ring->slot_bytes());
+    for (const auto& [ordinal, pieces] : boxes.devices) devices_.emplace(ordinal, &ring->device(ordinal));
+    // This comes before the first byte is written, so that a load that runs out of device memory can be tried again.
     std::set<int> launching;
     for (const SlotTask& task : slots_) {
       if (!task.plan.entries.empty()) launching.insert(task.device);
@@ -91,11 +89,11 @@ class Wave {
     }
   }
 
-  // What is written from here on comes after torch's work until now.
+  // What is written from here on waits for the work that torch has enqueued.
   void begin() {
     for (const auto& [ordinal, device] : devices_) device->begin(run_.cuda.torch_streams.at(ordinal), run_.recorder);
   }
-  // Torch's work from here on comes after what was written.
+  // What torch enqueues from here on waits for what was written.
   void end() {
     for (const auto& [ordinal, device] : devices_) device->end(run_.cuda.torch_streams.at(ordinal));
   }
@@ -105,7 +103,7 @@ class Wave {
     cuda::Device& device = *devices_.at(task.device);
     cuda::SlotLease slot = [&] {
       const trace::Span wait(worker.counters->recorder, "wait for slot");
-      return run_.cuda.staging->acquire(device);
+      return run_.cuda.ring->acquire(device);
     }();
     try {
       with_memory_errors([&] {
@@ -119,10 +117,10 @@ class Wave {
       });
     } catch (Error& error) {
       if (error.record < 0) reader_.attribute(error, task.schedule.pieces.front().item);
-      run_.cuda.staging->fail(error);
+      run_.cuda.ring->fail(error);
       throw;
     }
-    task = {};  // the descriptions of all boxes of a load need not stay until its end
+    task = {};  // its memory is not needed until the end of the load
   }
 
   Run& run_;
@@ -156,7 +154,7 @@ Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const
                  [&](size_t wave, size_t task, Worker& worker) { waves[wave]->work(task, worker); });
   } catch (...) {
     // Whoever catches this may free the destinations.
-    if (run.cuda.staging != nullptr) run.cuda.staging->drain();
+    if (run.cuda.ring != nullptr) run.cuda.ring->drain();
     throw;
   }
   stats.requests = counters.requests;

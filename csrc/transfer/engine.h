@@ -6,7 +6,7 @@
 #include <map>
 #include <vector>
 
-#include "cuda/staging.h"
+#include "cuda/pinned_ring.h"
 #include "transfer/options.h"
 #include "transfer/program.h"
 
@@ -18,22 +18,23 @@ struct Stats {
   int64_t bytes_placed = 0;
 };
 
-// What a load to GPUs goes through. Nothing is looked at unless a box goes to one.
+// What a load to GPUs needs. It may be empty if no box goes to one.
 struct CudaTargets {
-  cuda::Staging* staging = nullptr;
+  cuda::PinnedRing* ring = nullptr;
   // Torch's current stream on each device: our first write waits for it, and it waits for our last one.
   std::map<int, cuda::StreamHandle> torch_streams;
 };
 
 // Copies all direct items of one wave. What goes to GPUs may still be on its way when this returns. Throws Error with
-// `record` and `item` set where they are known, Interrupted, std::bad_alloc; some destinations are then written and
-// others are not, and no device is writing any more.
+// `record` and `item` set where they are known, Interrupted, std::bad_alloc. Some destinations are then written and
+// others are not, and no device writes any more.
 Stats run_wave(const Program& program, int32_t wave, const Options& options, const CudaTargets& cuda,
                const std::function<bool()>& interrupted);
 
 // Copies one program after another, each of one wave, without a pause between them. `placed` is called with the index
-// of each, in order and on the calling thread, when torch's streams wait for all of it: work that it enqueues there
-// comes before the first write of the program after the next one, so that two memories serve all programs in turns.
+// of each, in order and on the calling thread, when torch's streams wait for all that it wrote. What `placed` enqueues
+// on these streams is done before the program after the next one writes anything, so that two memories serve all
+// programs in turns.
 Stats run_programs(const std::vector<const Program*>& programs, const Options& options, const CudaTargets& cuda,
                    const std::function<bool()>& interrupted, const std::function<void(size_t)>& placed);
 

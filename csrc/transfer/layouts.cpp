@@ -19,9 +19,9 @@ namespace {
 
 using checkpoint::Bytes;
 using checkpoint::kHeadBytes;
-using checkpoint::KnownPickles;
 using checkpoint::kTailBytes;
 using checkpoint::ParsedRecord;
+using checkpoint::PickleCache;
 
 enum class Part { kWhole, kHead, kTail };
 
@@ -39,30 +39,30 @@ struct Ends {
   std::unique_ptr<std::byte[]> bytes;
 };
 
-// Opens every file once: settles its mode, and checks that no record reaches past its end.
+// Opens every file once: chooses how to access it, and checks that no record reaches past its end.
 void probe_files(Layouts& layouts, const std::vector<size_t>& order, const Options& options,
                  const std::function<bool()>& interrupted) {
-  std::vector<std::pair<size_t, size_t>> ranges(layouts.paths.size(), {0, 0});  // of `order`, by file
+  std::vector<std::pair<size_t, size_t>> ranges(layouts.sources.size(), {0, 0});  // of `order`, by file
   for (size_t i = 0; i < order.size(); ++i) {
     auto& [begin, end] = ranges[layouts.records[order[i]].file];
     if (begin == end) begin = i;
     end = i + 1;
   }
-  layouts.modes.assign(layouts.paths.size(), io::IoMode::kCached);
   io::IoCounters unused;
-  run_parallel(ranges.size(), limits_of(options, false).threads, unused, interrupted, [&](size_t file, Worker&) {
+  run_parallel(ranges.size(), limits_of(options, 1).threads, unused, interrupted, [&](size_t file, Worker&) {
     const auto [begin, end] = ranges[file];
     if (begin == end) return;
     size_t checked = begin;
     try {
-      io::File opened(layouts.paths[file]);
+      io::ByteSource& source = *layouts.sources[file];
+      const io::OpenSource open(source);
       for (; checked < end; ++checked) {
         const Record& record = layouts.records[order[checked]];
-        opened.check_range(static_cast<size_t>(record.length), record.offset);
+        source.check_range(static_cast<size_t>(record.length), record.offset);
       }
       const Record& last = layouts.records[order[end - 1]];
       const int64_t first_byte = layouts.records[order[begin]].offset;
-      layouts.modes[file] = opened.choose_mode(options.mode, first_byte, last.offset + last.length);
+      source.choose_access(first_byte, last.offset + last.length);
     } catch (Error& error) {
       layouts.attribute(error, order[std::min(checked, end - 1)]);
       throw;
@@ -98,8 +98,8 @@ std::vector<Task> join_windows(const Layouts& layouts, const std::vector<Window>
 }
 
 // Parses what is there, and reads more as long as the parser asks for more.
-void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, KnownPickles& pickles, const Worker& worker,
-           const io::File& file) {
+void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, PickleCache& pickles, const Worker& worker,
+           const io::ByteSource& source) {
   const Record& record = layouts.records[index];
   ParsedRecord parsed = checkpoint::parse_record(head, tail, record.length, pickles);
   std::vector<std::byte> bytes;
@@ -107,9 +107,9 @@ void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, KnownPickles&
     const auto head_size = static_cast<size_t>(parsed.head);
     const auto tail_size = static_cast<size_t>(parsed.tail);
     bytes.resize(head_size + tail_size);
-    file.read_exactly(bytes.data(), head_size, record.offset, *worker.counters);
-    file.read_exactly(bytes.data() + head_size, tail_size, record.offset + record.length - parsed.tail,
-                      *worker.counters);
+    source.read_exactly(bytes.data(), head_size, record.offset, *worker.counters);
+    source.read_exactly(bytes.data() + head_size, tail_size, record.offset + record.length - parsed.tail,
+                        *worker.counters);
     const bool grew = head_size > head.size() || tail_size > tail.size();
     head = Bytes(bytes.data(), head_size);
     tail = Bytes(bytes.data() + head_size, tail_size);
@@ -131,11 +131,7 @@ void parse(Layouts& layouts, size_t index, Bytes head, Bytes tail, KnownPickles&
 class LayoutReader {
  public:
   LayoutReader(Layouts& layouts, std::vector<Window> windows, std::vector<Task> tasks)
-      : layouts_(layouts),
-        windows_(std::move(windows)),
-        tasks_(std::move(tasks)),
-        ends_(layouts.records.size()),
-        files_(layouts.paths, layouts.modes) {}
+      : layouts_(layouts), windows_(std::move(windows)), tasks_(std::move(tasks)), ends_(layouts.records.size()) {}
 
   size_t tasks() const { return tasks_.size(); }
 
@@ -143,16 +139,16 @@ class LayoutReader {
     const Task& task = tasks_[index];
     const Range& range = task.range;
     size_t record = windows_[task.first].record;
-    KnownPickles pickles;
+    PickleCache pickles;
     try {
       with_memory_errors([&] {
-        const io::File& file = worker.open(files_, range.file);
-        const std::byte* data = file.read_staged(worker.buffer, static_cast<size_t>(range.end - range.begin),
-                                                 range.begin, *worker.counters);
+        const io::ByteSource& source = worker.open(*layouts_.sources[range.file]);
+        const std::byte* data =
+            source.view(worker.buffer, static_cast<size_t>(range.end - range.begin), range.begin, *worker.counters);
         for (size_t i = task.first; i < task.first + task.count; ++i) {
           worker.stop_if_cancelled();  // a record may ask for more reads
           record = windows_[i].record;
-          take(windows_[i], data + (windows_[i].begin - range.begin), pickles, worker, file);
+          take(windows_[i], data + (windows_[i].begin - range.begin), pickles, worker, source);
         }
       });
     } catch (Error& error) {
@@ -162,10 +158,10 @@ class LayoutReader {
   }
 
  private:
-  void take(const Window& window, const std::byte* data, KnownPickles& pickles, const Worker& worker,
-            const io::File& file) {
+  void take(const Window& window, const std::byte* data, PickleCache& pickles, const Worker& worker,
+            const io::ByteSource& source) {
     const Bytes bytes(data, static_cast<size_t>(window.end - window.begin));
-    if (window.part == Part::kWhole) return parse(layouts_, window.record, bytes, bytes, pickles, worker, file);
+    if (window.part == Part::kWhole) return parse(layouts_, window.record, bytes, bytes, pickles, worker, source);
     Ends& ends = ends_[window.record];
     {
       const std::scoped_lock lock(ends_mutex_);
@@ -174,7 +170,7 @@ class LayoutReader {
     std::memcpy(ends.bytes.get() + (window.part == Part::kHead ? 0 : kHeadBytes), data, bytes.size());
     if (ends.missing.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     parse(layouts_, window.record, Bytes(ends.bytes.get(), kHeadBytes),
-          Bytes(ends.bytes.get() + kHeadBytes, kTailBytes), pickles, worker, file);
+          Bytes(ends.bytes.get() + kHeadBytes, kTailBytes), pickles, worker, source);
     ends.bytes.reset();
   }
 
@@ -183,7 +179,6 @@ class LayoutReader {
   std::vector<Task> tasks_;
   std::vector<Ends> ends_;
   std::mutex ends_mutex_;
-  Files files_;
 };
 
 }  // namespace
@@ -192,19 +187,21 @@ void Layouts::attribute(Error& error, size_t record) const {
   if (error.record < 0) error.record = static_cast<int64_t>(record);
   if (error.offset >= 0) return;
   const Record& where = records[record];
-  error.path = paths[where.file];
+  error.path = sources[where.file]->path();
   error.offset = where.offset;
   error.length = where.length;
 }
 
-bool Layouts::any_direct() const {
-  return std::any_of(modes.begin(), modes.end(), [](io::IoMode mode) { return mode == io::IoMode::kDirect; });
+int Layouts::requests_at_once() const {
+  int most = 1;
+  for (const auto& source : sources) most = std::max(most, source->access().requests_at_once);
+  return most;
 }
 
-Layouts read_layouts(std::vector<std::string> paths, std::vector<Record> records, const Options& options,
+Layouts read_layouts(io::ByteSources sources, std::vector<Record> records, const Options& options,
                      const std::function<bool()>& interrupted) {
   Layouts layouts;
-  layouts.paths = std::move(paths);
+  layouts.sources = std::move(sources);
   layouts.records = std::move(records);
   layouts.parsed.resize(layouts.records.size());
   for (size_t i = 0; i < layouts.records.size(); ++i) {
@@ -218,8 +215,8 @@ Layouts read_layouts(std::vector<std::string> paths, std::vector<Record> records
     return std::tie(x.file, x.offset, x.length) < std::tie(y.file, y.offset, y.length);
   });
   probe_files(layouts, order, options, interrupted);
-  const Limits limits = limits_of(options, layouts.any_direct());
-  const std::vector<Policy> policies = policies_for(layouts.modes, limits.block_bytes, limits.block_bytes);
+  const Limits limits = limits_of(options, layouts.requests_at_once());
+  const std::vector<Policy> policies = policies_for(layouts.sources, limits.block_bytes, limits.block_bytes);
   std::vector<Window> windows = make_windows(layouts, order, policies);
   std::vector<Task> tasks = join_windows(layouts, windows, policies);
   LayoutReader reader(layouts, std::move(windows), std::move(tasks));

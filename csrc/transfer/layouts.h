@@ -4,39 +4,38 @@
 
 #include <cstdint>
 #include <functional>
-#include <string>
 #include <vector>
 
 #include "checkpoint/record.h"
 #include "error.h"
-#include "io/file.h"
+#include "io/byte_source.h"
 #include "transfer/options.h"
 
 namespace dcp_fast::transfer {
 
 struct Record {
-  size_t file = 0;  // index into the paths
+  size_t file = 0;  // index into the sources
   int64_t offset = 0;
   int64_t length = 0;
   bool fallback = false;  // not an archive (a transform was applied to it): only its range is checked
 };
 
 struct Layouts {
-  std::vector<std::string> paths;
-  std::vector<io::IoMode> modes;  // one for each path, settled: never kAuto
+  io::ByteSources sources;  // whose access is chosen
   std::vector<Record> records;
   std::vector<checkpoint::ParsedRecord> parsed;  // one for each record: kTensor or kUnknown
   int64_t requests = 0;
   int64_t bytes = 0;
 
-  bool any_direct() const;
+  // How many requests must be under way at once to keep each of the sources busy.
+  int requests_at_once() const;
 
   // Adds to an error which record it concerns, and where that is stored, unless the error tells.
   void attribute(Error& error, size_t record) const;
 };
 
 // Throws Error with `record` set (kTruncated, kCorrupt, kIo), Interrupted, std::bad_alloc.
-Layouts read_layouts(std::vector<std::string> paths, std::vector<Record> records, const Options& options,
+Layouts read_layouts(io::ByteSources sources, std::vector<Record> records, const Options& options,
                      const std::function<bool()>& interrupted);
 
 }  // namespace dcp_fast::transfer

@@ -9,20 +9,18 @@ namespace dcp_fast::transfer {
 namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kMaxDefaultThreads = 16;
-constexpr int kDirectThreads = 4;
 constexpr int64_t kMinBlock = 64 << 10;
-constexpr int64_t kSlack = 2 * static_cast<int64_t>(io::kDirectAlignment);
+constexpr int64_t kSlack = 2 * static_cast<int64_t>(io::kPageBytes);  // a block may begin and end within a page
 }  // namespace
 
-int reader_threads(int wanted, bool any_direct) {
+int reader_threads(int wanted, int requests_at_once) {
   if (wanted > 0) return std::min(wanted, kMaxThreads);
-  const int threads = std::min(usable_cores(), kMaxDefaultThreads);
-  return any_direct ? std::max(threads, kDirectThreads) : threads;
+  return std::max(std::min(usable_cores(), kMaxDefaultThreads), requests_at_once);
 }
 
-Limits limits_of(const Options& options, bool any_direct) {
+Limits limits_of(const Options& options, int requests_at_once) {
   Limits limits;
-  limits.threads = reader_threads(options.threads, any_direct);
+  limits.threads = reader_threads(options.threads, requests_at_once);
   limits.block_bytes = std::max(options.block_bytes, kMinBlock);
   const int64_t share = std::max<int64_t>(options.staging_bytes, 0) / limits.threads - kSlack;
   limits.block_bytes = std::max(kMinBlock, std::min(limits.block_bytes, share));

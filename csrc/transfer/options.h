@@ -4,19 +4,16 @@
 #include <cstdint>
 #include <memory>
 
-#include "io/file.h"
+#include "io/byte_source.h"
 #include "io/read_clock.h"
 #include "trace/recorder.h"
 
 namespace dcp_fast::transfer {
 
 struct Options {
-  int threads = 0;  // 0: as reader_threads says
-  // The most that one request reads. Through the page cache 1, 2 and 4 MiB are alike; past it, a virtual disk took 1.00
-  // s for 1.9 GB in 8 threads of 1 MiB and 0.80 s in 4 threads of 4 MiB.
-  int64_t block_bytes = 4 << 20;
-  int64_t staging_bytes = 32 << 20;  // the most that all threads' staging buffers take together
-  io::IoMode mode = io::IoMode::kAuto;
+  int threads = 0;                            // 0: as reader_threads says
+  int64_t block_bytes = 4 << 20;              // the most that one request reads
+  int64_t staging_bytes = 32 << 20;           // the most that the bounce buffers of all threads take together
   std::shared_ptr<io::ReadClock> read_clock;  // of the whole load, whose stages and batches may overlap; may be null
   std::shared_ptr<trace::Recorder> recorder;  // null: no trace is wanted
 
@@ -24,20 +21,16 @@ struct Options {
   io::IoCounters counters() const { return {{0}, {0}, read_clock.get(), recorder.get()}; }
 };
 
-// How many threads read where `wanted` asks for none: one for each core that this process may use, up to 16, and at
-// least 4 past the page cache, where requests that are under way at once keep a disk busy.
-int reader_threads(int wanted, bool any_direct);
+// How many threads read: `wanted`, or if that is 0 one for each core that this process may use, up to 16. Each thread
+// has one request under way, so there are at least `requests_at_once` of them.
+int reader_threads(int wanted, int requests_at_once);
 
-// What options come to: threads * (block_bytes + alignment) <= staging_bytes, as far as one thread
-// with the smallest block allows.
+// What options come to: the bounce buffers of all threads, with a block each, take at most `staging_bytes`, unless one
+// thread with the smallest block takes more.
 struct Limits {
   int threads = 1;
   int64_t block_bytes = 0;
 };
-Limits limits_of(const Options& options, bool any_direct);
-
-// What a request costs beyond its bytes, expressed in bytes that could be read in the same time. Reads are joined
-// across a gap when the gap is cheaper than a request. Measured: see benchmarks/README.md.
-constexpr int64_t request_cost(io::IoMode mode) { return mode == io::IoMode::kDirect ? 256 << 10 : 8 << 10; }
+Limits limits_of(const Options& options, int requests_at_once);
 
 }  // namespace dcp_fast::transfer

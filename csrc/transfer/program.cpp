@@ -22,7 +22,7 @@ std::string text(const std::vector<int64_t>& values) {
 }
 
 // narrow_tensor_by_index (torch/distributed/_shard/_utils.py): a dimension is narrowed only if the length is smaller
-// than it. Returns the sizes after narrowing and settles `offsets`; throws Error(kSizeMismatch) where torch raises.
+// than it. Returns the sizes after narrowing and corrects `offsets`; throws Error(kSizeMismatch) where torch raises.
 std::vector<int64_t> narrow(const char* what, const std::vector<int64_t>& sizes, std::vector<int64_t>& offsets,
                             const std::vector<int64_t>& lengths) {
   if (lengths.size() > sizes.size()) {
@@ -49,7 +49,7 @@ int64_t element_offset(const std::vector<int64_t>& offsets, const std::vector<in
   return std::inner_product(offsets.begin(), offsets.end(), strides.begin(), int64_t{0});
 }
 
-// Whether two elements of the destination may share memory; torch's copy_ has its own word on those.
+// Whether two elements of the destination may share memory. torch decides what copying to such a tensor means.
 bool overlaps_itself(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   return !box::source_is_disjoint(box::collapse(sizes, strides, strides, 1));
 }
@@ -68,7 +68,7 @@ Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vec
     }
   }
 
-  // Different boxes of such a destination may share bytes: only their addresses tell.
+  // Different boxes of such a destination may share bytes, which only their addresses tell.
   std::vector<bool> overlapping;
   overlapping.reserve(destinations.size());
   for (const Destination& destination : destinations) {

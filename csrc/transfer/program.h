@@ -58,8 +58,8 @@ class Program {
   const std::vector<Item>& items() const { return items_; }
   const std::vector<Transfer>& transfers() const { return transfers_; }
   int32_t waves() const { return static_cast<int32_t>(items_by_wave_.size()); }
-  // Indices in torch's order. Throws std::out_of_range.
-  const std::vector<size_t>& items_of(int32_t wave) const { return items_by_wave_.at(static_cast<size_t>(wave)); }
+  // The indices of the items of a wave, in torch's order. Throws std::out_of_range.
+  const std::vector<size_t>& items_in_wave(int32_t wave) const { return items_by_wave_.at(static_cast<size_t>(wave)); }
   // Payload bytes of all boxes that are read natively.
   int64_t bytes_needed() const { return bytes_needed_; }
 

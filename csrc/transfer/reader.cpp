@@ -10,7 +10,7 @@ namespace dcp_fast::transfer {
 
 namespace {
 
-// Runs shorter than this are cheaper to copy out of staging than to hand to the kernel one by one.
+// Runs shorter than this are cheaper to copy out of a bounce buffer than to hand to the kernel one by one.
 constexpr int64_t kMinScatteredRun = 64;
 
 bool all_scatter(const Piece* begin, const Piece* end) {
@@ -20,8 +20,8 @@ bool all_scatter(const Piece* begin, const Piece* end) {
   return true;
 }
 
-// Lists, in ascending order of their place in the file, where the bytes of a span go: runs into place, gaps into a
-// small buffer that stays in the cache and is never looked at. The kernel then does the slicing.
+// Lists where the bytes of a span go, in their order in the file: runs into place, gaps into a small buffer that nobody
+// looks at. The source then does the slicing.
 class ScatterList {
  public:
   ScatterList(std::vector<iovec>& vectors, io::AlignedBuffer& gaps, int64_t max_gap, int64_t begin)
@@ -48,24 +48,25 @@ class ScatterList {
 };
 
 // One request for all pieces and what lies between them.
-void read_through(const Policy& policy, const io::File& file, Worker& worker, const Piece* pieces, size_t count) {
+void read_through(const Policy& policy, const io::ByteSource& source, Worker& worker, const Piece* pieces,
+                  size_t count) {
   const Piece* end = pieces + count;
   const int64_t begin = pieces->source;
-  if (!policy.direct_io && all_scatter(pieces, end)) {
+  if (!policy.whole_pages && all_scatter(pieces, end)) {
     ScatterList list(worker.vectors, worker.buffer, policy.request_cost, begin);
     for (const Piece* piece = pieces; piece != end; ++piece) {
       list.add(piece->loops.data(), piece->loops.size(), piece->source, piece->destination);
     }
-    file.read_scattered(worker.vectors, begin, *worker.counters);
+    source.read_scattered(worker.vectors, begin, *worker.counters);
     return;
   }
   if (count == 1 && pieces->owns_pages) {
-    file.read_pages(pieces->destination, static_cast<size_t>(pieces->loops[0].size), begin, *worker.counters);
+    source.read_pages(pieces->destination, static_cast<size_t>(pieces->loops[0].size), begin, *worker.counters);
     return;
   }
   const Piece& last = *(end - 1);
   const int64_t size = last.source + box::source_span(last.loops) - begin;
-  const std::byte* data = file.read_staged(worker.buffer, static_cast<size_t>(size), begin, *worker.counters);
+  const std::byte* data = source.view(worker.buffer, static_cast<size_t>(size), begin, *worker.counters);
   trace::Span slice(worker.counters->recorder, "slice");
   for (const Piece* piece = pieces; piece != end; ++piece) {
     slice.add_bytes(box::volume(piece->loops));
@@ -74,10 +75,10 @@ void read_through(const Policy& policy, const io::File& file, Worker& worker, co
 }
 
 // One request for each step of the loops whose gaps are not worth reading.
-void read_runs(const Policy& policy, const io::File& file, Worker& worker, const Piece& piece) {
+void read_runs(const Policy& policy, const io::ByteSource& source, Worker& worker, const Piece& piece) {
   const box::Dim& outer = piece.loops[0];
   if (piece.loops.size() == 1) {
-    file.read_exactly(piece.destination, static_cast<size_t>(outer.size), piece.source, *worker.counters);
+    source.read_exactly(piece.destination, static_cast<size_t>(outer.size), piece.source, *worker.counters);
     return;
   }
   Piece inner = piece;
@@ -88,9 +89,9 @@ void read_runs(const Policy& policy, const io::File& file, Worker& worker, const
     inner.source = piece.source + i * outer.source_stride;
     inner.destination = piece.destination + i * outer.destination_stride;
     if (through) {
-      read_through(policy, file, worker, &inner, 1);
+      read_through(policy, source, worker, &inner, 1);
     } else {
-      read_runs(policy, file, worker, inner);
+      read_runs(policy, source, worker, inner);
     }
   }
 }
@@ -101,12 +102,12 @@ void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
   const Piece* piece = &schedule.pieces[task.first];
   try {
     with_memory_errors([&] {
-      const io::File& file = worker.open(files_, task.range.file);
+      const io::ByteSource& source = worker.open(*program_.layouts().sources[task.range.file]);
       const Policy& policy = policies_[task.range.file];
       if (task.count > 1 || policy.reads_through(piece->loops, 0)) {
-        read_through(policy, file, worker, piece, task.count);
+        read_through(policy, source, worker, piece, task.count);
       } else {
-        read_runs(policy, file, worker, *piece);
+        read_runs(policy, source, worker, *piece);
       }
     });
   } catch (Error& error) {

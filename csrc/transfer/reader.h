@@ -12,9 +12,8 @@ namespace dcp_fast::transfer {
 
 class Reader {
  public:
-  // `policies`: one for each file. All must outlive the reader.
-  Reader(const Program& program, const std::vector<Policy>& policies, Files& files)
-      : program_(program), policies_(policies), files_(files) {}
+  // `policies`: one for each file. Both must outlive the reader.
+  Reader(const Program& program, const std::vector<Policy>& policies) : program_(program), policies_(policies) {}
 
   // Thread-safe. Throws Error with `record` and `item` set where they are known.
   void run(const Schedule& schedule, const Task& task, Worker& worker);
@@ -25,7 +24,6 @@ class Reader {
  private:
   const Program& program_;
   const std::vector<Policy>& policies_;
-  Files& files_;
 };
 
 }  // namespace dcp_fast::transfer

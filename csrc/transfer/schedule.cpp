@@ -4,8 +4,6 @@
 #include <tuple>
 #include <utility>
 
-#include "transfer/options.h"
-
 namespace dcp_fast::transfer {
 
 namespace {
@@ -17,8 +15,8 @@ bool is_one_request(const Policy& policy, const Loops& loops, size_t level) {
   return level + 1 == loops.size() || policy.reads_through(loops, level);
 }
 
-// What reading loops[level..] costs, in bytes read. The request counts where it is one of many: a box of small runs far
-// apart is as much work as a large one, and as much is worth sharing among threads.
+// What reading loops[level..] costs, in bytes. Where there are many requests, each adds its own cost: a box of small
+// runs far apart is as much work as a large contiguous one, and is shared among threads like it.
 int64_t read_cost(const Policy& policy, const Loops& loops, size_t level) {
   if (is_one_request(policy, loops, level)) return box::source_span(loops, level);
   const bool requests = is_one_request(policy, loops, level + 1);
@@ -63,18 +61,19 @@ class Splitter {
 }  // namespace
 
 bool Policy::reads_through(const Loops& loops, size_t level) const {
-  if (level + 1 >= loops.size()) return direct_io;
+  if (level + 1 >= loops.size()) return whole_pages;
   for (size_t i = level; i + 1 < loops.size(); ++i) {
     if (loops[i].source_stride - box::source_span(loops, i + 1) > request_cost) return false;
   }
   return true;
 }
 
-std::vector<Policy> policies_for(const std::vector<io::IoMode>& modes, int64_t block_bytes, int64_t run_bytes) {
+std::vector<Policy> policies_for(const io::ByteSources& sources, int64_t block_bytes, int64_t run_bytes) {
   std::vector<Policy> policies;
-  policies.reserve(modes.size());
-  for (const io::IoMode mode : modes) {
-    policies.push_back({request_cost(mode), block_bytes, mode == io::IoMode::kDirect, run_bytes});
+  policies.reserve(sources.size());
+  for (const auto& source : sources) {
+    const io::Access& access = source->access();
+    policies.push_back({access.request_cost, block_bytes, access.whole_pages, run_bytes});
   }
   return policies;
 }

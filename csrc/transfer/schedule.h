@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "box/box.h"
-#include "io/file.h"
+#include "io/byte_source.h"
 
 namespace dcp_fast::transfer {
 
@@ -41,25 +41,25 @@ struct Schedule {
 
 // How the boxes of one file are read.
 //
-// For strided boxes no fixed over-read ratio is right: reading runs one by one costs a request each, reading through
-// costs the gaps. So each loop of a box decides by comparing its gap with what a request costs, in bytes.
+// A strided box can be read run by run, which costs a request each, or through, which costs the gaps. Each loop of a
+// box compares its gap with what a request costs, in bytes.
 struct Policy {
   int64_t request_cost = 0;
-  int64_t block_bytes = 0;  // the most that one request reads
-  bool direct_io = false;   // every read goes through staging
-  // Likewise of a contiguous box. More than a block where that is read straight into place, as into a slot: blocks are
-  // small where many threads share the memory that other boxes pass through.
+  int64_t block_bytes = 0;   // the most that one request reads
+  bool whole_pages = false;  // of io::Access: every read goes through a bounce buffer
+  // The most that one request reads of a contiguous box. This may be more than a block, as for slots: where many
+  // threads share the bounce buffers, blocks are small, but contiguous boxes need none.
   int64_t run_bytes = 0;
 
   // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;
 };
 
-std::vector<Policy> policies_for(const std::vector<io::IoMode>& modes, int64_t block_bytes, int64_t run_bytes);
+std::vector<Policy> policies_for(const io::ByteSources& sources, int64_t block_bytes, int64_t run_bytes);
 
 // Makes tasks of items that ascend by file and begin, in the same order. `range_of(item)` is what an item needs. An
-// item joins the task before it if the gap is not worth a request, all together fit into a block, and `joins(range of
-// the task, item)`.
+// item joins the task before it if the gap costs less than a request, all together fit into a block, and `joins(range
+// of the task, item)` is true.
 template <typename RangeOf, typename Joins>
 std::vector<Task> join_neighbours(size_t items, const std::vector<Policy>& policies, const RangeOf& range_of,
                                   const Joins& joins) {

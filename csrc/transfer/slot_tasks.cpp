@@ -11,7 +11,7 @@ namespace dcp_fast::transfer {
 
 namespace {
 
-// The same loops into memory that is filled without gaps, in the order of the file.
+// Changes loops so that they fill memory without gaps, in the order of the file.
 void pack(box::Loops& loops) {
   int64_t stride = 1;
   for (auto loop = loops.rbegin(); loop != loops.rend(); ++loop) {
@@ -29,8 +29,8 @@ class TaskMaker {
     const auto destination = reinterpret_cast<cuda::DeviceAddress>(piece.destination);
     std::optional<int64_t> page_position;
     piece.owns_pages =
-        policies_[piece.file].direct_io && piece.loops.size() == 1 && piece.loops[0].size >= cuda::kMinStraightBytes;
-    if (piece.owns_pages) page_position = piece.source % static_cast<int64_t>(io::kDirectAlignment);
+        policies_[piece.file].whole_pages && piece.loops.size() == 1 && piece.loops[0].size >= cuda::kMinStraightBytes;
+    if (piece.owns_pages) page_position = piece.source % static_cast<int64_t>(io::kPageBytes);
     if (!packer_.add(piece.loops, destination, page_position)) {
       finish();
       static_cast<void>(packer_.add(piece.loops, destination, page_position));  // an empty slot takes any piece

@@ -20,8 +20,8 @@ struct SlotTask {
   void place_at(std::byte* slot);
 };
 
-// Cuts boxes, by device, into what fits slots of `slot_bytes`. A box's destination is its address on the device. Tasks
-// ascend by file and offset, so that devices take turns as the file has it.
+// Cuts the boxes of each device into what fits slots of `slot_bytes`. A box's destination is its address on the device.
+// Tasks ascend by file and offset over all devices.
 std::vector<SlotTask> make_slot_tasks(const std::map<int, std::vector<Piece>>& boxes,
                                       const std::vector<Policy>& policies, size_t slot_bytes);
 

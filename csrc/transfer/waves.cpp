@@ -26,7 +26,7 @@ bool conflict(const Write& a, const Write& b) {
   return a.begin < b.end && b.begin < a.end;
 }
 
-// Compares every write with those after it that start, by `start`, before it ends, by `end`. nullopt past the limits.
+// Compares every write with those after it that `start` before it `end`s. nullopt past the limits.
 template <typename Start, typename End>
 std::optional<std::vector<Pair>> sweep(const std::vector<Write>& writes, std::vector<size_t> members,
                                        const ConflictLimits& limits, const Start& start, const End& end) {
@@ -68,7 +68,7 @@ std::optional<std::vector<Pair>> find_conflicts(const std::vector<Write>& writes
   const bool one = std::all_of(members.begin(), members.end(),
                                [&](size_t member) { return writes[member].destination == destination; });
   if (one) {
-    // Strided boxes of one tensor interleave in memory without touching each other: the boxes tell.
+    // Strided boxes of one tensor interleave in memory without touching each other, so the boxes are compared.
     const size_t dim = widest_dim(writes, members);
     if (writes[members[0]].dims > 0) {
       const auto start = [dim](const Write& write) { return write.offsets[dim]; };
@@ -117,7 +117,7 @@ void assign_group(const std::vector<Write>& writes, const std::vector<size_t>& m
     for (const size_t member : members) waves[member] = addresses.add(writes[member]);
     return;
   }
-  // By the later write: the waves of all earlier ones are final when it is reached.
+  // In the order of the later write: when it is reached, the waves of all earlier writes are final.
   std::sort(pairs->begin(), pairs->end(), [](const Pair& a, const Pair& b) { return a.second < b.second; });
   for (const auto& [earlier, later] : *pairs) waves[later] = std::max(waves[later], waves[earlier] + 1);
 }

@@ -12,28 +12,12 @@
 
 namespace dcp_fast::transfer {
 
-Files::Files(const std::vector<std::string>& paths, const std::vector<io::IoMode>& modes)
-    : paths_(paths), modes_(modes), slots_(paths.size()) {}
-
-std::shared_ptr<io::File> Files::open(size_t file) {
-  Slot& slot = slots_[file];
-  const std::scoped_lock lock(slot.mutex);
-  std::shared_ptr<io::File> opened = slot.file.lock();
-  if (!opened) {
-    opened = std::make_shared<io::File>(paths_[file]);
-    opened->choose_mode(modes_[file], 0, 0);
-    slot.file = opened;
+const io::ByteSource& Worker::open(io::ByteSource& source) {
+  if (source_.get() != &source) {
+    source_ = {};  // first, so that no thread has two open
+    source_ = io::OpenSource(source);
   }
-  return opened;
-}
-
-io::File& Worker::open(Files& files, size_t index) {
-  if (file_index_ != index || !file_) {
-    file_.reset();
-    file_ = files.open(index);
-    file_index_ = index;
-  }
-  return *file_;
+  return source;
 }
 
 namespace {
@@ -57,7 +41,7 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // Returns how many threads there are: where the system is out of them, fewer do the same work.
+  // Returns how many threads there are. If the system is out of threads, fewer do the same work.
   int start(int threads) {
     threads_.reserve(static_cast<size_t>(threads));
     running_ = threads;
@@ -117,7 +101,7 @@ class Pool {
     if (--running_ == 0) done_.notify_all();
   }
 
-  // False if there is none any more.
+  // Waits until a group may begin. False if the work is cancelled.
   bool wait_for_turn(size_t group) {
     if (group < groups_.at_once) return true;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -139,16 +123,16 @@ class Pool {
   }
 
   const Groups& groups_;
-  std::vector<size_t> ends_;  // of groups, among all tasks
+  std::vector<size_t> ends_;  // where each group ends among all tasks
   io::IoCounters& counters_;
   const Body& body_;
   std::atomic<size_t> next_{0};
   std::atomic<bool> cancelled_{false};
   std::mutex mutex_;
-  std::condition_variable done_;   // a group is, or a thread
-  std::condition_variable begin_;  // another group may
-  std::vector<size_t> left_;       // tasks of each group that are not done
-  size_t finished_ = 0;            // groups
+  std::condition_variable done_;   // a group or a thread is done
+  std::condition_variable begin_;  // another group may begin
+  std::vector<size_t> left_;       // how many tasks of each group are not done
+  size_t finished_ = 0;            // how many groups are finished
   int running_ = 0;
   std::exception_ptr error_;
   std::vector<std::thread> threads_;

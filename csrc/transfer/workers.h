@@ -5,43 +5,19 @@
 #include <sys/uio.h>
 
 #include <cstddef>
-#include <cstdint>
-#include <exception>
 #include <functional>
-#include <memory>
-#include <mutex>
-#include <string>
 #include <vector>
 
 #include "error.h"
 #include "io/buffer.h"
-#include "io/file.h"
+#include "io/byte_source.h"
 
 namespace dcp_fast::transfer {
 
-// The files of a load by index. A file is open while some worker reads it and closed when the last one has moved on, so
-// that a checkpoint of thousands of files needs no more descriptors than there are workers.
-class Files {
- public:
-  Files(const std::vector<std::string>& paths, const std::vector<io::IoMode>& modes);
-
-  // Thread-safe. Throws Error(kIo).
-  std::shared_ptr<io::File> open(size_t file);
-  io::IoMode mode(size_t file) const { return modes_[file]; }
-
- private:
-  struct Slot {
-    std::mutex mutex;
-    std::weak_ptr<io::File> file;
-  };
-  const std::vector<std::string>& paths_;
-  const std::vector<io::IoMode>& modes_;
-  std::vector<Slot> slots_;
-};
-
 // What one thread keeps from task to task.
 struct Worker {
-  io::File& open(Files& files, size_t index);
+  // Keeps a source open until the next one is asked for.
+  const io::ByteSource& open(io::ByteSource& source);
 
   // For long tasks, between their requests. Throws Interrupted if the work is to stop.
   void stop_if_cancelled() const {
@@ -54,8 +30,7 @@ struct Worker {
   io::IoCounters* counters = nullptr;
 
  private:
-  std::shared_ptr<io::File> file_;
-  size_t file_index_ = SIZE_MAX;
+  io::OpenSource source_;
 };
 
 // Tasks in groups, each of which is finished as a whole.

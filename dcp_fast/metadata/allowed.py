@@ -1,4 +1,4 @@
-"""The allow-list: every global that metadata written by DCP may name.
+"""The allow-list: every global that metadata written by DCP or by Megatron-Core may name.
 
 The native reader has its own, of what it can read: csrc/metadata/names.cpp.
 """
@@ -8,39 +8,53 @@ from __future__ import annotations
 import codecs
 import collections
 import copyreg
+import dataclasses
 import pathlib
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import metadata as torch_metadata
+from torch.distributed.checkpoint import planner as torch_planner
 
-from dcp_fast._torch import MEMORY_FORMAT_ENCODING, StorageInfo, get_layout, shard_metadata
+from dcp_fast._torch import MEMORY_FORMAT_ENCODING, StorageInfo, StoragePrefix, get_layout, shard_metadata
 
-__all__ = ["DATA_CLASSES", "ENUMS", "PATHS", "PROPERTIES", "find_allowed"]
+__all__ = ["DATA_CLASSES", "ENUMS", "PATHS", "PROPERTIES", "find_allowed", "has_field"]
 
 # torch before 2.3 wrote the properties of another module.
 PROPERTIES: dict[type, type] = {  # to the enum that its state must name
     torch_metadata.TensorProperties: MEMORY_FORMAT_ENCODING,
     shard_metadata.TensorProperties: shard_metadata.MEM_FORMAT_ENCODING,
 }
-ENUMS = frozenset(PROPERTIES.values())
+ENUMS = frozenset({*PROPERTIES.values(), torch_planner.WriteItemType, torch_planner.LoadItemType})
 # Plain records, whose state is a dict of their fields.
 DATA_CLASSES: frozenset[type] = frozenset(
     {
         StorageInfo,
+        StoragePrefix,
         torch_metadata.BytesStorageMetadata,
         torch_metadata.ChunkStorageMetadata,
         torch_metadata.Metadata,
         torch_metadata.MetadataIndex,
         torch_metadata.StorageMeta,
         torch_metadata.TensorStorageMetadata,
+        torch_planner.BytesIOWriteData,
+        torch_planner.LoadPlan,
+        torch_planner.ReadItem,
+        torch_planner.SavePlan,
+        torch_planner.TensorWriteData,
+        torch_planner.WriteItem,
     }
 )
-PATHS: frozenset[type] = frozenset({pathlib.PosixPath, pathlib.PurePosixPath})
+PATHS: frozenset[type] = frozenset({pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath})
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{(cls.__module__, cls.__qualname__): cls for cls in (*DATA_CLASSES, *PROPERTIES, *ENUMS)},
+    # Subclasses with one more field, up to version 0.15. Without them, Megatron-Core need not be there.
+    (_MEGATRON, "MCoreMetadata"): torch_metadata.Metadata,
+    (_MEGATRON, "MCoreSavePlan"): torch_planner.SavePlan,
     **{("pathlib", cls.__name__): cls for cls in PATHS},
+    ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,  # only on Windows it could be more
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): get_layout,
     ("copyreg", "_reconstructor"): copyreg._reconstructor,  # type: ignore[attr-defined]
@@ -61,3 +75,15 @@ def find_allowed(module: str, name: str, protocol: int) -> Any:
         if isinstance(dtype, torch.dtype):
             return dtype
     return _ALLOWED.get((module, name))
+
+
+def has_field(module: str, name: str, field: str) -> bool:
+    """Whether the class of this name has a field, in the torch that runs.
+
+    Args:
+        field: its name, or in the state of properties, which is a tuple, its place.
+    """
+    cls = _ALLOWED[module, name]
+    if field.isdecimal():
+        return len(dataclasses.fields(cls)) > int(field)
+    return field in {each.name for each in dataclasses.fields(cls)}

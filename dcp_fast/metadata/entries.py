@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dcp_fast import _native
-from dcp_fast._torch import StorageInfo, get_layout, shard_metadata
+from dcp_fast._torch import PROPERTIES_HAVE_STRIDES, StorageInfo, get_layout, shard_metadata
 
 __all__ = ["Entries", "Source", "StorageEntries", "Unpickled"]
 
@@ -80,7 +80,7 @@ class Entries:
         fields = self.columns.entry_fields(entry)
         if fields is None:
             return BytesStorageMetadata()
-        dtype, layout, requires_grad, memory_format, pin_memory, of_shard, size = fields
+        dtype, layout, requires_grad, memory_format, pin_memory, of_shard, size, strides = fields
         cls: Any = shard_metadata.TensorProperties if of_shard else TensorProperties
         properties = cls(
             dtype=getattr(torch, _native.METADATA_DTYPES[dtype]),
@@ -88,6 +88,7 @@ class Entries:
             requires_grad=requires_grad,
             memory_format=_MEMORY_FORMATS[memory_format],
             pin_memory=pin_memory,
+            **({"strides": strides} if PROPERTIES_HAVE_STRIDES else {}),
         )
         rows: list[tuple[list[int], list[int]]] = cast(Any, self.columns.chunks(entry).tolist())
         chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in rows]

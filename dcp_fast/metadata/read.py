@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,14 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.errors import (
     CorruptMetadataError,
     LoadError,
+    MetadataAccessError,
     OutOfMemoryError,
     TruncatedFileError,
     UntrustedMetadataError,
     typed_errors,
 )
+from dcp_fast.metadata.allowed import has_field
+from dcp_fast.metadata.attributes import with_attributes
 from dcp_fast.metadata.entries import Entries, StorageEntries, Unpickled
 from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.metadata.unpickler import RefusedError, RestrictedUnpickler
@@ -42,22 +46,27 @@ def read_metadata(path: str) -> Metadata:
     Raises:
         FileAccessError: the file cannot be read.
         CorruptMetadataError: the file is damaged.
-        UntrustedMetadataError: it names a global, or asks for something, that no DCP of torch writes.
+        UntrustedMetadataError: it names a global, or asks for something, that is not on the allow-list.
     """
+
+    def read() -> bytes:
+        with _errors_of(path), open(path, "rb") as file:
+            return file.read()
+
     with _errors_of(path):
         columns = _known_columns(_native.read_metadata(path))
-    if columns is not None:
-        return make_metadata(columns)
-    with _errors_of(path), open(path, "rb") as file:
-        pickled = file.read()
-    return _unpickled(pickled, path)
+    return _unpickled(read(), path) if columns is None else make_metadata(columns, read, path)
 
 
-def parse_metadata(pickled: bytes, path: str) -> Metadata:
-    """The same for the content of a file. Raises as :func:`read_metadata`, but for FileAccessError."""
+def parse_metadata(pickled: bytes, path: str, read_again: Callable[[], bytes]) -> Metadata:
+    """The same for the content of a file. Raises as :func:`read_metadata`, but for FileAccessError.
+
+    Args:
+        read_again: as of :func:`make_metadata`.
+    """
     with _errors_of(path):
         columns = _known_columns(_native.parse_metadata(pickled))
-    return _unpickled(pickled, path) if columns is None else make_metadata(columns)
+    return _unpickled(pickled, path) if columns is None else make_metadata(columns, read_again, path)
 
 
 def parse_blocks(size: int, next_block: Callable[[], Buffer], path: str) -> _native.MetadataColumns | None:
@@ -86,25 +95,65 @@ def _errors_of(path: str) -> Iterator[None]:
 
 
 def _known_columns(columns: _native.MetadataColumns | str) -> _native.MetadataColumns | None:
-    """None for what has to be unpickled in Python, which has words for dtypes that this torch lacks."""
+    """None for what has to be unpickled in Python.
+
+    This unpickler has words for dtypes that this torch lacks, and it keeps fields that this torch has and the columns
+    have no place for.
+    """
     if isinstance(columns, str) or any(_dtype(code) is None for code in columns.dtypes):
         return None
-    return columns
+    return None if any(has_field(*field) for field in columns.left_out) else columns
 
 
-def make_metadata(columns: _native.MetadataColumns) -> Metadata:
-    """Metadata whose dicts make their values from columns."""
+def make_metadata(columns: _native.MetadataColumns, read_again: Callable[[], bytes], path: str) -> Metadata:
+    """Metadata whose dicts make their values from columns.
+
+    Args:
+        read_again: returns the content of the file. Called when somebody asks for an attribute that the columns do not
+            hold, such as the plans that Megatron-Core keeps.
+        path: of the file, for errors.
+    """
     storage_meta = None
     if columns.storage_meta:
         # Only plain values and paths: see csrc/metadata/plain_pickle.h.
         checkpoint_id, save_id, load_id, modules = pickle.loads(columns.storage_meta)
         storage_meta = StorageMeta(checkpoint_id, save_id, load_id, [] if modules is None else modules)
-    return Metadata(
+    metadata = Metadata(
         state_dict_metadata=LazyDict.of(Entries(columns)),
-        planner_data=_planner_data(columns.planner_data),
+        planner_data=_unpickled_later(columns.planner_data),
         storage_data=LazyDict.of(StorageEntries(columns)) if columns.has_storage else None,
         storage_meta=storage_meta,
         version=columns.version,
+    )
+    attributes = dict(columns.attributes)  # as of dicts, the last one of a name counts
+    unmade = {name for name, pickled in attributes.items() if pickled is None}
+    vars(metadata).update((name, _unpickled_later(pickled)) for name, pickled in attributes.items() if pickled)
+    if not unmade:
+        return metadata
+    save_id = None if storage_meta is None else storage_meta.save_id
+
+    def make() -> dict[str, Any]:
+        try:
+            unpickled = _unpickled(read_again(), path)
+        except OSError as error:
+            reason = f"the file of the metadata cannot be read again for {', '.join(sorted(unmade))}: {error}"
+            raise MetadataAccessError(reason, path, error_number=error.errno or 0) from error
+        if not _is_same(unpickled, columns, save_id) or not unmade <= vars(unpickled).keys():
+            reason = f"the metadata has changed since it was read, so it cannot give {', '.join(sorted(unmade))}"
+            raise MetadataAccessError(reason, path, error_number=errno.ESTALE)
+        return vars(unpickled)
+
+    return with_attributes(metadata, unmade, make)
+
+
+def _is_same(unpickled: Metadata, columns: _native.MetadataColumns, save_id: str | None) -> bool:
+    """Whether unpickled metadata is of the save that the columns are of."""
+    meta = getattr(unpickled, "storage_meta", None)
+    rows = len(unpickled.storage_data) if isinstance(unpickled.storage_data, dict) else 0
+    return (
+        (None if meta is None else meta.save_id) == save_id
+        and rows == columns.row_count
+        and list(unpickled.state_dict_metadata) == columns.fqns()
     )
 
 
@@ -112,7 +161,7 @@ def _dtype(code: int) -> torch.dtype | None:
     return getattr(torch, _native.METADATA_DTYPES[code], None)
 
 
-def _planner_data(pickled: bytes) -> Any:
+def _unpickled_later(pickled: bytes) -> Any:
     # The protocol takes two bytes; then begins a dict or something small.
     return LazyDict.of(Unpickled(pickled)) if pickled[2:3] == pickle.EMPTY_DICT else pickle.loads(pickled)
 
@@ -129,12 +178,7 @@ def _unpickled(pickled: bytes, path: str) -> Metadata:
         raise
     except RefusedError as error:
         raise UntrustedMetadataError(
-            f"the metadata asks for {error}, which torch.distributed.checkpoint never writes and which may run code. "
-            "If you trust the file, FileSystemReader(path, trust_metadata=True) unpickles it as torch does",
-            path,
-            "",
-            unpickler.position(),
-            0,
+            f"the metadata asks for {error}{error.advice}", path, "", unpickler.position(), 0
         ) from None
     except MemoryError as error:
         raise OutOfMemoryError("out of memory to unpickle the metadata", path) from error

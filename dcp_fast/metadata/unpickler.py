@@ -1,8 +1,9 @@
-"""Unpickles metadata that the native reader does not know, and calls nothing but what is on the allow-list.
+"""Unpickles what of metadata is made into objects at once, and calls nothing but what is on the allow-list.
 
-Python's own unpickler in C lets a pickle set attributes of classes, and call any class that it may name. So this is the
-one in Python, in which each opcode that acts is replaced. It is slower than torch's, but only metadata that no DCP of
-torch wrote comes here: Megatron-Core's, which has more fields, and what may be damaged or hostile.
+Python's own unpickler in C lets a pickle set attributes of classes, and call any class that it may name. So this is
+the one in Python, in which each opcode that acts is replaced. It is slower than torch's. Of all that known writers
+write, it makes only the plans that Megatron-Core keeps, when somebody asks for them; else what may be damaged or
+hostile.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 import codecs
 import collections
 import copyreg
+import importlib.util
 import io
 import pickle
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from dcp_fast._torch import get_layout
+from dcp_fast._native import METADATA_DTYPES
+from dcp_fast._torch import PROPERTIES_HAVE_STRIDES, get_layout
 from dcp_fast.metadata.allowed import DATA_CLASSES, ENUMS, PATHS, PROPERTIES, find_allowed
 
 __all__ = ["RefusedError", "RestrictedUnpickler"]
@@ -28,7 +32,20 @@ _Unpickler: Any = pickle._Unpickler
 
 
 class RefusedError(Exception):
-    """The pickle asks for what metadata never needs. The argument says what."""
+    """The pickle asks for what is not allowed. The argument says what."""
+
+    advice = (
+        ", which is not on the list of what is made of metadata, and may run code. If you trust the file, "
+        "trust_metadata=True of load, FileSystemReader or install unpickles it as torch does"
+    )
+
+
+class _MissingError(RefusedError):
+    """torch's own unpickler could not do it here either."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(what)
+        self.advice = f", {why}"
 
 
 class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
@@ -48,11 +65,11 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
     def find_class(self, module: str, name: str) -> Any:
         found = find_allowed(module, name, self.proto)
         if found is None:
-            raise RefusedError(f"the global {module}.{name}")
+            raise _refused_global(module, name)
         return found
 
     def persistent_load(self, pid: Any) -> Any:
-        raise RefusedError("a persistent id")
+        raise _MissingError("a persistent id", "which no writer of metadata uses and no reader of it knows")
 
     def _refuse(self) -> None:
         raise RefusedError("an opcode that metadata never needs")
@@ -126,6 +143,20 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
         super().load_setitems()
 
     dispatch[pickle.SETITEMS[0]] = load_setitems
+
+
+def _refused_global(module: str, name: str) -> RefusedError:
+    if module == "torch" and name in METADATA_DTYPES:
+        return _MissingError(f"the dtype torch.{name}", f"which torch {torch.__version__} does not have")
+    package = module.partition(".")[0]
+    # Nothing is imported to find out about a name without dots.
+    if package.isidentifier() and package not in sys.modules and importlib.util.find_spec(package) is None:
+        return _MissingError(
+            f"the global {module}.{name}",
+            f"which is not on the list of what is made of metadata. torch could not unpickle it here either: "
+            f"there is no module {package}",
+        )
+    return RefusedError(f"the global {module}.{name}")
 
 
 def _expect(condition: bool, otherwise: str) -> None:
@@ -205,8 +236,14 @@ def _set_state(instance: Any, state: Any) -> None:
     cls = type(instance)
     if cls in PROPERTIES:
         kinds = [type(part) for part in state] if type(state) is tuple else []
-        _expect(kinds == [torch.dtype, torch.layout, bool, PROPERTIES[cls], bool], "properties of other types")
-        instance.__setstate__(state)
+        _expect(kinds[:5] == [torch.dtype, torch.layout, bool, PROPERTIES[cls], bool], "properties of other types")
+        strides = state[5] if len(state) > 5 else None
+        _expect(
+            strides is None or (type(strides) is tuple and all(type(number) is int for number in strides)),
+            "strides of other than numbers",
+        )
+        # What this torch has no field for is left out, and what only a later one writes.
+        instance.__setstate__((*state[:5], strides) if PROPERTIES_HAVE_STRIDES else state[:5])
         return
     if cls not in DATA_CLASSES or type(state) is not dict:
         raise RefusedError(f"state of a {cls.__name__}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dcp_fast.observe.trace import Timeline
+from dcp_fast.this_load import Options, this_load
 
 __all__ = ["LoadReport", "begin", "current_report", "joined_report", "last_report", "publish", "reported"]
 
@@ -29,8 +30,8 @@ class LoadReport:
         reader, planner: the classes of the reader and the planner.
         reader_fallback_reason: why the data was read by the reader itself and not by the native engine; empty if it
             was not.
-        planner_fallback_reason: why planning took a slower way, or why each item was handed to the planner before the
-            next was read; empty if neither is the case.
+        planner_fallback_reason: why planning took a slower way, or why items were read in windows, in the order of the
+            plan, and not all at once; empty if neither is the case.
         metadata_received: whether another rank read the metadata and sent its bytes here (``share_metadata``).
         bytes_needed: payload bytes of all boxes that this rank asked for, in their stored dtype, and of bytes entries.
         bytes_read: bytes that storage was asked for, headers and gaps included; the metadata file is left out.
@@ -207,14 +208,19 @@ def last_report() -> LoadReport | None:
 
 
 @contextmanager
-def reported() -> Iterator[LoadReport]:
-    """What happens within is a load of its own, to which readers and planners add their part."""
+def reported(options: Options = ()) -> Iterator[LoadReport]:
+    """What happens within is a load of its own, to whose report readers and planners add their part.
+
+    Args:
+        options: those that hold for this load.
+    """
     report = LoadReport()
     begin(report)
     token = _current.set(report)
     report.enter("planning")
     try:
-        yield report
+        with this_load(options):
+            yield report
     finally:
         _current.reset(token)
         publish(report)

@@ -81,9 +81,10 @@ def slices_of_parameters(model_state_dict: Mapping[str, Any]) -> dict[str, Param
 
 
 def may_lack_slices(model_state_dict: Mapping[str, Any], slices: Mapping[str, ParameterSlice]) -> bool:
-    """Whether only other ranks can tell which of this rank's ShardedTensors are tensor-parallel.
+    """Whether this rank must ask the others which of its ShardedTensors are tensor-parallel.
 
-    One without a local shard does not show whether it is nested. Over the data-parallel ranks it is not.
+    A ShardedTensor without a local shard does not show whether it is nested. It is not if it is sharded over the
+    data-parallel ranks.
     """
     if not slices:
         return True
@@ -98,10 +99,10 @@ def may_lack_slices(model_state_dict: Mapping[str, Any], slices: Mapping[str, Pa
 def data_parallel_group(
     model_state_dict: Mapping[str, Any], slices: Mapping[str, ParameterSlice], tensor_parallel: Collection[str]
 ) -> dist.ProcessGroup | None:
-    """The ranks that state of parameters without a slice is sharded over; None for all.
+    """The ranks that state of parameters without a slice is sharded over; None for all ranks.
 
-    As in torch it is the data-parallel group of the last parameter that has a slice. A rank without any slice goes by
-    its parameters that are not tensor-parallel, for they are sharded over the same ranks.
+    As in torch they are the data-parallel group of the last parameter that has a slice. A rank without any slice takes
+    the group of a parameter that is not tensor-parallel, which is sharded over the same ranks.
 
     Args:
         model_state_dict: of this rank.
@@ -125,7 +126,13 @@ def data_parallel_group(
 def empty_slices(
     model_state_dict: Mapping[str, Any], tensor_parallel: Collection[str], group: dist.ProcessGroup | None
 ) -> dict[str, ParameterSlice]:
-    """Slices without elements, for the tensor-parallel parameters of which this rank holds nothing."""
+    """Slices without elements, by FQN, for the tensor-parallel parameters of which this rank holds nothing.
+
+    Args:
+        model_state_dict: of this rank.
+        tensor_parallel: FQNs of the parameters of which any rank has a slice.
+        group: the data-parallel ranks of this rank.
+    """
     slices = {}
     for fqn in tensor_parallel:
         value = model_state_dict.get(fqn)
@@ -164,7 +171,7 @@ class RowSharding:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        device_type = get_object_coll_device(group)  # what torch's function asks for by a name that is deprecated
+        device_type = get_object_coll_device(group)  # torch's function calls it by an older name, which is deprecated
         ranks = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
         placements: list[Any] = [f"rank:{rank}/{gen_rank_device(rank, device_type)}" for rank in ranks]
         self._group = group

@@ -14,14 +14,14 @@ __all__ = ["SlicedShardedTensor"]
 
 
 class SlicedShardedTensor(torch.Tensor):
-    """A ShardedTensor that is a slice of a stored tensor, as planners and readers are to see it.
+    """Presents a ShardedTensor that is a slice of a stored tensor as a part of that whole tensor.
 
     In the 2-D layout a parameter's optimizer state is a ShardedTensor over the data-parallel ranks, whose offsets count
-    from the start of this rank's tensor-parallel slice. The checkpoint knows only the whole tensor. This stands in for
-    the ShardedTensor in the state dict that is loaded: it has the size of the whole tensor, and its chunks have their
-    offsets in it. It does so by the protocol that DCP itself defines for tensors (``__create_chunk_list__`` and
-    ``__get_tensor_shard__``, torch/distributed/checkpoint/planner_helpers.py and utils.py), so that any planner and
-    any reader work with it and the indices of its ReadItems are those of the whole tensor.
+    from the start of this rank's tensor-parallel slice. The checkpoint knows only the whole tensor. So the state dict
+    that is loaded has an object of this class in place of the ShardedTensor. It has the size of the whole tensor, and
+    its chunks have their offsets in the whole tensor. Planners and readers ask for chunks by the protocol that DCP
+    defines for tensors (``__create_chunk_list__`` and ``__get_tensor_shard__``, in planner_helpers.py and utils.py of
+    torch/distributed/checkpoint), so that any planner and any reader work with it.
 
     Args:
         sharded: the slice; its local shards are what is loaded.
@@ -36,7 +36,7 @@ class SlicedShardedTensor(torch.Tensor):
     def __new__(cls, sharded: ShardedTensor, offsets: Sequence[int], size: Sequence[int]) -> SlicedShardedTensor:
         shards = sharded.local_shards()
         device = shards[0].tensor.device if shards else torch.device("cpu")
-        # No memory belongs to it, only a size: whoever computes with it gets an error.
+        # It has a size but no memory. To compute with it is an error: see __torch_dispatch__.
         made: SlicedShardedTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(size), dtype=sharded.dtype, device=device
         )

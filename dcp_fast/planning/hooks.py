@@ -1,21 +1,25 @@
-"""Which hooks of a planner are torch's own: only with others does the order of items matter, and what comes between."""
+"""Which hooks of a planner are torch's own.
+
+A planner with hooks of its own is called for each item in torch's order. If all hooks are torch's own, the engine may
+place items in any order.
+"""
 
 from __future__ import annotations
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-from dcp_fast.planning.planner import DefaultLoadPlanner as FastDefaultLoadPlanner
 from dcp_fast.switches import original_of
 
-__all__ = ["has_default_hooks", "why_planner_is_slow"]
+__all__ = ["STAND_FOR_TORCHS", "has_default_commit", "has_default_hooks", "why_planner_is_slow"]
 
-# As they are at import: whoever patches torch's class has hooks too.
+# As they are at import: a hook that somebody patches into torch's class later counts as the planner's own.
 _DEFAULT_HOOKS = {
     name: getattr(DefaultLoadPlanner, name)
     for name in ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor", "load_bytes")
 }
-_FAST_LOAD_BYTES = FastDefaultLoadPlanner.load_bytes
+# Hooks of ours, which hand on to torch's where they trust the checkpoint.
+STAND_FOR_TORCHS: list[object] = []
 
 
 def has_default_hooks(planner: LoadPlanner) -> bool:
@@ -23,25 +27,30 @@ def has_default_hooks(planner: LoadPlanner) -> bool:
     return isinstance(planner, DefaultLoadPlanner) and not _own_hooks(planner)
 
 
+def has_default_commit(planner: LoadPlanner) -> bool:
+    """Whether ``commit_tensor`` is that of torch's DefaultLoadPlanner, which does nothing."""
+    return isinstance(planner, DefaultLoadPlanner) and _is_default(planner, "commit_tensor")
+
+
 def why_planner_is_slow(planner: LoadPlanner, planned_natively: bool) -> str:
     """What keeps a planner from the fast way; empty if nothing does."""
     reasons = [] if planned_natively else ["it plans without the search of dcp_fast"]
     if hooks := _own_hooks(planner):
-        reasons.append(f"its {', '.join(hooks)} must be called for each item before the next is read")
+        reasons.append(f"its {', '.join(hooks)} must be called in the order of the plan, so items are read in windows")
     elif not isinstance(planner, DefaultLoadPlanner):
-        reasons.append("each item must be read before the next, as it is not derived from DefaultLoadPlanner")
+        reasons.append("it is not derived from DefaultLoadPlanner, so items are read in windows")
     return "; ".join(reasons)
 
 
 def _own_hooks(planner: LoadPlanner) -> list[str]:
-    return [
-        name
-        for name, hook in _DEFAULT_HOOKS.items()
-        if name in getattr(planner, "__dict__", ()) or _torch_hook(type(planner), name) is not hook
-    ]
+    return [name for name in _DEFAULT_HOOKS if not _is_default(planner, name)]
+
+
+def _is_default(planner: LoadPlanner, name: str) -> bool:
+    return name not in getattr(planner, "__dict__", ()) and _torch_hook(type(planner), name) is _DEFAULT_HOOKS[name]
 
 
 def _torch_hook(cls: type, name: str) -> object:
     hook = getattr(cls, name, None)
-    # Ours hands on to torch's where it trusts the checkpoint.
-    return original_of(getattr(DefaultLoadPlanner, name) if hook is _FAST_LOAD_BYTES else hook)
+    stands_for_torchs = any(hook is ours for ours in STAND_FOR_TORCHS)
+    return original_of(getattr(DefaultLoadPlanner, name) if stands_for_torchs else hook)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,11 +13,17 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from dcp_fast._torch import derived_version, flatten_state_dict, set_element
 from dcp_fast.collector import paused_collection
-from dcp_fast.planning.bytes_entries import load_untrusted
-from dcp_fast.planning.column_plan import is_whole
+from dcp_fast.planning.flatten import flatten_at_once
+from dcp_fast.planning.hooks import STAND_FOR_TORCHS
 from dcp_fast.planning.search import create_default_local_load_plan
+from dcp_fast.this_load import option
+from dcp_fast.values.load import load_untrusted
 
-__all__ = ["DefaultLoadPlanner", "create_local_plan", "load_bytes", "set_up_planner"]
+__all__ = ["DefaultLoadPlanner", "create_local_plan", "load_bytes", "put_value", "set_up_planner"]
+
+# torch's variables, and what it takes for a yes.
+_FORCED = ("WEIGHTS_ONLY", "NO_WEIGHTS_ONLY")
+_TRUE = ("1", "y", "yes", "true")
 
 
 class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
@@ -28,14 +35,15 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
     Args:
         flatten_state_dict, flatten_sharded_tensors, allow_partial_load: as torch's.
         trust_bytes: unpickle bytes entries (values that are no tensors) as torch does, which runs whatever code the
-            checkpoint names. By default ``torch.load(weights_only=True)`` reads them; types that it does not know are
-            an UntrustedBytesError unless they were registered with ``torch.serialization.add_safe_globals``. None:
-            False, or as :func:`dcp_fast.install` was told. If somebody has replaced ``load_bytes`` of torch's class,
+            checkpoint names. By default values of inert types are made (see docs/security.md); other types are an
+            UntrustedBytesError unless they were registered with ``torch.serialization.add_safe_globals``. None:
+            False, or as :func:`dcp_fast.install` was told, or True if the environment has
+            ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``. If somebody has replaced ``load_bytes`` of torch's class,
             theirs is only called if this is True.
     """
 
     trust_bytes_by_default: ClassVar[bool] = False
-    trust_bytes: bool = False  # for subclasses that do without our __init__
+    trust_bytes: bool = False  # of subclasses whose __init__ does not call ours
 
     def __init__(
         self,
@@ -46,16 +54,16 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         trust_bytes: bool | None = None,
     ) -> None:
         super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
-        self.trust_bytes = self.trust_bytes_by_default if trust_bytes is None else trust_bytes
+        self.trust_bytes = _trusts_by_default() if trust_bytes is None else trust_bytes
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Take and flatten the state dict."""
+        """Keep the state dict, flattened if ``flatten_state_dict`` is set, and the metadata."""
         set_up_planner(super().set_up_planner, self, state_dict, metadata, is_coordinator)
 
     def create_local_plan(self) -> LoadPlan:
-        """Plan the reads of this rank; see :func:`create_default_local_load_plan` for the errors."""
+        """Plan the reads of this rank. Raises as :func:`create_default_local_load_plan`."""
         return create_local_plan(super().create_local_plan, self)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -68,6 +76,8 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         load_bytes(super().load_bytes, self, read_item, value)
 
 
+STAND_FOR_TORCHS.append(DefaultLoadPlanner.load_bytes)
+
 # Each method of torch's planner that we replace is a function here: our class calls it, and while dcp_fast is installed
 # so does torch's class. Its first argument is the method of torch, bound to the planner.
 
@@ -79,16 +89,12 @@ def set_up_planner(
     metadata: Metadata | None = None,
     is_coordinator: bool = False,
 ) -> None:
-    is_flat = type(state_dict) is dict and all(
-        type(key) is str and is_whole(value) and not value.is_meta for key, value in state_dict.items()
-    )
-    if not (planner.flatten_state_dict and is_flat):
+    flat = flatten_at_once(state_dict) if planner.flatten_state_dict else None
+    if flat is None:
         torchs(state_dict, metadata, is_coordinator)
         return
-    # What torch comes to after it has walked through a flat state dict four times.
     planner.original_state_dict = state_dict
-    planner.mappings = {fqn: (fqn,) for fqn in state_dict}
-    planner.state_dict = dict(state_dict)
+    planner.state_dict, planner.mappings = flat
     planner.metadata = metadata
     planner.is_coordinator = is_coordinator
 
@@ -105,21 +111,30 @@ def create_local_plan(_torchs: Callable[..., LoadPlan], planner: torch_planner.D
 def load_bytes(
     torchs: Callable[..., None], planner: torch_planner.DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
 ) -> None:
-    # A planner of torch's class trusts what install() was told to trust.
-    if getattr(planner, "trust_bytes", DefaultLoadPlanner.trust_bytes_by_default):
+    trusts = option(planner, "trust_bytes")
+    if _trusts_by_default() if trusts is None else trusts:
         torchs(read_item, value)
         return
     fqn = read_item.dest_index.fqn
-    loaded = load_untrusted(value, fqn)
-    if planner.flatten_state_dict:
-        set_element(planner.original_state_dict, planner.mappings[fqn], loaded)
+    put_value(planner, fqn, load_untrusted(value, fqn))
+
+
+def put_value(planner: torch_planner.DefaultLoadPlanner, fqn: str, value: Any) -> None:
+    """Put the value of a bytes entry into the state dict, where torch's planner puts it."""
+    if not planner.flatten_state_dict:
+        planner.state_dict[fqn] = value
+        return
+    path = planner.mappings[fqn]
+    if len(path) == 1:
+        planner.original_state_dict[path[0]] = value  # type: ignore[index]
     else:
-        planner.state_dict[fqn] = loaded
+        set_element(planner.original_state_dict, path, value)
 
 
 def _use_old_keys_if_stored(planner: torch_planner.DefaultLoadPlanner) -> None:
-    # Before torch 2.4 fewer containers were flattened. Stored keys that the state dict lacks, but has when it is
-    # flattened the old way, tell such a checkpoint. Same test as torch's DefaultLoadPlanner.create_local_plan.
+    # torch before 2.4 flattened fewer containers, so that its checkpoints have other keys. If the state dict lacks a
+    # stored key, but has it when it is flattened in the old way, then the checkpoint is such a one. torch's own
+    # DefaultLoadPlanner.create_local_plan makes the same test.
     assert planner.metadata is not None
     missing = set(planner.metadata.state_dict_metadata).difference(planner.state_dict)
     if not missing:
@@ -131,3 +146,9 @@ def _use_old_keys_if_stored(planner: torch_planner.DefaultLoadPlanner) -> None:
         derived_version._derived_version = None
     if old_state_dict.keys() & missing:
         planner.state_dict, planner.mappings = old_state_dict, old_mappings
+
+
+def _trusts_by_default() -> bool:
+    """What install() was told, or whether the environment tells torch.load to be content with weights_only=False."""
+    forced = {name: os.environ.get(f"TORCH_FORCE_{name}_LOAD", "0").lower() in _TRUE for name in _FORCED}
+    return DefaultLoadPlanner.trust_bytes_by_default or (forced["NO_WEIGHTS_ONLY"] and not forced["WEIGHTS_ONLY"])

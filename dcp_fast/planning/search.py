@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -25,10 +24,11 @@ from torch.distributed.checkpoint.planner_helpers import (
 from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
-from dcp_fast._torch import ShardedTensor, create_chunk_list, create_read_items, is_checkpointable_tensor
+from dcp_fast._torch import ShardedTensor, create_chunk_list, is_checkpointable_tensor
 from dcp_fast.metadata.lazy import LazyDict, columns_of
 from dcp_fast.observe.report import current_report
-from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, is_whole
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, bytes_item
+from dcp_fast.planning.values import is_whole, plain_local_tensor
 
 __all__ = ["create_default_local_load_plan", "create_read_items_for_chunk_list", "global_size"]
 
@@ -92,9 +92,17 @@ def _flatten(chunks: Sequence[ChunkStorageMetadata], dims: int) -> list[int] | N
 def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadata, strict: bool = True) -> LoadPlan:
     """Drop-in for ``torch.distributed.checkpoint.default_planner.create_default_local_load_plan``.
 
-    Raises as torch does: RuntimeError for a key that is not in the checkpoint (if ``strict``), ValueError for a size or
-    a kind of entry that differs. Where no stored chunk covers a part of a wanted tensor, torch leaves that part as it
-    was without a word; so does this function, but it logs a warning that names the tensors.
+    Where no stored chunk covers a part of a wanted tensor, the plan leaves that part out, as torch's does. Unlike
+    torch, this function then logs a warning that names the tensors.
+
+    Args:
+        state_dict: what is wanted, flat: tensors or values by FQN.
+        metadata: of the checkpoint.
+        strict: whether a key that the checkpoint lacks is an error. If not, it is skipped.
+
+    Raises:
+        RuntimeError: the checkpoint lacks a key, and ``strict`` is set.
+        ValueError: a tensor has another size in the checkpoint, or an entry is of another kind there.
     """
     if (report := current_report()) is not None:
         report.planned_natively = True
@@ -110,6 +118,10 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
         if number is not None and stored_size is not None and is_whole(value) and value.shape == stored_size:
             add_whole(fqn, number)
             continue
+        known = search.known_chunks(value)
+        if known is not None and number is not None and stored_size is not None and value.shape == stored_size:
+            search.add_chunks(fqn, number, len(stored_size), known)
+            continue
         if stored_size is not None and getattr(value, "size", None) is not None:
             size = global_size(value)
             if stored_size != size:
@@ -118,7 +130,7 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
         if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
             continue
         if stored_size is None:
-            search.add_bytes(fqn, value)
+            search.add_bytes(fqn)
             continue
         try:
             wanted = search.wanted_chunks(value)
@@ -140,30 +152,45 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
     return plan
 
 
+def _geometry(value: DTensor) -> Any:
+    spec = value._spec  # its attributes are plain, those of the tensor are not
+    return id(spec.mesh), spec.placements, value.shape
+
+
 def _volume(sizes: Any) -> int:
     return sum(map(math.prod, sizes))
 
 
 class _Search:
-    """Collects what is wanted of all tensors, then looks for all overlaps in one go.
+    """Collects what is wanted of all tensors, then finds all overlaps in one native call.
 
-    Without columns, or where somebody may have changed an entry, chunks are compared tensor by tensor.
+    That call compares with the columns of the metadata. If there are none, or if an entry exists as an object, which
+    somebody may have changed, the chunks of that entry are compared at once, tensor by tensor.
+
+    Attributes:
+        columns: of the metadata, or None.
+        requests: for the native call: of each tensor the number of its entry, and the chunks that are wanted of it.
+        fqns, wanted: of each request: its FQN and chunks, as in :class:`PlannedTensors`.
+        made: items that need no native call, each with the number of requests before it.
+        incomplete: FQNs of tensors of which the checkpoint lacks something.
     """
 
     def __init__(self, metadata: Metadata) -> None:
         self.metadata = metadata.state_dict_metadata
         self.columns = columns_of(metadata)
-        # Requests to the columns, of one tensor each.
         self.requests: list[int] = []
         self.fqns: list[str] = []
         self.wanted: list[Sequence[ChunkStorageMetadata] | None] = []
-        # Items of all else, with the number of requests before.
-        self.made: list[tuple[int, ReadItem]] = []
-        self.incomplete: set[str] = set()  # FQNs
+        self.made: list[tuple[int, ReadItem | str]] = []  # of bytes entries: the FQN
+        self.incomplete: set[str] = set()
         self.dtensor_chunks: dict[Any, list[ChunkStorageMetadata]] = {}
 
     def finder(self) -> Callable[[str], tuple[int | None, Sequence[int] | None] | None]:
-        """What tells the number of a key's entry, if the columns have it, and the size of its tensor, if it is one."""
+        """A function of a key. It returns None if the checkpoint lacks the key, else two facts about its entry.
+
+        The first is the entry's number in the columns, None if the entry must be looked at as an object. The second is
+        the size of the tensor, None for a bytes entry.
+        """
         if self.columns is not None and cast(LazyDict[str, Any], self.metadata).untouched_columns is not None:
             return self.columns.find_size
         return self._find
@@ -178,17 +205,17 @@ class _Search:
 
     def wanted_chunks(self, value: Any) -> list[ChunkStorageMetadata]:
         """torch's ``_create_chunk_list``; the geometry of DTensors that are alike is computed once."""
-        # DTensor asks its local tensor first, which may tell its chunks by an attribute of its own.
-        if type(value) is not DTensor or type(value._local_tensor) is not torch.Tensor or vars(value._local_tensor):
-            return create_chunk_list(value)
-        key = (value.device_mesh, value.placements, value.shape)
-        chunks = self.dtensor_chunks.get(key)
-        if chunks is None:
-            chunks = self.dtensor_chunks[key] = create_chunk_list(value)
+        chunks = create_chunk_list(value)
+        if plain_local_tensor(value) is not None:
+            self.dtensor_chunks[_geometry(value)] = chunks
         return chunks
 
-    def add_bytes(self, fqn: str, value: Any) -> None:
-        self.made += ((len(self.fqns), item) for item in create_read_items(fqn, BytesStorageMetadata(), value))
+    def known_chunks(self, value: Any) -> list[ChunkStorageMetadata] | None:
+        """The chunks of a DTensor like one before, on a mesh that this rank belongs to."""
+        return None if plain_local_tensor(value) is None else self.dtensor_chunks.get(_geometry(value))
+
+    def add_bytes(self, fqn: str) -> None:
+        self.made.append((len(self.fqns), fqn))
 
     def add_whole(self, fqn: str, number: int) -> None:
         self.requests += (number, _native.WHOLE)
@@ -212,20 +239,21 @@ class _Search:
         self.made += ((len(self.fqns), item) for item in items)
 
     def run(self) -> tuple[LoadPlan, set[str]]:
-        """The plan, in the order of the state dict, and the tensors of which the checkpoint lacks something."""
+        """The plan, in the order of the state dict, and ``incomplete``."""
         if self.columns is None:
-            return LoadPlan([item for _, item in self.made]), self.incomplete
+            items = [bytes_item(item) if isinstance(item, str) else item for _, item in self.made]
+            return LoadPlan(items), self.incomplete
         boxes = _native.find_boxes(self.columns, self.requests)
         self.incomplete.update(self.fqns[request] for request in boxes.uncovered)
         plan = ColumnPlan.of(PlannedTensors(self.columns, boxes, self.fqns, self.wanted), self.made)
-        if all(item.type is LoadItemType.BYTE_IO for _, item in self.made):
+        if all(isinstance(item, str) for _, item in self.made):
             return plan, self.incomplete
         return LoadPlan(plan.items), self.incomplete
 
 
 def global_size(value: Any) -> torch.Size:
-    """The size of the global tensor that a value of a state dict is, or is a part of."""
+    """The size of the global tensor that a value of a state dict is, or is a part of, in elements."""
     if isinstance(value, ShardedTensor):
-        return value.metadata().size  # what size() returns too, after a detour and with a warning
+        return value.metadata().size  # as size() returns, which takes longer and warns
     size: torch.Size = torch.Size(value.global_shape) if is_checkpointable_tensor(value) else value.size()
     return size

@@ -1,4 +1,4 @@
-"""What the steps of a load need to go on together: outcomes that are kept for later, and one number from all ranks."""
+"""Helpers of steps that all ranks take together: a result or error that is kept for later, and an all-reduce."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Outcome(Generic[T]):
-    """What a function returned or raised."""
+    """Calls a function, and keeps what it returns or raises."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self.error: BaseException | None = None
@@ -45,7 +45,7 @@ def collective_device(ranks: DistWrapper) -> torch.device:
 
 
 def largest(ranks: DistWrapper, numbers: Sequence[int]) -> list[int]:
-    """Of each number the largest that any rank has. Collective: what backends have in common is the maximum."""
+    """For each number the largest that any rank has. Collective: an all-reduce by maximum, which all backends have."""
     tensor = torch.tensor(numbers, dtype=torch.int64, device=collective_device(ranks))
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=ranks.group)
     return cast(list[int], tensor.tolist())

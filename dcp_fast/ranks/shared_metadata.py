@@ -3,9 +3,9 @@
 1. Each rank looks at its file: its size, its first and last bytes. One collective call tells whether all ranks can
    share and see the same file. If not, each reads its own, as without sharing.
 2. The coordinator reads the file and broadcasts it, in blocks. Each rank parses the blocks as they come, as it would
-   parse the file. With each block comes a byte that tells whether it is to be used; the coordinator stops there if it
-   cannot read or parse. What goes wrong on another rank is kept until the last block has come: whoever leaves early
-   makes all others wait.
+   parse the file. A byte after each block tells whether the block is to be used. If the coordinator cannot read or
+   parse, that byte says no, and no more blocks come. Any other rank that fails takes part until the last block has come
+   and raises its error then, because a rank that leaves early makes all others wait.
 3. A rank that could make nothing of the blocks reads its own file. So it gets the error, or the metadata, that it would
    get without sharing.
 
@@ -34,7 +34,8 @@ from dcp_fast._torch import DistWrapper
 from dcp_fast.errors import CorruptMetadataError
 from dcp_fast.metadata.read import make_metadata, parse_blocks
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
-from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.readers.filesystem import FileSystemReader, file_content, owned_by
+from dcp_fast.this_load import option
 
 __all__ = ["share_metadata"]
 
@@ -58,15 +59,15 @@ def share_metadata(reader: StorageReader, ranks: DistWrapper) -> Callable[[], Me
         RuntimeError: as the process group does, whose other ranks cannot be reached any more.
     """
     prepared = Outcome(partial(_prepare, reader, ranks))
-    exchange = None if prepared.error is not None else prepared.value
-    if not _agree(ranks, None if exchange is None else exchange.identity) or exchange is None:
+    broadcast = None if prepared.error is not None else prepared.value
+    if not _have_same(ranks, None if broadcast is None else broadcast.identity) or broadcast is None:
         if prepared.error is None or isinstance(prepared.error, Exception):
             return reader.read_metadata  # which meets the error again, or can do without a block
         return partial(_raise, prepared.error)  # Ctrl-C
-    return exchange.take_part()
+    return broadcast.take_part()
 
 
-def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Exchange | None:
+def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Broadcast | None:
     """None if there is nothing to share.
 
     Raises:
@@ -84,14 +85,14 @@ def _prepare(reader: StorageReader, ranks: DistWrapper) -> _Exchange | None:
         return None
     # 63 bits each, as the numbers of a tensor have signs.
     hashes = (int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8))
-    return _Exchange(reader, ranks, [size, *hashes])
+    return _Broadcast(reader, ranks, [size, *hashes])
 
 
 def _reads_like_ours(reader: StorageReader) -> TypeGuard[FileSystemReader]:
     """Whether the reader reads metadata in just the way of ours. A subclass may read another file."""
     return (
         isinstance(reader, FileSystemReader)
-        and not reader.trust_metadata
+        and not option(reader, "trust_metadata")
         and type(reader).read_metadata is FileSystemReader.read_metadata
         and "read_metadata" not in vars(reader)
     )
@@ -101,7 +102,7 @@ def _raise(error: BaseException) -> Metadata:
     raise error
 
 
-def _agree(ranks: DistWrapper, identity: list[int] | None) -> bool:
+def _have_same(ranks: DistWrapper, identity: list[int] | None) -> bool:
     """Whether all ranks have the same identity, and not None."""
     numbers = [0] * _IDENTITY_NUMBERS if identity is None else identity
     # Only if all ranks have the same number are the largest of it and the largest of its negative that number.
@@ -139,8 +140,12 @@ def _deferred_interrupt() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, handler)
 
 
-class _Exchange:
-    """One rank's end of it."""
+class _Broadcast:
+    """One rank's end of the broadcast of the file.
+
+    Args:
+        identity: what tells the file from others: its size in bytes, and two hashes.
+    """
 
     def __init__(self, reader: FileSystemReader, ranks: DistWrapper, identity: list[int]) -> None:
         self.identity = identity
@@ -173,7 +178,10 @@ class _Exchange:
             columns = parsed.get()
         except CorruptMetadataError:  # perhaps not in this rank's own file
             return None
-        return None if columns is None else self._reader.take_metadata(make_metadata(columns))
+        if columns is None:
+            return None
+        read_again = partial(file_content, self._reader, self._path)
+        return owned_by(self._reader, make_metadata(columns, read_again, str(self._path)))
 
     def _next_block(self, is_over: bool = False) -> memoryview:
         """The next bytes of the file, on all ranks; none if no more come, which the coordinator says if ``is_over``."""

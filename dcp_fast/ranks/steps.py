@@ -1,7 +1,7 @@
-"""Steps of a load that all ranks take together: none goes on, and none waits, where another one failed.
+"""Steps of a load that all ranks take together. If one rank fails in a step, no other rank goes on or waits for it.
 
 torch gathers every rank's plan on one rank and scatters them again, although loading changes nothing in between. Here
-ranks exchange one flag for each step, and their errors only if there are any.
+an all-reduce of one flag for each step tells whether any rank has failed. Errors are only gathered if there are any.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ __all__ = ["load_on_all_ranks", "sendable"]
 
 logger = logging.getLogger("dcp_fast")
 
-# Bits of the flag: the maximum over all ranks tells what any rank asks for.
-_EXCHANGE, _FAILED = 1, 2
+# Bits of the flag of a rank: its planner or reader needs the plans of all ranks; something has failed on it.
+_GATHER_PLANS, _FAILED = 1, 2
 
-# As they are at import: whoever patches torch's class has a global step of their own.
+# As they are at import: a step that somebody patches into torch's class later counts as the planner's or reader's own.
 _DEFAULT_STEPS: list[tuple[type, str, Any]] = [
     (LoadPlanner, "create_global_plan", torch_planner.DefaultLoadPlanner.create_global_plan),
     (LoadPlanner, "finish_plan", torch_planner.DefaultLoadPlanner.finish_plan),
@@ -56,12 +56,13 @@ def load_on_all_ranks(
 ) -> None:
     """What ``torch.distributed.checkpoint`` does to load a state dict once reader and planner are there.
 
-    Plans are only exchanged if the planner or the reader of some rank does anything in the global step. Otherwise a
-    successful load takes two collective calls, each of a few bytes, and those of sharing metadata.
+    Plans are only gathered if the planner or the reader of some rank does something in the global step. Otherwise a
+    successful load takes two collective calls, each of a few bytes, and those of ``share``.
 
     Args:
-        metadata: what the reader has read before, where it has.
-        share: whether ranks share metadata where they can. The same on all ranks.
+        state_dict, storage_reader, planner, process_group, coordinator_rank, no_dist: as those of ``load_state_dict``.
+        metadata: of the checkpoint, if the caller has read it already.
+        share: whether one rank reads the metadata for all, where that is possible. The same on all ranks.
 
     Raises:
         CheckpointException: on every rank if any rank failed. A rank that has only metadata of its own raises its own
@@ -115,13 +116,13 @@ def _load(
     local = Outcome(local_step)
     report.planner_fallback_reason = why_planner_is_slow(planner, report.planned_natively or local.error is not None)
     with report.stage("ranks"):
-        flag = _exchange_flags(ranks, "plan", local, 0 if _has_no_global_step(planner, storage_reader) else _EXCHANGE)
+        flag = _all_flags(ranks, "plan", local, 0 if _has_no_global_step(planner, storage_reader) else _GATHER_PLANS)
         if flag & _FAILED:
             _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
         plan = local.value
-        if flag & _EXCHANGE and has_global_metadata:
+        if flag & _GATHER_PLANS and has_global_metadata:
             plan = ranks.reduce_scatter("plan", lambda: local.value, global_step)
-        elif flag & _EXCHANGE:
+        elif flag & _GATHER_PLANS:
             plan = global_step([plan])[0]
 
     @dcp_method_logger(**arguments)
@@ -131,19 +132,23 @@ def _load(
     report.enter("commit")
     read = Outcome(read_data)
     with report.stage("ranks"):
-        if _exchange_flags(ranks, "read", read, 0) & _FAILED:
+        if _all_flags(ranks, "read", read, 0) & _FAILED:
             _raise_failures(ranks, "read", read, alone=not has_global_metadata)
 
 
-def _exchange_flags(ranks: DistWrapper, step: str, outcome: Outcome[Any], flag: int) -> int:
-    """The bits that any rank has set in its flag, `_FAILED` among them."""
+def _all_flags(ranks: DistWrapper, step: str, outcome: Outcome[Any], flag: int) -> int:
+    """The bits that any rank has set in its flag. Collective.
+
+    Args:
+        flag: of this rank, but for ``_FAILED``, which the outcome tells.
+    """
     if outcome.error is not None:
         flag |= _FAILED
     if not ranks.use_dist:
         return flag
     try:
         # One number for each bit: the bitwise or is not what all backends have.
-        return sum(largest(ranks, [flag & _EXCHANGE, flag & _FAILED]))
+        return sum(largest(ranks, [flag & _GATHER_PLANS, flag & _FAILED]))
     except Exception as error:
         if outcome.error is None:
             raise
@@ -153,7 +158,11 @@ def _exchange_flags(ranks: DistWrapper, step: str, outcome: Outcome[Any], flag: 
 
 
 def _raise_failures(ranks: DistWrapper, step: str, outcome: Outcome[Any], alone: bool) -> None:
-    """Raise what went wrong, wherever it did. ``alone``: a rank's own error is not wrapped."""
+    """Raise what went wrong on any rank. Collective.
+
+    Args:
+        alone: whether this rank raises its own error as it is, and not within CheckpointException.
+    """
     error = outcome.error
     failures = get_failure_dict(ranks.all_gather_object(None if error is None else wrap_exception(sendable(error))))
     if error is not None and alone:
@@ -164,7 +173,7 @@ def _raise_failures(ranks: DistWrapper, step: str, outcome: Outcome[Any], alone:
 
 
 def sendable(error: BaseException) -> BaseException:
-    """The error itself, or what stands for one that cannot be sent to other ranks."""
+    """The error itself; if it cannot be pickled, so that other ranks could not receive it, a LoadError of its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -173,10 +182,10 @@ def sendable(error: BaseException) -> BaseException:
 
 
 def _has_no_global_step(planner: LoadPlanner, reader: StorageReader) -> bool:
-    """Whether plans need not be looked at together: torch's own planner and reader hand them on as they are."""
+    """Whether planner and reader have torch's own global step, which returns all plans as they are."""
     for cls, name, default in _DEFAULT_STEPS:
         value: Any = reader if cls is StorageReader else planner
-        # Some hand everything on to another object, and have no method of their own.
+        # A wrapper that forwards every call to another object has no method of its own.
         if name in getattr(value, "__dict__", ()) or getattr(type(value), name, None) is not default:
             return False
     return True
@@ -186,7 +195,7 @@ def _read_metadata(reader: StorageReader, rank: int, shared: Callable[[], Metada
     """The metadata, and whether it is that of all ranks rather than what this rank saved on its own.
 
     Args:
-        shared: is called for that of all ranks instead of the reader.
+        shared: what to call for the metadata of all ranks instead of the reader's ``read_metadata``, if anything.
     """
     errors = []
     try:
@@ -196,17 +205,18 @@ def _read_metadata(reader: StorageReader, rank: int, shared: Callable[[], Metada
     except Exception as error:
         errors.append(f"global metadata read failed: {error}")
         global_error: Exception | None = error
-        logger.warning("Global metadata is not found. Falling back to rank local metadata.", exc_info=True)
     else:
         global_error = None
     if _takes_keywords(reader.read_metadata):
         try:
             metadata = reader.read_metadata(rank=rank)
             if metadata is not None:
+                logger.warning(
+                    "the load uses what this rank saved on its own: %s", errors or "there is no global metadata"
+                )
                 return metadata, False
         except Exception as error:
             errors.append(f"rank local metadata read failed: {error}")
-            logger.warning("Rank local metadata is not found.", exc_info=True)
     # torch's type for whatever is wrong with metadata is AssertionError; ours tell more.
     reason = "; ".join(["metadata is None", *errors])
     if isinstance(global_error, OSError) and global_error.errno:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -20,11 +21,12 @@ from dcp_fast.observe.report import LoadReport, begin, current_report, last_repo
 from dcp_fast.planning.hooks import why_planner_is_slow
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.readers.proof import LocalFiles, class_name, is_torchs_file_system, local_files
+from dcp_fast.this_load import option
 from dcp_fast.transfer.gpu import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
 from dcp_fast.transfer.plan_transfer import PlanTransfer
-from dcp_fast.transfer.stored_entries import StoredEntries
+from dcp_fast.transfer.records import Records
 
-__all__ = ["FileSystemReader", "read_metadata_of"]
+__all__ = ["FileSystemReader", "file_content", "owned_by", "read_metadata_of"]
 
 _MODES = {"auto": _native.IoMode.AUTO, "cached": _native.IoMode.CACHED, "direct": _native.IoMode.DIRECT}
 
@@ -119,11 +121,15 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         with self.metadata_stage():
             return read_metadata_of(super().read_metadata, self, *args, **kwargs)
 
-    # What a rank does as well that received the metadata: see shared_metadata.py.
+    # A rank that receives the metadata from another one goes through this stage as well: see ranks/shared_metadata.py.
 
     @contextmanager
     def metadata_stage(self, received: bool = False) -> Iterator[None]:
-        """What happens within is a stage of the load. ``received``: as in the report."""
+        """What happens within is a stage of the load.
+
+        Args:
+            received: whether another rank read the file and sent its bytes here.
+        """
         if current_report() is None:
             self._report = LoadReport()
             self._report.enter("planning")
@@ -136,16 +142,13 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
             if current_report() is None and report.timeline is not None:
                 report.timeline.save()  # nobody else may come to do it
 
-    def take_metadata(self, metadata: Metadata) -> Metadata:
-        """Give metadata what it has of its reader."""
-        return _with_load_id(metadata, self)
-
     def _start_report(self) -> LoadReport:
         """The report of the load that goes on, with a timeline if this reader is to write one."""
         report = current_report() or self._report
         report.path = report.path or str(self.path)
-        if self.trace is not None and report.timeline is None:
-            report.record(self.trace)
+        trace = option(self, "trace")
+        if trace is not None and report.timeline is None:
+            report.record(trace)
         return report
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -203,10 +206,10 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
             mode=_MODES[self.io],
             recorder=None if report.timeline is None else report.timeline.recorder,
         )
-        storage = StoredEntries(files.root, self.storage_data, self.transforms, options, report)
+        records = Records(files.root, self.storage_data, self.transforms, options, report)
         cuda = CudaLoad(self.staging_limits, self.synchronize, report)
         try:
-            PlanTransfer(plan, planner, storage, options, self.staging_bytes, cuda, report).run()
+            PlanTransfer(plan, planner, records, options, self.staging_bytes, cuda, report).run()
         finally:
             report.reading_seconds += options.reading_seconds
             report.wait_seconds["disk"] += options.waiting_seconds
@@ -216,16 +219,24 @@ def read_metadata_of(
     torchs: Callable[..., Metadata], reader: torch_filesystem.FileSystemReader, *args: Any, **kwargs: Any
 ) -> Metadata:
     """Read metadata for a reader of torch's class, or one derived from it. ``torchs``: its own method, bound to it."""
-    if getattr(reader, "trust_metadata", FileSystemReader.trust_metadata_by_default):
+    if option(reader, "trust_metadata", FileSystemReader.trust_metadata_by_default):
         return torchs(*args, **kwargs)
     path = reader._get_metadata_path(kwargs.get("rank"))
     if is_torchs_file_system(reader.fs):
-        return _with_load_id(read_metadata(str(path)), reader)
+        return owned_by(reader, read_metadata(str(path)))
+    content = file_content(reader, path)
+    return owned_by(reader, parse_metadata(content, str(path), partial(file_content, reader, path)))
+
+
+def file_content(reader: torch_filesystem.FileSystemReader, path: str | os.PathLike[str]) -> bytes:
+    """All bytes of a file, by the reader's file system."""
     with reader.fs.create_stream(path, "rb") as file:
-        return _with_load_id(parse_metadata(file.read(), str(path)), reader)
+        content: bytes = file.read()
+        return content
 
 
-def _with_load_id(metadata: Metadata, reader: torch_filesystem.FileSystemReader) -> Metadata:
+def owned_by(reader: torch_filesystem.FileSystemReader, metadata: Metadata) -> Metadata:
+    """Mark metadata as read by a reader. Returns it."""
     if metadata.storage_meta is None:
         metadata.storage_meta = StorageMeta()
     metadata.storage_meta.load_id = reader.load_id

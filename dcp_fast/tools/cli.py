@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from dcp_fast.errors import LoadError, UntrustedMetadataError
 from dcp_fast.tools.inspect import Chunk, Entry, Inspection, inspect
@@ -96,14 +94,7 @@ def _fail(message: str) -> int:
 
 
 def _as_json(inspection: Inspection) -> str:
-    fields: dict[str, Any] = {
-        name.name: getattr(inspection, name.name) for name in dataclasses.fields(inspection) if name.name != "entries"
-    }
-    entries = [
-        {**vars(entry), "chunks": None if chunks is None else list(map(vars, chunks))}
-        for entry, chunks in inspection.entries
-    ]
-    return json.dumps({**fields, "entries": entries}, indent=2)
+    return json.dumps(inspection, indent=2, default=vars)  # every dataclass in it as a dict
 
 
 def _summary(inspection: Inspection) -> Iterator[str]:
@@ -127,7 +118,7 @@ def _summary(inspection: Inspection) -> Iterator[str]:
             yield f"{name:18}{_printable(value)}"
     if inspection.entries:
         yield ""
-        yield from _entry_table([entry for entry, _ in inspection.entries])
+        yield from _entry_table(inspection.entries)
 
 
 def _entry_table(entries: Sequence[Entry]) -> Iterator[str]:
@@ -151,7 +142,7 @@ def _entry_table(entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def _details(inspection: Inspection) -> Iterator[str]:
-    for number, (entry, chunks) in enumerate(inspection.entries):
+    for number, entry in enumerate(inspection.entries):
         if number:
             yield ""
         if entry.shape is None:
@@ -162,7 +153,7 @@ def _details(inspection: Inspection) -> Iterator[str]:
                 f"{_count(entry.chunk_count, 'chunk')} in {_count(entry.file_count, 'file')}"
             )
         lines = [["  offsets", "sizes", "file", "byte range"]]
-        lines += [[f"  {_list(chunk.offsets)}", _list(chunk.sizes), *_place(chunk)] for chunk in chunks or ()]
+        lines += [[f"  {_list(chunk.offsets)}", _list(chunk.sizes), *_place(chunk)] for chunk in entry.chunks or ()]
         yield from _aligned(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, told from its metadata alone: from columns where there are any, else from objects."""
+"""What a checkpoint holds, told from its metadata alone: from columns if it was read into some, else from objects."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from operator import mul
@@ -29,7 +29,14 @@ _INT64 = range(-(1 << 63), 1 << 63)
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk of a tensor, or a whole bytes entry; and its record, where storage_data knows one."""
+    """A chunk of a tensor, or a whole bytes entry, and its record.
+
+    Attributes:
+        offsets, sizes: of the chunk in its tensor, in elements. None for a bytes entry.
+        file, offset, length: the file of the record in the checkpoint's folder, and the byte range in it. None if the
+            metadata knows no record.
+        transforms: descriptors of the transforms that the record was stored with, as torch's extensions write them.
+    """
 
     offsets: list[int] | None
     sizes: list[int] | None
@@ -41,25 +48,44 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Entry:
-    """A key of state_dict_metadata. What only tensors have is None for a bytes entry."""
+    """A tensor or a bytes entry.
+
+    Attributes:
+        fqn: its key in the flattened state dict.
+        dtype, layout, shape: such as ``"float32"``, ``"strided"``, ``[4, 3]``. None for a bytes entry.
+        chunk_count: a bytes entry counts as one.
+        payload_bytes: of the elements of all chunks. None for a bytes entry.
+        record_bytes: of all records: their payloads and what encloses them.
+        file_count: how many files hold a part of it.
+        missing_records: how many chunks the metadata knows no record of.
+        chunks: None unless :func:`inspect` was asked for them.
+    """
 
     fqn: str
     dtype: str | None
     layout: str | None
     shape: list[int] | None
-    chunk_count: int  # a bytes entry counts as one
-    payload_bytes: int | None  # of the elements of all chunks
-    record_bytes: int  # of all records: their payloads and what encloses them
+    chunk_count: int
+    payload_bytes: int | None
+    record_bytes: int
     file_count: int
-    missing_records: int  # chunks that storage_data does not know
+    missing_records: int
+    chunks: list[Chunk] | None = None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint.
+    """What a checkpoint holds.
 
     Attributes:
-        entries: the selected ones, each with its chunks if there was a pattern, else with None.
+        path: the metadata file.
+        version: of the metadata's format, None if it says none.
+        storage_meta: ``checkpoint_id``, ``save_id`` and ``modules``, as the metadata has them; None if it has none.
+        tensors, bytes_entries, chunks, files: how many there are. Chunks are those of tensors.
+        missing_records: how many chunks and bytes entries no file is known for.
+        payload_bytes, payload_bytes_by_dtype: of the elements of all chunks.
+        record_bytes: of all records: their payloads and what encloses them.
+        entries: those that were selected, in the order of the metadata.
     """
 
     path: str
@@ -67,22 +93,23 @@ class Inspection:
     storage_meta: dict[str, Any] | None
     tensors: int
     bytes_entries: int
-    chunks: int  # of tensors
+    chunks: int
     missing_records: int
     files: int
     payload_bytes: int
     payload_bytes_by_dtype: dict[str, int]
     record_bytes: int
-    entries: list[tuple[Entry, list[Chunk] | None]]
+    entries: list[Entry]
 
 
-def inspect(path: str | os.PathLike[str], pattern: str | None = None, *, trust_metadata: bool = False) -> Inspection:
-    """Describe a checkpoint.
+def inspect(path: str | os.PathLike[str], fqn: str | None = None, *, trust_metadata: bool = False) -> Inspection:
+    """Tell what a checkpoint holds. Only its metadata is read, and nothing that it names is run.
 
     Args:
         path: of its folder, or of a metadata file.
-        pattern: an FQN or a shell pattern; selects entries, and asks for their chunks.
-        trust_metadata: unpickle as torch does, which may run code.
+        fqn: an FQN, or a shell pattern such as ``"*.bias"``. ``entries`` has those that it matches, with their chunks:
+            offsets, sizes and byte ranges. None: all entries, without chunks.
+        trust_metadata: unpickle the metadata as torch does, which runs whatever code it names.
 
     Raises:
         OSError: as the file system does.
@@ -97,11 +124,13 @@ def inspect(path: str | os.PathLike[str], pattern: str | None = None, *, trust_m
         columns = columns_of(metadata)
         source: _Source = _Objects(metadata, str(file)) if columns is None else _Columns(columns)
         entries = list(source.entries())
-        selected = [
-            (entry, None if pattern is None else source.chunks(number))
-            for number, entry in enumerate(entries)
-            if pattern is None or entry.fqn == pattern or fnmatchcase(entry.fqn, pattern)
-        ]
+        selected = entries
+        if fqn is not None:
+            selected = [
+                replace(entry, chunks=source.chunks(number))
+                for number, entry in enumerate(entries)
+                if entry.fqn == fqn or fnmatchcase(entry.fqn, fqn)
+            ]
     by_dtype: dict[str, int] = {}
     for entry in entries:
         if entry.dtype is not None:

@@ -1,4 +1,4 @@
-"""Destinations: the tensors that a load writes, as columns for the native engine."""
+"""Destinations: the tensors that a load writes into, as columns for the engine."""
 
 from __future__ import annotations
 
@@ -27,23 +27,25 @@ _ELSEWHERE = -2
 
 
 class Destinations:
-    """Tensors by index. Rows for ``_native.Program``: address, device, dtype, dimensions, sizes, strides.
+    """Tensors by index, each with a row for ``_native.Program``: address, device, dtype, dimensions, sizes, strides.
+
+    Sizes and strides are in elements.
 
     Attributes:
-        tensors: what was added.
-        devices: ordinals of the CUDA devices that hold some of them and that the engine writes to.
+        tensors: what was added. They stay alive as long as this does.
+        devices: ordinals of the CUDA devices that the engine writes to.
+        all_have_addresses: whether it can be told which of the tensors share memory.
     """
 
     def __init__(self) -> None:
         self.tensors: list[torch.Tensor] = []
         self.devices: set[int] = set()
-        # Without an address nobody can tell which destinations share memory.
         self.all_have_addresses = True
         self._column: list[int] = []
 
     def add(self, tensor: torch.Tensor) -> int:
-        """The index of the tensor, which is kept alive from here on."""
-        # Tens of thousands of tensors come by here: each is asked for as little as will do.
+        """Add a tensor, and return its index."""
+        # A load may have tens of thousands of tensors, and to ask one for anything takes time.
         sizes = tensor.size()
         if is_plain(tensor):
             address, strides = tensor.data_ptr(), tensor.stride()
@@ -65,18 +67,22 @@ class Destinations:
         return device
 
     def anew(self) -> Destinations:
-        """The same tensors as they are reached now, after a refusal of a device's driver."""
+        """The same tensors, after a driver has refused what the engine needs to write to its device."""
         result = Destinations()
         for tensor in self.tensors:
             result.add(tensor)
         return result
 
     def column(self) -> array[int]:
+        """The rows, one after another."""
         return array("q", self._column)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's elements lie in memory as they are: no subclass that reinterprets them, no lazy bits."""
+    """Whether memory holds the elements of a tensor as they are.
+
+    Not so if a subclass gives them another meaning, or if they are quantized, or conjugated or negated lazily.
+    """
     return (
         _is_plain_type(type(tensor))
         and tensor.layout is _STRIDED
@@ -87,7 +93,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 @cache
 def _is_plain_type(cls: type) -> bool:
-    # A subclass that overrides neither hook cannot tell a native write from copy_.
+    # A subclass that overrides neither of these two cannot tell whether copy_ or the engine writes to its memory.
     functions = (cls.__torch_function__, torch.Tensor.__torch_function__)  # type: ignore[attr-defined]
     default_function = getattr(functions[0], "__func__", functions[0]) in (
         getattr(functions[1], "__func__", functions[1]),
@@ -98,7 +104,7 @@ def _is_plain_type(cls: type) -> bool:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    """Where a tensor's memory lies, to notice destinations that share it; 0 if it has none of its own."""
+    """Where a tensor's memory begins, to notice destinations that share memory; 0 if it has none of its own."""
     try:
         return tensor.data_ptr()
     except (RuntimeError, NotImplementedError):

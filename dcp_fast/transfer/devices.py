@@ -6,7 +6,7 @@ import torch
 
 __all__ = ["device_of", "refusals", "served_device"]
 
-# What the driver of a device refused that loads need, by ordinal: see gpu.py.
+# By the ordinal of a device: why its driver refuses what loads need. Kept by gpu.py.
 refusals: dict[int, str] = {}
 
 
@@ -17,6 +17,6 @@ def device_of(tensor: torch.Tensor) -> int | None:
 
 
 def served_device(tensor: torch.Tensor) -> int | None:
-    """The same, but None for a device whose driver refused what loads need: torch's ``copy_`` writes to that."""
+    """As :func:`device_of`, but None if the device's driver refuses what loads need: torch's ``copy_`` writes there."""
     device = device_of(tensor)
     return None if device in refusals else device

@@ -1,4 +1,8 @@
-"""Destinations on GPUs: which tensors those are, what a load holds of them, and the staging that loads share."""
+"""Loads to GPUs: the staging that loads use one after another, and what one load holds of it.
+
+Staging is the pinned ring, the staging memory on each device and the kernel (docs/glossary.md). To allocate it takes
+longer than to fill it, so a load leaves it to the next one.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +43,12 @@ _SLOTS_PER_THREAD = 2  # one is filled while the other is copied
 
 @dataclass(frozen=True)
 class StagingLimits:
-    """What loads may use on their way to GPUs.
+    """How much memory loads to GPUs may use.
 
     Attributes:
         pinned_bytes: host memory that copies come from.
-        device_staging_bytes: memory on each device for boxes that are placed there by a kernel or converted.
-        block_bytes: the most that one slot of the ring carries.
+        device_staging_bytes: memory on each device for boxes that are placed there by the kernel, or converted.
+        block_bytes: the most that one slot of the pinned ring carries.
     """
 
     pinned_bytes: int
@@ -59,7 +63,7 @@ class StagingLimits:
         if pinned_bytes is None:
             block_bytes = min(block_bytes, _MOST_BLOCK_BYTES)
             slot = block_bytes * 33 // 32  # with descriptors
-            slots = _SLOTS_PER_THREAD * _native.reader_threads(threads or 0, any_direct=True)
+            slots = _SLOTS_PER_THREAD * _native.most_reader_threads(threads or 0)
             pinned_bytes = max(_MIN_PINNED_BYTES, slots * slot)
         if device_staging_bytes is None:
             device_staging_bytes = 2 * pinned_bytes
@@ -75,13 +79,13 @@ class StagingLimits:
 
 
 # Staging that no load uses, by limits: one at the most. Pinning memory takes longer than filling it.
-_Idle = tuple[StagingLimits, _native.CudaStaging]
+_Idle = tuple[StagingLimits, _native.PinnedRing]
 _idle: _Idle | None = None
 _lock = threading.Lock()
 
 
 def _swap_idle(idle: _Idle | None) -> _Idle | None:
-    """Put staging in place of what is idle, which is returned: to free it takes longer than a lock should be held."""
+    """Replace the idle staging, and return it. The caller frees it, which takes longer than the lock should be held."""
     global _idle
     with _lock:
         before, _idle = _idle, idle
@@ -96,16 +100,15 @@ def prepare_staging(
     pinned_bytes: int | None = None,
     device_staging_bytes: int | None = None,
 ) -> None:
-    """Do now what the first load to GPUs would have to: pin host memory, allocate on the devices, load the kernel.
+    """Do now what the first load to GPUs would have to do: pin host memory, allocate on the devices, load the kernel.
 
-    The counterpart of :func:`release_staging`; while the model is being built, say. Where the driver refuses, loads go
-    another way, and this logs why.
+    Call it while the model is being built, for instance. :func:`release_staging` undoes it. If the driver of a device
+    refuses, this function logs why, and loads bring bytes to that device by torch's ``copy_``.
 
     Args:
-        devices: which ones, as ordinals or devices; None: torch's current device, which is a matter of the calling
-            thread.
-        threads, block_bytes, pinned_bytes, device_staging_bytes: as the :class:`dcp_fast.FileSystemReader` of the load
-            gets them, where it gets any. It allocates anew if they differ.
+        devices: which ones, as ordinals or devices. None: torch's current device of the calling thread.
+        threads, block_bytes, pinned_bytes, device_staging_bytes: as for :class:`dcp_fast.FileSystemReader`. Give the
+            same ones to the reader of the load. If they differ, that load allocates anew.
 
     Raises:
         CudaError: a call of the driver failed.
@@ -114,7 +117,7 @@ def prepare_staging(
     limits = StagingLimits.of(threads, block_bytes, pinned_bytes, device_staging_bytes)
     wanted = [torch.cuda.current_device()] if devices is None else [_ordinal(device) for device in devices]
     with typed_errors():
-        count = torch.cuda.device_count()  # of others staging.prepare says what is wrong
+        count = torch.cuda.device_count()  # about an ordinal that is too large staging.prepare raises
         _native.require_not_capturing(_current_streams(device for device in wanted if device < count))
         staging = _lease(limits)
         try:
@@ -125,7 +128,7 @@ def prepare_staging(
             if any(device not in refusals for device in wanted):
                 _swap_idle((limits, staging))
         finally:
-            del staging  # the frames of an error would keep it
+            del staging  # else the traceback of an error would keep it alive
 
 
 def _ordinal(device: int | torch.device) -> int:
@@ -149,19 +152,19 @@ def _forget() -> None:
     _idle, _lock = None, threading.Lock()
 
 
-# While the driver still answers: destructors of the interpreter's last moments come too late.
+# At exit, while the driver still answers. It no longer does when the interpreter destroys what is left.
 atexit.register(release_staging)
-# A child has no driver, and perhaps a lock that nobody will open any more.
+# A forked child cannot use the parent's driver. Its copy of the lock may be held by a thread that it does not have.
 os.register_at_fork(after_in_child=_forget)
 
 
 class CudaRefusedError(Exception):
-    """The driver does not give what a load needs: pinned memory, or the kernel. Everything else goes on."""
+    """The driver refuses pinned memory or the kernel. A load can still go another way."""
 
 
 @contextmanager
 def _told_refusals(devices: Iterable[int]) -> Iterator[None]:
-    """Turn a refusal of the driver into CudaRefusedError, once it is remembered and logged."""
+    """Remember and log a refusal of the driver, and raise it as CudaRefusedError."""
     try:
         yield
     except _native.NativeError as error:
@@ -177,7 +180,7 @@ def _told_refusals(devices: Iterable[int]) -> Iterator[None]:
 
 
 class CudaLoad:
-    """What one load holds of GPUs. Touches none of them before the first destination on one is met.
+    """What one load holds for its destinations on GPUs. It touches no GPU before the first of these.
 
     Attributes:
         synchronize: whether the host waits for the last copy.
@@ -189,7 +192,7 @@ class CudaLoad:
         self.synchronize = synchronize
         self.report = report
         self.conversion_bytes = 0
-        self._staging: _native.CudaStaging | None = None
+        self._staging: _native.PinnedRing | None = None
         self._options: _native.Options | None = None
         self._started = 0.0
         self._read_before = 0.0
@@ -197,7 +200,7 @@ class CudaLoad:
 
     @cached_property
     def limits(self) -> StagingLimits:
-        """Of memory. To find them takes reading what control groups allow, which loads to the host do without."""
+        """How much memory this load may use. Found when it is needed: it takes reading files about control groups."""
         return self._find_limits()
 
     def keep(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -235,9 +238,17 @@ class CudaLoad:
         device: int,
         placed: Callable[[int], None],
     ) -> _native.Stats:
-        """Run programs of one wave each, one after another, and a function as soon as each is in place.
+        """Run programs of one wave each, one after another.
 
-        What that enqueues on torch's current stream is done before the program after the next one writes anything.
+        Args:
+            programs: what to run.
+            options: for reading.
+            device: where all destinations lie, as an ordinal.
+            placed: called with the number of each program as soon as its boxes are in place. What it enqueues on
+                torch's current stream is done before the second program after that one writes anything.
+
+        Raises:
+            CudaRefusedError, NativeError: as :meth:`run`.
         """
 
         def run(streams: dict[int, int]) -> _native.Stats:
@@ -249,9 +260,9 @@ class CudaLoad:
     def _run(
         self, work: Callable[[dict[int, int]], _native.Stats], options: _native.Options, devices: list[int]
     ) -> _native.Stats:
-        # The staging is no argument or variable here: the frames of an error would keep it after the load.
+        # The staging is never an argument or a local variable: the traceback of an error would keep it after the load.
         streams = _current_streams(devices)
-        # Before anything else: under capture even to ask for an event's state does harm.
+        # Before anything else: while a graph is captured, even a query of an event invalidates it.
         _native.require_not_capturing(streams)
         if self._staging is None:
             self._staging = _lease(self.limits)
@@ -266,12 +277,12 @@ class CudaLoad:
                 kind, _, _, record, *_ = error.args
                 if kind != "cuda_out_of_memory" or record >= 0:
                     raise
-            # Nothing is written yet, and torch may hold memory that it does not use.
+            # Nothing is written yet. torch may hold memory on the device that it does not use: try again without it.
             torch.cuda.empty_cache()
             return work(streams)
 
     def finish(self) -> None:
-        """Wait for the devices if that was asked for, and let the next load have the staging."""
+        """Wait for the devices if ``synchronize`` is set, and leave the staging to the next load."""
         if self._staging is None:
             if self.synchronize:
                 self._wait_for_conversions()
@@ -287,7 +298,7 @@ class CudaLoad:
         _swap_idle((self.limits, staging))
 
     def give_up(self) -> None:
-        """After a refusal: no device is written to any more but by torch, and nothing is kept for the next load."""
+        """After a refusal: wait until the engine writes to no device any more, and leave nothing to the next load."""
         if self._staging is not None:
             self._staging.drain()
             self._count_copies()
@@ -329,12 +340,12 @@ def _current_streams(devices: Iterable[int]) -> dict[int, int]:
     return {device: torch.cuda.current_stream(device).cuda_stream for device in devices}
 
 
-def _lease(limits: StagingLimits) -> _native.CudaStaging:
+def _lease(limits: StagingLimits) -> _native.PinnedRing:
     idle = _swap_idle(None)
     if idle is not None and idle[0] == limits:
         return idle[1]
     del idle  # frees what it holds, before as much is allocated anew
-    return _native.CudaStaging(
+    return _native.PinnedRing(
         pinned_bytes=limits.pinned_bytes,
         # The other half is for boxes that torch converts.
         device_bytes=limits.device_staging_bytes // 2,

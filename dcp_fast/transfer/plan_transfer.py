@@ -1,9 +1,10 @@
-"""Transfer: boxes x layouts x destinations, run by the native engine; torch places what the engine cannot."""
+"""Transfer: the engine reads the boxes of a plan and places them; torch places those that the engine cannot."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.autograd.graph import increment_version
@@ -16,17 +17,20 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CudaError, LoadError, SizeMismatchError, typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.planning.hooks import has_default_hooks
-from dcp_fast.transfer.conversion import ConvertedBox, place_converted
+from dcp_fast.planning.planner import put_value
+from dcp_fast.transfer.batches import ConvertedBox
+from dcp_fast.transfer.conversion import place_converted
 from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
-from dcp_fast.transfer.rows import ColumnItems, ListedItems, box_of, items_of
-from dcp_fast.transfer.stored_entries import StoredEntries
+from dcp_fast.transfer.items import BytesEntries, box_of, find_items
+from dcp_fast.transfer.records import Records
+from dcp_fast.transfer.windows import Placement, Windows
 
 __all__ = ["PlanTransfer"]
 
 _MOST_DEVICES = 64  # of a process
-# Figures of a report that an attempt counts, and one that is refused midway counts for nothing.
+# Figures of a report that start again where an attempt ends because a driver refuses what it needs.
 _COUNTED_ANEW = ("bytes_needed", "staged_items", "fallback_records", "device_fallback_items")
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
@@ -38,7 +42,7 @@ class PlanTransfer:
     Args:
         plan: of this rank.
         planner: whose state dict is loaded.
-        storage: the stored entries.
+        records: of the checkpoint.
         options: for the native engine. It gets half of ``staging_bytes``; boxes that torch places get the other half.
         staging_bytes: host memory that bytes may pass through.
         cuda: brings bytes to destinations on GPUs.
@@ -49,57 +53,48 @@ class PlanTransfer:
         self,
         plan: LoadPlan,
         planner: LoadPlanner,
-        storage: StoredEntries,
+        records: Records,
         options: _native.Options,
         staging_bytes: int,
         cuda: CudaLoad,
         report: LoadReport,
     ) -> None:
         self.planner = planner
-        self.storage = storage
+        self.records = records
         self.options = options
         self.staging_bytes = staging_bytes
         self.report = report
         self.cuda = cuda
         self.plan = plan
-        self.record_fqns: list[str] = []
-        in_any_order = has_default_hooks(planner)
-        with report.stage("layout"), paused_collection():
-            self.items: ColumnItems | ListedItems = (
-                items_of(plan, storage) if in_any_order else ListedItems(plan.items, storage)
-            )
-        self.layouts = self._read_layouts()
-        self.in_any_order = in_any_order
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
-        with typed_errors(self.record_fqns, self.storage.root):
+        report = self.report
+        with report.stage("layout"), paused_collection():
+            self.items = find_items(self.plan, self.records)
+        rows = self.items.record_rows
+        with typed_errors(rows.fqns, self.records.root):
+            with report.stage("layout"):
+                self.layouts = _native.read_layouts(list(map(self.records.path, rows.files)), rows.rows, self.options)
+            report.records = len(self.layouts)
+            report.requests += self.layouts.requests
+            report.bytes_read += self.layouts.bytes_read
             try:
-                if not (self.in_any_order and self._place_at_once()):
-                    self._place_one_by_one()
+                if not (has_default_hooks(self.planner) and self._place_at_once()):
+                    self._place_in_order()
                 self.cuda.finish()
             except BaseException:
                 self.cuda.abort()
                 raise
 
-    # Layout
-
-    def _read_layouts(self) -> _native.Layouts:
-        self.record_fqns[:] = self.items.record_fqns
-        with self.report.stage("layout"), typed_errors(self.record_fqns, self.storage.root):
-            layouts = _native.read_layouts(self.items.paths, self.items.record_rows, self.options)
-        self.report.records = len(layouts)
-        self.report.requests += layouts.requests
-        self.report.bytes_read += layouts.bytes_read
-        return layouts
-
     # Placement
 
     def _place_at_once(self) -> bool:
-        """Resolve all destinations, then place all tensors in any order that gives torch's result.
+        """Find all destinations, then place all tensors in any order that gives torch's result.
 
         Returns:
-            False, with nothing done, if no such order can be told.
+            False, with nothing placed, if such an order cannot be told: a destination has no address, and may share its
+            memory with another one.
         """
         with self.report.stage("transfer"), paused_collection():
             resolved = self.items.resolve(self.planner.state_dict)  # type: ignore[attr-defined]
@@ -114,41 +109,45 @@ class PlanTransfer:
             self.cuda.keep(destinations.tensors)
             self._place(items, resolved.records, resolved.rows, destinations, target)
         with self.report.stage("commit"):
-            for item in resolved.byte_items:
-                self._load_bytes(item)
+            self._load_all_bytes(resolved.bytes_entries)
         return True
 
-    def _place_one_by_one(self) -> None:
-        """For planners with hooks: resolve, place and commit each item before the next, in torch's order."""
-        listed = self.items
-        if not isinstance(listed, ListedItems):
-            with self.report.stage("layout"), paused_collection():
-                self.items = listed = ListedItems(self.plan.items, self.storage)
-            self.layouts = self._read_layouts()
-        for i in sorted(range(len(listed.items)), key=lambda i: listed.record_files[listed.records[i]]):
-            item = listed.items[i]
-            if item.type is _BYTE_IO:
-                with self.report.stage("commit"):
-                    self._load_bytes(item)
-                continue
-            with self.report.stage("commit"):
-                tensor = self.planner.resolve_tensor(item).detach()
-            with self.report.stage("transfer"):
-                self._place_item(item, listed.records[i], tensor)
-            with self.report.stage("commit"):
-                self.planner.commit_tensor(item, tensor)
+    def _place_in_order(self) -> None:
+        """For planners with hooks: resolve and commit all items in torch's order."""
+        with self.report.stage("layout"), paused_collection():
+            items = self.items.in_order()
+        windows = Windows(self.planner, self._place_window, self.staging_bytes)
+        with self.report.stage("commit"):
+            for item, record in items:
+                if item.type is _BYTE_IO:
+                    windows.add_bytes(partial(self._load_bytes, item))
+                else:
+                    windows.add(item, partial(self._resolve, item, record))
+            windows.finish()
 
-    def _place_item(self, item: ReadItem, record: int, tensor: torch.Tensor) -> None:
+    def _resolve(self, item: ReadItem, record: int) -> Placement:
+        tensor = self.planner.resolve_tensor(item).detach()
         # Here the destination is the box itself, so nothing of it may be left out.
         if any(length < size for length, size in zip(item.lengths, tensor.size(), strict=False)):
             reason = f"req {item.storage_index} mismatch sizes {tensor.size()} vs {item.lengths}"
-            raise self.storage.error(SizeMismatchError, reason, item)
-        storage_offsets, _, lengths = box_of(item)
-        dims = len(lengths)
-        rows = array("q", [record, 0, dims, *storage_offsets, *(0,) * dims, *lengths])
-        destinations = Destinations()
-        destinations.add(tensor)
-        self._place([item], [record], rows, destinations, lambda _: tensor)
+            raise self.records.error(SizeMismatchError, reason, item)
+        return Placement(item, record, tensor)
+
+    def _place_window(self, placements: Sequence[Placement]) -> None:
+        with self.report.stage("transfer"):
+            destinations = Destinations()
+            rows = array("q")
+            for placement in placements:
+                number = destinations.add(placement.tensor)
+                storage_offsets, _, lengths = box_of(placement.item)
+                dims = len(lengths)
+                rows.extend((placement.record, number, dims, *storage_offsets, *(0,) * dims, *lengths))
+            if not destinations.all_have_addresses and len(placements) > 1:
+                for placement in placements:
+                    self._place_window([placement])
+                return
+            items, records = [p.item for p in placements], [p.record for p in placements]
+            self._place(items, records, rows, destinations, lambda i: placements[i].tensor)
 
     def _place(
         self,
@@ -169,12 +168,13 @@ class PlanTransfer:
                 self._run(program, items, records, destinations, target)
                 refused = False
             except CudaRefusedError as error:
-                # A refusal is remembered, so that there is one for each device at the most; else somebody forgets them.
+                # Refusals are remembered, so that there is one for each device, unless another thread calls
+                # release_staging() all the time.
                 attempts_left -= 1
                 if attempts_left == 0:
                     raise CudaError(str(error)) from None
             if refused:
-                # From the beginning, and without that device: what is in place already gets the same values again.
+                # Again from the beginning, without that device. Boxes that are in place already get the same values.
                 self.cuda.give_up()
                 vars(report).update(before)
                 destinations = destinations.anew()
@@ -194,16 +194,16 @@ class PlanTransfer:
                 else:
                     stats = program.run(wave, self.options)
                 self._count(stats)
-                staged = [
+                converted = [
                     self._converted_box(items[i], records[i], *program.box(i), target(i))
                     for i in program.converted(wave)
                 ]
-                if staged:
-                    self._place_converted(staged)
+                if converted:
+                    self._place_converted(converted)
                 self._place_fallback([(items[i], records[i], target(i)) for i in program.fallback(wave)])
         finally:
-            # What copy_ does: autograd must notice that these tensors are no longer what was saved for backward. After
-            # an error nobody knows which of them were written.
+            # As copy_ does, so that autograd notices that tensors that were saved for backward have changed. Also after
+            # an error, when nobody knows which of them were written.
             increment_version(destinations.tensors)
 
     def _converted_box(
@@ -230,28 +230,44 @@ class PlanTransfer:
         for item, record, target in sorted(placements, key=lambda placement: placement[1]):
             if loaded is None or loaded[0] != record:
                 loaded = None  # before the next one is read: only one is ever in memory
-                loaded = (record, self.storage.load_tensor(item))
+                loaded = (record, self.records.load_tensor(item))
                 self.report.fallback_records += 1
             try:
                 source = narrow_tensor_by_index(loaded[1], item.storage_offsets, item.lengths)
             except (RuntimeError, IndexError) as error:
-                raise self.storage.error(SizeMismatchError, str(error), item) from error
+                raise self.records.error(SizeMismatchError, str(error), item) from error
             if target.size() != source.size():
                 reason = f"req {item.storage_index} mismatch sizes {target.size()} vs {source.size()}"
-                raise self.storage.error(SizeMismatchError, reason, item)
+                raise self.records.error(SizeMismatchError, reason, item)
             target.copy_(source)
             self.report.bytes_needed += source.numel() * source.element_size()
 
+    def _load_all_bytes(self, entries: BytesEntries) -> None:
+        """Plain values are read natively; all others are for the planner, one by one."""
+        records = [record for record in entries.records if record not in entries.transformed]
+        values, requests, bytes_read = _native.read_plain_values(self.layouts, records, self.options)
+        self.report.requests += requests
+        self.report.bytes_read += bytes_read
+        plain = dict(zip(records, values, strict=True))
+        lengths = self.items.record_rows.rows[2::4]
+        for i, (fqn, record) in enumerate(zip(entries.fqns, entries.records, strict=True)):
+            value = plain.get(record, ...)
+            if value is ...:
+                self._load_bytes(entries.items[i])
+            else:
+                put_value(self.planner, fqn, value)  # type: ignore[arg-type]
+                self.report.bytes_needed += lengths[record]
+
     def _load_bytes(self, item: ReadItem) -> None:
-        value = self.storage.read(item)
+        value = self.records.read(item)
         self.report.bytes_needed += value.getbuffer().nbytes
         try:
             self.planner.load_bytes(item, value)
         except LoadError as error:
             if error.path:
                 raise
-            # The planner knows the FQN alone.
-            raise self.storage.error(type(error), error.reason, item) from error.__cause__
+            # The planner knows the FQN, but neither file nor byte range.
+            raise self.records.error(type(error), error.reason, item) from error.__cause__
 
     def _count(self, stats: _native.Stats) -> None:
         self.report.requests += stats.requests

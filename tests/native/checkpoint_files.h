@@ -3,11 +3,13 @@
 
 #include <cstring>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "archive_builder.h"
+#include "io/file.h"
 #include "strided.h"
 #include "temp_dir.h"
 #include "transfer/layouts.h"
@@ -56,8 +58,10 @@ struct CheckpointFiles {
     paths.clear();
     for (size_t i = 0; i < bytes.size(); ++i) paths.push_back(dir.write(std::to_string(i) + ".distcp", bytes[i]));
   }
-  transfer::Layouts layouts(const transfer::Options& options) const {
-    return transfer::read_layouts(paths, records, options, never);
+  transfer::Layouts layouts(const transfer::Options& options, io::IoMode mode = io::IoMode::kAuto) const {
+    io::ByteSources sources;
+    for (const std::string& path : paths) sources.push_back(std::make_unique<io::File>(path, mode));
+    return transfer::read_layouts(std::move(sources), records, options, never);
   }
 
   TempDir dir;

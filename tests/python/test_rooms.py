@@ -11,9 +11,10 @@ import dcp_fast
 
 # From the ground up. A room is a folder, or a module that stands alone.
 ROOMS = [
-    {"_native", "_torch", "collector", "errors", "switches"},
+    {"_native", "_torch", "collector", "errors", "switches", "this_load"},
     {"observe"},
     {"metadata"},
+    {"values"},
     {"planning"},
     {"transfer"},
     {"readers"},

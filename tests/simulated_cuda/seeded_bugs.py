@@ -33,11 +33,11 @@ _COMPILERS_AT_ONCE = 2
 # Tests that meet most of what a load does, by what makes them necessary.
 _RING = "device: a small ring*"  # both ways to the device, through a ring whose slots are filled again and again
 _ORDER = "device: torch's work*"
-_END = "staging: it can go*"
+_END = "ring: it can go*"
 _TURNS = "device: programs in turns*"
 _GAPS = "device: a destination with gaps*"
 _ERROR = "device: a read that fails*"
-_CONTEXT = "staging: the calling thread*"
+_CONTEXT = "ring: the calling thread*"
 _FUZZ = "device: any boxes*"
 
 
@@ -64,7 +64,7 @@ def _without(text: str) -> tuple[str, str]:
 BUGS = [
     Bug(
         "a slot is filled again while it is copied from",
-        "cuda/staging.cpp",
+        "cuda/pinned_ring.cpp",
         [_without("  wait(lease.slot());\n")],
         _RING,
         r"RACE: the write by the host, reader is not ordered with the read by cuMemcpyHtoDAsync",
@@ -173,7 +173,7 @@ BUGS = [
     ),
     Bug(
         "the ring is unpinned while it is copied from",
-        "cuda/staging.cpp",
+        "cuda/pinned_ring.cpp",
         [("  drain();\n  if (devices_.empty()) return;\n", "  if (devices_.empty()) return;\n")],
         _END,
         r"USE-AFTER-UNREGISTER",
@@ -181,7 +181,7 @@ BUGS = [
     Bug(
         "after an error work goes on in destinations that may be gone",
         "transfer/engine.cpp",
-        [_without("    if (run.cuda.staging != nullptr) run.cuda.staging->drain();\n")],
+        [_without("    if (run.cuda.ring != nullptr) run.cuda.ring->drain();\n")],
         _ERROR,
         r"USE-AFTER-FREE: cuMemFree",
     ),

@@ -8,13 +8,13 @@ import pathlib
 import pickle
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from helpers import DTYPES
 from torch.distributed._shard.sharded_tensor import metadata as shard_metadata
 from torch.distributed.checkpoint import metadata as torch_metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -24,8 +24,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
-from dcp_fast.metadata.read import parse_metadata
+from dcp_fast.metadata import read
 
 __all__ = [
     "OldPickler",
@@ -33,7 +40,9 @@ __all__ = [
     "make_metadata",
     "old_metadata",
     "parse_metadata",
+    "pickled_by_later_torch",
     "random_metadata",
+    "with_plans",
     "write_metadata",
 ]
 
@@ -46,6 +55,11 @@ assert _spec.loader is not None
 _metadata_files = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_metadata_files)
 write_metadata = _metadata_files.write_metadata
+
+
+def parse_metadata(pickled: bytes, path: str) -> Metadata:
+    """The metadata of a file with this content, which stays as it is."""
+    return read.parse_metadata(pickled, path, lambda: pickled)
 
 
 def chunk(offsets: list[int], sizes: list[int]) -> ChunkStorageMetadata:
@@ -164,6 +178,87 @@ def old_metadata(metadata: Metadata, protocol: int, version: str) -> bytes:
                 entry.properties = shard_metadata.TensorProperties(**vars(entry.properties))  # type: ignore[assignment]
     stream = io.BytesIO()
     OldPickler(stream, protocol, **options).dump(metadata)
+    return stream.getvalue()
+
+
+def with_plans(metadata: Metadata) -> Metadata:
+    """The metadata with what Megatron-Core 0.16 sets on it, which shares objects with torch's own fields."""
+    plans = []
+    for rank in range(3):
+        items = []
+        for fqn, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                items.append(WriteItem(MetadataIndex(fqn), WriteItemType.BYTE_IO, BytesIOWriteData(7)))
+                continue
+            for part in entry.chunks[rank : rank + 1]:
+                data = TensorWriteData(part, TensorProperties(entry.properties.dtype), entry.size)
+                index = MetadataIndex(fqn, part.offsets, rank)
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        plans.append(SavePlan(items, _StoragePrefix(f"__{rank}_"), {}))
+    vars(metadata)["mcore_data"] = {
+        fqn: {"nd_reformulated_orig_global_shape": (2, 3, rank)}
+        for rank, fqn in enumerate(metadata.state_dict_metadata)
+    }
+    vars(metadata)["all_local_plans"] = plans
+    return metadata
+
+
+class LaterPickler(pickle._Pickler):  # type: ignore[name-defined,misc]
+    """Pickles today's objects as a later torch does.
+
+    Args:
+        strides: makes the sixth part of the state of properties, or None for as many parts as this torch has.
+        more: the fields that objects of a class have behind theirs.
+        names: another module and name for a class.
+    """
+
+    def __init__(
+        self,
+        file: io.BytesIO,
+        protocol: int,
+        *,
+        strides: Callable[[Any], Any] | None = None,
+        more: dict[type, dict[str, Any]] | None = None,
+        names: dict[type, tuple[str, str]] | None = None,
+    ) -> None:
+        super().__init__(file, protocol)
+        self.strides = strides
+        self.more = more or {}
+        self.names = names or {}
+
+    def reducer_override(self, value: Any) -> Any:
+        cls = type(value)
+        if isinstance(value, type):
+            return NotImplemented
+        if cls in (TensorProperties, shard_metadata.TensorProperties) and self.strides is not None:
+            make, arguments, state = value.__reduce_ex__(self.proto)[:3]
+            return make, arguments, (*state[:5], *self.strides(value))
+        if cls in self.more:
+            make, arguments, state = value.__reduce_ex__(self.proto)[:3]
+            return make, arguments, {**(state or {}), **self.more[cls]}
+        return NotImplemented
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if obj not in self.names:
+            super().save_global(obj, name)
+            return
+        # As pickle does, which looks whether the module has the class.
+        module, name = self.names[obj]
+        if self.proto >= 4:
+            self.save(module)
+            self.save(name)
+            self.write(pickle.STACK_GLOBAL)
+        else:
+            self.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+        self.memoize(obj)
+
+    dispatch: ClassVar[dict[Any, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch[type] = save_global
+
+
+def pickled_by_later_torch(metadata: Metadata, protocol: int = 4, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    LaterPickler(stream, protocol, **options).dump(metadata)
     return stream.getvalue()
 
 

@@ -11,14 +11,14 @@
 
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
-using checkpoint::KnownPickles;
 using checkpoint::ParsedRecord;
+using checkpoint::PickleCache;
 using Status = checkpoint::ParsedRecord::Status;
 
 namespace {
 
 // Parses with windows of the given sizes, and again with what is asked for, as the layout stage does.
-ParsedRecord parse(const std::string& record, size_t head_size, size_t tail_size, KnownPickles& pickles, int* rounds) {
+ParsedRecord parse(const std::string& record, size_t head_size, size_t tail_size, PickleCache& pickles, int* rounds) {
   const auto length = static_cast<int64_t>(record.size());
   for (int round = 1;; ++round) {
     head_size = std::min(head_size, record.size());
@@ -39,10 +39,10 @@ ParsedRecord parse(const std::string& record, size_t head_size, size_t tail_size
 }
 
 ParsedRecord parse(const std::string& record, size_t head_size, size_t tail_size, int* rounds = nullptr) {
-  KnownPickles none;
+  PickleCache none;
   ParsedRecord parsed = parse(record, head_size, tail_size, none, rounds);
   // What was parsed before, by any test, makes no difference.
-  static KnownPickles known;
+  static PickleCache known;
   const ParsedRecord again = parse(record, head_size, tail_size, known, nullptr);
   REQUIRE(again.status == parsed.status);
   REQUIRE(again.reason == parsed.reason);
@@ -133,7 +133,7 @@ TEST_CASE("a long directory is asked for") {
   const std::string record = archive.finish();
   const Exact head(std::string_view(record).substr(0, checkpoint::kHeadBytes));
   const Exact tail(std::string_view(record).substr(record.size() - checkpoint::kTailBytes));
-  KnownPickles pickles;
+  PickleCache pickles;
   const ParsedRecord first =
       checkpoint::parse_record(head.view(), tail.view(), static_cast<int64_t>(record.size()), pickles);
   CHECK(first.status == Status::kNeedsMore);
@@ -268,7 +268,7 @@ TEST_CASE("a pickle is known by all its bytes and its checksum, until four other
     return checkpoint::Bytes(reinterpret_cast<const std::byte*>(text.data()), text.size());
   };
   const auto parsed = [&view](const std::string& text) { return *checkpoint::parse_tensor_pickle(view(text)); };
-  KnownPickles known;
+  PickleCache known;
   CHECK(known.find(checkpoint::Bytes(), 0) == nullptr);
   CHECK(known.keep(view(pickles[0]), 7, parsed(pickles[0]))->sizes == std::vector<int64_t>{1});
   REQUIRE(known.find(view(std::string(pickles[0])), 7) != nullptr);

@@ -1,5 +1,5 @@
 // What the tests of loads to GPUs share: a stored matrix with parts of it wanted on devices, torch's streams and
-// staging, and a check that the driver had nothing to complain of.
+// a pinned ring, and a check that the driver had nothing to complain of.
 #pragma once
 
 #include <memory>
@@ -78,9 +78,9 @@ struct TorchStreams {
 
   const TorchStream& operator[](int ordinal) const { return *streams[ordinal]; }
 
-  transfer::CudaTargets targets(cuda::Staging& staging) const {
+  transfer::CudaTargets targets(cuda::PinnedRing& ring) const {
     transfer::CudaTargets result;
-    result.staging = &staging;
+    result.ring = &ring;
     for (const int ordinal : {0, 1}) {
       if (streams[ordinal]) result.torch_streams[ordinal] = streams[ordinal]->get();
     }
@@ -90,10 +90,10 @@ struct TorchStreams {
   std::optional<TorchStream> streams[2] = {};
 };
 
-// They and staging.
+// They and a pinned ring.
 struct Gpu {
   explicit Gpu(int64_t pinned_bytes = 64 * kMiB, int64_t block_bytes = 4 * kMiB)
-      : staging(pinned_bytes, pinned_bytes, block_bytes), targets(streams.targets(staging)) {}
+      : ring(pinned_bytes, pinned_bytes, block_bytes), targets(streams.targets(ring)) {}
 
   transfer::Stats run(const transfer::Program& program, const transfer::Options& options) {
     transfer::Stats stats;
@@ -103,10 +103,10 @@ struct Gpu {
     return stats;
   }
 
-  void synchronize() { staging.synchronize(targets.torch_streams, never); }
+  void synchronize() { ring.synchronize(targets.torch_streams, never); }
 
   TorchStreams streams;
-  cuda::Staging staging;
+  cuda::PinnedRing ring;
   transfer::CudaTargets targets;
 };
 

@@ -20,7 +20,7 @@
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
 using cuda::DeviceStats;
-using cuda::Staging;
+using cuda::PinnedRing;
 using transfer::CudaTargets;
 using transfer::Destination;
 using transfer::Layouts;
@@ -30,12 +30,12 @@ using Kind = transfer::Transfer::Kind;
 
 namespace {
 
-DeviceStats load(const Matrix& matrix, Gpu& gpu, const Options& options = {}) {
-  const Layouts layouts = matrix.files.layouts(options);
+DeviceStats load(const Matrix& matrix, Gpu& gpu, const Options& options = {}, io::IoMode mode = io::IoMode::kAuto) {
+  const Layouts layouts = matrix.files.layouts(options, mode);
   const Program program(layouts, matrix.items, matrix.destinations);
   gpu.run(program, options);
   gpu.synchronize();
-  return gpu.staging.take_stats();
+  return gpu.ring.take_stats();
 }
 
 }  // namespace
@@ -62,12 +62,12 @@ TEST_CASE("device: any boxes, devices, layouts, ring and block sizes give what a
     Gpu gpu(random.pick(std::vector<int64_t>{0, 200000, kMiB, 8 * kMiB}),
             random.pick(std::vector<int64_t>{1, 65536, 100001, 4 * kMiB}));
     const Options options = random_options(random);
-    const Layouts layouts = load.files.layouts(options);
+    const Layouts layouts = load.files.layouts(options, random_mode(random));
     const Program program(layouts, load.items, load.destinations);
     for (int32_t wave = 0; wave < program.waves(); ++wave) {
       transfer::run_wave(program, wave, options, gpu.targets, never);
       gpu.synchronize();
-      for (const size_t item : program.items_of(wave)) {  // torch's part
+      for (const size_t item : program.items_in_wave(wave)) {  // torch's part
         if (program.transfers()[item].kind == Kind::kDirect) continue;
         const size_t d = load.items[item].destination;
         const size_t memory = load.memory_of[d];
@@ -78,7 +78,7 @@ TEST_CASE("device: any boxes, devices, layouts, ring and block sizes give what a
         if (memory != 0) memories[memory - 1]->upload(bytes);
       }
     }
-    const DeviceStats stats = gpu.staging.take_stats();
+    const DeviceStats stats = gpu.ring.take_stats();
     launches += stats.launches;
     straight += stats.copies - stats.launches;
     REQUIRE(host == load.expected[0]);
@@ -101,8 +101,8 @@ TEST_CASE("device: rows and columns are sliced on the host and copied straight, 
   CHECK(stats.copies <= 5);
   CHECK(stats.copy_seconds > 0);
   CHECK(matrix.arrived());
-  CHECK(gpu.staging.device_bytes() == 0);
-  CHECK(gpu.staging.pinned_bytes() <= 64 * kMiB);
+  CHECK(gpu.ring.device_bytes() == 0);
+  CHECK(gpu.ring.pinned_bytes() <= 64 * kMiB);
 }
 
 TEST_CASE("device: a large load takes one copy a slot, whatever the number of threads") {
@@ -116,10 +116,9 @@ TEST_CASE("device: a large load takes one copy a slot, whatever the number of th
       Options options;
       options.threads = threads;
       options.staging_bytes = 16 * kMiB;  // half of what a reader has by default: 64 threads get 256 KiB each
-      options.mode = mode;
-      const DeviceStats stats = load(matrix, gpu, options);
+      const DeviceStats stats = load(matrix, gpu, options, mode);
       CHECK(stats.bytes_copied == 64 * kMiB);
-      CHECK(stats.copies <= 64 * kMiB / static_cast<int64_t>(gpu.staging.slot_bytes()) * 11 / 10);
+      CHECK(stats.copies <= 64 * kMiB / static_cast<int64_t>(gpu.ring.slot_bytes()) * 11 / 10);
       CHECK(stats.launches == 0);
     }
   }
@@ -147,7 +146,7 @@ TEST_CASE("device: a small ring carries a large load, straight and by the kernel
     matrix.want(ordinal, {0, 0}, {512, 512});
   }
   Gpu gpu(kMiB / 4, 65536);
-  CHECK(gpu.staging.slots() == 3);
+  CHECK(gpu.ring.slots() == 3);
   CHECK(load(matrix, gpu).copies >= 4 * kMiB / 65536);
   CHECK(matrix.arrived());
 }
@@ -195,7 +194,7 @@ TEST_CASE("device: many small boxes take one copy and one launch a slot") {
   const DeviceStats stats = load(matrix, gpu);
   const int64_t bytes = kRows * 512 * matrix.itemsize;
   CHECK(stats.launches == stats.copies);
-  CHECK(stats.copies <= bytes / static_cast<int64_t>(gpu.staging.slot_bytes()) * 11 / 10 + 1);
+  CHECK(stats.copies <= bytes / static_cast<int64_t>(gpu.ring.slot_bytes()) * 11 / 10 + 1);
   CHECK(matrix.arrived());
 }
 
@@ -246,18 +245,18 @@ TEST_CASE("device: the ring is used again by the next load, and nothing is left 
 TEST_CASE("device: no context is made on a device that nothing goes to") {
   if (simulator() == nullptr) return;
   const Clean clean;
-  Staging staging(kMiB, kMiB, kMiB);
+  PinnedRing ring(kMiB, kMiB, kMiB);
   Matrix matrix(64, 64);
   matrix.want(0, {0, 0}, {64, 64});
   const TorchStream torch(0);
   const long before = simulator()->calls("cuDevicePrimaryCtxRetain");
   CudaTargets targets;
-  targets.staging = &staging;
+  targets.ring = &ring;
   targets.torch_streams[0] = torch.get();
   const Layouts layouts = matrix.files.layouts({});
   const Program program(layouts, matrix.items, matrix.destinations);
   transfer::run_wave(program, 0, {}, targets, never);
-  staging.synchronize(targets.torch_streams, never);
+  ring.synchronize(targets.torch_streams, never);
   CHECK(simulator()->calls("cuDevicePrimaryCtxRetain") == before + 1);
 }
 

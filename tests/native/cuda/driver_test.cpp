@@ -14,7 +14,7 @@
 
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
-using cuda::Staging;
+using cuda::PinnedRing;
 
 namespace {
 
@@ -29,9 +29,9 @@ std::string library() {
 }
 
 std::string error_of_device(int ordinal) {
-  Staging staging(kMiB, kMiB, kMiB);
+  PinnedRing ring(kMiB, kMiB, kMiB);
   try {
-    staging.device(ordinal);
+    ring.device(ordinal);
   } catch (const Error& error) {
     return error.what();
   }
@@ -80,7 +80,7 @@ TEST_CASE("driver: a device that does not exist is an error that names it") {
 }
 
 TEST_CASE("driver: loads to the host alone never touch it") {
-  const auto load_to_host = [](Staging* staging) {
+  const auto load_to_host = [](PinnedRing* ring) {
     CheckpointFiles files(1);
     Random random(3);
     files.add_random(random, 0, checkpoint::DType{0}, {100, 100}, true);
@@ -99,7 +99,7 @@ TEST_CASE("driver: loads to the host alone never touch it") {
     const transfer::Layouts layouts = files.layouts({});
     const transfer::Program program(layouts, {item}, {destination});
     transfer::CudaTargets targets;
-    targets.staging = staging;
+    targets.ring = ring;
     transfer::run_wave(program, 0, {}, targets, never);
     return memory == files.stored[0].storage ? "" : "the wrong bytes arrived";
   };
@@ -108,8 +108,8 @@ TEST_CASE("driver: loads to the host alone never touch it") {
           return load_to_host(nullptr);
         }) == "");
   CHECK(in_child([&] {
-          Staging staging(kMiB, kMiB, kMiB);
-          const std::string result = load_to_host(&staging);
+          PinnedRing ring(kMiB, kMiB, kMiB);
+          const std::string result = load_to_host(&ring);
           if (simulator() == nullptr) return result;
           return simulator()->calls("") == 0 ? result : "the driver was called";
         }) == "");
@@ -128,8 +128,8 @@ TEST_CASE("driver: a child of a process that has not loaded to a GPU can") {
     return std::string(matrix.arrived() ? "" : "the wrong bytes arrived");
   };
   CHECK(in_child([&] {
-          // As where a library was imported that has a staging ready before data loaders fork.
-          const Staging staging(kMiB, kMiB, kMiB);
+          // As where a library was imported that has a ring ready before data loaders fork.
+          const PinnedRing ring(kMiB, kMiB, kMiB);
           return in_child(load);
         }) == "");
 }

@@ -19,7 +19,7 @@
 
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
-using cuda::Staging;
+using cuda::PinnedRing;
 
 namespace {
 
@@ -98,12 +98,12 @@ class Load {
     options_.threads = 4;
   }
 
-  void run(Staging& staging) {
+  void run(PinnedRing& ring) {
     const transfer::Layouts layouts = matrix_.files.layouts(options_);
     const transfer::Program program(layouts, matrix_.items, matrix_.destinations);
-    const transfer::CudaTargets targets = torch_.targets(staging);
+    const transfer::CudaTargets targets = torch_.targets(ring);
     transfer::run_wave(program, 0, options_, targets, never);
-    staging.synchronize(targets.torch_streams, never);
+    ring.synchronize(targets.torch_streams, never);
   }
 
   bool arrived() const { return matrix_.arrived(); }
@@ -135,9 +135,9 @@ cuda::ContextHandle current_context() {
   return handle;
 }
 
-std::optional<Error> error_of(Load& load, Staging& staging) {
+std::optional<Error> error_of(Load& load, PinnedRing& ring) {
   try {
-    load.run(staging);
+    load.run(ring);
   } catch (const Error& error) {
     return error;
   }
@@ -183,8 +183,8 @@ std::string load_with(const DriverFault& fault) {
   std::optional<Error> error;
   bool met_in_load = false;
   {
-    Staging staging(kPinnedBytes, kPinnedBytes, 1);
-    error = error_of(load, staging);
+    PinnedRing ring(kPinnedBytes, kPinnedBytes, 1);
+    error = error_of(load, ring);
     met_in_load = met();
   }
   const bool met_at_all = met();
@@ -205,8 +205,8 @@ std::string load_with(const DriverFault& fault) {
   inspection.expect(live_objects() == objects, "left behind: " + leaks());
   if (fault.timing == Timing::kCall) {
     inspection.expect(error.has_value() || load.arrived(), "the wrong bytes arrived");
-    Staging staging(kPinnedBytes, kPinnedBytes, 1);
-    const std::optional<Error> again = error_of(load, staging);
+    PinnedRing ring(kPinnedBytes, kPinnedBytes, 1);
+    const std::optional<Error> again = error_of(load, ring);
     inspection.expect(!again, std::string("again: ") + (again ? again->what() : ""));
     inspection.expect(load.arrived(), "the wrong bytes arrived with the next load");
   }
@@ -222,8 +222,8 @@ std::string load_with_read_fault(int64_t nth, int64_t pinned_bytes) {
   {
     io::FaultySystemCalls calls(fault(io::FaultFunction::kPread, nth, EIO));
     const ScopedCalls scope(calls);
-    Staging staging(pinned_bytes, pinned_bytes, 1);
-    const std::optional<Error> error = error_of(load, staging);
+    PinnedRing ring(pinned_bytes, pinned_bytes, 1);
+    const std::optional<Error> error = error_of(load, ring);
     reads = calls.calls();
     inspection.expect(error.has_value() == (reads > nth), "an error, or none, that is not the read's");
     if (error) inspection.expect(error->kind == ErrorKind::kIo && error->error_number == EIO, error->what());
@@ -231,8 +231,8 @@ std::string load_with_read_fault(int64_t nth, int64_t pinned_bytes) {
   const std::string reports = take_reports();
   inspection.expect(reports.empty(), reports);
   inspection.expect(live_objects() == objects, "left behind: " + leaks());
-  Staging staging(pinned_bytes, pinned_bytes, 1);
-  inspection.expect(!error_of(load, staging) && load.arrived(), "the next load failed");
+  PinnedRing ring(pinned_bytes, pinned_bytes, 1);
+  inspection.expect(!error_of(load, ring) && load.arrived(), "the next load failed");
   return (reads > nth ? kMet : kNotMet) + inspection.complaints();
 }
 
@@ -247,8 +247,8 @@ std::string load_with_refusals(int registered, bool allocates) {
     if (!allocates) simulator()->fault("cuMemHostAlloc", i - registered, kOutOfMemory, 0);
   }
   {
-    Staging staging(kPinnedBytes, kPinnedBytes, 1);
-    const std::optional<Error> error = error_of(load, staging);
+    PinnedRing ring(kPinnedBytes, kPinnedBytes, 1);
+    const std::optional<Error> error = error_of(load, ring);
     const bool refused = registered == 0 && !allocates;
     inspection.expect(error.has_value() == refused, error ? error->what() : "no error");
     if (error) {
@@ -257,8 +257,8 @@ std::string load_with_refusals(int registered, bool allocates) {
                         error->what());
     }
     inspection.expect(error.has_value() || load.arrived(), "the wrong bytes arrived");
-    const auto slots = static_cast<int64_t>(allocates ? staging.slots() : static_cast<size_t>(registered));
-    inspection.expect(staging.pinned_bytes() <= slots * static_cast<int64_t>(staging.slot_bytes()), "too many slots");
+    const auto slots = static_cast<int64_t>(allocates ? ring.slots() : static_cast<size_t>(registered));
+    inspection.expect(ring.pinned_bytes() <= slots * static_cast<int64_t>(ring.slot_bytes()), "too many slots");
     simulator()->reset();
   }
   const std::string reports = take_reports();

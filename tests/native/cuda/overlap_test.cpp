@@ -175,7 +175,7 @@ Measured load(const Tensors& tensors, Gpu& gpu, double disk_gigabytes_per_second
     measured.modelled_copy_seconds =
         std::max(measured.modelled_copy_seconds, simulator()->busy_seconds(ordinal, "copy", 0));
   }
-  measured.copy_seconds = gpu.staging.take_stats().copy_seconds;
+  measured.copy_seconds = gpu.ring.take_stats().copy_seconds;
   measured.efficiency = std::max(disk.busy_seconds(), measured.modelled_copy_seconds) / measured.seconds;
   return measured;
 }
@@ -245,7 +245,7 @@ TEST_CASE("overlap: the first load reads while memory is pinned and the kernel c
       const SlowStart slow;
       first = load(tensors, gpu, kGigabytesPerSecond);
     }
-    CHECK(gpu.staging.device_bytes() > 0);  // or no kernel was wanted
+    CHECK(gpu.ring.device_bytes() > 0);  // or no kernel was wanted
     const Measured second = load(tensors, gpu, kGigabytesPerSecond);
     least_first = std::min(least_first, first.seconds);
     least_second = std::min(least_second, second.seconds);
@@ -263,8 +263,8 @@ TEST_CASE("overlap: after prepare the first load pins nothing and compiles nothi
   const Clean clean;
   const Tensors tensors(4, {0}, 32);
   Gpu gpu;
-  gpu.staging.prepare(0);
-  CHECK(gpu.staging.pinned_bytes() == static_cast<int64_t>(gpu.staging.slots() * gpu.staging.slot_bytes()));
+  gpu.ring.prepare(0);
+  CHECK(gpu.ring.pinned_bytes() == static_cast<int64_t>(gpu.ring.slots() * gpu.ring.slot_bytes()));
   const char* const calls[] = {"cuMemHostRegister_v2", "cuModuleLoadData", "cuMemAlloc_v2", "cuEventCreate"};
   std::vector<long> before;
   for (const char* call : calls) before.push_back(simulator()->calls(call));
@@ -326,7 +326,7 @@ TEST_CASE("overlap: there is none with a single slot, and the measurement shows 
   const Clean clean;
   const Tensors tensors(4, {0});
   Gpu gpu(0, 0);
-  CHECK(gpu.staging.slots() == 1);
+  CHECK(gpu.ring.slots() == 1);
   CHECK(load(tensors, gpu, kGigabytesPerSecond).efficiency < 0.8);
   CHECK(tensors.arrived());
 }

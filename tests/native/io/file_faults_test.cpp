@@ -21,7 +21,7 @@ using namespace dcp_fast::testing;
 using io::AlignedBuffer;
 using io::FaultFunction;
 using io::FaultySystemCalls;
-using io::File;
+using File = OpenFile;
 using io::IoCounters;
 using io::IoMode;
 
@@ -69,19 +69,19 @@ TEST_CASE("without direct I/O the page cache serves") {
   const std::string bytes = Random(52).bytes(50000);
   const std::string path = dir.write("file", bytes);
   {
-    File file(path);
-    FaultySystemCalls refuse_open(fault(FaultFunction::kOpen, 0, EINVAL, 100));
+    FaultySystemCalls refuse_open(fault(FaultFunction::kOpen, 1, EINVAL, 100));
     const ScopedCalls scope(refuse_open);
-    CHECK(file.choose_mode(IoMode::kDirect, 0, file.size()) == IoMode::kCached);
+    const File file(path, IoMode::kDirect);
+    CHECK(!file.is_direct());
     AlignedBuffer buffer;
-    CHECK(read_staged(file, buffer, 20000, 777) == bytes.substr(777, 20000));
+    CHECK(view(file, buffer, 20000, 777) == bytes.substr(777, 20000));
   }
-  File file(path);
-  if (file.choose_mode(IoMode::kDirect, 0, file.size()) != IoMode::kDirect) return;
+  const File file(path, IoMode::kDirect);
+  if (!file.is_direct()) return;
   FaultySystemCalls refuse_read(fault(FaultFunction::kPread, 0, EINVAL));
   const ScopedCalls scope(refuse_read);
   AlignedBuffer buffer;
-  CHECK(read_staged(file, buffer, 20000, 777) == bytes.substr(777, 20000));
+  CHECK(view(file, buffer, 20000, 777) == bytes.substr(777, 20000));
   CHECK(refuse_read.calls() == 2);
 }
 
@@ -93,12 +93,11 @@ TEST_CASE("interrupted and short reads are continued") {
     for (const size_t short_bytes : {size_t{1}, size_t{511}, size_t{4096}, size_t{12288}}) {
       for (int64_t nth = 0; nth < 4; ++nth) {
         for (const int error_number : {0, EINTR}) {
-          File file(path);
-          file.choose_mode(mode, 0, file.size());
+          const File file(path, mode);
           FaultySystemCalls calls(fault(FaultFunction::kPread, nth, error_number, 3, short_bytes));
           const ScopedCalls scope(calls);
           AlignedBuffer buffer;
-          REQUIRE(read_staged(file, buffer, 30001, 5003) == bytes.substr(5003, 30001));
+          REQUIRE(view(file, buffer, 30001, 5003) == bytes.substr(5003, 30001));
           REQUIRE(read(file, 30001, 5003) == bytes.substr(5003, 30001));
         }
       }
@@ -133,13 +132,12 @@ TEST_CASE("a failing read is an error with errno and range, at whichever call it
     int failing = 0;
     for (bool failed = true; failed; ++failing) {
       REQUIRE(failing < 100);
-      File file(path);
-      file.choose_mode(mode, 0, file.size());
+      const File file(path, mode);
       Calls calls(failing);
       const ScopedCalls scope(calls);
       AlignedBuffer buffer;
       IoCounters counters;
-      const auto error = error_of([&] { file.read_staged(buffer, 30000, 4096, counters); });
+      const auto error = error_of([&] { file.view(buffer, 30000, 4096, counters); });
       failed = error.has_value();
       if (!failed) continue;
       CHECK(error->kind == ErrorKind::kIo);
@@ -177,9 +175,8 @@ TEST_CASE("descriptors are closed, also after errors") {
   const size_t before = open_files();
   for (int i = 0; i < 10; ++i) {
     {
-      File file(path);
-      file.choose_mode(IoMode::kAuto, 0, file.size());
-      file.choose_mode(IoMode::kDirect, 0, file.size());
+      const File probed(path, IoMode::kAuto);
+      const File direct(path, IoMode::kDirect);
     }
     CHECK(error_of([&] { File file(dir.path("")); }).has_value());
     FaultySystemCalls calls(fault(FaultFunction::kFstat, 0, EIO));

@@ -22,7 +22,7 @@ using namespace dcp_fast::testing;
 using io::AlignedBuffer;
 using io::FaultFunction;
 using io::FaultySystemCalls;
-using io::File;
+using File = OpenFile;
 using io::IoCounters;
 using io::IoMode;
 
@@ -54,11 +54,11 @@ TEST_CASE("ranges are read exactly, and past the end is truncated") {
                              Range{1, kMost}, Range{SIZE_MAX, 0}, Range{SIZE_MAX, 5000}, Range{8, kMost - 3}}) {
     AlignedBuffer buffer;
     IoCounters counters;
-    for (const bool staged : {false, true}) {
+    for (const bool viewed : {false, true}) {
       const auto error = error_of([&] {
         char none = 0;
-        if (staged) {
-          file.read_staged(buffer, range.size, range.offset, counters);
+        if (viewed) {
+          file.view(buffer, range.size, range.offset, counters);
         } else {
           file.read_exactly(&none, range.size, range.offset, counters);
         }
@@ -75,12 +75,11 @@ TEST_CASE("ranges are read exactly, and past the end is truncated") {
 TEST_CASE("a file that shrinks while it is open is truncated, in every mode") {
   const TempDir dir;
   for (const IoMode mode : {IoMode::kCached, IoMode::kDirect}) {
-    File file(dir.write("file", std::string(20000, 'x')));
-    file.choose_mode(mode, 0, file.size());
+    const File file(dir.write("file", std::string(20000, 'x')), mode);
     std::filesystem::resize_file(file.path(), 5000);
     AlignedBuffer buffer;
     IoCounters counters;
-    const auto error = error_of([&] { file.read_staged(buffer, 15000, 3000, counters); });
+    const auto error = error_of([&] { file.view(buffer, 15000, 3000, counters); });
     REQUIRE(error.has_value());
     CHECK(error->kind == ErrorKind::kTruncated);
     CHECK(error->path == file.path());
@@ -94,44 +93,48 @@ TEST_CASE("direct reads of any range equal cached ones") {
   Random random(51);
   for (const size_t size : {1, 4095, 4096, 4097, 300001}) {
     const std::string bytes = random.bytes(size);
-    File file(dir.write("file", bytes));
-    const IoMode mode = file.choose_mode(IoMode::kDirect, 0, file.size());
-    CHECK((mode == IoMode::kDirect || mode == IoMode::kCached));  // where the file system has no direct I/O
+    const File file(dir.write("file", bytes), IoMode::kDirect);  // cached where the file system has no direct I/O
     AlignedBuffer buffer;
     for (int i = 0; i < 200; ++i) {
       const size_t offset = random.below(size + 1);
       const size_t length = random.below(std::min<size_t>(size - offset, random.chance(50) ? 5000 : size) + 1);
-      REQUIRE(read_staged(file, buffer, length, static_cast<int64_t>(offset)) == bytes.substr(offset, length));
+      REQUIRE(view(file, buffer, length, static_cast<int64_t>(offset)) == bytes.substr(offset, length));
     }
   }
 }
 
 TEST_CASE("the mode follows what the page cache holds") {
   const TempDir dir;
-  File file(dir.write("file", std::string(1 << 20, 'x')));
-  CHECK(file.choose_mode(IoMode::kCached, 0, file.size()) == IoMode::kCached);
-  CHECK(file.choose_mode(IoMode::kAuto, 0, 0) == IoMode::kCached);
-  CHECK(file.choose_mode(IoMode::kAuto, 100, 101) == IoMode::kCached);
-  CHECK(file.choose_mode(IoMode::kAuto, 0, file.size()) == IoMode::kCached);  // just written
-  const bool direct = file.choose_mode(IoMode::kDirect, 0, file.size()) == IoMode::kDirect;
+  const std::string path = dir.write("file", std::string(1 << 20, 'x'));
+  const auto is_direct = [&](IoMode mode, int64_t begin, int64_t end) {
+    io::File file(path, mode);
+    const io::OpenSource open(file);
+    file.choose_access(begin, end);
+    return file.access().whole_pages;
+  };
+  CHECK(!is_direct(IoMode::kCached, 0, 1 << 20));
+  CHECK(!is_direct(IoMode::kAuto, 0, 0));
+  CHECK(!is_direct(IoMode::kAuto, 100, 101));
+  CHECK(!is_direct(IoMode::kAuto, 0, 1 << 20));  // just written
+  const bool direct = is_direct(IoMode::kDirect, 0, 1 << 20);
   {
     FaultySystemCalls cold(fault(FaultFunction::kPreadNowait, 0, EAGAIN, 1000));
     const ScopedCalls scope(cold);
-    CHECK(file.choose_mode(IoMode::kAuto, 0, file.size()) == (direct ? IoMode::kDirect : IoMode::kCached));
+    CHECK(is_direct(IoMode::kAuto, 0, 1 << 20) == direct);
     CHECK(cold.calls() > 4);
     CHECK(cold.calls() <= 17);
   }
   FaultySystemCalls cannot_tell(fault(FaultFunction::kPreadNowait, 0, EOPNOTSUPP, 1000));
   const ScopedCalls scope(cannot_tell);
-  CHECK(file.choose_mode(IoMode::kAuto, 0, file.size()) == IoMode::kCached);
+  CHECK(!is_direct(IoMode::kAuto, 0, 1 << 20));
   CHECK(cannot_tell.calls() == 1);
 }
 
-TEST_CASE("a staging buffer is aligned, grows, and refuses sizes that overflow") {
+TEST_CASE("a bounce buffer is aligned, grows, and refuses sizes that overflow") {
   AlignedBuffer buffer;
   std::byte* small = buffer.reserve(1);
-  CHECK(reinterpret_cast<uintptr_t>(small) % io::kDirectAlignment == 0);
-  small[io::kDirectAlignment - 1] = std::byte{1};
+  CHECK(reinterpret_cast<uintptr_t>(small) % io::kPageBytes == 0);
+  small[io::kPageBytes - 1] = std::byte{1};
   CHECK(buffer.reserve(4096) == small);
   std::byte* large = buffer.reserve((4 << 20) + 1);
   large[4 << 20] = std::byte{1};
@@ -139,4 +142,30 @@ TEST_CASE("a staging buffer is aligned, grows, and refuses sizes that overflow")
   CHECK_THROWS_AS(buffer.reserve(SIZE_MAX), std::bad_alloc);
   CHECK_THROWS_AS(buffer.reserve(SIZE_MAX / 2), std::bad_alloc);
   buffer.reserve(1)[0] = std::byte{1};
+}
+
+TEST_CASE("a file is open while anybody has it open, and its access outlasts that") {
+  const TempDir dir;
+  const std::string path = dir.write("file", std::string(10000, 'x'));
+  FaultySystemCalls opens(fault(FaultFunction::kOpen, -1, 0));
+  const ScopedCalls scope(opens);
+  io::File file(path, IoMode::kDirect);
+  CHECK(opens.calls() == 0);
+  {
+    const io::OpenSource one(file);
+    io::OpenSource two(file);
+    CHECK(opens.calls() == 1);
+    file.choose_access(0, file.size());
+    two = {};
+    CHECK(read(file, 100, 50) == std::string(100, 'x'));
+  }
+  if (!file.access().whole_pages) return;  // the file system has no direct I/O
+  CHECK(opens.calls() == 2);
+  dir.write("file", std::string(300, 'y'));
+  const io::OpenSource again(file);
+  CHECK(opens.calls() == 4);
+  CHECK(file.size() == 300);
+  AlignedBuffer buffer;
+  CHECK(view(file, buffer, 200, 100) == std::string(200, 'y'));
+  CHECK(error_of([&] { read(file, 301, 0); })->kind == ErrorKind::kTruncated);
 }

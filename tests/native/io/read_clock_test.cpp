@@ -81,8 +81,7 @@ TEST_CASE("reading is never longer than the wall clock, and for one thread as lo
 TEST_CASE("every request of a file is timed and leaves a span, failed ones too") {
   const TempDir dir;
   for (const io::IoMode mode : {io::IoMode::kCached, io::IoMode::kDirect}) {
-    io::File file(dir.write("file", std::string(100000, 'x')));
-    file.choose_mode(mode, 0, file.size());
+    const OpenFile file(dir.write("file", std::string(100000, 'x')), mode);
     ReadClock clock;
     trace::Recorder recorder;
     io::IoCounters counters;
@@ -97,11 +96,11 @@ TEST_CASE("every request of a file is timed and leaves a span, failed ones too")
     }
     std::vector<iovec> vectors{{bytes.data(), 100}, {bytes.data() + 200, 100}};
     file.read_scattered(vectors, 5000, counters);
-    file.read_staged(buffer, 50000, 7, counters);
+    file.view(buffer, 50000, 7, counters);
     {
       io::FaultySystemCalls calls(fault(FaultFunction::kPread, 0, EIO, 9));
       const ScopedCalls scope(calls);
-      CHECK(error_of([&] { file.read_staged(buffer, 10, 99990, counters); }).has_value());
+      CHECK(error_of([&] { file.view(buffer, 10, 99990, counters); }).has_value());
     }
     const std::vector<trace::Event> events = recorder.events();
     REQUIRE(events.size() == 6);

@@ -35,13 +35,16 @@ inline std::string text_of(const metadata::Columns& columns) {
     }
     text += '\n';
   }
+  for (const metadata::LeftOut& field : columns.left_out) {
+    text += std::string(metadata::name_of(field.type)) + " without " + field.name + '\n';
+  }
   return text + columns.planner_data + columns.storage_meta + columns.version;
 }
 
 // The columns, or the error.
-inline std::string parsed(metadata::Source& source, metadata::FastLane fast_lane) {
+inline std::string parsed(metadata::Source& source, metadata::Batches batches) {
   try {
-    return text_of(metadata::parse(source, fast_lane));
+    return text_of(metadata::parse(source, batches));
   } catch (const Error& error) {
     return error.what() + std::string(" at ") + std::to_string(error.offset) + " for " + std::to_string(error.length);
   } catch (const metadata::Unsupported& reason) {
@@ -49,10 +52,10 @@ inline std::string parsed(metadata::Source& source, metadata::FastLane fast_lane
   }
 }
 
-inline std::string parsed(const std::string& pickle, metadata::FastLane fast_lane) {
+inline std::string parsed(const std::string& pickle, metadata::Batches batches) {
   const Exact bytes(pickle);
   metadata::MemorySource source(bytes.view());
-  return parsed(source, fast_lane);
+  return parsed(source, batches);
 }
 
 }  // namespace dcp_fast::testing

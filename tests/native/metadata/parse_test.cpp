@@ -109,7 +109,6 @@ TEST_CASE("what Python may know is unsupported") {
       "}}" + text("a") + "Nsb",
       "\x8f",
       "}" + text("a") + "\x85" + "Ns",
-      size({1}),
   };
   for (const std::string& opcodes : planner_data) {
     CAPTURE(opcodes);

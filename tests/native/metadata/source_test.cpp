@@ -9,6 +9,7 @@
 #include "doctest/doctest.h"
 #include "exact.h"
 #include "faults.h"
+#include "io/file_reading.h"
 #include "metadata/columns_text.h"
 #include "metadata/metadata_pickle.h"
 #include "metadata/pickler.h"
@@ -17,7 +18,7 @@
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
 using io::FaultFunction;
-using metadata::FastLane;
+using metadata::Batches;
 
 namespace {
 
@@ -33,13 +34,13 @@ std::string sample() {
   return pickle_of(entries, storage, "}" + text("k") + "G" + std::string(8, '\x40') + "sq\x01");
 }
 
-std::string read_through(const std::string& path, size_t window, FastLane fast_lane) {
-  const io::File file(path);
+std::string read_through(const std::string& path, size_t window, Batches batches) {
+  const OpenFile file(path);
   metadata::FileSource source(file, never, window);
-  return parsed(source, fast_lane);
+  return parsed(source, batches);
 }
 
-std::string in_blocks(const std::string& pickle, size_t block, FastLane fast_lane, size_t kept = SIZE_MAX,
+std::string in_blocks(const std::string& pickle, size_t block, Batches batches, size_t kept = SIZE_MAX,
                       size_t blocks = SIZE_MAX) {
   size_t sent = 0;
   std::optional<Exact> next;
@@ -52,7 +53,7 @@ std::string in_blocks(const std::string& pickle, size_t block, FastLane fast_lan
         return next->view();
       },
       kept);
-  return parsed(source, fast_lane);
+  return parsed(source, batches);
 }
 
 // Batches longer than a thousand bytes, whose last one ends otherwise if it is not `sound`.
@@ -91,14 +92,14 @@ TEST_CASE("a window of any size gives the same columns") {
   const TempDir folder;
   const std::string pickle = sample();
   const std::string path = folder.write("metadata", pickle);
-  const std::string expected = parsed(pickle, FastLane::kNo);
+  const std::string expected = parsed(pickle, Batches::kOneByOne);
   REQUIRE(expected.find("a tensor 3,3, ") == 0);
-  for (const FastLane fast_lane : {FastLane::kNo, FastLane::kYes}) {
+  for (const Batches batches : {Batches::kOneByOne, Batches::kAtOnce}) {
     // The first window ends at every position there is.
     for (size_t window = 1; window <= pickle.size() + 1; ++window) {
       CAPTURE(window);
-      REQUIRE(read_through(path, window, fast_lane) == expected);
-      REQUIRE(in_blocks(pickle, window, fast_lane) == expected);
+      REQUIRE(read_through(path, window, batches) == expected);
+      REQUIRE(in_blocks(pickle, window, batches) == expected);
     }
   }
 }
@@ -110,8 +111,8 @@ TEST_CASE("a cut file is corrupt in the same place with a window of any size") {
     const std::string cut = pickle.substr(0, length);
     const std::string path = folder.write("metadata", cut);
     for (const size_t window : {1, 3, 64}) {
-      REQUIRE(read_through(path, window, FastLane::kYes) == parsed(cut, FastLane::kNo));
-      REQUIRE(in_blocks(cut, window, FastLane::kYes) == parsed(cut, FastLane::kNo));
+      REQUIRE(read_through(path, window, Batches::kAtOnce) == parsed(cut, Batches::kOneByOne));
+      REQUIRE(in_blocks(cut, window, Batches::kAtOnce) == parsed(cut, Batches::kOneByOne));
     }
   }
 }
@@ -121,40 +122,40 @@ TEST_CASE("batches that are longer than the window") {
   for (const bool sound : {true, false}) {
     const std::string pickle = long_batches(sound);
     const std::string path = folder.write("metadata", pickle);
-    const std::string expected = parsed(pickle, FastLane::kNo);
+    const std::string expected = parsed(pickle, Batches::kOneByOne);
     CHECK(expected.find(sound ? "t0 tensor 1000, 0,2,2,2,4,2," : "a chunk of another type") == 0);
     for (const size_t window : {1, 5000, 7001, 1 << 20}) {
       CAPTURE(window);
-      CHECK(read_through(path, window, FastLane::kYes) == expected);
-      CHECK(in_blocks(pickle, window, FastLane::kYes) == expected);
+      CHECK(read_through(path, window, Batches::kAtOnce) == expected);
+      CHECK(in_blocks(pickle, window, Batches::kAtOnce) == expected);
     }
   }
 }
 
 TEST_CASE("blocks are kept only as far back as they are to be") {
   const std::string pickle = long_batches(true);
-  CHECK(in_blocks(pickle, 100, FastLane::kYes, 5000) == parsed(pickle, FastLane::kNo));
-  CHECK(in_blocks(long_batches(false), 100, FastLane::kYes, 5000).find("a batch that is longer") == 0);
+  CHECK(in_blocks(pickle, 100, Batches::kAtOnce, 5000) == parsed(pickle, Batches::kOneByOne));
+  CHECK(in_blocks(long_batches(false), 100, Batches::kAtOnce, 5000).find("a batch that is longer") == 0);
 }
 
 TEST_CASE("blocks that end early leave the metadata to others") {
   const std::string pickle = sample();
   for (size_t blocks = 0; blocks < pickle.size(); ++blocks) {
-    REQUIRE(in_blocks(pickle, 1, FastLane::kNo, SIZE_MAX, blocks).find("blocks that end early") == 0);
+    REQUIRE(in_blocks(pickle, 1, Batches::kOneByOne, SIZE_MAX, blocks).find("blocks that end early") == 0);
   }
 }
 
 TEST_CASE("every read that fails is an error with the path, and short reads are none") {
   const TempDir folder;
   const std::string path = folder.write("metadata", sample());
-  const std::string expected = parsed(sample(), FastLane::kNo);
-  const io::File file(path);
+  const std::string expected = parsed(sample(), Batches::kOneByOne);
+  const OpenFile file(path);
   metadata::FileSource source(file, never, 64);
   const auto parse_with = [&](const io::Fault& fault) {
     io::FaultySystemCalls calls(fault);
     const ScopedCalls scope(calls);
-    // Without the fast lane, which looks further ahead than the file is long.
-    const std::string text = text_of(metadata::parse(source, FastLane::kNo));
+    // Without the reader of batches, which looks further ahead than the file is long.
+    const std::string text = text_of(metadata::parse(source, Batches::kOneByOne));
     return calls.calls() <= fault.nth ? "no such call" : text;
   };
   int64_t count = 0;
@@ -189,9 +190,9 @@ TEST_CASE("every read that fails is an error with the path, and short reads are 
 TEST_CASE("an interrupted read stops") {
   const TempDir folder;
   const std::string path = folder.write("metadata", sample());
-  const io::File file(path);
+  const OpenFile file(path);
   int asked = 0;
   metadata::FileSource source(file, [&] { return ++asked == 3; }, 64);
-  CHECK_THROWS_AS(metadata::parse(source, FastLane::kNo), Interrupted);
+  CHECK_THROWS_AS(metadata::parse(source, Batches::kOneByOne), Interrupted);
   CHECK(asked == 3);
 }

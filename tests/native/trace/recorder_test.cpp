@@ -123,17 +123,16 @@ TEST_CASE("a load leaves its reads and slices, thread by thread") {
   destination.sizes = {2000, 8};
   destination.strides = {8, 1};
   destination.dtype = 0;
-  transfer::Item item;  // runs of 32 bytes, which pass through staging
+  transfer::Item item;  // runs of 32 bytes, which pass through a bounce buffer
   item.lengths = {2000, 8};
   item.storage_offsets = {0, 16};
   item.destination_offsets = {0, 0};
   transfer::Options options;
   options.threads = 3;
   options.block_bytes = 0;
-  options.mode = io::IoMode::kCached;
   options.read_clock = std::make_shared<io::ReadClock>();
   options.recorder = std::make_shared<Recorder>();
-  const transfer::Layouts layouts = files.layouts(options);
+  const transfer::Layouts layouts = files.layouts(options, io::IoMode::kCached);
   const transfer::Program program(layouts, {item}, {destination});
   const transfer::Stats stats = transfer::run_wave(program, 0, options, {}, never);
 

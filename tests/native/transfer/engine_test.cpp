@@ -48,7 +48,6 @@ struct Columns {
     item.storage_offsets = {0, 1024};
     item.destination_offsets = {0, 0};
     items.push_back(item);
-    options.mode = IoMode::kCached;
     options.threads = 2;
     options.block_bytes = 0;
   }
@@ -80,7 +79,7 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
     std::string memory = load.before[0];
     load.place(0, data_of(memory));
     const Options options = random_options(random);
-    const Layouts layouts = load.files.layouts(options);
+    const Layouts layouts = load.files.layouts(options, random_mode(random));
     const Program program(layouts, load.items, load.destinations);
     int64_t placed = 0;
     for (int32_t wave = 0; wave < program.waves(); ++wave) {
@@ -106,7 +105,7 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
 
 TEST_CASE("blocks of the smallest size still read little more than they need") {
   Columns columns;
-  const Layouts layouts = columns.files.layouts(columns.options);
+  const Layouts layouts = columns.files.layouts(columns.options, IoMode::kCached);
   const Program program(layouts, columns.items, columns.destinations);
   const transfer::Stats stats = transfer::run_wave(program, 0, columns.options, {}, never);
   CHECK(stats.bytes_placed == 256 * 4096 * 4);
@@ -118,12 +117,11 @@ TEST_CASE("blocks of the smallest size still read little more than they need") {
 TEST_CASE("every failing read is an error with item, record, path and errno, and cancels the rest") {
   Columns columns;
   columns.options.threads = 1;  // how far others come until they hear of an error is up to the system
-  const Layouts layouts = columns.files.layouts(columns.options);
+  const Layouts layouts = columns.files.layouts(columns.options, IoMode::kCached);
   const Program program(layouts, columns.items, columns.destinations);
   for (const IoMode mode : {IoMode::kCached, IoMode::kDirect}) {
-    Options options = columns.options;
-    options.mode = mode;
-    const Layouts in_mode = columns.files.layouts(options);
+    const Options& options = columns.options;
+    const Layouts in_mode = columns.files.layouts(options, mode);
     const Program in_mode_program(in_mode, columns.items, columns.destinations);
     for (const io::FaultFunction function : {io::FaultFunction::kOpen, io::FaultFunction::kPread}) {
       for (const int64_t nth : {0, 1, 7, 100}) {
@@ -153,7 +151,7 @@ TEST_CASE("every failing read is an error with item, record, path and errno, and
 TEST_CASE("short and interrupted reads change nothing") {
   for (const int error_number : {0, EINTR}) {
     Columns columns;
-    const Layouts layouts = columns.files.layouts(columns.options);
+    const Layouts layouts = columns.files.layouts(columns.options, IoMode::kCached);
     const Program program(layouts, columns.items, columns.destinations);
     io::FaultySystemCalls calls(fault(io::FaultFunction::kPread, 0, error_number, 100, 3));
     const ScopedCalls scope(calls);
@@ -168,7 +166,7 @@ TEST_CASE("short and interrupted reads change nothing") {
 
 TEST_CASE("a file that was cut between layout and load is truncated") {
   Columns columns;
-  const Layouts layouts = columns.files.layouts(columns.options);
+  const Layouts layouts = columns.files.layouts(columns.options, IoMode::kCached);
   const Program program(layouts, columns.items, columns.destinations);
   std::filesystem::resize_file(columns.files.paths[0], 5000000);
   const auto error = error_of(program, columns.options);
@@ -180,7 +178,7 @@ TEST_CASE("a file that was cut between layout and load is truncated") {
 
 TEST_CASE("memory that a task cannot have is an error with item, record, path and range") {
   Columns columns;
-  const Layouts layouts = columns.files.layouts(columns.options);
+  const Layouts layouts = columns.files.layouts(columns.options, IoMode::kCached);
   const Program program(layouts, columns.items, columns.destinations);
   const auto check = [&](io::SystemCalls& calls) {
     const ScopedCalls scope(calls);
@@ -218,7 +216,7 @@ TEST_CASE("an interruption stops a slow load, also between the requests of one t
     std::atomic<int> calls{0};
   };
   Columns columns;
-  const Layouts layouts = columns.files.layouts(columns.options);
+  const Layouts layouts = columns.files.layouts(columns.options, IoMode::kCached);
   for (const bool one_task : {false, true}) {
     if (one_task) {
       columns.items[0].lengths = {100, 1};

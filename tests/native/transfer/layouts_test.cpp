@@ -22,17 +22,16 @@ using Status = ParsedRecord::Status;
 
 namespace {
 
-Options options_of(io::IoMode mode, int threads = 3, int64_t block_bytes = 1 << 20) {
+Options options_of(int threads = 3, int64_t block_bytes = 1 << 20) {
   Options options;
-  options.mode = mode;
   options.threads = threads;
   options.block_bytes = block_bytes;
   return options;
 }
 
-std::optional<Error> error_of(const CheckpointFiles& files, const Options& options) {
+std::optional<Error> error_of(const CheckpointFiles& files, io::IoMode mode, const Options& options = options_of()) {
   try {
-    files.layouts(options);
+    files.layouts(options, mode);
   } catch (const Error& error) {
     return error;
   }
@@ -94,11 +93,15 @@ TEST_CASE("layouts of records of all sizes, in several files, with any options")
     files.write();
     const io::IoMode mode =
         random.pick(std::vector<io::IoMode>{io::IoMode::kAuto, io::IoMode::kCached, io::IoMode::kDirect});
-    const Layouts layouts = files.layouts(options_of(mode, static_cast<int>(random.between(1, 6)),
-                                                     random.pick(std::vector<int64_t>{0, 100000, 1 << 20})));
+    const Options options =
+        options_of(static_cast<int>(random.between(1, 6)), random.pick(std::vector<int64_t>{0, 100000, 1 << 20}));
+    const Layouts layouts = files.layouts(options, mode);
     REQUIRE(layouts.parsed.size() == files.records.size());
-    REQUIRE(layouts.modes.size() == files.paths.size());
-    for (const io::IoMode settled : layouts.modes) REQUIRE(settled != io::IoMode::kAuto);
+    REQUIRE(layouts.sources.size() == files.paths.size());
+    for (const auto& source : layouts.sources) {
+      REQUIRE(source->access().request_cost > 0);
+      if (mode == io::IoMode::kCached) REQUIRE(!source->access().whole_pages);
+    }
     for (size_t r = 0; r < files.records.size(); ++r) {
       if (!files.stored[r].spec.sizes.empty() || !files.stored[r].storage.empty()) {
         check_layout(files, layouts, r);
@@ -114,12 +117,12 @@ TEST_CASE("small neighbours share a request, and payloads of large records are n
   CheckpointFiles files(1);
   for (int i = 0; i < 200; ++i) add_vector(files, 0, 100);
   files.write();
-  Layouts layouts = files.layouts(options_of(io::IoMode::kCached));
+  Layouts layouts = files.layouts(options_of(), io::IoMode::kCached);
   CHECK(layouts.requests <= 2);
   CheckpointFiles large(1);
   for (int i = 0; i < 8; ++i) add_vector(large, 0, 100000);
   large.write();
-  layouts = large.layouts(options_of(io::IoMode::kCached));
+  layouts = large.layouts(options_of(), io::IoMode::kCached);
   CHECK(layouts.requests <= 9);  // the end of one and the start of the next lie together
   CHECK(layouts.bytes <= 8 * (checkpoint::kHeadBytes + checkpoint::kTailBytes));
   for (size_t i = 0; i < 8; ++i) check_layout(large, layouts, i);
@@ -129,9 +132,9 @@ TEST_CASE("fallback records are not looked into, but their range is checked") {
   CheckpointFiles files(1);
   const size_t fallback = files.add_bytes(0, tensor_record(vector_spec(10), std::string(39, 'x')), true);
   files.write();
-  CHECK(files.layouts(options_of(io::IoMode::kCached)).parsed[fallback].status == Status::kUnknown);
+  CHECK(files.layouts(options_of(), io::IoMode::kCached).parsed[fallback].status == Status::kUnknown);
   files.records[fallback].length += 1;
-  const auto error = error_of(files, options_of(io::IoMode::kCached));
+  const auto error = error_of(files, io::IoMode::kCached);
   REQUIRE(error.has_value());
   CHECK(error->kind == ErrorKind::kTruncated);
 }
@@ -146,7 +149,7 @@ TEST_CASE("a record that reaches past its file is truncated, with every fact") {
     const auto size = static_cast<int64_t>(files.bytes[1].size());
     const transfer::Record good = files.records[2];
     std::filesystem::resize_file(files.paths[1], static_cast<uintmax_t>(size - 1));
-    auto error = error_of(files, options_of(mode));
+    auto error = error_of(files, mode);
     REQUIRE(error.has_value());
     CHECK(error->kind == ErrorKind::kTruncated);
     CHECK(error->record == 2);
@@ -157,7 +160,7 @@ TEST_CASE("a record that reaches past its file is truncated, with every fact") {
              {-1, 10}, {0, -1}, {INT64_MAX, 10}, {10, INT64_MAX}, {size, 1}, {INT64_MIN, INT64_MAX}}) {
       files.records[2].offset = offset;
       files.records[2].length = length;
-      error = error_of(files, options_of(mode));
+      error = error_of(files, mode);
       REQUIRE(error.has_value());
       CHECK(error->kind == ErrorKind::kTruncated);
       CHECK(error->record == 2);
@@ -185,7 +188,7 @@ TEST_CASE("a corrupt record is an error with record, path and range") {
       files.stored.pop_back();
     }
     files.write();
-    const auto error = error_of(files, options_of(io::IoMode::kCached));
+    const auto error = error_of(files, io::IoMode::kCached);
     REQUIRE(error.has_value());
     CHECK(error->kind == (elements > 1000 ? ErrorKind::kCorruptPickle : ErrorKind::kCorrupt));
     CHECK(error->record == static_cast<int64_t>(bad));
@@ -206,7 +209,7 @@ TEST_CASE("a missing file and every failing call are errors with path, record an
       REQUIRE(nth < 100);
       io::FaultySystemCalls calls(fault(function, nth, EIO));
       const ScopedCalls scope(calls);
-      const auto error = error_of(files, options_of(io::IoMode::kCached, nth % 2 == 0 ? 1 : 4));
+      const auto error = error_of(files, io::IoMode::kCached, options_of(nth % 2 == 0 ? 1 : 4));
       failed = error.has_value();
       REQUIRE(failed == (calls.calls() > nth));
       if (!failed) continue;
@@ -218,7 +221,7 @@ TEST_CASE("a missing file and every failing call are errors with path, record an
     CHECK(nth > 2);
   }
   std::filesystem::remove(files.paths[1]);
-  const auto error = error_of(files, options_of(io::IoMode::kAuto));
+  const auto error = error_of(files, io::IoMode::kAuto);
   REQUIRE(error.has_value());
   CHECK(error->error_number == ENOENT);
   CHECK(error->path == files.paths[1]);
@@ -231,7 +234,7 @@ TEST_CASE("memory that a layout cannot have is an error with record, path and ra
   files.write();
   const auto check = [&](io::SystemCalls& calls) {
     const ScopedCalls scope(calls);
-    const auto error = error_of(files, options_of(io::IoMode::kCached));
+    const auto error = error_of(files, io::IoMode::kCached);
     REQUIRE(error.has_value());
     CHECK(error->kind == ErrorKind::kIo);
     CHECK(error->error_number == ENOMEM);
@@ -249,6 +252,6 @@ TEST_CASE("memory that a layout cannot have is an error with record, path and ra
 TEST_CASE("no records and no files are nothing to read") {
   CheckpointFiles files(1);
   files.write();
-  CHECK(files.layouts(options_of(io::IoMode::kAuto)).requests == 0);
-  CHECK(CheckpointFiles(0).layouts(options_of(io::IoMode::kAuto)).parsed.empty());
+  CHECK(files.layouts(options_of(), io::IoMode::kAuto).requests == 0);
+  CHECK(CheckpointFiles(0).layouts(options_of(), io::IoMode::kAuto).parsed.empty());
 }

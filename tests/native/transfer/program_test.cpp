@@ -29,8 +29,7 @@ Layouts layouts_of(const std::vector<Ints>& sizes, const std::vector<Ints>& stri
     record.file = i;
     record.offset = 5000;
     record.length = 1000;
-    layouts.paths.push_back("file" + std::to_string(i));
-    layouts.modes.push_back(io::IoMode::kCached);
+    layouts.sources.push_back(std::make_unique<io::File>("file" + std::to_string(i)));
     layouts.records.push_back(record);
     checkpoint::ParsedRecord parsed;
     parsed.status = checkpoint::ParsedRecord::Status::kTensor;
@@ -186,10 +185,10 @@ TEST_CASE("later items of one place wait, in torch's order of files") {
   CHECK(program.waves() == 2);
   CHECK(program.transfers()[0].wave == 1);  // torch reads file by file
   CHECK(program.transfers()[1].wave == 0);
-  CHECK(program.items_of(0) == std::vector<size_t>{1});
-  CHECK(program.items_of(1) == std::vector<size_t>{0});
-  CHECK_THROWS_AS(program.items_of(2), std::out_of_range);
-  CHECK_THROWS_AS(program.items_of(-1), std::out_of_range);
+  CHECK(program.items_in_wave(0) == std::vector<size_t>{1});
+  CHECK(program.items_in_wave(1) == std::vector<size_t>{0});
+  CHECK_THROWS_AS(program.items_in_wave(2), std::out_of_range);
+  CHECK_THROWS_AS(program.items_in_wave(-1), std::out_of_range);
   const Program apart(layouts, {item_of({0}, {0}, {2}, 0), item_of({0}, {2}, {2}, 1)}, {destination});
   CHECK(apart.waves() == 1);
 }

@@ -16,8 +16,11 @@ inline transfer::Options random_options(Random& random) {
   options.threads = static_cast<int>(random.between(1, 6));
   options.block_bytes = random.pick(std::vector<int64_t>{0, 70000, 1 << 20});
   options.staging_bytes = random.pick(std::vector<int64_t>{0, 300000, 32 << 20});
-  options.mode = random.pick(std::vector<io::IoMode>{io::IoMode::kAuto, io::IoMode::kCached, io::IoMode::kDirect});
   return options;
+}
+
+inline io::IoMode random_mode(Random& random) {
+  return random.pick(std::vector<io::IoMode>{io::IoMode::kAuto, io::IoMode::kCached, io::IoMode::kDirect});
 }
 
 struct RandomLoad {

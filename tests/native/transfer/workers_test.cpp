@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -14,12 +15,12 @@
 #include "doctest/doctest.h"
 #include "error.h"
 #include "faults.h"
+#include "io/file.h"
 #include "temp_dir.h"
 
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
 using io::FaultySystemCalls;
-using transfer::Files;
 using transfer::Groups;
 using transfer::run_parallel;
 using transfer::Worker;
@@ -252,29 +253,29 @@ TEST_CASE("an exception of interrupted itself gets through") {
 TEST_CASE("workers share a file while they read it and close it when all have moved on") {
   const TempDir dir;
   const std::vector<std::string> paths = {dir.write("a", "aaaa"), dir.write("b", "bb"), dir.path("missing")};
-  const std::vector<io::IoMode> modes(paths.size(), io::IoMode::kCached);
+  io::ByteSources files;
+  for (const std::string& path : paths) files.push_back(std::make_unique<io::File>(path));
   FaultySystemCalls opens(fault(io::FaultFunction::kOpen, -1, 0));
   FaultySystemCalls closes(fault(io::FaultFunction::kClose, -1, 0));
-  Files files(paths, modes);
   {
     const ScopedCalls scope(opens);
     Worker one;
     Worker two;
-    CHECK(&one.open(files, 0) == &two.open(files, 0));
-    CHECK(&one.open(files, 0) == &one.open(files, 0));
+    CHECK(&one.open(*files[0]) == &two.open(*files[0]));
+    CHECK(&one.open(*files[0]) == &one.open(*files[0]));
     CHECK(opens.calls() == 1);
-    CHECK(one.open(files, 1).size() == 2);
-    CHECK(two.open(files, 0).size() == 4);
+    CHECK(one.open(*files[1]).size() == 2);
+    CHECK(two.open(*files[0]).size() == 4);
     CHECK(opens.calls() == 2);
-    CHECK_THROWS_AS(one.open(files, 2), Error);
-    CHECK_THROWS_AS(one.open(files, 2), Error);  // not remembered as open
-    CHECK(one.open(files, 1).path() == paths[1]);
+    CHECK_THROWS_AS(one.open(*files[2]), Error);
+    CHECK_THROWS_AS(one.open(*files[2]), Error);  // not remembered as open
+    CHECK(one.open(*files[1]).path() == paths[1]);
   }
   const ScopedCalls scope(closes);
   Worker worker;
   for (int i = 0; i < 5; ++i) {
-    worker.open(files, 0);
-    worker.open(files, 1);
+    worker.open(*files[0]);
+    worker.open(*files[1]);
   }
   CHECK(closes.calls() == 9);
 }

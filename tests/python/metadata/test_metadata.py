@@ -85,7 +85,6 @@ UNUSUAL: dict[str, Any] = {
     "a set": {"planner_data": {"k": {1, 2}}},
     "a frozenset": {"planner_data": {"k": frozenset([1])}},
     "a complex number": {"planner_data": {"k": 1j}},
-    "a torch.Size": {"planner_data": {"k": torch.Size([1])}},
     "a tuple as key": {"planner_data": {("a", 1): 1}},
     "a giant offset": {"storage_data": {MetadataIndex("a"): dcp.filesystem._StorageInfo("f", 1 << 70, 1)}},
     "an offset of text": {"storage_data": {MetadataIndex("a"): dcp.filesystem._StorageInfo("f", "1", 1)}},  # type: ignore[arg-type]
@@ -112,28 +111,10 @@ def test_unusual_metadata(protocol: int, name: str) -> None:
     assert_same_metadata(read(pickled), metadata)
 
 
-def test_fields_of_later_versions() -> None:
-    metadata = make_metadata()
-    vars(metadata)["checksum"] = "abc"
-    assert vars(read(pickle.dumps(metadata))) == vars(metadata)
-
-
-def test_metadata_of_megatron_core() -> None:
-    """Why there is an unpickler in Python: of all files of known writers, the native reader leaves these to it.
-
-    Megatron-Core's save planner sets an attribute on Metadata. torch has no such field, but unpickles it all the same.
-    """
-    metadata = make_metadata()
-    key = "decoder.layers.self_attention.linear_qkv.weight"
-    vars(metadata)["mcore_data"] = {key: {"nd_reformulated_orig_global_shape": (32, 1536, 512)}}
-    pickled = pickle.dumps(metadata)
-    assert "fields that DCP does not write" in str(_native.parse_metadata(pickled))
-    assert vars(read(pickled)) == vars(metadata)
-
-
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(
-    "value", [2.5, float("inf"), 1 << 70, -(1 << 2000), b"bytes", b"b" * 300, "t" * 300, bytearray(1)]
+    "value",
+    [torch.Size([2, 3]), 2.5, float("inf"), 1 << 70, -(1 << 2000), b"bytes", b"b" * 300, "t" * 300, bytearray(1)],
 )
 def test_planner_data_with_other_values(protocol: int, value: Any) -> None:
     metadata = Metadata({}, {"k": [value, value, (value, 1)]}, {})

@@ -21,6 +21,7 @@ from ranks import Ranks
 from torch.distributed.checkpoint.api import CheckpointException
 
 import dcp_fast
+import dcp_fast.values.load
 from dcp_fast.errors import CorruptPickleError, LoadError, UntrustedBytesError
 from dcp_fast.tools.cli import main
 
@@ -300,7 +301,7 @@ def test_memory_that_cannot_be_had(checkpoint: Path, monkeypatch: pytest.MonkeyP
     def no_memory(*args: Any, **kwargs: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(torch, "load", no_memory)
+    monkeypatch.setattr(dcp_fast.values.load, "load_archive", no_memory)
     error = fast_error(checkpoint, wanted())
     assert isinstance(error, dcp_fast.OutOfMemoryError)
     assert error.fqn == "value"

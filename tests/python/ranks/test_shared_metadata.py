@@ -325,13 +325,13 @@ def parsing_damage(size: int, next_block: Callable[[], Any], path: str) -> Any:
     return parse_blocks(size, lambda: next_block().tobytes().translate(bytes(range(1, 256)) + b"\0"), path)
 
 
-def failing_read(exchange: Any) -> Iterator[int]:
-    """In place of _Exchange._stored_blocks()."""
+def failing_read(broadcast: Any) -> Iterator[int]:
+    """In place of _Broadcast._stored_blocks()."""
     yield BLOCK_BYTES
     raise OSError("injected")
 
 
-def short_read(exchange: Any) -> Iterator[int]:
+def short_read(broadcast: Any) -> Iterator[int]:
     """Likewise, of a file that is being cut."""
     yield BLOCK_BYTES
     yield 1
@@ -353,18 +353,18 @@ class Fault:
         if self.stage == "interrupted":
             self.patch(faults, shared_metadata, "parse_blocks", failing(KeyboardInterrupt("injected")))
         elif self.stage == "interrupted before":
-            self.patch(faults, shared_metadata, "_Exchange", failing(KeyboardInterrupt("injected")))
+            self.patch(faults, shared_metadata, "_Broadcast", failing(KeyboardInterrupt("injected")))
         elif self.stage == "interrupted between blocks":
             signal.signal(signal.SIGINT, signal.default_int_handler)
             struck.clear()
-            broadcast = shared_metadata._Exchange._broadcast
-            self.patch(faults, shared_metadata._Exchange, "_broadcast", lambda *args: self.strike(broadcast(*args)))
+            broadcast = shared_metadata._Broadcast._broadcast
+            self.patch(faults, shared_metadata._Broadcast, "_broadcast", lambda *args: self.strike(broadcast(*args)))
         elif self.stage == "native":
             self.patch(faults, _native, "parse_blocks", failing(MemoryError("injected")))
         elif self.stage in ("failing_midway", "parsing_damage"):
             self.patch(faults, shared_metadata, "parse_blocks", globals()[self.stage])
         elif self.stage in ("failing_read", "short_read"):
-            self.patch(faults, shared_metadata._Exchange, "_stored_blocks", globals()[self.stage])
+            self.patch(faults, shared_metadata._Broadcast, "_stored_blocks", globals()[self.stage])
         else:
             self.patch(faults, shared_metadata, self.stage, failing(MemoryError("injected")))
 

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+import dcp_fast
 from dcp_fast.metadata.lazy import columns_of
 from dcp_fast.tools.cli import main
 
@@ -41,8 +42,8 @@ def write(path: Path, metadata: Any) -> Path:
 
 
 def without_columns(metadata: Metadata) -> bytes:
-    """What only the unpickler reads: a field that no torch has yet."""
-    metadata.later = 1  # type: ignore[attr-defined]
+    """What only the unpickler reads: planner data with a set."""
+    metadata.planner_data = {"set": {1}}
     pickled = pickle.dumps(metadata)
     assert columns_of(parse_metadata(pickled, "")) is None
     return pickled
@@ -342,3 +343,48 @@ def test_many_chunks_take_no_objects(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert document["chunks"] == 250 * 512
     assert document["payload_bytes"] == 250 * 512 * 4 * 1024 * 4
     assert seconds < 30  # 0.15 on a quiet machine
+
+
+# From Python
+
+
+def test_the_command_prints_what_python_gets(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for fqn in (None, "model.weight", "model.*", "nothing"):
+        inspection = dcp_fast.inspect(checkpoint, fqn)
+        assert type(inspection) is dcp_fast.Inspection
+        if inspection.entries:
+            options = [] if fqn is None else ["--fqn", fqn]
+            assert described(capsys, checkpoint, *options) == dataclasses.asdict(inspection)
+        else:
+            assert fqn == "nothing"
+
+
+def test_entries_in_python(checkpoint: Path) -> None:
+    inspection = dcp_fast.inspect(str(checkpoint / ".metadata"), "model.w*")
+    (entry,) = inspection.entries
+    assert (entry.fqn, entry.dtype, entry.shape, entry.payload_bytes) == ("model.weight", "float32", [4, 3], 48)
+    assert entry.chunks is not None
+    (chunk,) = entry.chunks
+    assert (chunk.offsets, chunk.sizes) == ([0, 0], [4, 3])
+    assert (checkpoint / str(chunk.file)).exists()
+    assert [entry.chunks for entry in dcp_fast.inspect(checkpoint).entries] == [None] * 4
+
+
+def test_errors_in_python(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        dcp_fast.inspect(tmp_path / "missing")
+    with pytest.raises(dcp_fast.CorruptMetadataError):
+        dcp_fast.inspect(write(tmp_path, b"\x80\x02}"))
+    with pytest.raises(dcp_fast.UntrustedMetadataError):
+        dcp_fast.inspect(write(tmp_path, b"cposix\nsystem\n(S'true'\ntR."))
+
+
+def test_nothing_of_it_is_imported_before_it_is_asked_for() -> None:
+    code = (
+        "import sys, dcp_fast\n"
+        "assert not any(name.startswith('dcp_fast.tools') for name in sys.modules)\n"
+        "assert dcp_fast.inspect.__module__ in sys.modules\n"
+        "from dcp_fast import Inspection\n"
+        "assert not hasattr(dcp_fast, 'inspects')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ELSEWHERE, check=True)

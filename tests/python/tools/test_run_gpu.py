@@ -83,8 +83,8 @@ def test_hanging_step(tmp_path: Path, deaf: bool, monkeypatch: pytest.MonkeyPatc
     hang += "signal.signal(signal.SIGINT, signal.SIG_IGN); " if deaf else ""
     hang += f"print(subprocess.Popen({child!r}, shell=True).pid, flush=True); time.sleep(60)"
     started = time.monotonic()
-    code, summary, _ = run(tmp_path, [step("hangs", hang, limit=1.5), step("next")])
-    assert time.monotonic() - started < 15
+    code, summary, _ = run(tmp_path, [step("hangs", hang, limit=6), step("next")])
+    assert time.monotonic() - started < 30
     assert code == 1
     assert summary[0].split()[1:3] == ["timed", "out"]
     assert "exit 0" in summary[1]

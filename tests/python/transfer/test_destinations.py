@@ -24,6 +24,7 @@ from helpers import (
 from tensor_subclasses import Attributed, Functional, Misshapen, Negated, Plain
 
 import dcp_fast
+from dcp_fast import _native
 
 FLOAT = torch.float32
 
@@ -299,3 +300,22 @@ def test_a_state_dict_is_changed_in_place(stored: Path) -> None:
     dcp.load(state, storage_reader=fast_reader(stored))
     assert state["t"] is tensor
     assert image(state) != before
+
+
+# Destinations that have no address, so that the load goes item by item
+
+
+def test_layouts_are_read_once(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    read_layouts = _native.read_layouts
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return read_layouts(*args)
+
+    monkeypatch.setattr(_native, "read_layouts", counted)
+    assert_same_load(stored, pair(lambda: Negated.make(torch.zeros(6, 4))))
+    report = dcp_fast.last_report()
+    assert len(calls) == 1
+    assert report is not None
+    assert report.records == 2

@@ -1,4 +1,4 @@
-// How stagings live beside each other and beside the program that uses them.
+// How pinned rings live beside each other and beside the program that uses them.
 
 #include <chrono>
 #include <future>
@@ -14,7 +14,7 @@
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
 using cuda::ContextHandle;
-using cuda::Staging;
+using cuda::PinnedRing;
 using transfer::Layouts;
 using transfer::Program;
 
@@ -28,7 +28,7 @@ ContextHandle current_context() {
 
 }  // namespace
 
-TEST_CASE("staging: two loads from two threads, each with its own") {
+TEST_CASE("ring: two loads from two threads, each with its own") {
   const Clean clean;
   const SlowCopies slow(500);
   const auto load = [] {
@@ -47,7 +47,7 @@ TEST_CASE("staging: two loads from two threads, each with its own") {
   CHECK(other.get());
 }
 
-TEST_CASE("staging: it can go while its last work is under way") {
+TEST_CASE("ring: it can go while its last work is under way") {
   const Clean clean;
   const SlowCopies slow(20000);
   Matrix matrix(512, 512);
@@ -57,13 +57,13 @@ TEST_CASE("staging: it can go while its last work is under way") {
   const Layouts layouts = matrix.files.layouts({});
   const Program program(layouts, matrix.items, matrix.destinations);
   {
-    Staging staging(8 * kMiB, 8 * kMiB, kMiB);
-    transfer::run_wave(program, 0, {}, torch.targets(staging), never);
+    PinnedRing ring(8 * kMiB, 8 * kMiB, kMiB);
+    transfer::run_wave(program, 0, {}, torch.targets(ring), never);
   }
   CHECK(matrix.arrived());
 }
 
-TEST_CASE("staging: the calling thread keeps its current context") {
+TEST_CASE("ring: the calling thread keeps its current context") {
   const Clean clean;
   const cuda::PrimaryContext last(other_device());
   for (const bool has_one : {false, true}) {
@@ -77,25 +77,25 @@ TEST_CASE("staging: the calling thread keeps its current context") {
     CHECK(before == (has_one ? last.get() : nullptr));
     const Layouts layouts = matrix.files.layouts({});
     const Program program(layouts, matrix.items, matrix.destinations);
-    std::optional<Staging> staging(std::in_place, kMiB, kMiB, kMiB);
+    std::optional<PinnedRing> ring(std::in_place, kMiB, kMiB, kMiB);
     const auto keeps = [&](const char* what, const auto& call) {
       call();
       CHECK_MESSAGE(current_context() == before, what);
     };
     transfer::Options options;
     options.threads = 1;  // the calling one
-    keeps("run_wave", [&] { transfer::run_wave(program, 0, options, torch.targets(*staging), never); });
-    keeps("synchronize", [&] { staging->synchronize(torch.targets(*staging).torch_streams, never); });
-    keeps("drain", [&] { staging->drain(); });
-    keeps("take_stats", [&] { static_cast<void>(staging->take_stats()); });
-    keeps("device", [&] { static_cast<void>(staging->device(other_device())); });
-    keeps("a device that does not exist", [&] { CHECK_THROWS_AS(staging->device(99), Error); });
-    keeps("the end", [&] { staging.reset(); });
+    keeps("run_wave", [&] { transfer::run_wave(program, 0, options, torch.targets(*ring), never); });
+    keeps("synchronize", [&] { ring->synchronize(torch.targets(*ring).torch_streams, never); });
+    keeps("drain", [&] { ring->drain(); });
+    keeps("take_stats", [&] { static_cast<void>(ring->take_stats()); });
+    keeps("device", [&] { static_cast<void>(ring->device(other_device())); });
+    keeps("a device that does not exist", [&] { CHECK_THROWS_AS(ring->device(99), Error); });
+    keeps("the end", [&] { ring.reset(); });
     CHECK(matrix.arrived());
   }
 }
 
-TEST_CASE("staging: waiting for torch's stream can be interrupted") {
+TEST_CASE("ring: waiting for torch's stream can be interrupted") {
   if (simulator() == nullptr) return;  // nothing else is slow enough
   const Clean clean;
   Matrix matrix(512, 512);
@@ -103,26 +103,26 @@ TEST_CASE("staging: waiting for torch's stream can be interrupted") {
   const TorchStreams torch;
   const Layouts layouts = matrix.files.layouts({});
   const Program program(layouts, matrix.items, matrix.destinations);
-  Staging staging(8 * kMiB, 8 * kMiB, kMiB);
+  PinnedRing ring(8 * kMiB, 8 * kMiB, kMiB);
   const SlowCopies slow(3000000);
-  transfer::run_wave(program, 0, {}, torch.targets(staging), never);
+  transfer::run_wave(program, 0, {}, torch.targets(ring), never);
   const auto start = std::chrono::steady_clock::now();
-  CHECK_THROWS_AS(staging.synchronize(torch.targets(staging).torch_streams, [] { return true; }), Interrupted);
+  CHECK_THROWS_AS(ring.synchronize(torch.targets(ring).torch_streams, [] { return true; }), Interrupted);
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(2));
 }
 
-TEST_CASE("staging: what a load left under way does not count for the next one") {
+TEST_CASE("ring: what a load left under way does not count for the next one") {
   const Clean clean;
   Matrix matrix(512, 512);
   matrix.want(0, {0, 0}, {512, 512}, 4);
   const TorchStreams torch;
   const Layouts layouts = matrix.files.layouts({});
   const Program program(layouts, matrix.items, matrix.destinations);
-  Staging staging(8 * kMiB, 8 * kMiB, kMiB);
-  transfer::run_wave(program, 0, {}, torch.targets(staging), never);
-  CHECK(staging.take_stats().bytes_copied > 0);
-  staging.synchronize(torch.targets(staging).torch_streams, never);
-  const cuda::DeviceStats after = staging.take_stats();
+  PinnedRing ring(8 * kMiB, 8 * kMiB, kMiB);
+  transfer::run_wave(program, 0, {}, torch.targets(ring), never);
+  CHECK(ring.take_stats().bytes_copied > 0);
+  ring.synchronize(torch.targets(ring).torch_streams, never);
+  const cuda::DeviceStats after = ring.take_stats();
   CHECK(after.bytes_copied == 0);
   CHECK(after.copy_seconds == 0);
 }

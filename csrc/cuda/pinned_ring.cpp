@@ -1,4 +1,4 @@
-#include "cuda/staging.h"
+#include "cuda/pinned_ring.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -15,15 +15,15 @@ namespace {
 
 constexpr int64_t kMinBlock = 64 << 10;
 constexpr int64_t kMaxBlock = 1 << 30;  // offsets within a slot have 32 bits
-// Enough slots that reading, copying and placing overlap: a block is made smaller before there are fewer.
+// Reading, copying and placing overlap with this many slots. Where memory is short, blocks become smaller first.
 constexpr int64_t kWantedSlots = 4;
 
-// With room for the descriptors of a full block, or of many small boxes in place of it, or for the rest of the pages
-// that a block touches. Whole pages of the system: each slot is pinned on its own.
+// The size of a slot: a block, and room for its descriptors or for the rest of the pages that it touches. It is a
+// multiple of the system's pages, since each slot is pinned on its own.
 int64_t with_descriptors(int64_t block) {
-  constexpr auto kDirect = static_cast<int64_t>(io::kDirectAlignment);
-  const int64_t page = std::max<int64_t>(kDirect, ::sysconf(_SC_PAGESIZE));
-  return (block + std::max(block / 64, 3 * kDirect) + page - 1) / page * page;
+  constexpr auto kPageBytes = static_cast<int64_t>(io::kPageBytes);
+  const int64_t page = std::max<int64_t>(kPageBytes, ::sysconf(_SC_PAGESIZE));
+  return (block + std::max(block / 64, 3 * kPageBytes) + page - 1) / page * page;
 }
 
 int64_t affordable_block(int64_t memory, int64_t block) {
@@ -33,14 +33,14 @@ int64_t affordable_block(int64_t memory, int64_t block) {
 
 }  // namespace
 
-Staging::Staging(int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes)
+PinnedRing::PinnedRing(int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes)
     : block_bytes_(affordable_block(std::min(pinned_bytes, device_bytes), block_bytes)),
       slot_bytes_(static_cast<size_t>(with_descriptors(block_bytes_))),
       slots_(std::max<size_t>(1, static_cast<size_t>(std::min(pinned_bytes, device_bytes)) / slot_bytes_)) {
   for (size_t slot = slots_.size(); slot-- > 0;) fresh_.push_back(slot);
 }
 
-Staging::~Staging() {
+PinnedRing::~PinnedRing() {
   drain();
   if (devices_.empty()) return;
   try {
@@ -51,20 +51,20 @@ Staging::~Staging() {
   }
 }
 
-int64_t Staging::pinned_bytes() const {
+int64_t PinnedRing::pinned_bytes() const {
   const std::scoped_lock lock(mutex_);
   return static_cast<int64_t>(pinned_ * slot_bytes_);
 }
 
-int64_t Staging::device_bytes() const {
+int64_t PinnedRing::device_bytes() const {
   int64_t most = 0;
   for (const auto& [ordinal, device] : devices_) most = std::max(most, device.staging_bytes());
   return most;
 }
 
-Device& Staging::device(int ordinal) {
+Device& PinnedRing::device(int ordinal) {
   const size_t bytes = slots_.size() * slot_bytes_;
-  std::byte* ring = ring_.reserve(bytes);
+  std::byte* ring = memory_.reserve(bytes);
 #ifdef MADV_DONTFORK
   // After a fork the first write to a page may move it away from where devices read it.
   static_cast<void>(::madvise(ring, bytes, MADV_DONTFORK));
@@ -72,7 +72,7 @@ Device& Staging::device(int ordinal) {
   return devices_.try_emplace(ordinal, ordinal, slots_.size(), slot_bytes_).first->second;
 }
 
-void Staging::prepare(int ordinal) {
+void PinnedRing::prepare(int ordinal) {
   Device& device = this->device(ordinal);
   device.prepare_to_launch();
   {
@@ -84,13 +84,13 @@ void Staging::prepare(int ordinal) {
   device.wait_for_kernel();
 }
 
-SlotLease Staging::acquire(Device& device) {
+SlotLease PinnedRing::acquire(Device& device) {
   const auto start = std::chrono::steady_clock::now();
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     returned_.wait(lock, [this] { return !order_.empty() || !fresh_.empty() || error_; });
     if (error_) throw Error(*error_);
-    // Memory that is pinned already and still in the cache, if some is free, is filled sooner than fresh memory.
+    // A slot that is pinned already and still in the cache is filled sooner than a fresh one.
     if (fresh_.empty() || (!order_.empty() && is_done(order_.front()))) break;
     pin_one(device, lock);
   }
@@ -103,9 +103,9 @@ SlotLease Staging::acquire(Device& device) {
   return lease;
 }
 
-// Pins a fresh slot, without the lock. False if the driver refuses: then the ring is what is pinned already, and only
-// if that is nothing it is an error.
-bool Staging::pin_one(Device& device, std::unique_lock<std::mutex>& lock) {
+// Pins a fresh slot, and does not hold the lock meanwhile. Returns false if the driver refuses. The ring then consists
+// of the slots that are pinned already, and the refusal is an error only if there are none.
+bool PinnedRing::pin_one(Device& device, std::unique_lock<std::mutex>& lock) {
   const size_t slot = fresh_.back();
   fresh_.pop_back();
   ++pinning_;
@@ -115,7 +115,7 @@ bool Staging::pin_one(Device& device, std::unique_lock<std::mutex>& lock) {
     pin(slot, device);
   } catch (const Error& error) {
     refusal = error;
-    refusal->device = -1;  // the ring is of all devices
+    refusal->device = -1;  // all devices share the ring
   }
   lock.lock();
   --pinning_;
@@ -132,27 +132,27 @@ bool Staging::pin_one(Device& device, std::unique_lock<std::mutex>& lock) {
   return false;
 }
 
-void Staging::pin(size_t slot, Device& device) {
-  std::byte* memory = ring_.reserve(0) + slot * slot_bytes_;
+void PinnedRing::pin(size_t slot, Device& device) {
+  std::byte* memory = memory_.reserve(0) + slot * slot_bytes_;
   prefer_node(memory, slot_bytes_, device.numa_node());
   device.in_context([&] { slots_[slot].memory = std::make_unique<PinnedMemory>(memory, slot_bytes_); });
 }
 
-void Staging::fail(const Error& error) {
+void PinnedRing::fail(const Error& error) {
   const std::scoped_lock lock(mutex_);
   if (!error_) error_ = error;
   returned_.notify_all();
 }
 
-bool Staging::is_done(size_t slot) { return slots_[slot].user == nullptr || slots_[slot].user->is_done(slot); }
+bool PinnedRing::is_done(size_t slot) { return slots_[slot].user == nullptr || slots_[slot].user->is_done(slot); }
 
-void Staging::wait(size_t slot) {
+void PinnedRing::wait(size_t slot) {
   if (slots_[slot].user == nullptr) return;
   slots_[slot].user->wait(slot);
   slots_[slot].user = nullptr;
 }
 
-void Staging::submit(size_t slot, Device& device, const SlotPlan& plan) {
+void PinnedRing::submit(size_t slot, Device& device, const SlotPlan& plan) {
   slots_[slot].user = &device;
   device.submit(slot, slots_[slot].memory->data(), plan);
   const std::scoped_lock lock(mutex_);
@@ -160,13 +160,14 @@ void Staging::submit(size_t slot, Device& device, const SlotPlan& plan) {
   returned_.notify_one();
 }
 
-void Staging::give_back(size_t slot) {
+void PinnedRing::give_back(size_t slot) {
   const std::scoped_lock lock(mutex_);
   order_.push_front(slot);
   returned_.notify_one();
 }
 
-void Staging::synchronize(const std::map<int, StreamHandle>& torch_streams, const std::function<bool()>& interrupted) {
+void PinnedRing::synchronize(const std::map<int, StreamHandle>& torch_streams,
+                             const std::function<bool()>& interrupted) {
   for (auto& [ordinal, device] : devices_) {
     const auto stream = torch_streams.find(ordinal);
     if (stream != torch_streams.end()) device.synchronize(stream->second, interrupted);
@@ -174,36 +175,35 @@ void Staging::synchronize(const std::map<int, StreamHandle>& torch_streams, cons
   for (size_t slot = 0; slot < slots_.size(); ++slot) wait(slot);
 }
 
-void Staging::drain() noexcept {
+void PinnedRing::drain() noexcept {
   for (auto& [ordinal, device] : devices_) device.drain();
 }
 
-DeviceStats Staging::take_stats() {
+DeviceStats PinnedRing::take_stats() {
   DeviceStats stats;
   for (auto& [ordinal, device] : devices_) stats.join(device.take_stats());
   return stats;
 }
 
-double Staging::take_slot_seconds() {
+double PinnedRing::take_slot_seconds() {
   const std::scoped_lock lock(mutex_);
   return std::exchange(slot_seconds_, 0);
 }
 
-SlotLease::SlotLease(SlotLease&& other) noexcept
-    : staging_(std::exchange(other.staging_, nullptr)), slot_(other.slot_) {}
+SlotLease::SlotLease(SlotLease&& other) noexcept : ring_(std::exchange(other.ring_, nullptr)), slot_(other.slot_) {}
 
 SlotLease::~SlotLease() {
-  if (staging_ != nullptr) staging_->give_back(slot_);
+  if (ring_ != nullptr) ring_->give_back(slot_);
 }
 
-std::byte* SlotLease::data() const { return staging_->slots_[slot_].memory->data(); }
+std::byte* SlotLease::data() const { return ring_->slots_[slot_].memory->data(); }
 
 void SlotLease::about_to_write(size_t bytes) const {
   if (driver().simcuda_host_write != nullptr) driver().simcuda_host_write(data(), bytes, "reader");
 }
 
 void SlotLease::submit(Device& device, const SlotPlan& plan) && {
-  std::exchange(staging_, nullptr)->submit(slot_, device, plan);
+  std::exchange(ring_, nullptr)->submit(slot_, device, plan);
 }
 
 }  // namespace dcp_fast::cuda

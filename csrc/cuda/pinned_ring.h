@@ -1,4 +1,4 @@
-// What loads to GPUs share and reuse: the pinned ring, and the devices that were loaded to.
+// The pinned ring, and the devices that it feeds. Loads to GPUs reuse both, one load after another.
 #pragma once
 
 #include <condition_variable>
@@ -20,19 +20,18 @@
 
 namespace dcp_fast::cuda {
 
-// One slot, to be filled by the thread that holds it. Goes back to the ring unless it was submitted.
 class SlotLease;
 
-// Used by one load at a time; its member functions, except for those of the ring, by one thread.
-class Staging {
+// One load uses a ring at a time. acquire(), fail() and slots are for any thread, all else is for the one that loads.
+class PinnedRing {
  public:
   // `pinned_bytes` of host memory, and at most `device_bytes` on each device, in slots that carry boxes of up to
   // `block_bytes`, or less if there is not memory enough for some of those. Each slot is pinned when it is first
   // needed, by the thread that needs it: reading need not wait for the rest of the ring.
-  Staging(int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes);
-  ~Staging();
-  Staging(const Staging&) = delete;
-  Staging& operator=(const Staging&) = delete;
+  PinnedRing(int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes);
+  ~PinnedRing();
+  PinnedRing(const PinnedRing&) = delete;
+  PinnedRing& operator=(const PinnedRing&) = delete;
 
   // The largest box that always fits a slot.
   int64_t block_bytes() const { return block_bytes_; }
@@ -50,9 +49,9 @@ class Staging {
   void prepare(int ordinal);
 
   // Waits for a slot that is to be submitted to a device. Thread-safe. Throws Error(kCudaRefused) if no memory at all
-  // can be pinned, Error(kCuda) if the work that a slot was submitted for failed, and the error of `fail`, after which
-  // a staging is good for nothing.
+  // can be pinned, Error(kCuda) if the last work of a slot failed, and the error of fail().
   SlotLease acquire(Device& device);
+  // Lets all threads that wait for slots throw an error. The ring cannot be used any more. Thread-safe.
   void fail(const Error& error);
 
   // The host waits for what torch's streams have now, and for the work of all slots. Throws Error(kCuda) if that
@@ -61,9 +60,9 @@ class Staging {
   // After an error: waits until no device uses a slot or a destination any more.
   void drain() noexcept;
 
-  // At the end of a load: what all devices did in it. Recorders are forgotten.
+  // Returns what all devices did in a load, at its end, and drops the recorders.
   DeviceStats take_stats();
-  // Likewise: for how long threads waited for slots, summed over them.
+  // Returns for how long threads waited for slots in a load, summed over the threads.
   double take_slot_seconds();
 
  private:
@@ -71,7 +70,7 @@ class Staging {
 
   struct Slot {
     std::unique_ptr<PinnedMemory> memory;
-    Device* user = nullptr;  // whose work is to be waited for
+    Device* user = nullptr;  // the device whose work must be done before the slot is filled again
   };
 
   void submit(size_t slot, Device& device, const SlotPlan& plan);
@@ -83,12 +82,12 @@ class Staging {
 
   const int64_t block_bytes_;
   const size_t slot_bytes_;
-  io::AlignedBuffer ring_;  // where slots lie, unless the driver wants memory of its own
+  io::AlignedBuffer memory_;  // of the slots, unless the driver gave memory of its own
   std::map<int, Device> devices_;
   std::vector<Slot> slots_;
   mutable std::mutex mutex_;  // for what follows
   std::condition_variable returned_;
-  std::deque<size_t> order_;   // pinned slots that nobody holds; those that were submitted first come first
+  std::deque<size_t> order_;   // pinned slots that nobody holds, in the order in which they were submitted
   std::vector<size_t> fresh_;  // slots that are not pinned yet
   size_t pinning_ = 0;         // how many threads pin one
   size_t pinned_ = 0;
@@ -96,9 +95,10 @@ class Staging {
   double slot_seconds_ = 0;
 };
 
+// A slot that one thread holds and fills. It goes back to the ring unless it is submitted.
 class SlotLease {
  public:
-  SlotLease(Staging& staging, size_t slot) : staging_(&staging), slot_(slot) {}
+  SlotLease(PinnedRing& ring, size_t slot) : ring_(&ring), slot_(slot) {}
   ~SlotLease();
   SlotLease(SlotLease&& other) noexcept;
   SlotLease(const SlotLease&) = delete;
@@ -113,7 +113,7 @@ class SlotLease {
   void submit(Device& device, const SlotPlan& plan) &&;
 
  private:
-  Staging* staging_;
+  PinnedRing* ring_;
   size_t slot_;
 };
 

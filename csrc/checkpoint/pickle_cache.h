@@ -1,5 +1,6 @@
-// Descriptions of tensors that were parsed before. Records that lie next to each other often have the very same one, as
-// do the experts of a layer or the moments of an optimizer: it is then neither checked nor parsed again.
+// Keeps the last few pickles of tensors and what was parsed from them. Records that lie next to each other, such as the
+// experts of a layer or the moments of an optimizer, often have the same pickle byte for byte. It is then neither
+// checked nor parsed again.
 #pragma once
 
 #include <array>
@@ -14,10 +15,10 @@
 
 namespace dcp_fast::checkpoint {
 
-class KnownPickles {
+class PickleCache {
  public:
-  // The tensor of a pickle of these very bytes, for which the archive has this checksum; nullptr if it is not known.
-  // Valid until the next call of `keep`.
+  // Returns the tensor of a pickle of the same bytes and checksum, or nullptr if there is none. It is valid until the
+  // next call of keep().
   const PickledTensor* find(const Bytes& pickle, uint32_t crc32) const {
     const std::string_view bytes = view(pickle);
     if (bytes.empty()) return nullptr;
@@ -27,7 +28,7 @@ class KnownPickles {
     return nullptr;
   }
 
-  // Remembers a pickle, whose checksum is right or 0 for none, in place of the one that was kept longest.
+  // Replaces the oldest pickle. The checksum must be right, or 0 if the archive has none.
   const PickledTensor* keep(const Bytes& pickle, uint32_t crc32, PickledTensor tensor) {
     Known& known = known_[next_++ % known_.size()];
     known.crc32 = crc32;

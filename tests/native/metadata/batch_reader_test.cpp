@@ -1,5 +1,5 @@
-// The fast lane against the unpickler without it: the same columns or the same error, whatever the file holds.
-#include "metadata/lane.h"
+// The reader of batches against the unpickler without it: the same columns or the same error, whatever the file holds.
+#include "metadata/batch_reader.h"
 
 #include <algorithm>
 #include <string>
@@ -13,7 +13,7 @@
 
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
-using metadata::FastLane;
+using metadata::Batches;
 
 namespace {
 
@@ -25,6 +25,7 @@ using Shape = std::vector<int64_t>;
 struct Habits {
   int protocol = 4;
   size_t batch = 1000;
+  bool later_fields = false;
   int oddity = 0;  // in percent: how many items are out of the ordinary
 };
 
@@ -114,6 +115,7 @@ class RandomMetadata {
     size(offset, sizes);
     out_.name("sizes");
     size(Shape(dims, random_.chance(habits_.oddity / 8) ? -1 : 300), sizes);
+    later_field("checksum");
     out_.pickle() += "ub";
   }
 
@@ -141,9 +143,21 @@ class RandomMetadata {
     out_.number(random_.between(-3, 100'000));
     if (oddly()) {
       out_.name("transform_descriptors");
-      out_.pickle() += list({text("zstd")});
+      out_.pickle() += random_.chance(30) ? "N" : list({text("zstd")});
     }
+    later_field(random_.chance(habits_.oddity / 8) ? "length" : "crc");
     out_.pickle() += "ub";
+  }
+
+  // As a later torch may write, in all items or in none.
+  void later_field(std::string_view name) {
+    if (!habits_.later_fields) return;
+    out_.name(std::string(name));
+    random_.chance(20) ? static_cast<void>(out_.pickle() += 'N') : out_.number(random_.between(0, 1 << 20));
+    if (oddly()) {
+      out_.name("more");
+      out_.pickle() += random_.pick(std::vector<std::string>{"\x88", "\x89", ")", "]"});
+    }
   }
 
   Random& random_;
@@ -160,6 +174,7 @@ std::string odd_pickle(Random& random, int oddity) {
   habits.protocol = static_cast<int>(random.between(2, 5));
   habits.batch = random.pick(std::vector<size_t>{1, 2, 5, 1000});
   habits.oddity = oddity;
+  habits.later_fields = random.chance(30);
   return RandomMetadata(random, habits).write(random.below(6), random.pick(std::vector<size_t>{1, 4, 12}));
 }
 
@@ -207,20 +222,22 @@ std::string framed(Random& random, const std::string& pickle, int percent) {
   return result;
 }
 
-bool same_in_both(const std::string& pickle) { return parsed(pickle, FastLane::kYes) == parsed(pickle, FastLane::kNo); }
+bool same_in_both(const std::string& pickle) {
+  return parsed(pickle, Batches::kAtOnce) == parsed(pickle, Batches::kOneByOne);
+}
 
 bool is_columns(const std::string& text) { return text.find(" tensor ") != std::string::npos; }
 
 }  // namespace
 
-TEST_CASE("the fast lane reads what the unpickler reads") {
+TEST_CASE("the reader of batches reads what the unpickler reads") {
   Random random(11);
   int read = 0;
   int refused = 0;
   for (int i = 0; i < 2'000; ++i) {
     const std::string pickle = odd_pickle(random, random.pick(std::vector<int>{0, 0, 5, 30}));
     REQUIRE(same_in_both(pickle));
-    ++(is_columns(parsed(pickle, FastLane::kYes)) ? read : refused);
+    ++(is_columns(parsed(pickle, Batches::kAtOnce)) ? read : refused);
   }
   CHECK(read > 500);
   CHECK(refused > 100);
@@ -233,16 +250,16 @@ TEST_CASE("frames begin anywhere, also within items") {
   for (int i = 0; i < 2'000; ++i) {
     const std::string plain = odd_pickle(random, random.pick(std::vector<int>{0, 0, 5}));
     const std::string pickle = framed(random, plain, random.pick(std::vector<int>{1, 3, 20}));
-    const std::string columns = parsed(pickle, FastLane::kYes);
-    REQUIRE(columns == parsed(pickle, FastLane::kNo));
-    if (is_columns(columns)) REQUIRE(columns == parsed(plain, FastLane::kNo));
+    const std::string columns = parsed(pickle, Batches::kAtOnce);
+    REQUIRE(columns == parsed(pickle, Batches::kOneByOne));
+    if (is_columns(columns)) REQUIRE(columns == parsed(plain, Batches::kOneByOne));
     ++(is_columns(columns) ? read : refused);
   }
   CHECK(read > 500);
   CHECK(refused > 100);
 }
 
-TEST_CASE("the fast lane refuses what the unpickler refuses") {
+TEST_CASE("the reader of batches refuses what the unpickler refuses") {
   Random random(12);
   int read = 0;
   int refused = 0;
@@ -268,14 +285,14 @@ TEST_CASE("the fast lane refuses what the unpickler refuses") {
       }
     }
     REQUIRE(same_in_both(pickle));
-    ++(is_columns(parsed(pickle, FastLane::kYes)) ? read : refused);
+    ++(is_columns(parsed(pickle, Batches::kAtOnce)) ? read : refused);
   }
   CHECK(read > 50);
   CHECK(refused > 3'000);
 }
 
-TEST_CASE("what the fast lane memoized can be asked for") {
-  // Two batches of chunks and of rows: the first ones teach the memo all names, so the second ones take the lane.
+TEST_CASE("what the reader of batches memoized can be asked for") {
+  // Two batches of chunks and of rows: the first ones teach the memo all names, so the second ones are read at once.
   const auto write = [](const auto& write_more) {
     Pickler out(4);
     std::vector<uint32_t> sizes;
@@ -327,11 +344,11 @@ TEST_CASE("what the fast lane memoized can be asked for") {
         write([&](Pickler& out, const std::vector<uint32_t>& sizes, uint32_t) { tensor_of(out, sizes[i]); });
     CHECK(same_in_both(pickle));
     const std::string expected = i % 2 == 0 ? std::to_string(i / 2) + ",0, " : "1,2, ";
-    CHECK(parsed(pickle, FastLane::kYes).find("b tensor " + expected) != std::string::npos);
+    CHECK(parsed(pickle, Batches::kAtOnce).find("b tensor " + expected) != std::string::npos);
   }
   // A chunk itself, which no writer asks for again.
   const std::string pickle =
       write([&](Pickler& out, const std::vector<uint32_t>&, uint32_t object) { tensor_of(out, object); });
-  CHECK(parsed(pickle, FastLane::kYes).find("a part of an object that is used again") == 0);
+  CHECK(parsed(pickle, Batches::kAtOnce).find("a part of an object that is used again") == 0);
   CHECK(same_in_both(pickle));
 }

@@ -1,7 +1,7 @@
-"""Stored entries: where they lie, and the few that Python reads itself.
+"""Records: where they lie, and how Python reads those that the engine does not.
 
-Those are bytes entries, records that a transform such as zstd was applied to, and records that only ``torch.load``
-knows.
+Python reads bytes entries, records that were stored with a transform such as zstd, and records that only ``torch.load``
+can read.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from dcp_fast.errors import (
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
 
-__all__ = ["StoredEntries"]
+__all__ = ["Records"]
 
 
-class StoredEntries:
-    """The entries of one checkpoint.
+class Records:
+    """The records of one checkpoint.
 
     Args:
         root: directory of the checkpoint.
-        storage_data: as in ``Metadata``: index of an entry to its file, offset and length.
-        transforms: torch's, which undo what extensions did to an entry.
+        storage_data: as in ``Metadata``: index of a chunk or bytes entry to the file, offset and length of its record.
+        transforms: torch's, which undo what extensions did to a record.
         options: of the native engine.
         report: counts what is read here.
     """
@@ -60,7 +60,11 @@ class StoredEntries:
         return os.path.join(self.root, relative_path)
 
     def read(self, item: ReadItem) -> io.BytesIO:
-        """The bytes of an entry, transforms undone."""
+        """The bytes of an item's record, as they were before any transform.
+
+        Raises:
+            LoadError: they cannot be read, or a transform cannot be undone.
+        """
         info = self.storage_data[item.storage_index]
         path = self.path(info.relative_path)
         try:
@@ -73,7 +77,7 @@ class StoredEntries:
             ) from None
         self._report.requests += requests
         self._report.bytes_read += info.length
-        # Entries that older versions of torch wrote may lack the field.
+        # Metadata of older versions of torch lacks the field.
         descriptors = info.transform_descriptors or ()
         try:
             stream = self._transforms.transform_load_stream(item, descriptors, cast(IO[bytes], io.BytesIO(raw)))
@@ -89,11 +93,15 @@ class StoredEntries:
             raise self.error(CorruptCheckpointError, f"cannot undo {list(descriptors)}: {error}", item) from error
 
     def load_tensor(self, item: ReadItem) -> torch.Tensor:
-        """The stored tensor of an item, read by ``torch.load(weights_only=True)``."""
+        """The whole stored tensor that an item is a box of, read by ``torch.load(weights_only=True)``.
+
+        Raises:
+            LoadError: the record cannot be read, or holds no tensor.
+        """
         record = self.read(item)
         try:
             with span(self._options.recorder, "torch.load"):
-                tensor = torch.load(record, map_location="cpu", weights_only=True)
+                tensor = torch.load(record, map_location="cpu", mmap=False, weights_only=True)
         except LoadError:
             raise
         except Exception as error:
@@ -103,6 +111,6 @@ class StoredEntries:
         return tensor
 
     def error(self, cls: type[LoadError], reason: str, item: ReadItem) -> LoadError:
-        """An error that names the entry of an item."""
+        """An error that names the record of an item."""
         info: Any = self.storage_data[item.storage_index]
         return cls(reason, self.path(info.relative_path), item.storage_index.fqn, info.offset, info.length)

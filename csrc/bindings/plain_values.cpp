@@ -1,0 +1,233 @@
+#include "bindings/plain_values.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "checkpoint/bytes.h"
+
+namespace py = pybind11;
+
+namespace dcp_fast {
+namespace {
+
+using checkpoint::Bytes;
+
+// Opcodes: CPython's Lib/pickletools.py. Whatever is not as Python's pickler writes it ends with `false`.
+class PlainUnpickler {
+ public:
+  explicit PlainUnpickler(const std::string& pickle)
+      : pickle_(reinterpret_cast<const std::byte*>(pickle.data()), pickle.size()) {}
+
+  py::object run() {
+    if (pickle_.u8() != 0x80 || pickle_.u8() > 5) return {};
+    while (true) {
+      const uint8_t opcode = pickle_.u8();
+      if (!pickle_.ok()) return {};
+      if (opcode == '.') break;
+      if (!(scalar(opcode) || memo(opcode) || container(opcode))) return {};
+    }
+    const bool is_all = stack_.size() == 1 && marks_.empty() && pickle_.position() == pickle_.size();
+    return is_all ? std::move(stack_.back()) : py::object();
+  }
+
+  bool can_change() const { return can_change_; }
+
+ private:
+  // Numbers, texts and singletons
+
+  bool scalar(uint8_t opcode) {
+    switch (opcode) {
+      case 'N':  // NONE
+        return push(py::none());
+      case 0x88:  // NEWTRUE
+        return push(py::bool_(true));
+      case 0x89:  // NEWFALSE
+        return push(py::bool_(false));
+      case 'K':  // BININT1
+        return push_number(pickle_.u8());
+      case 'M':  // BININT2
+        return push_number(pickle_.u16());
+      case 'J':  // BININT
+        return push_number(static_cast<int32_t>(pickle_.u32()));
+      case 0x8a:  // LONG1
+        return long1();
+      case 'G':  // BINFLOAT
+        return push_float();
+      case 'X':  // BINUNICODE
+        return push_text(pickle_.u32());
+      case 0x8c:  // SHORT_BINUNICODE
+        return push_text(pickle_.u8());
+      case 'B':  // BINBYTES
+        return push_bytes(pickle_.u32());
+      case 'C':  // SHORT_BINBYTES
+        return push_bytes(pickle_.u8());
+      case 0x95:  // FRAME: pickles as small as these have one
+        return pickle_.u64() == pickle_.size() - pickle_.position();
+      default:
+        return false;
+    }
+  }
+
+  bool push_number(int64_t number) { return push(py::reinterpret_steal<py::object>(PyLong_FromLongLong(number))); }
+  bool long1() {
+    const size_t width = pickle_.u8();
+    const std::string_view digits = pickle_.text(width);
+    if (!pickle_.ok() || width > 8) return false;
+    uint64_t bits = from_little_endian(digits.data(), digits.size());
+    const bool negative = width > 0 && (static_cast<uint8_t>(digits.back()) & 0x80) != 0;
+    if (negative && width < 8) bits |= ~uint64_t{0} << (8 * width);
+    return push_number(static_cast<int64_t>(bits));
+  }
+  bool push_float() {
+    uint64_t bits = 0;
+    for (int i = 0; i < 8; ++i) bits = bits << 8 | pickle_.u8();
+    double number = 0;
+    std::memcpy(&number, &bits, sizeof(number));
+    return push(py::reinterpret_steal<py::object>(PyFloat_FromDouble(number)));
+  }
+  bool push_text(size_t size) {
+    const std::string_view text = pickle_.text(size);
+    if (!pickle_.ok()) return false;
+    PyObject* decoded = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "surrogatepass");
+    if (decoded == nullptr && PyErr_ExceptionMatches(PyExc_UnicodeError) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return push(py::reinterpret_steal<py::object>(decoded));
+  }
+  bool push_bytes(size_t size) {
+    const std::string_view bytes = pickle_.text(size);
+    if (!pickle_.ok()) return false;
+    return push(py::reinterpret_steal<py::object>(
+        PyBytes_FromStringAndSize(bytes.data(), static_cast<py::ssize_t>(bytes.size()))));
+  }
+
+  // The memo
+
+  bool memo(uint8_t opcode) {
+    switch (opcode) {
+      case 0x94:  // MEMOIZE
+        return memoize(memo_.size());
+      case 'q':  // BINPUT
+        return memoize(pickle_.u8());
+      case 'r':  // LONG_BINPUT
+        return memoize(pickle_.u32());
+      case 'h':  // BINGET
+        return recall(pickle_.u8());
+      case 'j':  // LONG_BINGET
+        return recall(pickle_.u32());
+      default:
+        return false;
+    }
+  }
+
+  bool memoize(size_t index) {
+    // Writers count from zero.
+    if (index != memo_.size() || !has(1)) return false;
+    memo_.push_back(stack_.back());
+    return true;
+  }
+  bool recall(size_t index) { return index < memo_.size() && push(memo_[index]); }
+
+  // Tuples, lists, dicts
+
+  bool container(uint8_t opcode) {
+    switch (opcode) {
+      case '(':  // MARK
+        marks_.push_back(stack_.size());
+        return true;
+      case ')':  // EMPTY_TUPLE
+        return tuple(stack_.size());
+      case 't':  // TUPLE
+        return !marks_.empty() && tuple(pop_mark());
+      case 0x85:  // TUPLE1
+      case 0x86:  // TUPLE2
+      case 0x87:  // TUPLE3
+        return has(opcode - 0x84U) && tuple(stack_.size() - (opcode - 0x84U));
+      case ']':  // EMPTY_LIST
+        can_change_ = true;
+        return push(py::reinterpret_steal<py::object>(PyList_New(0)));
+      case 'a':  // APPEND
+        return has(2) && extend_list(stack_.size() - 1);
+      case 'e':  // APPENDS
+        return !marks_.empty() && extend_list(pop_mark());
+      case '}':  // EMPTY_DICT
+        can_change_ = true;
+        return push(py::reinterpret_steal<py::object>(PyDict_New()));
+      case 's':  // SETITEM
+        return has(3) && extend_dict(stack_.size() - 2);
+      case 'u':  // SETITEMS
+        return !marks_.empty() && extend_dict(pop_mark());
+      default:
+        return false;
+    }
+  }
+
+  bool tuple(size_t begin) {
+    const auto made = py::reinterpret_steal<py::object>(PyTuple_New(static_cast<py::ssize_t>(stack_.size() - begin)));
+    if (!made) throw py::error_already_set();
+    for (size_t i = begin; i < stack_.size(); ++i) {
+      PyTuple_SET_ITEM(made.ptr(), static_cast<py::ssize_t>(i - begin), stack_[i].release().ptr());
+    }
+    stack_.resize(begin);
+    return push(made);
+  }
+  // What a list or dict is given stands on the stack from `begin` on, and it itself below.
+  bool extend_list(size_t begin) {
+    if (begin <= floor() || !PyList_CheckExact(stack_[begin - 1].ptr())) return false;
+    for (size_t i = begin; i < stack_.size(); ++i) {
+      if (PyList_Append(stack_[begin - 1].ptr(), stack_[i].ptr()) != 0) throw py::error_already_set();
+    }
+    stack_.resize(begin);
+    return true;
+  }
+  bool extend_dict(size_t begin) {
+    if (begin <= floor() || !PyDict_CheckExact(stack_[begin - 1].ptr())) return false;
+    if ((stack_.size() - begin) % 2 != 0) return false;
+    for (size_t i = begin; i < stack_.size(); i += 2) {
+      // The hash of nested tuples that share their items can take forever.
+      PyObject* key = stack_[i].ptr();
+      if (PyTuple_CheckExact(key) || PyList_CheckExact(key) || PyDict_CheckExact(key)) return false;
+      if (PyDict_SetItem(stack_[begin - 1].ptr(), key, stack_[i + 1].ptr()) != 0) throw py::error_already_set();
+    }
+    stack_.resize(begin);
+    return true;
+  }
+
+  // The stack
+
+  size_t floor() const { return marks_.empty() ? 0 : marks_.back(); }
+  bool has(size_t count) const { return stack_.size() - floor() >= count; }
+  size_t pop_mark() {
+    const size_t mark = marks_.back();
+    marks_.pop_back();
+    return mark;
+  }
+  bool push(py::object value) {
+    if (!value) throw py::error_already_set();  // MemoryError
+    stack_.push_back(std::move(value));
+    return true;
+  }
+
+  Bytes pickle_;
+  std::vector<py::object> stack_;
+  std::vector<size_t> marks_;  // sizes of the stack
+  std::vector<py::object> memo_;
+  bool can_change_ = false;
+};
+
+}  // namespace
+
+py::object PlainValues::parse(const std::string& pickle) {
+  const auto known = known_.find(pickle);
+  if (known != known_.end()) return known->second;
+  PlainUnpickler unpickler(pickle);
+  py::object value = unpickler.run();
+  if (value && !unpickler.can_change()) known_.emplace(pickle, value);
+  return value;
+}
+
+}  // namespace dcp_fast

@@ -1,0 +1,128 @@
+// The seam between the engine and what holds the bytes of a checkpoint. Readers, layouts and workers ask a byte source
+// for ranges and know nothing else about it; how its bytes come is a matter of the source alone. The local file
+// (file.h) is the first one.
+//
+//   1. open()           anybody may, on any thread; the source stays open until each of them has called close()
+//   2. choose_access()  once, when it is known which range will be needed; access() then says how to ask for it
+//   3. reads            from any number of threads
+#pragma once
+
+#include <sys/uio.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "io/buffer.h"
+#include "io/read_clock.h"
+#include "trace/recorder.h"
+
+namespace dcp_fast::io {
+
+// What was asked of byte sources, summed over threads. The clock and the recorder, where there are any, learn of every
+// request.
+struct IoCounters {
+  std::atomic<int64_t> requests{0};
+  std::atomic<int64_t> bytes{0};
+  ReadClock* clock = nullptr;
+  trace::Recorder* recorder = nullptr;
+};
+
+// How a source is best asked.
+struct Access {
+  // What a request costs beyond its bytes, as the number of bytes that could be read in the same time. Reads are joined
+  // across a gap that is cheaper than a request.
+  int64_t request_cost = 0;
+  // How many requests must be under way at once to keep the source busy. Where it is 1, as many as there are cores.
+  int requests_at_once = 1;
+  // Only whole pages can be read: view() brings any range through a buffer, and read_pages() a few straight into place.
+  bool whole_pages = false;
+};
+
+class ByteSource {
+ public:
+  // `path`: what errors and traces call the source.
+  explicit ByteSource(std::string path) : path_(std::move(path)) {}
+  virtual ~ByteSource() = default;
+  ByteSource(const ByteSource&) = delete;
+  ByteSource& operator=(const ByteSource&) = delete;
+
+  const std::string& path() const { return path_; }
+  const Access& access() const { return access_; }
+
+  // Throws Error(kIo), and is then not open. Thread-safe, as is close().
+  void open();
+  void close() noexcept;
+
+  // All that follows needs an open source. The reads are thread-safe.
+
+  int64_t size() const { return size_; }
+
+  // Decides how bytes of [begin, end) will be read. Not while anybody reads; it holds when the source is opened again.
+  virtual void choose_access(int64_t begin, int64_t end) = 0;
+
+  // Throws Error(kTruncated) unless the source has [offset, offset + size).
+  void check_range(size_t size, int64_t offset) const;
+
+  // Reads exactly [offset, offset + size), whatever the access. Throws Error(kTruncated) if the source ends early,
+  // Error(kIo) otherwise.
+  virtual void read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const = 0;
+
+  // The same for consecutive bytes that go to several places. Uses up `vectors`, none of which is empty.
+  virtual void read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const = 0;
+
+  // Reads [offset, offset + size) to `destination`, by whole pages if the access asks for that. The two have the same
+  // position within a page, and the rest of the pages that the destination touches may be overwritten. Errors as above.
+  virtual void read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const = 0;
+
+  // Returns where [offset, offset + size) lies in memory until `buffer` is used again: in `buffer`, which the source
+  // reads it into, or in memory that the source has. Errors as above, and std::bad_alloc.
+  virtual const std::byte* view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const = 0;
+
+ protected:
+  // Returns the size. Throws Error(kIo), with nothing left open.
+  virtual int64_t do_open() = 0;
+  virtual void do_close() noexcept = 0;
+
+  Access access_;
+
+ private:
+  const std::string path_;
+  std::mutex mutex_;  // for who has it open
+  size_t users_ = 0;
+  int64_t size_ = 0;
+};
+
+// The sources of a load, by the numbers of files. A checkpoint of thousands of files has as many sources, but no more
+// of them are open than there are threads that read.
+using ByteSources = std::vector<std::unique_ptr<ByteSource>>;
+
+// Keeps a source open.
+class OpenSource {
+ public:
+  OpenSource() = default;
+  // Throws what ByteSource::open throws.
+  explicit OpenSource(ByteSource& source) : source_(&source) { source.open(); }
+  ~OpenSource() {
+    if (source_ != nullptr) source_->close();
+  }
+  OpenSource(OpenSource&& other) noexcept : source_(std::exchange(other.source_, nullptr)) {}
+  OpenSource& operator=(OpenSource&& other) noexcept {
+    std::swap(source_, other.source_);
+    return *this;
+  }
+  OpenSource(const OpenSource&) = delete;
+  OpenSource& operator=(const OpenSource&) = delete;
+
+  const ByteSource* get() const { return source_; }
+
+ private:
+  ByteSource* source_ = nullptr;
+};
+
+}  // namespace dcp_fast::io

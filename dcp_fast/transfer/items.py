@@ -1,0 +1,274 @@
+"""The items of a load plan, as the transfer takes them: from its ReadItems, or from columns without making any."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Protocol, cast
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.utils import find_state_dict_object
+from torch.serialization import LoadEndianness, get_default_load_endianness
+from typing_extensions import Buffer
+
+from dcp_fast import _native
+from dcp_fast.errors import SizeMismatchError
+from dcp_fast.metadata.lazy import LazyDict
+from dcp_fast.planning.column_plan import ColumnPlan, PlannedBytes, PlannedTensors, in_plan_order
+from dcp_fast.planning.values import is_whole, plain_local_tensor
+from dcp_fast.transfer.destinations import Destinations
+from dcp_fast.transfer.records import Records
+
+__all__ = ["BytesEntries", "Items", "Resolved", "box_of", "find_items"]
+
+_BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
+
+
+@dataclass
+class BytesEntries:
+    """The bytes entries of a plan.
+
+    Attributes:
+        items: as ReadItems.
+        fqns: under which the planner has them.
+        records: of each.
+        transformed: the records that a transform was applied to.
+    """
+
+    items: Sequence[ReadItem]
+    fqns: Sequence[str]
+    records: Sequence[int]
+    transformed: set[int]
+
+
+@dataclass
+class Resolved:
+    """The items of tensors, and where they go.
+
+    Attributes:
+        items: as ReadItems.
+        records: the record of each item.
+        numbers: the destination of each item.
+        rows: of the items, for ``_native.Program``.
+        destinations: tensors by number.
+        bytes_entries: all other items.
+    """
+
+    items: Sequence[ReadItem]
+    records: Sequence[int]
+    numbers: Sequence[int]
+    rows: Buffer
+    destinations: Destinations
+    bytes_entries: BytesEntries
+
+
+class RecordRows:
+    """Where the records of a plan lie, for ``_native.read_layouts``.
+
+    Attributes:
+        files: names of the files that hold a record, in the order in which the plan first needs them.
+        rows: four numbers for each record: the index of its file, offset and length in bytes, and 1 if torch must read
+            it, else 0.
+        fqns: of each record.
+        transformed: the records that a transform was applied to.
+    """
+
+    def __init__(self, files: Sequence[str] = (), rows: Sequence[int] = (), fqns: Iterable[str] = ()) -> None:
+        self._numbers = {name: number for number, name in enumerate(files)}
+        self.rows = array("q", rows)
+        self.fqns = list(fqns)
+        self.transformed: set[int] = set()
+
+    @property
+    def files(self) -> list[str]:
+        return list(self._numbers)
+
+    def file_of(self, record: int) -> int:
+        return self.rows[4 * record]
+
+    def add(self, item: ReadItem, info: Any, all_fallback: bool) -> None:
+        file = self._numbers.setdefault(info.relative_path, len(self._numbers))
+        if info.transform_descriptors:
+            self.transformed.add(len(self.fqns))
+        fallback = all_fallback or item.type is _BYTE_IO or bool(info.transform_descriptors)
+        self.rows.extend((file, info.offset, info.length, fallback))
+        self.fqns.append(item.storage_index.fqn)
+
+
+class Items(Protocol):
+    """The items of a plan."""
+
+    record_rows: RecordRows
+
+    def resolve(self, state_dict: dict[str, Any]) -> Resolved:
+        """Find all destinations in a state dict as torch's DefaultLoadPlanner has it."""
+
+    def in_order(self) -> list[tuple[ReadItem, int]]:
+        """Each item and its record, in the order in which torch loads them: file by file, within one as in the plan."""
+
+
+def find_items(plan: LoadPlan, records: Records) -> Items:
+    """The items of this rank's plan; in columns if plan and records come from the same metadata."""
+    if isinstance(plan, ColumnPlan) and plan.tensors is not None:
+        data = records.storage_data
+        if isinstance(data, LazyDict) and data.untouched_columns is plan.tensors.columns:
+            # None of them is an item: those are of tensors that the columns do not have.
+            return _ColumnItems(plan.tensors, cast(Sequence[tuple[int, str]], plan.others), records)
+    return _ListedItems(plan.items, records)
+
+
+def box_of(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """Offsets in the stored tensor and in the destination, and lengths, each with the same number of dimensions.
+
+    An item may have more or fewer offsets than lengths. torch then uses as many dimensions as both have
+    (narrow_tensor_by_index), and so does this function.
+
+    Raises:
+        SizeMismatchError: the box has other dimensions in the stored tensor than in the destination.
+    """
+    storage_offsets, dest_offsets, lengths = item.storage_offsets, item.dest_offsets, item.lengths
+    dims = len(lengths)
+    if len(storage_offsets) == dims and len(dest_offsets) == dims:
+        return storage_offsets, dest_offsets, lengths
+    stored_dims, dest_dims = min(len(storage_offsets), dims), min(len(dest_offsets), dims)
+    if stored_dims != dest_dims:
+        raise SizeMismatchError(
+            f"an item has {len(storage_offsets)} storage offsets, {len(dest_offsets)} destination offsets and {dims} "
+            "lengths",
+            fqn=item.storage_index.fqn,
+        )
+    return storage_offsets[:stored_dims], dest_offsets[:stored_dims], lengths[:stored_dims]
+
+
+def _by_file(items: Sequence[ReadItem], records: Sequence[int], rows: RecordRows) -> list[tuple[ReadItem, int]]:
+    return sorted(zip(items, records, strict=True), key=lambda pair: rows.file_of(pair[1]))
+
+
+def _array(rows: _native.Rows) -> array[int]:
+    return array("q", bytes(memoryview(rows).cast("B")))
+
+
+def _nothing_native() -> bool:
+    # The engine moves little-endian bytes as they are; where that may be wrong, torch swaps them.
+    return sys.byteorder == "big" or get_default_load_endianness() == LoadEndianness.BIG
+
+
+class _ListedItems:
+    """Items that are there as objects."""
+
+    def __init__(self, items: Sequence[ReadItem], records: Records) -> None:
+        self._items = items
+        # Records are told apart by the identity of these objects, so all must be alive meanwhile: some mappings make a
+        # new object whenever they are asked.
+        infos = [records.storage_data[item.storage_index] for item in items]
+        numbers: dict[int, int] = {}
+        self._records = [numbers.setdefault(id(info), len(numbers)) for info in infos]
+        self.record_rows = RecordRows()
+        all_fallback = _nothing_native()
+        for item, info, record in zip(items, infos, self._records, strict=True):
+            if record == len(self.record_rows.fqns):  # its first item
+                self.record_rows.add(item, info, all_fallback)
+
+    def in_order(self) -> list[tuple[ReadItem, int]]:
+        return _by_file(self._items, self._records, self.record_rows)
+
+    def resolve(self, state_dict: dict[str, Any]) -> Resolved:
+        destinations = Destinations()
+        known: dict[tuple[str, torch.Size | None, int | None], int] = {}
+        rows: list[int] = []
+        items: list[ReadItem] = []
+        byte_items: list[ReadItem] = []
+        byte_records: list[int] = []
+        records: list[int] = []
+        numbers: list[int] = []
+        for item, record in zip(self._items, self._records, strict=True):
+            if item.type is _BYTE_IO:
+                byte_items.append(item)
+                byte_records.append(record)
+                continue
+            index: MetadataIndex = item.dest_index
+            key = (index.fqn, index.offset, index.index)
+            number = known.get(key)
+            if number is None:
+                number = known[key] = destinations.add(find_state_dict_object(state_dict, index))
+            storage_offsets, dest_offsets, lengths = box_of(item)
+            rows += (record, number, len(lengths), *storage_offsets, *dest_offsets, *lengths)
+            items.append(item)
+            records.append(record)
+            numbers.append(number)
+        byte_fqns = [item.dest_index.fqn for item in byte_items]
+        bytes_entries = BytesEntries(byte_items, byte_fqns, byte_records, self.record_rows.transformed)
+        return Resolved(items, records, numbers, array("q", rows), destinations, bytes_entries)
+
+
+class _ColumnItems:
+    """Items in columns, of which a ReadItem is only made where somebody needs the object."""
+
+    def __init__(self, tensors: PlannedTensors, others: Sequence[tuple[int, str]], records: Records) -> None:
+        self._tensors = tensors
+        self._others = others
+        self._planned = planned = tensors.boxes.find_records()
+        if planned.missing is not None:
+            raise KeyError(tensors[planned.missing].storage_index)
+        fqns = [fqn for _, fqn in others]
+        try:
+            bytes_rows = _array(_native.bytes_rows(tensors.columns, fqns))
+        except KeyError as error:
+            raise KeyError(MetadataIndex(*error.args)) from None
+        # Files in the plan's order. Where destinations share memory, it decides what is written last.
+        names, requests = planned.files
+        first_use = [(request, 1, name) for name, request in zip(names, requests, strict=True)]
+        stored_files = tensors.columns.files() if fqns else []
+        first_bytes: dict[int, int] = {}
+        for (before, _), file in zip(others, bytes_rows[::4], strict=True):
+            first_bytes.setdefault(file, before)
+        first_use += [(before, 0, stored_files[file]) for file, before in first_bytes.items()]
+        files = list(dict.fromkeys(name for *_, name in sorted(first_use, key=itemgetter(0, 1))))
+        numbers = {name: number for number, name in enumerate(files)}
+        rows = _array(planned.rows(_nothing_native()))
+        if files != names:
+            rows[::4] = array("q", [numbers[names[file]] for file in rows[::4]])
+        # A bytes entry is a record of its own, behind those of tensors.
+        first = len(rows) // 4
+        transformed = {first + i for i, is_transformed in enumerate(bytes_rows[3::4]) if is_transformed}
+        bytes_rows[::4] = array("q", [numbers[stored_files[file]] for file in bytes_rows[::4]])
+        bytes_rows[3::4] = array("q", [1]) * len(fqns)  # only their ranges are checked
+        all_fqns = [*map(tensors.fqns.__getitem__, planned.requests), *fqns]
+        self.record_rows = RecordRows(files, rows + bytes_rows, all_fqns)
+        self.record_rows.transformed = transformed
+        of_bytes = range(first, first + len(fqns))
+        self._bytes_entries = BytesEntries(PlannedBytes(fqns), fqns, of_bytes, transformed)
+
+    def in_order(self) -> list[tuple[ReadItem, int]]:
+        tensors, entries = self._tensors, self._bytes_entries
+        items = in_plan_order(tensors, self._others, tensors[:], entries.items)
+        records = in_plan_order(tensors, self._others, self._planned.of_box, entries.records)
+        return _by_file(items, records, self.record_rows)
+
+    def resolve(self, state_dict: dict[str, Any]) -> Resolved:
+        tensors, boxes = self._tensors, self._tensors.boxes
+        destinations = Destinations()
+        fqns, chunks = tensors.fqns, tensors.wanted
+        for request, wanted, dims in boxes.destinations():
+            fqn = fqns[request]
+            value: Any = state_dict.get(fqn)
+            if chunks[request] is not None:
+                value = plain_local_tensor(value)
+            elif not is_whole(value):
+                value = None
+            if value is None or value.dim() != dims:
+                value = find_state_dict_object(state_dict, tensors.destination(request, wanted, dims))
+            destinations.add(value)
+        return Resolved(
+            tensors,
+            self._planned.of_box,
+            boxes.destination_of_box,
+            boxes.rows(self._planned),
+            destinations,
+            self._bytes_entries,
+        )

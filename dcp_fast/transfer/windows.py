@@ -1,0 +1,182 @@
+"""Windows of items for planners with hooks: resolved in order, placed together, committed in order.
+
+torch resolves, places and commits each item before the next. A planner cannot tell the difference unless it goes by
+what became of the items before. So a window ends where it could: see :class:`Windows`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+
+from dcp_fast.planning.hooks import has_default_commit
+
+__all__ = ["Placement", "Windows"]
+
+_MOST_ITEMS = 4096
+# So many items must have left the planner as it was before there is a window of more than one.
+_QUIET_ITEMS = 4
+
+
+@dataclass
+class Placement:
+    """An item, the record that it is read from, and the tensor that is its box in the destination."""
+
+    item: ReadItem
+    record: int
+    tensor: torch.Tensor
+
+
+@dataclass
+class _Window:
+    # In torch's order: tensors to be placed and committed, and calls that load bytes entries.
+    entries: list[Placement | Callable[[], None]] = field(default_factory=list)
+    placements: list[Placement] = field(default_factory=list)
+    bytes: int = 0
+    fqns: set[str] = field(default_factory=set)
+    spans: list[tuple[int, int]] = field(default_factory=list)  # addresses of the tensors, sorted
+
+
+class Windows:
+    """Calls the hooks of a planner so that their result equals that under torch's loader.
+
+    Windows begin with one item, and grow as long as the planner keeps nothing of the calls: it sets no attribute anew,
+    and no container among its attributes grows or shrinks. Where a call of ``resolve_tensor`` does that, the
+    attributes are put back to what they were until the items before are committed. A planner whose ``commit_tensor``
+    does that gets one item after the other from then on. If a planner has a ``commit_tensor`` at all, no window has
+    two boxes of one tensor, or tensors that share memory.
+
+    Args:
+        planner: the planner.
+        place: brings the bytes of all placements into their tensors.
+        most_bytes: how much the tensors of a window may hold: a planner may have allocated them for the load.
+    """
+
+    def __init__(self, planner: LoadPlanner, place: Callable[[Sequence[Placement]], None], most_bytes: int) -> None:
+        self._planner = planner
+        self._place = place
+        self._most_bytes = most_bytes
+        self._has_commit = not has_default_commit(planner)
+        self._state = _State(planner)
+        self._window = _Window()
+        self._most = 1
+        self._quiet = 0
+        # Where attributes have slots, nobody notices what becomes of them.
+        self._one_by_one = any(vars(cls).get("__slots__") for cls in type(planner).__mro__)
+
+    def add(self, item: ReadItem, resolve: Callable[[], Placement]) -> None:
+        """Resolve an item. Raises what that raises, with all before it in place and committed."""
+        if self._has_commit and item.dest_index.fqn in self._window.fqns:
+            self.finish()
+        try:
+            placement = resolve()
+        except Exception:
+            self.finish()
+            raise
+        if self._state.has_changed():
+            change = self._state.take_back()
+            self.finish()
+            self._state.apply(change)
+            self._most, self._quiet = 1, 0
+        if self._has_commit:
+            span = _span(placement.tensor)
+            if _meets(self._window.spans, span):
+                self.finish()
+            insort(self._window.spans, span)
+        window = self._window
+        window.placements.append(placement)
+        window.fqns.add(item.dest_index.fqn)
+        window.bytes += placement.tensor.numel() * placement.tensor.element_size()
+        self._add(placement)
+
+    def add_bytes(self, load: Callable[[], None]) -> None:
+        """A bytes entry, which is loaded when all before it is committed."""
+        self._add(load)
+
+    def finish(self) -> None:
+        """Place and commit what the window has."""
+        window, self._window = self._window, _Window()
+        one_by_one = False
+        try:
+            if window.placements:
+                self._place(window.placements)
+        except Exception:
+            if len(window.entries) == 1:
+                raise
+            one_by_one = True  # so that all before the one that fails is committed
+        for entry in window.entries:
+            if not isinstance(entry, Placement):
+                entry()
+            else:
+                if one_by_one:
+                    self._place([entry])
+                if self._has_commit:
+                    self._planner.commit_tensor(entry.item, entry.tensor)
+            if self._state.has_changed():
+                self._state.keep()
+                self._one_by_one, self._most = True, 1
+
+    def _add(self, entry: Placement | Callable[[], None]) -> None:
+        window = self._window
+        window.entries.append(entry)
+        self._quiet += 1
+        if len(window.entries) >= self._most or window.bytes >= self._most_bytes:
+            self.finish()
+            if not self._one_by_one and self._quiet >= _QUIET_ITEMS:
+                self._most = min(2 * self._most, _MOST_ITEMS)
+
+
+class _State:
+    """What a planner holds: its attributes, and how long those are that have a length."""
+
+    def __init__(self, planner: LoadPlanner) -> None:
+        self._now: dict[str, Any] = getattr(planner, "__dict__", {})
+        self.keep()
+
+    def keep(self) -> None:
+        """Changes are told from here on."""
+        self._before = dict(self._now)
+        self._lengths = {name: len(value) for name, value in self._before.items() if isinstance(value, Sized)}
+
+    def has_changed(self) -> bool:
+        now, lengths = self._now, self._lengths
+        if len(now) != len(self._before):
+            return True
+        for name, value in self._before.items():
+            if now.get(name, self) is not value or (name in lengths and len(value) != lengths[name]):
+                return True
+        return False
+
+    def take_back(self) -> dict[str, Any]:
+        """Put back the attributes. Returns those that were set anew; what a container has got stays there."""
+        change = {name: value for name, value in self._now.items() if self._before.get(name, self) is not value}
+        self._now.clear()
+        self._now.update(self._before)
+        self.keep()
+        return change
+
+    def apply(self, change: dict[str, Any]) -> None:
+        self._now.update(change)
+        self.keep()
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first element to its last; none if it has no memory of its own."""
+    try:
+        begin = tensor.data_ptr()
+        elements = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True)) + 1
+    except (RuntimeError, NotImplementedError):
+        return 0, 0
+    return begin, begin + (elements * tensor.element_size() if tensor.numel() else 0)
+
+
+def _meets(spans: list[tuple[int, int]], span: tuple[int, int]) -> bool:
+    at = bisect_left(spans, span)
+    after = spans[at] if at < len(spans) else None
+    before = spans[at - 1] if at > 0 else None
+    return (after is not None and after[0] < span[1]) or (before is not None and before[1] > span[0])

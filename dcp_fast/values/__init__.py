@@ -1,0 +1,1 @@
+"""Values of bytes entries: unpickled without running what they name."""

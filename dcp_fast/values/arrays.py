@@ -1,0 +1,152 @@
+"""NumPy's scalars, arrays and dtypes, also as NumPy 1 wrote them, but nothing that holds Python objects.
+
+NumPy's own ``__setstate__`` takes what it is given: a dtype that lies about its size or about holding objects makes
+addresses of bytes. So a state is only set if it is the one that NumPy itself gives to such a dtype, and an array only
+gets as many bytes as its shape takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dcp_fast.values.inert import RefusedError, expect
+
+__all__ = ["calls", "state_setter"]
+
+_MOST_BYTES = 1 << 62
+_DTYPE = re.compile(r"[biufcmMSUV][0-9]{1,9}")
+_UNITS = (b"Y", b"M", b"W", b"D", b"h", b"m", b"s", b"ms", b"us", b"ns", b"ps", b"fs", b"as", b"generic")
+_WITH_OBJECTS = (
+    "numpy._core.multiarray._reconstruct",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.dtypes.ObjectDType",
+)
+
+
+@functools.lru_cache(maxsize=1)
+def calls() -> dict[str, tuple[Any, Callable[..., Any]]]:
+    """By the name in a pickle: what it stands for, and what makes one; empty without NumPy."""
+    try:
+        import numpy
+    except ImportError:
+        return {}
+    core = numpy._core if hasattr(numpy, "_core") else numpy.core
+    functions: dict[str, tuple[Any, Callable[..., Any]]] = {
+        "multiarray._reconstruct": (core.multiarray._reconstruct, _reconstruct),
+        "multiarray.scalar": (core.multiarray.scalar, _scalar),
+        "numeric._frombuffer": (core.numeric._frombuffer, _from_buffer),
+    }
+    return {
+        "numpy.dtype": (numpy.dtype, _dtype),
+        "numpy.ndarray": (numpy.ndarray, _ndarray),
+        **{f"numpy.{core}.{name}": made for name, made in functions.items() for core in ("_core", "core")},
+    }
+
+
+def state_setter(made: Any) -> Callable[[Any, Any], None] | None:
+    """What sets the state of a dtype or an array; None for all else."""
+    if not calls():
+        return None
+    import numpy
+
+    if type(made) is numpy.ndarray:
+        return _set_array
+    return _set_dtype if isinstance(made, numpy.dtype) else None
+
+
+def _original(name: str) -> Any:
+    return calls()[f"numpy._core.{name}"][0]
+
+
+def _check_size(shape: Any, dtype: Any, content: Any) -> None:
+    """Refuse a shape that takes another number of bytes than there are."""
+    import numpy
+
+    expect(isinstance(dtype, numpy.dtype), "an array without a dtype")
+    if dtype.hasobject:
+        raise RefusedError("an array of Python objects", *_WITH_OBJECTS)
+    expect(type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape), "an array without a shape")
+    # Sizes beside a zero count as well: NumPy multiplies them.
+    expect(dtype.itemsize > 0 and len(shape) <= 64, "an array of nothing, or of too many dimensions")
+    expect(math.prod(size or 1 for size in shape) * dtype.itemsize < _MOST_BYTES, "an array without bounds")
+    expect(len(content) == math.prod(shape) * dtype.itemsize, "an array whose bytes do not fill its shape")
+
+
+def _ndarray(*arguments: Any) -> Any:
+    raise RefusedError("a call of numpy.ndarray")
+
+
+def _reconstruct(*arguments: Any) -> Any:
+    """An empty array, whose state tells the rest."""
+    cls, shape, code = arguments if len(arguments) == 3 else (None,) * 3
+    expect(cls is calls()["numpy.ndarray"][0], "an array of a class of its own")
+    expect(type(shape) is tuple and shape == (0,), "an array that is not empty before it is filled")
+    expect(type(code) in (bytes, str) and code in (b"b", "b"), "an array that is not empty before it is filled")
+    return _original("multiarray._reconstruct")(cls, shape, code)
+
+
+def _set_array(array: Any, state: Any) -> None:
+    expect(type(state) is tuple and len(state) == 5, "an array with another state")
+    version, shape, dtype, by_columns, content = state
+    expect(type(version) is int and version in (0, 1), "an array with another state")
+    expect(type(by_columns) in (bool, int), "an array with another state")
+    if type(content) is list:
+        raise RefusedError("an array of Python objects", *_WITH_OBJECTS)
+    expect(type(content) is bytes, "an array of other than bytes")
+    _check_size(shape, dtype, content)
+    array.__setstate__(state)
+
+
+def _scalar(*arguments: Any) -> Any:
+    expect(len(arguments) == 2, "a NumPy scalar of other than a dtype and bytes")
+    dtype, content = arguments
+    if type(content) is not bytes:
+        raise RefusedError("a NumPy scalar of a Python object", "numpy._core.multiarray.scalar", *_WITH_OBJECTS[2:])
+    _check_size((), dtype, content)
+    return _original("multiarray.scalar")(dtype, content)
+
+
+def _from_buffer(*arguments: Any) -> Any:
+    """An array of protocol 5."""
+    expect(len(arguments) in (4, 5), "an array with other arguments")
+    content, dtype, shape, order, *axes = arguments
+    expect(type(content) in (bytes, bytearray), "an array of other than bytes")
+    expect(type(order) is str and order in ("C", "F", "A", "K"), "an array with another order")
+    _check_size(shape, dtype, content)
+    for axis in axes:  # since NumPy 2.3
+        expect(axis is None or type(axis) is tuple, "an array with other axes")
+        known = axis is None or all(type(number) is int for number in axis)
+        expect(known and sorted(axis or range(len(shape))) == list(range(len(shape))), "an array with other axes")
+    return _original("numeric._frombuffer")(*arguments)
+
+
+def _dtype(*arguments: Any) -> Any:
+    cls = calls()["numpy.dtype"][0]
+    expect(len(arguments) == 3 and all(type(flag) in (bool, int) for flag in arguments[1:]), "a dtype with others")
+    name = arguments[0]
+    if type(name) is not str or name[:1] == "O":
+        raise RefusedError("a dtype of Python objects, or of a class of its own", *_WITH_OBJECTS)
+    expect(_DTYPE.fullmatch(name) is not None, "a dtype in another form")
+    return cls(name, False, True)  # a copy: others share NumPy's own
+
+
+def _set_dtype(dtype: Any, state: Any) -> None:
+    own = dtype.__reduce__()[2]
+    expect(type(state) is tuple and len(state) == len(own), "a dtype with another state")
+    expect(type(state[0]) is int and state[0] == own[0], "a dtype with another state")
+    expect(type(state[1]) is str and state[1] in ("<", ">", "=", "|"), "a dtype with another byte order")
+    same = all(type(part) is type(mine) and part == mine for part, mine in zip(state[2:8], own[2:8], strict=True))
+    expect(same, "a dtype with fields, or of another size than its own")
+    for metadata in state[8:]:  # of times
+        expect(type(metadata) is tuple and len(metadata) == 2 and dtype.kind in "mM", "a dtype with metadata")
+        notes, unit = metadata
+        expect(notes is None or (type(notes) is dict and not notes), "a dtype with metadata")
+        expect(type(unit) is tuple and list(map(type, unit)) == [bytes, int, int, int], "a dtype with another unit")
+        name, count, divisor, event = unit
+        expect(name in _UNITS and 1 <= count < 1 << 31 and divisor == event == 1, "a dtype with another unit")
+    dtype.__setstate__(state)

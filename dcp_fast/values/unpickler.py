@@ -1,0 +1,297 @@
+"""Unpickles the value of a bytes entry, and calls nothing but what makes inert values, with arguments that are meant.
+
+torch's restricted unpickler knows the opcodes of protocol 2 alone, and calls what is on its list with any arguments.
+This is Python's own unpickler, in Python, with each opcode that acts replaced: what it makes is what ``pickle`` makes.
+What somebody allowed by ``torch.serialization.add_safe_globals`` is called as ``pickle`` calls it.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import io
+import pickle
+import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
+from typing import IO, Any, ClassVar
+
+import torch
+
+from dcp_fast._torch import weights_only_unpickler
+from dcp_fast.values import arrays
+from dcp_fast.values.inert import CALLS, CONSTANTS, NAMESPACES, STATES, RefusedError, check_key, expect
+from dcp_fast.values.tensors import call_of_torch, known_to_torch
+
+__all__ = ["Unpickler", "find_allowed", "python3_name", "users_globals"]
+
+_Unpickler: Any = pickle._Unpickler
+_DICTS = (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
+_LISTS = (list, collections.deque)
+_SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
+# What calls may copy, in characters, bytes and items: no writer needs more, as each argument is in the entry once.
+_LEAST_BUDGET = 64 << 20
+_MOST_COPIES = 16
+
+
+def users_globals() -> dict[str, Any]:
+    """What ``torch.serialization.add_safe_globals`` allows, by the names in a pickle."""
+    users: dict[str, Any] = weights_only_unpickler._get_user_allowed_globals()  # type: ignore[no-untyped-call]
+    return users
+
+
+def python3_name(module: str, name: str) -> tuple[str, str]:
+    """A global of a pickle below protocol 3, which has the names of Python 2."""
+    return NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+
+
+def find_allowed(name: str) -> tuple[Any] | None:
+    """What a name of the allow-lists stands for; None if it is on none."""
+    for calls in (CALLS, arrays.calls() if name.startswith("numpy.") else {}):
+        if name in calls:
+            return (calls[name][0],)
+    for values in (CONSTANTS, known_to_torch()):
+        if name in values:
+            return (values[name],)
+    return (getattr,) if name == "builtins.getattr" else None  # of enums: see _call
+
+
+class Unpickler(_Unpickler):  # type: ignore[misc]
+    """Unpickles once, by ``load()``. Raises RefusedError, or whatever Python's unpickler raises for damage.
+
+    Args:
+        file: holds the pickle.
+        encoding: of texts that Python 2 wrote.
+
+    Attributes:
+        entry_size: bytes of the entry that the pickle is a part of.
+        storage_sizes: bytes of each storage of an archive, by its key; empty if the entry is no archive.
+    """
+
+    entry_size: ClassVar[int] = 0
+    storage_sizes: ClassVar[dict[str, int]] = {}
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Unpickler.dispatch)
+
+    def __init__(self, file: IO[bytes], *, encoding: str = "ASCII") -> None:
+        super().__init__(file, encoding=encoding)
+        self._input = file
+        self._users = users_globals()
+        self._users_by_id = {id(allowed): allowed for allowed in self._users.values()}
+        self._made: dict[int, Any] = {}  # by id, what may be given a state: once, and only what this pickle has made
+        self._budget = _LEAST_BUDGET + _MOST_COPIES * self.entry_size
+
+    def find_class(self, module: str, name: str) -> Any:
+        if self.proto < 3:
+            module, name = python3_name(module, name)
+        full_name = f"{module}.{name}"
+        if module not in weights_only_unpickler._blocklisted_modules:
+            if full_name in self._users:
+                return self._users[full_name]
+            if found := find_allowed(full_name):
+                return found[0]
+        raise RefusedError(f"the global {full_name}", full_name)
+
+    def _is_users(self, value: Any) -> bool:
+        return id(value) in self._users_by_id
+
+    # What acts
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        expect(type(arguments) is tuple, "a call with arguments that are no tuple")
+        of_users = function is collections.defaultdict and len(arguments) == 1 and self._is_users(arguments[0])
+        if of_users or self._is_users(function):
+            return function(*arguments)
+        self._spend(arguments)
+        if maker := _makers().get(id(function)):
+            made = maker(*arguments)
+        elif function is getattr:
+            made = self._enum_member(arguments)
+        else:
+            # It would keep the memory that the array gives up when it gets its state.
+            fresh = [each for each in arguments if id(each) in self._made and arrays.state_setter(each) is not None]
+            expect(not fresh, "a call with an array that has no state yet")
+            expect(any(function is known for known in known_to_torch().values()), f"a call of {_name(function)}")
+            return call_of_torch(function, arguments, self._users_by_id)
+        if type(made) in STATES or arrays.state_setter(made) is not None:
+            self._made[id(made)] = made
+        return made
+
+    def _spend(self, values: tuple[Any, ...]) -> None:
+        """Bound what is copied: a pickle may pass the same megabyte to any number of calls."""
+        self._budget -= sum(len(value) for value in values if type(value) in _SIZED)
+        expect(self._budget >= 0, "many copies of the same")
+
+    def _enum_member(self, arguments: tuple[Any, ...]) -> Any:
+        """As Python 3.11 first pickled the members of enums."""
+        expect(len(arguments) == 2 and type(arguments[1]) is str, "getattr of other than an enum")
+        cls, name = arguments
+        expect(self._is_users(cls) and isinstance(cls, enum.EnumMeta), "getattr of other than an enum")
+        return cls[name]
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], arguments)
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def load_newobj(self) -> None:
+        self._new(self.stack.pop(), {})
+
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+
+    def load_newobj_ex(self) -> None:
+        keywords = self.stack.pop()
+        self._new(self.stack.pop(), keywords)
+
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+
+    def _new(self, arguments: Any, keywords: Any) -> None:
+        cls = self.stack[-1]
+        if self._is_users(cls):
+            self.stack[-1] = cls.__new__(cls, *arguments, **keywords)
+            return
+        expect(type(keywords) is dict and not keywords, "an object with arguments by name")
+        self.stack[-1] = self._call(cls, arguments)
+
+    def load_build(self) -> None:
+        made = self.stack[-2]
+        cls = type(made)
+        if self._is_users(cls):
+            super().load_build()
+            return
+        state = self.stack.pop()
+        if cls is torch.Tensor or cls is torch.nn.Parameter:
+            self._set_tensor(made, state)
+            return
+        setter = STATES.get(cls) or arrays.state_setter(made)
+        if setter is None or self._made.pop(id(made), None) is None:
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            raise RefusedError(f"a state of a {name}", *([] if find_allowed(name) else [name]))
+        self._spend(state if type(state) is tuple else (state,))
+        setter(made, state)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def _set_tensor(self, tensor: torch.Tensor, state: Any) -> None:
+        """As pickles before torch 0.4 have it."""
+        expect(type(state) is tuple and not any(type(part) in NAMESPACES for part in state), "a tensor of other state")
+        if type(tensor) is torch.Tensor:
+            tensor.set_(*state)
+        else:
+            tensor.__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def load_binpersid(self) -> None:
+        pid = self.stack[-1]
+        is_storage = type(pid) is tuple and len(pid) in (5, 6) and type(pid[0]) in (str, bytes)
+        expect(is_storage and pid[0] in ("storage", b"storage"), "a persistent id that is no storage")
+        _, kind, key, location, count = pid[:5]
+        typed = isinstance(kind, torch.serialization.StorageType)
+        known = (typed or kind is torch.UntypedStorage) and type(key) is str and type(location) in (str, bytes)
+        if not known or type(count) is not int or count < 0:
+            raise ValueError("a storage without a type, a key or a size")
+        length = count * (kind.dtype.itemsize if typed else 1)
+        if length > self.storage_sizes.get(key, -1 if self.storage_sizes else self.entry_size):
+            raise ValueError(f"storage {key!r} of {length} bytes, which the entry does not have")
+        super().load_binpersid()
+
+    dispatch[pickle.BINPERSID[0]] = load_binpersid
+
+    # What takes memory before it is there
+
+    def load_bytearray8(self) -> None:
+        length = int.from_bytes(self.read(8), "little")
+        content = bytearray(self.read(length)) if length <= self._left() else bytearray()
+        if len(content) != length:
+            raise EOFError("a bytearray beyond the end of the entry")
+        self.append(content)
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+    def _left(self) -> int:
+        at = self._input.tell()
+        end = self._input.seek(0, io.SEEK_END)
+        self._input.seek(at)
+        frame = self._unframer.current_frame
+        return end - at + (len(frame.getbuffer()) - frame.tell() if frame else 0)
+
+    # Containers
+
+    def load_append(self) -> None:
+        self._expect_target(self.stack[-2], _LISTS, "items for what is no list")
+        super().load_append()
+
+    dispatch[pickle.APPEND[0]] = load_append
+
+    def load_appends(self) -> None:
+        self._expect_target(self.metastack[-1][-1], _LISTS, "items for what is no list")
+        super().load_appends()
+
+    dispatch[pickle.APPENDS[0]] = load_appends
+
+    def load_additems(self) -> None:
+        self._expect_target(self.metastack[-1][-1], (set,), "items for what is no set")
+        self._check_keys(self.stack)
+        super().load_additems()
+
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+
+    def load_frozenset(self) -> None:
+        self._check_keys(self.stack)
+        super().load_frozenset()
+
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+
+    def load_dict(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_dict()
+
+    dispatch[pickle.DICT[0]] = load_dict
+
+    def load_setitem(self) -> None:
+        self._expect_target(self.stack[-3], _DICTS, "keys for what is no dict")
+        self._check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        self._expect_target(self.metastack[-1][-1], _DICTS, "keys for what is no dict")
+        self._check_keys(self.stack[::2])
+        super().load_setitems()
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def _expect_target(self, target: Any, allowed: tuple[type, ...], otherwise: str) -> None:
+        cls = type(target)
+        expect(any(cls is each for each in allowed) or self._is_users(cls), otherwise)
+
+    @staticmethod
+    def _check_keys(keys: list[Any]) -> None:
+        for key in keys:
+            check_key(key)
+
+
+def _refuse(what: str) -> Callable[[Any], None]:
+    def refuse(self: Unpickler) -> None:
+        raise RefusedError(what)
+
+    return refuse
+
+
+for _opcode in pickletools.opcodes:
+    if _opcode.name in ("EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"):
+        Unpickler.dispatch[ord(_opcode.code)] = _refuse(f"{_opcode.name} of pickle protocol {_opcode.proto}")
+
+
+@functools.lru_cache(maxsize=1)
+def _makers() -> dict[int, Callable[..., Any]]:
+    """What makes one, by the id of what a pickle calls."""
+    return {id(called): make for calls in (CALLS, arrays.calls()) for called, make in calls.values()}
+
+
+def _name(value: Any) -> str:
+    # Nothing but a class is shown: the text of anything else may take forever.
+    return (
+        f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else f"a value ({type(value).__name__})"
+    )

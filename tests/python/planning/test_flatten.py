@@ -1,0 +1,151 @@
+"""Nested state dicts are flattened as torch's planner flattens them."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import default_planner as torch_planner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+import dcp_fast
+from dcp_fast.planning.flatten import flatten_at_once
+
+# Bound here so that an installed dcp_fast cannot become its own oracle.
+TorchPlanner = torch_planner.DefaultLoadPlanner
+METADATA = Metadata({})
+
+# What torch says of where it puts tensors of the meta device.
+pytestmark = pytest.mark.filterwarnings("ignore:.*_get_pg_default_device:UserWarning", "ignore:Multiple b:UserWarning")
+
+
+class TensorWithMore(torch.Tensor):
+    pass
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two nested values have the same types, the same tensors and equal other leaves, in the same order."""
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(ours, torch.Tensor):
+        # torch makes new tensors of those on the meta device, which have no elements here.
+        return ours is theirs or (not ours.is_meta and ours.equal(theirs))
+    if isinstance(ours, dict):
+        return list(ours) == list(theirs) and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return bool(ours == theirs)
+
+
+def set_up(planner: torch_planner.DefaultLoadPlanner, state_dict: dict[str, Any]) -> Any:
+    try:
+        planner.set_up_planner(state_dict, METADATA, True)
+    except Exception as error:
+        return type(error), str(error)
+    assert planner.original_state_dict is state_dict
+    return planner.state_dict, planner.mappings, state_dict, planner.metadata is METADATA, planner.is_coordinator
+
+
+def assert_same(make: Callable[[], dict[str, Any]], **options: Any) -> bool:
+    """Returns whether one walk did."""
+    flat = flatten_at_once(make())
+    ours, theirs = make(), make()
+    lists = [value for value in ours.values() if type(value) is list]
+    result = set_up(dcp_fast.DefaultLoadPlanner(**options), ours)
+    expected = set_up(TorchPlanner(**options), theirs)
+    assert same(result, expected), f"{result}\n{expected}"
+    # torch puts copies of lists in their place, so that those who hold a list see no change of it.
+    if expected[0] is not ValueError and options.get("flatten_state_dict", True):
+        assert not any(value is before for value in ours.values() if type(value) is list for before in lists)
+    return flat is not None
+
+
+TENSORS = [torch.ones(3), torch.nn.Parameter(torch.ones(2, 2)), torch.zeros(()), torch.zeros(0, 4)]
+
+
+def inert(rng: random.Random) -> Any:
+    return rng.choice([None, True, 3, 2.5, "text", b"bytes", (), (1, "a", None)])
+
+
+def nested(rng: random.Random, depth: int, odd: float, more: list[Any]) -> Any:
+    if rng.random() < odd:
+        return rng.choice(
+            [
+                dict,
+                list,
+                lambda: [{}, torch.ones(1)],
+                lambda: (torch.ones(1), 3),
+                lambda: ([1], 2),
+                lambda: {1: torch.ones(2)},
+                lambda: {1: 2, "1": 3},
+                lambda: {"a.b": 1, "a": {"b": 2}},
+                lambda: {"a": [1, {"c": 1}], "a.1.c": 2},
+                lambda: defaultdict(list, {"a": torch.ones(1)}),
+                lambda: TensorWithMore(torch.ones(2)),
+                lambda: torch.ones(0, 2, device="meta"),
+                lambda: {"deep": {"er": {}}},
+                lambda: [[1, 2], [3]],
+                lambda: [[torch.ones(1)]],
+                lambda: object,
+                lambda: {3, 4},
+            ]
+        )()
+    kind = rng.random()
+    if depth == 0 or kind < 0.4:
+        return rng.choice([*TENSORS, *more, inert(rng)])
+    size = rng.randrange(1, 5)
+    if kind < 0.8:
+        cls = rng.choice([dict, dict, OrderedDict])
+        return cls((f"k{i}", nested(rng, depth - 1, odd, more)) for i in rng.sample(range(9), size))
+    return [nested(rng, depth - 1, odd, more) for _ in range(size)]
+
+
+@pytest.mark.parametrize("odd", [0.0, 0.1])
+def test_random_state_dicts(odd: float, gloo: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    dtensors = [DTensor.from_local(local, mesh, [Shard(0)], run_check=False) for local in TENSORS[:1]]
+    at_once = 0
+    for seed in range(600):
+
+        def make(seed: int = seed) -> dict[str, Any]:
+            rng = random.Random(seed)
+            return {f"top{i}": nested(rng, 4, odd, dtensors) for i in range(rng.randrange(6))}
+
+        options = {"flatten_sharded_tensors": seed % 3 != 0, "flatten_state_dict": seed % 7 != 0}
+        at_once += assert_same(make, **options)
+    assert at_once > (300 if odd == 0 else 100)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)},
+        lambda: {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}},
+        lambda: {"a": [torch.ones(1)], "a.0": 1},
+        lambda: OrderedDict(a=torch.ones(1)),
+        lambda: defaultdict(int, a=torch.ones(1)),
+        lambda: {0: torch.ones(1)},
+        lambda: {"a": torch.ones(0, 2, device="meta")},
+        dict,
+    ],
+)
+def test_what_torch_has_to_do(make: Callable[[], dict[str, Any]]) -> None:
+    assert assert_same(make) == (make() == {} and type(make()) is dict)
+
+
+def test_lists_of_an_optimizer() -> None:
+    """Parameter groups are walked through at once, and their lists of parameters are leaves."""
+
+    def make() -> dict[str, Any]:
+        groups = [{"lr": 0.1, "betas": (0.9, 0.99), "params": ["w", "b"]}, {"lr": 0.2, "params": []}]
+        return {"optim": {"state": {"w": {"step": torch.ones(())}}, "param_groups": groups}}
+
+    assert assert_same(make)
+    flat, paths = flatten_at_once(make()) or ({}, {})
+    assert flat["optim.param_groups.0.params"] == ["w", "b"]
+    assert paths["optim.param_groups.1.lr"] == ("optim", "param_groups", 1, "lr")

@@ -1,0 +1,412 @@
+"""Pickles that misuse what is allowed: none runs code, and none takes memory that the entry does not account for."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import io
+import os
+import pickle
+import types
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from damage import Call, archive, limited, peak_memory, reset_peak_memory
+from inert_values import record
+
+from dcp_fast.errors import CorruptCheckpointError, LoadError, UntrustedBytesError
+from dcp_fast.values.load import load_untrusted
+
+BOUND = 256 << 20
+
+
+def refused(data: bytes) -> LoadError:
+    """The error of an entry, which must not take much time or memory."""
+    before = reset_peak_memory()
+    with limited(20), pytest.raises(LoadError) as caught:
+        load_untrusted(io.BytesIO(data), "the.fqn")
+    assert peak_memory() - before < BOUND
+    error = caught.value
+    assert error.fqn == "the.fqn"
+    assert isinstance(error, (UntrustedBytesError, CorruptCheckpointError)), repr(error)
+    return error
+
+
+def reduced(function: Any, *arguments: Any, state: Any = None) -> bytes:
+    return archive(pickle.dumps(Call(function, *arguments, state=state), 4))
+
+
+class New:
+    """Pickles into an object of a class that is given a state, once or more."""
+
+    def __init__(self, cls: type, state: Any, *arguments: Any) -> None:
+        self.cls, self.state, self.arguments = cls, state, arguments
+
+    def __reduce__(self) -> Any:
+        return self.cls.__new__, (self.cls, *self.arguments), self.state
+
+
+def built(cls: type, state: Any, *arguments: Any) -> bytes:
+    """Opcodes: an object, and its state."""
+    pickler = io.BytesIO()
+    pickler.write(b"\x80\x04")
+    pickler.write(pickle.dumps(cls, 4)[2:-1])
+    pickler.write(pickle.dumps(tuple(arguments), 4)[2:-1] + b"\x81")
+    pickler.write(pickle.dumps(state, 4)[2:-1] + b"b")
+    return archive(_without_frames(pickler.getvalue()) + b".")
+
+
+def _without_frames(pickled: bytes) -> bytes:
+    # pickle.dumps frames what is longer than four bytes.
+    out, at = b"", 0
+    while (frame := pickled.find(b"\x95", at)) >= 0 and frame + 9 <= len(pickled):
+        out, at = out + pickled[at:frame], frame + 9
+    return out + pickled[at:]
+
+
+HUGE = 10**12
+_reconstruct = numpy._core.multiarray._reconstruct
+_scalar = numpy._core.multiarray.scalar
+_from_buffer = numpy._core.numeric._frombuffer
+_FLOAT = numpy.dtype("f8")
+
+
+def array_with(shape: Any, content: Any, descriptor: Any = _FLOAT) -> bytes:
+    return reduced(_reconstruct, numpy.ndarray, (0,), b"b", state=(1, shape, descriptor, False, content))
+
+
+def dtype_with(name: Any, *state: Any) -> bytes:
+    return reduced(numpy.dtype, name, False, True, state=state)
+
+
+# A part of each type's name, and what must be refused.
+MISUSED: dict[str, Callable[[], bytes]] = {
+    "bytearray of a size": lambda: reduced(bytearray, HUGE),
+    "bytearray of a range": lambda: reduced(bytearray, range(HUGE)),
+    "bytearray with another codec": lambda: reduced(bytearray, "a" * 100, "utf-32"),
+    "bytearray, opcode beyond the end": lambda: archive(b"\x80\x05\x96" + HUGE.to_bytes(8, "little") + b"abc."),
+    "bytearray, many copies": lambda: archive(
+        b"\x80\x04cbuiltins\nbytearray\n\x94B\0\0\x40\0"
+        + bytes(4 << 20)
+        + b"\x94\x85\x94("
+        + b"h\0h\x02R" * 10_000
+        + b"l."
+    ),
+    "bytes with another codec": lambda: archive(b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x06\0\0\0utf-32\x86R."),
+    "set of a range": lambda: reduced(set, range(HUGE)),
+    "frozenset of a range": lambda: reduced(frozenset, range(HUGE)),
+    "list of a range": lambda: reduced(list, range(HUGE)),
+    "tuple of a range": lambda: reduced(tuple, range(HUGE)),
+    "Counter of a range": lambda: reduced(collections.Counter, range(HUGE)),
+    "OrderedDict of a range": lambda: reduced(collections.OrderedDict, range(HUGE)),
+    "OrderedDict with attributes that hide": lambda: reduced(collections.OrderedDict, state={"items": bytearray}),
+    "OrderedDict with a state twice": lambda: archive(
+        b"\x80\x02ccollections\nOrderedDict\n)R}X\x01\0\0\0aK\x01sb}X\x01\0\0\0bK\x01sb."
+    ),
+    "deque of a range": lambda: reduced(collections.deque, range(HUGE)),
+    "deque with a negative length": lambda: reduced(collections.deque, (), -1),
+    "deque with more arguments": lambda: reduced(collections.deque, (), 1, 2),
+    "defaultdict of code": lambda: reduced(collections.defaultdict, os.getcwd),
+    "defaultdict of a value": lambda: reduced(collections.defaultdict, 1),
+    "defaultdict of an object": lambda: reduced(collections.defaultdict, types.SimpleNamespace()),
+    "defaultdict with items": lambda: reduced(collections.defaultdict, list, {1: 2}),
+    "torch.Size of a range": lambda: reduced(torch.Size, range(HUGE)),
+    "text of a number": lambda: reduced(int, "9" * 5000),
+    "int of a text": lambda: reduced(int, "7"),
+    "range of other than numbers": lambda: reduced(range, "a"),
+    "range without arguments": lambda: reduced(range),
+    "slice of one part": lambda: reduced(slice, 1),
+    "complex of a text": lambda: reduced(complex, "1" * 1000),
+    "Ellipsis, called": lambda: archive(b"\x80\x04cbuiltins\nEllipsis\n)R."),
+    "Decimal with a huge exponent": lambda: reduced(__import__("decimal").Decimal, "1E+999999999999"),
+    "Decimal with a tiny exponent": lambda: reduced(__import__("decimal").Decimal, "1E-999999999999"),
+    "Decimal of a tuple": lambda: reduced(__import__("decimal").Decimal, (0, (1,), HUGE)),
+    "Fraction with an exponent": lambda: reduced(__import__("fractions").Fraction, "1e999999999"),
+    "Fraction of nothing": lambda: reduced(__import__("fractions").Fraction, 1, 0),
+    "Fraction of huge numbers": lambda: reduced(
+        __import__("fractions").Fraction, 1 << 10_000_000, (1 << 9_999_999) + 1
+    ),
+    "Fraction of a float": lambda: reduced(__import__("fractions").Fraction, 1e300),
+    "UUID of other than a number": lambda: built(uuid.UUID, {"int": "text"}),
+    "UUID of more bits": lambda: built(uuid.UUID, {"int": 1 << 200}),
+    "UUID with other fields": lambda: built(uuid.UUID, {"int": 1, "__class__": "x"}),
+    "UUID with arguments": lambda: reduced(uuid.UUID, "0" * 32),
+    "SimpleNamespace that sets its state": lambda: reduced(types.SimpleNamespace, state={"__setstate__": bytearray}),
+    "SimpleNamespace with a class": lambda: reduced(types.SimpleNamespace, state={"__class__": argparse.Namespace}),
+    "SimpleNamespace of a list": lambda: reduced(types.SimpleNamespace, state=[("a", 1)]),
+    "SimpleNamespace of a mapping": lambda: reduced(types.SimpleNamespace, {"a": 1}),
+    "SimpleNamespace with slots": lambda: reduced(types.SimpleNamespace, state=({"a": 1}, {"b": 2})),
+    "SimpleNamespace twice": lambda: archive(
+        b"\x80\x02ctypes\nSimpleNamespace\n)R}X\x01\0\0\0aK\x01sb}X\x01\0\0\0bK\x01sb."
+    ),
+    "Namespace that hides its methods": lambda: built(argparse.Namespace, {"_get_kwargs": list}),
+    "Namespace that is copied by code": lambda: built(argparse.Namespace, {"__deepcopy__": list}),
+    "BytesIO far behind its end": lambda: built(io.BytesIO, (b"abc", HUGE, None)),
+    "BytesIO before its beginning": lambda: built(io.BytesIO, (b"abc", -1, None)),
+    "BytesIO of a bytearray": lambda: built(io.BytesIO, (bytearray(b"abc"), 0, None)),
+    "BytesIO that hides its methods": lambda: built(io.BytesIO, (b"abc", 0, {"read": bytearray})),
+    "BytesIO with arguments": lambda: reduced(io.BytesIO, b"abc"),
+    "datetime of a text": lambda: reduced(datetime.datetime, "a" * 10),
+    "datetime of numbers": lambda: reduced(datetime.datetime, 2026, 1, 1),
+    "datetime of nonsense": lambda: reduced(datetime.datetime, b"\xff" * 10),
+    "datetime of more bytes": lambda: reduced(datetime.datetime, b"\x07\xea\x01\x02" + bytes(7)),
+    "datetime with a zone of code": lambda: reduced(
+        datetime.datetime, b"\x07\xea\x01\x02" + bytes(6), types.SimpleNamespace()
+    ),
+    "date without arguments": lambda: reduced(datetime.date),
+    "time of nonsense": lambda: reduced(datetime.time, b"\xff" * 6),
+    "timedelta beyond its range": lambda: reduced(datetime.timedelta, HUGE, 0, 0),
+    "timedelta of floats": lambda: reduced(datetime.timedelta, 1e308, 0, 0),
+    "timezone of a number": lambda: reduced(datetime.timezone, 1),
+    "timezone beyond its range": lambda: reduced(datetime.timezone, datetime.timedelta(days=2)),
+    "Path of other than texts": lambda: archive(b"\x80\x02cpathlib\nPosixPath\nctypes\nSimpleNamespace\n)R\x85R."),
+    "Path with a state": lambda: archive(b"\x80\x02cpathlib\nPosixPath\n)R}X\x04\0\0\0_rawK\x01sb."),
+    "array that is larger than its bytes": lambda: array_with((HUGE,), b"12345678"),
+    "array with sizes beside a zero": lambda: array_with((0, 1 << 40, 1 << 40), b""),
+    "array with a negative size": lambda: array_with((-1, -1), b"12345678"),
+    "array of too many dimensions": lambda: array_with((1,) * 100, b"12345678"),
+    "array of a range": lambda: array_with(range(HUGE), b"12345678"),
+    "array of nothing": lambda: array_with((HUGE,), b"", numpy.dtype("V0")),
+    "array of objects": lambda: array_with((1,), [1], numpy.dtype("O")),
+    "array of addresses": lambda: array_with((1,), b"12345678", numpy.dtype("O")),
+    "array with another state": lambda: reduced(_reconstruct, numpy.ndarray, (0,), b"b", state=(1, (1,))),
+    "array, made large": lambda: reduced(_reconstruct, numpy.ndarray, (HUGE,), b"b"),
+    "array of another class": lambda: reduced(_reconstruct, numpy.ma.MaskedArray, (0,), b"b"),
+    "array, called": lambda: reduced(numpy.ndarray, (1 << 30,)),
+    "array of protocol 5 that is larger than its bytes": lambda: reduced(
+        _from_buffer, b"12345678", _FLOAT, (HUGE,), "C"
+    ),
+    "array of protocol 5 of objects": lambda: reduced(_from_buffer, b"12345678", numpy.dtype("O"), (1,), "C"),
+    "array of protocol 5 of a namespace": lambda: reduced(_from_buffer, types.SimpleNamespace(), _FLOAT, (1,), "C"),
+    "array of protocol 5 in another order": lambda: reduced(_from_buffer, b"12345678", _FLOAT, (1,), "X"),
+    "scalar of an object": lambda: reduced(_scalar, numpy.dtype("O"), [1]),
+    "scalar of an address": lambda: reduced(_scalar, numpy.dtype("O"), b"12345678"),
+    "scalar of fewer bytes": lambda: reduced(_scalar, _FLOAT, b"1"),
+    "scalar of a huge text": lambda: reduced(_scalar, numpy.dtype("U100000000"), b"1"),
+    "dtype of objects": lambda: reduced(numpy.dtype, "O8", False, True),
+    "dtype with a shape": lambda: reduced(numpy.dtype, "(1000000000,)f8", False, True),
+    "dtype of several": lambda: reduced(numpy.dtype, "f8,O", False, True),
+    "dtype that aligns": lambda: reduced(numpy.dtype, {"names": ["a"], "formats": ["O"]}, True, True),
+    "dtype with fields": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": (_FLOAT, 0)}, 8, 1, 16),
+    "dtype of another size": lambda: dtype_with("f8", 3, "<", None, None, None, 1 << 30, 1, 0),
+    "dtype that hides objects": lambda: dtype_with("V8", 3, "|", None, None, None, 8, 1, 63),
+    "dtype with a subarray": lambda: dtype_with("V8", 3, "|", (_FLOAT, (1,)), None, None, 8, 1, 0),
+    "dtype with metadata": lambda: dtype_with("f8", 4, "<", None, None, None, -1, -1, 0, {"a": 1}),
+    "dtype of times with metadata": lambda: dtype_with(
+        "M8", 4, "<", None, None, None, -1, -1, 0, ({"a": 1}, (b"s", 1, 1, 1))
+    ),
+    "dtype of times with another unit": lambda: dtype_with(
+        "M8", 4, "<", None, None, None, -1, -1, 0, (None, (b"x", 1, 1, 1))
+    ),
+    "tensor of a size": lambda: reduced(torch.FloatTensor, HUGE),
+    "tensor of a namespace": lambda: reduced(torch._utils._rebuild_parameter, types.SimpleNamespace(), True, None),
+    "storage of a size": lambda: reduced(torch.storage.UntypedStorage, HUGE),
+    "tensor's function of a set": lambda: reduced(
+        torch._tensor._rebuild_from_type_v2, bytearray, bytearray, (HUGE,), {}
+    ),
+    "key of tuples without end": lambda: archive(b"\x80\x04})" + b"\x94h\0h\0\x86" * 0 + b"2\x86" * 60 + b"K\x01s."),
+}
+
+
+# What each is refused for: a part of the reason.
+REASONS = {
+    "bytearray of a size": "a call of bytearray with arguments",
+    "bytearray of a range": "a call of bytearray with arguments",
+    "bytearray with another codec": "bytearray with another codec than latin-1",
+    "bytearray, opcode beyond the end": "a bytearray beyond the end of the entry",
+    "bytearray, many copies": "many copies of the same",
+    "bytes with another codec": "_codecs.encode with another codec than latin1",
+    "set of a range": "a call of set with arguments",
+    "frozenset of a range": "a call of frozenset with arguments",
+    "list of a range": "a call of builtins.list",
+    "tuple of a range": "a call of builtins.tuple",
+    "Counter of a range": "a call of collections.Counter with arguments",
+    "OrderedDict of a range": "a call of collections.OrderedDict with arguments",
+    "OrderedDict with attributes that hide": "a OrderedDict with attributes that hide its methods",
+    "OrderedDict with a state twice": "a state of a collections.OrderedDict",
+    "deque of a range": "a call of collections.deque with arguments",
+    "deque with a negative length": "ValueError: maxlen must be non-negative",
+    "deque with more arguments": "a call of collections.deque with arguments",
+    "defaultdict of code": "posix.getcwd",
+    "defaultdict of a value": "a defaultdict with a factory that is code",
+    "defaultdict of an object": "a defaultdict with a factory that is code",
+    "defaultdict with items": "a defaultdict with more than a factory",
+    "torch.Size of a range": "a torch.Size of other than numbers",
+    "text of a number": "a call of builtins.int",
+    "int of a text": "a call of builtins.int",
+    "range of other than numbers": "a call of range with arguments",
+    "range without arguments": "a call of range with arguments",
+    "slice of one part": "a slice of other than three parts",
+    "complex of a text": "a call of complex with arguments",
+    "Ellipsis, called": "a call of a value (ellipsis)",
+    "Decimal with a huge exponent": "a decimal.Decimal without bounds",
+    "Decimal with a tiny exponent": "a decimal.Decimal without bounds",
+    "Decimal of a tuple": "a call of decimal.Decimal with arguments",
+    "Fraction with an exponent": "a fractions.Fraction in another form",
+    "Fraction of nothing": "ZeroDivisionError: Fraction(1, 0)",
+    "Fraction of huge numbers": "a fractions.Fraction without bounds",
+    "Fraction of a float": "a call of fractions.Fraction with arguments",
+    "UUID of other than a number": "a uuid.UUID of other than 128 bits",
+    "UUID of more bits": "a uuid.UUID of other than 128 bits",
+    "UUID with other fields": "a uuid.UUID with other fields",
+    "UUID with arguments": "a call of uuid.UUID with arguments",
+    "SimpleNamespace that sets its state": "a SimpleNamespace with attributes that hide its methods",
+    "SimpleNamespace with a class": "a SimpleNamespace with attributes that hide its methods",
+    "SimpleNamespace of a list": "a SimpleNamespace with another state",
+    "SimpleNamespace of a mapping": "a call of types.SimpleNamespace with arguments",
+    "SimpleNamespace with slots": "a SimpleNamespace with another state",
+    "SimpleNamespace twice": "a state of a types.SimpleNamespace",
+    "Namespace that hides its methods": "a Namespace with attributes that hide its methods",
+    "Namespace that is copied by code": "a Namespace with attributes that hide its methods",
+    "BytesIO far behind its end": "an io.BytesIO that is past its end",
+    "BytesIO before its beginning": "an io.BytesIO that is past its end",
+    "BytesIO of a bytearray": "an io.BytesIO with another state",
+    "BytesIO that hides its methods": "an io.BytesIO with attributes",
+    "BytesIO with arguments": "a call of io.BytesIO with arguments",
+    "datetime of a text": "a call of datetime.datetime with arguments",
+    "datetime of numbers": "a call of datetime.datetime with arguments",
+    "datetime of nonsense": "TypeError: 'bytes' object cannot be interpreted as an intege",
+    "datetime of more bytes": "a datetime.datetime of other than 10 bytes",
+    "datetime with a zone of code": "a call of datetime.datetime with arguments",
+    "date without arguments": "a call of datetime.date with arguments",
+    "time of nonsense": "TypeError: 'bytes' object cannot be interpreted as an intege",
+    "timedelta beyond its range": "OverflowError: Python int too large to convert to C int",
+    "timedelta of floats": "a call of datetime.timedelta with arguments",
+    "timezone of a number": "a call of datetime.timezone with arguments",
+    "timezone beyond its range": "ValueError: offset must be a timedelta strictly between -tim",
+    "Path of other than texts": "a call of pathlib.PosixPath with other than texts",
+    "Path with a state": "a state of a pathlib.PosixPath",
+    "array that is larger than its bytes": "an array whose bytes do not fill its shape",
+    "array with sizes beside a zero": "an array without bounds",
+    "array with a negative size": "an array without a shape",
+    "array of too many dimensions": "an array of nothing, or of too many dimensions",
+    "array of a range": "an array without a shape",
+    "array of nothing": "an array of nothing, or of too many dimensions",
+    "array of objects": "numpy.dtypes.ObjectDType",
+    "array of addresses": "numpy.dtypes.ObjectDType",
+    "array with another state": "an array with another state",
+    "array, made large": "an array that is not empty before it is filled",
+    "array of another class": "numpy.ma.MaskedArray",
+    "array, called": "a call of numpy.ndarray",
+    "array of protocol 5 that is larger than its bytes": "an array whose bytes do not fill its shape",
+    "array of protocol 5 of objects": "numpy.dtypes.ObjectDType",
+    "array of protocol 5 of a namespace": "an array of other than bytes",
+    "array of protocol 5 in another order": "an array with another order",
+    "scalar of an object": "numpy.dtypes.ObjectDType",
+    "scalar of an address": "numpy.dtypes.ObjectDType",
+    "scalar of fewer bytes": "an array whose bytes do not fill its shape",
+    "scalar of a huge text": "an array whose bytes do not fill its shape",
+    "dtype of objects": "numpy.dtypes.ObjectDType",
+    "dtype with a shape": "a dtype in another form",
+    "dtype of several": "a dtype in another form",
+    "dtype that aligns": "numpy.dtypes.ObjectDType",
+    "dtype with fields": "a dtype with fields, or of another size than its own",
+    "dtype of another size": "a dtype with fields, or of another size than its own",
+    "dtype that hides objects": "a dtype with fields, or of another size than its own",
+    "dtype with a subarray": "a dtype with fields, or of another size than its own",
+    "dtype with metadata": "a dtype with another state",
+    "dtype of times with metadata": "a dtype with metadata",
+    "dtype of times with another unit": "a dtype with another unit",
+    "tensor of a size": "a call of FloatTensor, which takes memory of any size",
+    "tensor of a namespace": "a call of _rebuild_parameter with other than tensors",
+    "storage of a size": "a call of UntypedStorage, which takes memory of any size",
+    "tensor's function of a set": "a call of _rebuild_from_type_v2 with other than torch's func",
+    "key of tuples without end": "a key of tuples without end",
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+def test_misused(name: str) -> None:
+    assert REASONS[name] in refused(MISUSED[name]()).reason
+
+
+def test_storage_that_the_entry_does_not_have() -> None:
+    data = record([torch.arange(4)])
+    pickled = b"K\x04tq\x06Q"
+    assert pickled in data
+    start = data.index(b"\x80\x02]")
+    end = data.index(b"ca.", start) if b"ca." in data else data.index(b"Rq\x0ca.", start) + 5
+    grown = (
+        data[start:end]
+        .replace(pickled, b"J\xff\xff\xff\x0ftq\x06Q")
+        .replace(b"K\x04\x85q\x07", b"J\xff\xff\xff\x0f\x85q\x07")
+    )
+    assert isinstance(refused(archive(grown, bytes(32))), CorruptCheckpointError)
+
+
+def executing(command: str) -> dict[str, Any]:
+    """Values of each kind with a call in them that makes a file."""
+    call = Call(os.system, command)
+    return {
+        "SimpleNamespace": types.SimpleNamespace(a=call),
+        "Namespace": argparse.Namespace(a=call),
+        "deque": collections.deque([call]),
+        "defaultdict": collections.defaultdict(list, {1: call}),
+        "Counter": collections.Counter({"a": call}),  # type: ignore[dict-item]
+        "OrderedDict": collections.OrderedDict(a=call),
+        "slice": slice(call, None),
+        "array": Call(_reconstruct, numpy.ndarray, (0,), b"b", state=(1, (1,), numpy.dtype("O"), False, [call])),
+        "scalar": Call(_scalar, numpy.dtype("O"), call),
+        "dtype": Call(numpy.dtype, call, False, True),
+        "datetime": Call(datetime.datetime, bytes(10), call),
+        "BytesIO": New(io.BytesIO, (call, 0, None)),
+        "UUID": New(uuid.UUID, {"int": call}),
+        "range": Call(range, call),
+        "bytearray": Call(bytearray, call),
+        "set": Call(set, [call]),
+        "frozenset": Call(frozenset, [call]),
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("name", executing(""))
+def test_code_within(tmp_path: Path, name: str, protocol: int) -> None:
+    marker = tmp_path / "executed"
+    data = archive(pickle.dumps(executing(f"touch {marker}")[name], protocol))
+    error = refused(data)
+    assert "posix.system" in error.reason
+    assert not marker.exists()
+    try:
+        torch.load(io.BytesIO(data), weights_only=False)
+    except Exception:  # what it makes of the result of the call
+        assert marker.exists()
+    assert marker.exists()
+
+
+def test_all_that_is_missing_is_named_at_once() -> None:
+    class Local:
+        pass
+
+    value = [Call(os.getpid), Call(pickle.PicklingError, "a"), Call(bytearray, 5)]
+    error = refused(archive(pickle.dumps(value[1:], 4)))
+    assert "pickle.PicklingError" in error.reason
+    error = refused(archive(pickle.dumps([Call(collections.UserDict), Call(collections.ChainMap)], 4)))
+    for name in ("collections.UserDict", "collections.ChainMap", "install(trust_bytes=True)"):
+        assert name in error.reason
+    assert "add_safe_globals([collections.UserDict, collections.ChainMap])" in error.reason
+
+
+def test_names_that_need_pairs_are_given_as_pairs() -> None:
+    """torch goes by the name that an object has for itself."""
+    pickled = b"\x80\x02cnumpy.core.multiarray\nfrombuffer\n)R."
+    error = refused(archive(pickled))
+    assert '(numpy.frombuffer, "numpy.core.multiarray.frombuffer")' in error.reason
+    advice = error.reason.partition("add_safe_globals([")[2].partition("])")[0]
+    with torch.serialization.safe_globals([eval(advice, {"numpy": numpy})]):
+        with pytest.raises(LoadError) as caught:
+            load_untrusted(io.BytesIO(archive(pickled)), "value")
+        assert "frombuffer() missing" in str(caught.value)  # it was called
+
+
+def test_advice_for_arrays_of_objects_works() -> None:
+    data = record(numpy.array([1, "a"], dtype=object))
+    error = refused(data)
+    advice = error.reason.partition("add_safe_globals([")[2].partition("])")[0]
+    with torch.serialization.safe_globals(list(eval(f"({advice},)", {"numpy": numpy}))):
+        assert load_untrusted(io.BytesIO(data), "value").tolist() == [1, "a"]
