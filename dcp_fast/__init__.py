@@ -43,6 +43,7 @@ from dcp_fast.optimizer.load import load_sharded_optimizer_state_dict
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.planning.search import create_read_items_for_chunk_list
 from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.readers.others import accelerate
 from dcp_fast.transfer.gpu import prepare_staging, release_staging
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ __all__ = [
     "UnknownTransformError",
     "UntrustedBytesError",
     "UntrustedMetadataError",
+    "accelerate",
     "create_read_items_for_chunk_list",
     "inspect",
     "install",

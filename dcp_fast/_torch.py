@@ -6,6 +6,8 @@ The public names of torch are imported where they are used.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -32,6 +34,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MEMORY
 from torch.distributed.checkpoint.optimizer import _gen_rank_device as gen_rank_device
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list as create_chunk_list
 from torch.distributed.checkpoint.planner_helpers import _create_read_items as create_read_items
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict as load_state_dict
 from torch.distributed.checkpoint.utils import _api_bc_check as api_bc_check
 from torch.distributed.checkpoint.utils import _DistWrapper as DistWrapper
 from torch.distributed.checkpoint.utils import _get_failure_dict as get_failure_dict
@@ -52,6 +55,11 @@ except ImportError:
 
 # A field of torch 2.15. Both classes of properties have it, or none.
 PROPERTIES_HAVE_STRIDES = "strides" in ShardProperties.__dataclass_fields__
+
+fsspec_filesystem: Any = None
+for _name in ("fsspec_filesystem", "_fsspec_filesystem"):  # public since torch 2.15
+    with suppress(ImportError):  # there is none without fsspec
+        fsspec_filesystem = fsspec_filesystem or import_module(f"torch.distributed.checkpoint.{_name}")
 
 get_layout = cast(Callable[[str], torch.layout], _get_layout)
 disabled_torch_function = torch._C._disabled_torch_function_impl
@@ -88,6 +96,7 @@ __all__ = [
     "disabled_torch_function",
     "flatten_state_dict",
     "foreach_copy_",
+    "fsspec_filesystem",
     "gen_rank_device",
     "get_device_module",
     "get_failure_dict",
@@ -97,6 +106,7 @@ __all__ = [
     "is_zipfile",
     "load_archive",
     "load_legacy",
+    "load_state_dict",
     "narrow_tensor_by_index",
     "rebuild_from_type",
     "set_element",

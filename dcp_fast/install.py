@@ -1,39 +1,65 @@
-"""The fast classes in the place of torch's, for frameworks that call torch.distributed.checkpoint themselves."""
+"""dcp_fast in the place of torch's loading, for frameworks that call torch.distributed.checkpoint themselves.
+
+Methods of torch's classes are replaced in the classes themselves: whoever holds a class, an object or a subclass is
+served. torch's ``load`` looks up what it calls in its module: that is replaced there, and with it served who kept
+``load`` anywhere. Functions that call nothing of that kind are replaced by name in all loaded modules. What stands in
+their places are switches (``switches.py``), so that what somebody keeps of them is torch's again after ``uninstall``.
+"""
 
 from __future__ import annotations
 
-import importlib
 import sys
 import threading
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType, TracebackType
+from typing import Any
 
 from torch.distributed.checkpoint import default_planner, filesystem, optimizer, planner_helpers, state_dict_loader
+from torch.distributed.checkpoint.storage import StorageReader
 
+from dcp_fast import _torch
 from dcp_fast import load as fast_load
-from dcp_fast.drop_in import torch_class_of
 from dcp_fast.optimizer import load as fast_optimizer
 from dcp_fast.planning import planner as fast_planner
 from dcp_fast.planning import search as fast_search
-from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.readers import filesystem as fast_filesystem
+from dcp_fast.readers.others import accelerated_read_data, read_data_like_torch
+from dcp_fast.switches import method_switch, original_of, set_switches, switch
 
 __all__ = ["Installation", "install", "uninstall"]
 
-# What is replaced, by identity, wherever a loaded module has it by name.
-_REPLACEMENTS: dict[int, tuple[object, object]] = {
-    id(original): (original, replacement)
-    for original, replacement in (
-        (filesystem.FileSystemReader, FileSystemReader),
-        (default_planner.DefaultLoadPlanner, fast_planner.DefaultLoadPlanner),
-        (state_dict_loader.load, fast_load.load),
-        (state_dict_loader.load_state_dict, fast_load.load_state_dict),
-        (optimizer.load_sharded_optimizer_state_dict, fast_optimizer.load_sharded_optimizer_state_dict),
-        (planner_helpers.create_read_items_for_chunk_list, fast_search.create_read_items_for_chunk_list),
-        (default_planner.create_default_local_load_plan, fast_search.create_default_local_load_plan),
-    )
-}
+# Each gets torch's method, bound, as its first argument.
+_METHODS: list[tuple[type, str, Callable[..., Any]]] = [
+    (filesystem.FileSystemReader, "read_metadata", fast_filesystem.read_metadata_of),
+    (filesystem.FileSystemReader, "read_data", read_data_like_torch),
+    (default_planner.DefaultLoadPlanner, "set_up_planner", fast_planner.set_up_planner),
+    (default_planner.DefaultLoadPlanner, "create_local_plan", fast_planner.create_local_plan),
+    (default_planner.DefaultLoadPlanner, "load_bytes", fast_planner.load_bytes),
+]
+# By name, in every loaded module that has torch's.
+_FUNCTIONS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
+    (state_dict_loader.load, fast_load.load),
+    (state_dict_loader.load_state_dict, fast_load.load_state_dict),
+    (_torch.load_state_dict, fast_load.load_state_dict_on_all_ranks),
+    (optimizer.load_sharded_optimizer_state_dict, fast_optimizer.load_sharded_optimizer_state_dict),
+    (planner_helpers.create_read_items_for_chunk_list, fast_search.create_read_items_for_chunk_list),
+    (default_planner.create_default_local_load_plan, fast_search.create_default_local_load_plan),
+]
+# To look up a switch by the function whose place it takes, wherever a module has that by name; and back.
+_SWITCHES = {id(original): switch(original, fast) for original, fast in _FUNCTIONS}
+_ABSENT = object()
 
 _lock = threading.Lock()
-_replaced: list[tuple[str, str, object]] | None = None  # module, name, original; None: not installed
+_replaced: list[tuple[object, str, Any, Any]] | None = None  # owner, name, ours, torch's; None: not installed
+
+
+class _CheckOfStateful(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return fast_load.is_stateful(value)
+
+
+class _Stateful(metaclass=_CheckOfStateful):
+    """What torch's ``load`` asks of each value while dcp_fast is installed: the same, in less time."""
 
 
 class Installation:
@@ -53,73 +79,87 @@ class Installation:
             self._changed = False
 
 
-def install(trust_metadata: bool = False, trust_bytes: bool = False) -> Installation:
+def install(
+    trust_metadata: bool = False, trust_bytes: bool = False, accelerate: Iterable[type[StorageReader]] = ()
+) -> Installation:
     """Make ``torch.distributed.checkpoint`` itself use dcp_fast.
 
-    Replaces ``FileSystemReader``, ``DefaultLoadPlanner``, ``load``, ``load_state_dict``,
-    ``load_sharded_optimizer_state_dict`` and two planning functions in every loaded module that has torch's under some
-    name, so that code which imported them before is served too. Readers and planners that exist already stay what they
-    are, and type checks that name torch's classes still hold for them and for what was derived from those. A second
-    call changes nothing.
+    All readers of the class ``FileSystemReader`` and planners of the class ``DefaultLoadPlanner`` are served, and those
+    of classes derived from them, whenever and wherever these classes and objects were made. What they override stays
+    theirs. ``load``, ``load_state_dict``, ``load_sharded_optimizer_state_dict`` and two planning functions are replaced
+    in every loaded module that has torch's under some name. A second call changes nothing.
 
     Args:
-        trust_metadata: whether readers unpickle ``.metadata`` as torch does, which runs whatever code the file names.
-        trust_bytes: whether planners unpickle bytes entries (values that are no tensors) as torch does, which runs
-            whatever code the checkpoint names. Planners of classes that were derived from torch's before do, whatever
-            this says.
+        trust_metadata: whether torch's readers, and ours by default, unpickle ``.metadata`` as torch does, which runs
+            whatever code the file names.
+        trust_bytes: whether torch's planners, and ours by default, unpickle bytes entries (values that are no tensors)
+            as torch does, which runs whatever code the checkpoint names.
+        accelerate: classes of readers that have a ``read_data`` of their own, to be treated as
+            :func:`dcp_fast.accelerate` treats one reader. By naming a class you say what is said there.
 
     Returns:
         A context manager that uninstalls at its end, unless dcp_fast had been installed before.
+
+    Raises:
+        TypeError: ``accelerate`` names something else than classes with a ``read_data``.
     """
     global _replaced
-    # These bind torch's classes when they are first imported; later, their bases would be ours for good.
-    for name in ("_fsspec_filesystem", "format_utils", "hf_storage"):
-        try:
-            importlib.import_module(f"torch.distributed.checkpoint.{name}")
-        except ImportError:
-            continue
+    classes = list(accelerate)
+    for cls in classes:
+        if not isinstance(cls, type) or not callable(getattr(cls, "read_data", None)):
+            raise TypeError(f"accelerate takes classes of readers, got {cls!r}")
     with _lock:
         if _replaced is not None:
             return Installation(changed=False)
         _replaced = []
-        FileSystemReader.trust_metadata_by_default = trust_metadata
+        fast_filesystem.FileSystemReader.trust_metadata_by_default = trust_metadata
         fast_planner.DefaultLoadPlanner.trust_bytes_by_default = trust_bytes
-        torch_class_of.update(
-            (replacement, original)
-            for original, replacement in _REPLACEMENTS.values()
-            if isinstance(original, type) and isinstance(replacement, type)
-        )
-        for module_name, module in list(sys.modules.items()):
-            if module is None or module_name.partition(".")[0] == "dcp_fast":
-                continue
-            for name, value in list(getattr(module, "__dict__", {}).items()):
-                original, replacement = _REPLACEMENTS.get(id(value), (None, None))
-                if original is value and original is not None:
-                    setattr(module, name, replacement)
-                    _replaced.append((module_name, name, original))
+        for cls, name, fast in [*_METHODS, *((cls, "read_data", accelerated_read_data) for cls in classes)]:
+            _replace(cls, name, method_switch(original_of(getattr(cls, name)), fast))
+        _replace(state_dict_loader, "Stateful", _Stateful)
+        for module, name, value in _names():
+            ours = _SWITCHES.get(id(value))
+            if ours is not None and original_of(ours) is value and not module.__name__.startswith("dcp_fast."):
+                _replace(module, name, ours)
+        set_switches(True)
     return Installation(changed=True)
 
 
 def uninstall() -> None:
     """Undo :func:`install` completely. Does nothing if dcp_fast is not installed.
 
-    Only a module outside torch that was first imported in between, and took names from torch then, keeps ours.
+    What somebody else has replaced in between stays theirs.
     """
     global _replaced
     with _lock:
         if _replaced is None:
             return
-        ours = {id(replacement): original for original, replacement in _REPLACEMENTS.values()}
-        for module_name, name, original in _replaced:
-            module = sys.modules.get(module_name)
-            if module is not None and id(getattr(module, name, None)) in ours:
-                setattr(module, name, original)
-        for module_name, module in list(sys.modules.items()):
-            if module is not None and module_name.partition(".")[0] == "torch":
-                for name, value in list(vars(module).items()):
-                    if id(value) in ours:
-                        setattr(module, name, ours[id(value)])
-        torch_class_of.clear()
-        FileSystemReader.trust_metadata_by_default = False
+        set_switches(False)
+        for owner, name, ours, original in _replaced:
+            if vars(owner).get(name) is not ours:
+                continue
+            if original is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+        switches = {id(ours): ours for ours in _SWITCHES.values()}
+        for module, name, value in _names():  # of modules that were imported in between
+            if id(value) in switches:
+                setattr(module, name, original_of(value))
+        fast_filesystem.FileSystemReader.trust_metadata_by_default = False
         fast_planner.DefaultLoadPlanner.trust_bytes_by_default = False
         _replaced = None
+
+
+def _replace(owner: Any, name: str, ours: Any) -> None:
+    assert _replaced is not None
+    _replaced.append((owner, name, ours, vars(owner).get(name, _ABSENT)))
+    setattr(owner, name, ours)
+
+
+def _names() -> Iterator[tuple[ModuleType, str, Any]]:
+    """What every loaded module has by name."""
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType):
+            for name, value in list(vars(module).items()):
+                yield module, name, value

@@ -17,17 +17,18 @@ from typing_extensions import deprecated
 
 from dcp_fast._torch import api_bc_check, dcp_method_logger, storage_setup
 from dcp_fast.collector import paused_collection
+from dcp_fast.observe.report import reported
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.ranks.steps import load_on_all_ranks
 from dcp_fast.readers.filesystem import FileSystemReader
-from dcp_fast.this_load import this_load
+from dcp_fast.readers.others import fast_twin
+from dcp_fast.readers.proof import has_torchs_read_data
 
-__all__ = ["load", "load_state_dict"]
+__all__ = ["is_stateful", "load", "load_state_dict", "load_state_dict_on_all_ranks"]
 
 _NO_STATEFULS = frozenset(
     {torch.Tensor, torch.nn.Parameter, DTensor, type(None), bool, int, float, str, bytes, tuple, list, dict}
 )
-_TorchFileSystemReader = torch_filesystem.FileSystemReader
 
 
 @dcp_method_logger(log_exceptions=True)
@@ -47,8 +48,10 @@ def load(
 ) -> None:
     """Drop-in for ``torch.distributed.checkpoint.load``: same arguments, same result, same exceptions.
 
-    A local ``checkpoint_id`` is read by :class:`dcp_fast.FileSystemReader`, any other by the reader that torch chooses.
-    The default planner is :class:`dcp_fast.DefaultLoadPlanner`. A reader or planner that is passed is used as it is.
+    A local ``checkpoint_id`` (a path, ``file://`` or ``local://``) is read by :class:`dcp_fast.FileSystemReader`, any
+    other by the reader that torch chooses. The default planner is :class:`dcp_fast.DefaultLoadPlanner`. A reader or
+    planner that is passed is used as it is, but where a reader reads data just as torch's FileSystemReader does, from
+    local files, the native engine does it instead. The report of the load tells (:func:`dcp_fast.last_report`).
 
     torch's function lacks the last four arguments. ``None`` means: as the reader or planner was told. The options of
     this load change neither of these objects. So loads in several threads may share a reader, each with options of its
@@ -81,9 +84,8 @@ def load(
             stacklevel=3,
         )
     reader = cast(StorageReader, storage_setup(storage_reader, checkpoint_id, reader=True))
-    if storage_reader is None and type(reader) is _TorchFileSystemReader:
-        assert checkpoint_id is not None
-        reader = FileSystemReader(checkpoint_id)
+    if storage_reader is None and checkpoint_id is not None:
+        reader = _reader_of_ours(reader, checkpoint_id)
     if planner is None:
         planner = DefaultLoadPlanner()
     options: list[tuple[object, str, Any]] = []
@@ -93,32 +95,41 @@ def load(
         (planner, DefaultLoadPlanner, "trust_bytes", trust_bytes),
     ):
         if given is not None:
-            # By its bases: isinstance() also says yes to torch's while ours stand in their place.
-            if cls not in type(owner).__mro__:
+            if not isinstance(owner, cls):
                 raise ValueError(f"{name} needs a dcp_fast.{cls.__name__}, got a {type(owner).__name__}")
             options.append((owner, name, given))
 
-    # All ranks load in the same order of keys. A Stateful is replaced by its own state dict. It may remove keys from
-    # `state_dict` when it is asked for that. Such keys are skipped, as in torch.
-    keys = sorted(state_dict)
-    loaded: dict[str, Any] = {}
-    for key in keys:
-        if key in state_dict:
-            value = state_dict[key]
-            loaded[key] = value.state_dict() if _is_stateful(value) else value
-    # Without a pause the collector would walk through metadata and plan, which are gone at the end of the load.
-    with paused_collection(), this_load(options):
-        load_on_all_ranks(loaded, reader, planner, process_group, no_dist=no_dist, share=share_metadata)
-    for key in keys:
-        if key in state_dict:
-            value = state_dict[key]
-            if _is_stateful(value):
-                value.load_state_dict(loaded[key])
-            else:
-                state_dict[key] = loaded[key]
+    with reported(options):
+        # All ranks load in the same order of keys. A Stateful is replaced by its own state dict. It may remove keys
+        # from `state_dict` when it is asked for that. Such keys are skipped, as in torch.
+        keys = sorted(state_dict)
+        loaded: dict[str, Any] = {}
+        for key in keys:
+            if key in state_dict:
+                value = state_dict[key]
+                loaded[key] = value.state_dict() if is_stateful(value) else value
+        # Without a pause the collector would walk through metadata and plan, which are gone at the end of the load.
+        with paused_collection():
+            load_on_all_ranks(loaded, reader, planner, process_group, no_dist=no_dist, share=share_metadata)
+        for key in keys:
+            if key in state_dict:
+                value = state_dict[key]
+                if is_stateful(value):
+                    value.load_state_dict(loaded[key])
+                else:
+                    state_dict[key] = loaded[key]
 
 
-def _is_stateful(value: object) -> bool:
+def _reader_of_ours(reader: StorageReader, checkpoint_id: str | os.PathLike[str]) -> StorageReader:
+    """The reader that torch chose for a checkpoint, or ours in its place if the checkpoint is local."""
+    if type(reader) is torch_filesystem.FileSystemReader:
+        return FileSystemReader(checkpoint_id)
+    twin = fast_twin(reader) if has_torchs_read_data(reader) else None
+    return twin if isinstance(twin, FileSystemReader) else reader
+
+
+def is_stateful(value: object) -> bool:
+    """Whether a value has a state dict of its own."""
     # To check for a runtime protocol takes microseconds. Most values are tensors and need no check.
     return type(value) not in _NO_STATEFULS and isinstance(value, Stateful)
 
@@ -140,6 +151,24 @@ def load_state_dict(
     Reader and planner say what they trust; the default planner is ``dcp_fast.DefaultLoadPlanner()``.
     """
     storage_reader.reset()
-    planner = DefaultLoadPlanner() if planner is None else planner
-    with this_load():
-        load_on_all_ranks(state_dict, storage_reader, planner, process_group, coordinator_rank, no_dist)
+    load_state_dict_on_all_ranks(state_dict, storage_reader, process_group, coordinator_rank, no_dist, planner)
+
+
+def load_state_dict_on_all_ranks(
+    state_dict: dict[str, Any],
+    storage_reader: StorageReader,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: LoadPlanner | None = None,
+) -> None:
+    """What torch's functions call to load a state dict, once reader and planner are there."""
+    with reported(), paused_collection():
+        load_on_all_ranks(
+            state_dict,
+            storage_reader,
+            DefaultLoadPlanner() if planner is None else planner,
+            process_group,
+            coordinator_rank,
+            no_dist,
+        )

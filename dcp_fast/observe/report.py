@@ -6,16 +6,18 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dcp_fast.observe.trace import Timeline
+from dcp_fast.this_load import Options, this_load
 
-__all__ = ["LoadReport", "last_report"]
+__all__ = ["LoadReport", "begin", "current_report", "joined_report", "last_report", "publish", "reported"]
 
 logger = logging.getLogger("dcp_fast")
 
-STAGES = ("metadata", "planning", "layout", "transfer", "commit")
+STAGES = ("metadata", "planning", "ranks", "layout", "transfer", "commit")
 WAITS = ("disk", "slot", "device")
 
 
@@ -25,6 +27,11 @@ class LoadReport:
 
     Attributes:
         path: the checkpoint.
+        reader, planner: the classes of the reader and the planner.
+        reader_fallback_reason: why the data was read by the reader itself and not by the native engine; empty if it
+            was not.
+        planner_fallback_reason: why planning took a slower way, or why items were read in windows, in the order of the
+            plan, and not all at once; empty if neither is the case.
         metadata_received: whether another rank read the metadata and sent its bytes here (``share_metadata``).
         bytes_needed: payload bytes of all boxes that this rank asked for, in their stored dtype, and of bytes entries.
         bytes_read: bytes that storage was asked for, headers and gaps included; the metadata file is left out.
@@ -44,8 +51,10 @@ class LoadReport:
         overlap_efficiency: how well reading and copying overlapped: the time of whichever took longer per time of both,
             from the beginning of the first read, preparations on the GPU included, to the last copy; 0 without
             destinations on GPUs, and without ``synchronize``.
-        seconds: by stage. metadata: reading `.metadata`. planning: from there to the local plan. layout: finding
-            payloads. transfer: reading and placing tensors. commit: bytes entries and planner hooks.
+        seconds: by stage; together they are the time of the load. metadata: reading `.metadata`. planning: the state
+            dict, and the plan for it. ranks: steps that all ranks take together, which includes waiting for others.
+            layout: finding payloads. transfer: reading and placing tensors. commit: bytes entries, planner hooks, and
+            giving values back to the state dict.
         reading_seconds: the time in which at least one read call was under way, in any thread; as with ``bytes_read``,
             without the metadata file.
         wait_seconds: what threads waited for, summed over threads, so that it may exceed the time of the load.
@@ -53,6 +62,10 @@ class LoadReport:
     """
 
     path: str = ""
+    reader: str = ""
+    planner: str = ""
+    reader_fallback_reason: str = ""
+    planner_fallback_reason: str = ""
     metadata_received: bool = False
     bytes_needed: int = 0
     bytes_read: int = 0
@@ -73,8 +86,19 @@ class LoadReport:
     reading_seconds: float = 0.0
     wait_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(WAITS, 0.0))
 
-    # Not a field, and gone after the load: a report is data, to be sent and copied.
+    # No fields: what goes on while the load does. A report is data, and is sent and copied without it.
     _timeline: ClassVar[Timeline | None] = None
+    _stage: ClassVar[str] = ""
+    _stage_began: ClassVar[int] = 0
+    _planned_natively: ClassVar[bool] = False
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether both reader and planner took the fast way."""
+        return not (self.reader_fallback_reason or self.planner_fallback_reason)
 
     @property
     def read_amplification(self) -> float:
@@ -93,23 +117,45 @@ class LoadReport:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent within to a stage."""
-        start = time.perf_counter()
+        """Count the time spent within for a stage, and not for the stage around."""
+        before = self.enter(name)
         try:
             yield
         finally:
-            self.add_stage(name, start)
+            self.enter(before)
 
-    def trace_stages(self, timeline: Timeline) -> None:
-        """Put each stage on a timeline, until the report is published."""
+    def enter(self, name: str) -> str:
+        """Count time for this stage from now on, or for none if the name is empty. Returns the stage so far."""
+        before, now = self._stage, time.perf_counter_ns()
+        if name != before:
+            if before:
+                self.seconds[before] += (now - self._stage_began) / 1e9
+                if self._timeline is not None:
+                    self._timeline.add_stage(before, self._stage_began, now)
+            vars(self).update(_stage=name, _stage_began=now)
+        return before
+
+    @property
+    def planned_natively(self) -> bool:
+        """Whether the plan of this load came from our search, until the report is published."""
+        return self._planned_natively
+
+    @planned_natively.setter
+    def planned_natively(self, value: bool) -> None:
+        vars(self)["_planned_natively"] = value
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Where stages are recorded, until the report is published."""
+        return self._timeline
+
+    def record(self, path: str) -> Timeline:
+        """Record a timeline, to be written to this file when the report is published."""
+        stage = self.enter("")
+        timeline = Timeline(path, {name: seconds for name, seconds in self.seconds.items() if seconds})
         vars(self)["_timeline"] = timeline
-
-    def add_stage(self, name: str, start: float) -> None:
-        """Add the time since ``start``, of ``time.perf_counter``, to a stage."""
-        seconds = time.perf_counter() - start
-        self.seconds[name] += seconds
-        if self._timeline is not None:
-            self._timeline.add_stage(name, seconds)
+        self.enter(stage)
+        return timeline
 
     def __str__(self) -> str:
         rows = [
@@ -141,16 +187,59 @@ class LoadReport:
             ]
         left = max(len(name) for name, _ in rows)
         right = max(len(value) for _, value in rows)
-        lines = [f"load of {self.path}", *(f"  {name:<{left}}  {value:>{right}}" for name, value in rows)]
+        lines = [f"load of {self.path} by {self.reader or '?'} and {self.planner or '?'}"]
+        lines += (f"  {name:<{left}}  {value:>{right}}" for name, value in rows)
+        lines += (f"  not fast: {reason}" for reason in self._fallback_reasons())
         return "\n".join(lines)
+
+    def _fallback_reasons(self) -> list[str]:
+        owners = ((self.reader, self.reader_fallback_reason), (self.planner, self.planner_fallback_reason))
+        return [f"{owner}: {reason}" for owner, reason in owners if reason]
 
 
 _last: LoadReport | None = None
+_current: ContextVar[LoadReport | None] = ContextVar("dcp_fast_load", default=None)
+_logged_reasons: set[str] = set()
 
 
 def last_report() -> LoadReport | None:
     """The report of the load that began last in this process, also of one that failed; None before the first."""
     return _last
+
+
+@contextmanager
+def reported(options: Options = ()) -> Iterator[LoadReport]:
+    """What happens within is a load of its own, to whose report readers and planners add their part.
+
+    Args:
+        options: those that hold for this load.
+    """
+    report = LoadReport()
+    begin(report)
+    token = _current.set(report)
+    report.enter("planning")
+    try:
+        with this_load(options):
+            yield report
+    finally:
+        _current.reset(token)
+        publish(report)
+
+
+@contextmanager
+def joined_report() -> Iterator[LoadReport]:
+    """What happens within belongs to the load that this thread is in, or is one of its own."""
+    report = current_report()
+    if report is not None:
+        yield report
+        return
+    with reported() as report:
+        yield report
+
+
+def current_report() -> LoadReport | None:
+    """The report of the load that this thread is in; None if nobody but the reader can tell where a load begins."""
+    return _current.get()
 
 
 def begin(report: LoadReport) -> None:
@@ -160,7 +249,15 @@ def begin(report: LoadReport) -> None:
 
 
 def publish(report: LoadReport) -> None:
-    """Make a report the last one and log it."""
+    """The load of a report has ended: log it, and write its timeline."""
     begin(report)
-    vars(report).pop("_timeline", None)
+    report.enter("")
+    if report.timeline is not None:
+        report.timeline.save()
+    for name in ("_timeline", "_stage", "_stage_began", "_planned_natively"):
+        vars(report).pop(name, None)
     logger.info("%s", report)
+    for reason in report._fallback_reasons():
+        if reason not in _logged_reasons:
+            _logged_reasons.add(reason)
+            logger.info("loads like that of %s are not fast. %s", report.path, reason)

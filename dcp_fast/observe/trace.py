@@ -6,8 +6,9 @@ import errno
 import json
 import logging
 import os
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from dcp_fast import _native
 
-__all__ = ["Timeline", "saved", "span"]
+__all__ = ["Timeline", "span"]
 
 logger = logging.getLogger("dcp_fast")
 
@@ -28,19 +29,23 @@ class Timeline:
     Args:
         path: the file to write. ``{rank}`` in it stands for the rank in the default process group. If there is none in
             it, rank 0 writes the path itself, and each other rank appends ``.rankN``.
+        earlier: stages of the load before the timeline was made, with their seconds, one after the other.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, earlier: Mapping[str, float]) -> None:
+        self._earlier = earlier
+        self._zero = sum(round(seconds * 1e9) for seconds in earlier.values())  # of the recorder, in the file
         self.recorder = _native.TraceRecorder()
+        self._clock_offset = self.recorder.now() - time.perf_counter_ns()
         distributed = dist.is_available() and dist.is_initialized()
         self._rank = dist.get_rank() if distributed else 0
         self._path = _path_of_rank(path, self._rank)
         self._process = f"rank {self._rank}" if distributed else "dcp_fast"
 
-    def add_stage(self, name: str, seconds: float) -> None:
-        """Record a stage of the load that has just ended."""
-        end = self.recorder.now()
-        self.recorder.add(_STAGES_TRACK, name, end - round(seconds * 1e9), end)
+    def add_stage(self, name: str, begin: int, end: int) -> None:
+        """Record a stage of the load, or a part of it. Times are of ``time.perf_counter_ns``."""
+        begin, end = (max(0, at + self._clock_offset) for at in (begin, end))
+        self.recorder.add(_STAGES_TRACK, name, begin, end)
 
     def write(self) -> None:
         """Write the events so far. The file is complete at any time: a new one takes its place.
@@ -62,10 +67,23 @@ class Timeline:
                 os.unlink(temporary)
             raise
 
+    def save(self) -> None:
+        """The same at the end of a load, which does not fail for its trace: what is wrong is a warning in the log."""
+        try:
+            self.write()
+        except (OSError, ValueError) as error:
+            logger.warning("cannot write the trace of a load: %s", error)
+
     def _events(self) -> list[dict[str, Any]]:
         tracks: dict[str, int] = {_STAGES_TRACK: 1}
         spans = []
-        for track, name, begin, end, size, path, offset in self.recorder.events():
+        began = 0
+        earlier = []
+        for name, seconds in self._earlier.items():
+            ended = began + round(seconds * 1e9)
+            earlier.append((_STAGES_TRACK, name, began - self._zero, ended - self._zero, None, None, None))
+            began = ended
+        for track, name, begin, end, size, path, offset in [*earlier, *self.recorder.events()]:
             known = {"bytes": size, "path": path, "offset": offset}
             spans.append(
                 {
@@ -73,7 +91,7 @@ class Timeline:
                     "pid": self._rank,
                     "tid": tracks.setdefault(track, len(tracks) + 1),
                     "name": name,
-                    "ts": begin / 1e3,
+                    "ts": (self._zero + begin) / 1e3,
                     "dur": (end - begin) / 1e3,
                     "args": {key: value for key, value in known.items() if value is not None},
                 }
@@ -99,22 +117,6 @@ def span(recorder: _native.TraceRecorder | None, name: str, size: int | None = N
         yield
     finally:
         recorder.add(None, name, begin, recorder.now(), size)
-
-
-@contextmanager
-def saved(timeline: Timeline | None) -> Iterator[None]:
-    """Write the events so far at the end, also after an error.
-
-    A load does not fail because its trace cannot be written any more: that is logged as a warning.
-    """
-    try:
-        yield
-    finally:
-        if timeline is not None:
-            try:
-                timeline.write()
-            except (OSError, ValueError) as error:
-                logger.warning("cannot write the trace of a load: %s", error)
 
 
 def _path_of_rank(path: str, rank: int) -> str:

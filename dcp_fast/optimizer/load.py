@@ -22,12 +22,12 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from dcp_fast._torch import DistWrapper, unflatten_state_dict
 from dcp_fast.collector import paused_collection
+from dcp_fast.observe.report import reported
 from dcp_fast.optimizer.sharding import ParameterSlice, may_lack_slices, slices_of_parameters
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
 from dcp_fast.optimizer.state_tensors import StateTensors, optimizer_entries
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.ranks.steps import load_on_all_ranks, sendable
-from dcp_fast.this_load import this_load
 
 __all__ = ["load_sharded_optimizer_state_dict"]
 
@@ -35,7 +35,7 @@ Kept = TypeVar("Kept")
 Told = TypeVar("Told")
 
 
-@this_load()
+@reported()
 @paused_collection()
 def load_sharded_optimizer_state_dict(
     model_state_dict: dict[str, Any],

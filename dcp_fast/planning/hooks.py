@@ -9,20 +9,22 @@ from __future__ import annotations
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-__all__ = ["STANDS_FOR_TORCHS", "has_default_commit", "has_default_hooks"]
+from dcp_fast.switches import original_of
 
-STANDS_FOR_TORCHS = "_dcp_fast_stands_for_torchs"  # marks a hook of ours, which hands on to torch's
+__all__ = ["STAND_FOR_TORCHS", "has_default_commit", "has_default_hooks", "why_planner_is_slow"]
 
 # As they are at import: a hook that somebody patches into torch's class later counts as the planner's own.
 _DEFAULT_HOOKS = {
     name: getattr(DefaultLoadPlanner, name)
     for name in ("resolve_tensor", "lookup_tensor", "transform_tensor", "commit_tensor", "load_bytes")
 }
+# Hooks of ours, which hand on to torch's where they trust the checkpoint.
+STAND_FOR_TORCHS: list[object] = []
 
 
 def has_default_hooks(planner: LoadPlanner) -> bool:
     """Whether a planner does with items what torch's DefaultLoadPlanner does, so that their order is free."""
-    return isinstance(planner, DefaultLoadPlanner) and all(_is_default(planner, name) for name in _DEFAULT_HOOKS)
+    return isinstance(planner, DefaultLoadPlanner) and not _own_hooks(planner)
 
 
 def has_default_commit(planner: LoadPlanner) -> bool:
@@ -30,10 +32,25 @@ def has_default_commit(planner: LoadPlanner) -> bool:
     return isinstance(planner, DefaultLoadPlanner) and _is_default(planner, "commit_tensor")
 
 
-def _is_default(planner: DefaultLoadPlanner, name: str) -> bool:
-    return name not in vars(planner) and _torch_hook(type(planner), name) is _DEFAULT_HOOKS[name]
+def why_planner_is_slow(planner: LoadPlanner, planned_natively: bool) -> str:
+    """What keeps a planner from the fast way; empty if nothing does."""
+    reasons = [] if planned_natively else ["it plans without the search of dcp_fast"]
+    if hooks := _own_hooks(planner):
+        reasons.append(f"its {', '.join(hooks)} must be called in the order of the plan, so items are read in windows")
+    elif not isinstance(planner, DefaultLoadPlanner):
+        reasons.append("it is not derived from DefaultLoadPlanner, so items are read in windows")
+    return "; ".join(reasons)
 
 
-def _torch_hook(cls: type[DefaultLoadPlanner], name: str) -> object:
-    hook = getattr(cls, name)
-    return getattr(DefaultLoadPlanner, name) if getattr(hook, STANDS_FOR_TORCHS, False) else hook
+def _own_hooks(planner: LoadPlanner) -> list[str]:
+    return [name for name in _DEFAULT_HOOKS if not _is_default(planner, name)]
+
+
+def _is_default(planner: LoadPlanner, name: str) -> bool:
+    return name not in getattr(planner, "__dict__", ()) and _torch_hook(type(planner), name) is _DEFAULT_HOOKS[name]
+
+
+def _torch_hook(cls: type, name: str) -> object:
+    hook = getattr(cls, name, None)
+    stands_for_torchs = any(hook is ours for ours in STAND_FOR_TORCHS)
+    return original_of(getattr(DefaultLoadPlanner, name) if stands_for_torchs else hook)

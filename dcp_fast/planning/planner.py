@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch.distributed.checkpoint import default_planner as torch_planner
@@ -12,21 +13,20 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from dcp_fast._torch import derived_version, flatten_state_dict, set_element
 from dcp_fast.collector import paused_collection
-from dcp_fast.drop_in import DropIn
 from dcp_fast.planning.flatten import flatten_at_once
-from dcp_fast.planning.hooks import STANDS_FOR_TORCHS
+from dcp_fast.planning.hooks import STAND_FOR_TORCHS
 from dcp_fast.planning.search import create_default_local_load_plan
 from dcp_fast.this_load import option
 from dcp_fast.values.load import load_untrusted
 
-__all__ = ["DefaultLoadPlanner", "put_value"]
+__all__ = ["DefaultLoadPlanner", "create_local_plan", "load_bytes", "put_value", "set_up_planner"]
 
 # torch's variables, and what it takes for a yes.
 _FORCED = ("WEIGHTS_ONLY", "NO_WEIGHTS_ONLY")
 _TRUE = ("1", "y", "yes", "true")
 
 
-class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
+class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
     """Drop-in for ``torch.distributed.checkpoint.DefaultLoadPlanner`` that works with any ``StorageReader``.
 
     Takes the same arguments. Subclasses may override what torch's may: a reader calls ``resolve_tensor``,
@@ -54,31 +54,17 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
         trust_bytes: bool | None = None,
     ) -> None:
         super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
-        if trust_bytes is None:
-            trust_bytes = self.trust_bytes_by_default or _is_lifted_for_torch()
-        self.trust_bytes = trust_bytes
+        self.trust_bytes = _trusts_by_default() if trust_bytes is None else trust_bytes
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         """Keep the state dict, flattened if ``flatten_state_dict`` is set, and the metadata."""
-        flat = flatten_at_once(state_dict) if self.flatten_state_dict else None
-        if flat is None:
-            super().set_up_planner(state_dict, metadata, is_coordinator)
-            return
-        self.original_state_dict = state_dict
-        self.state_dict, self.mappings = flat
-        self.metadata = metadata
-        self.is_coordinator = is_coordinator
+        set_up_planner(super().set_up_planner, self, state_dict, metadata, is_coordinator)
 
     def create_local_plan(self) -> LoadPlan:
         """Plan the reads of this rank. Raises as :func:`create_default_local_load_plan`."""
-        if self.metadata is None:
-            raise AssertionError("set_up_planner was not called with metadata")
-        if self.flatten_state_dict:
-            self._use_old_keys_if_stored()
-        with paused_collection():
-            return create_default_local_load_plan(self.state_dict, self.metadata, not self.allow_partial_load)
+        return create_local_plan(super().create_local_plan, self)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Put a bytes entry into the state dict.
@@ -87,29 +73,50 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner, metaclass=DropIn):
             UntrustedBytesError: it asks for what could run code, and ``trust_bytes`` is False.
             LoadError: it is damaged. If ``trust_bytes`` is True, whatever torch raises.
         """
-        if option(self, "trust_bytes"):
-            super().load_bytes(read_item, value)
-            return
-        fqn = read_item.dest_index.fqn
-        put_value(self, fqn, load_untrusted(value, fqn))
+        load_bytes(super().load_bytes, self, read_item, value)
 
-    setattr(load_bytes, STANDS_FOR_TORCHS, True)
 
-    def _use_old_keys_if_stored(self) -> None:
-        # torch before 2.4 flattened fewer containers, so that its checkpoints have other keys. If the state dict lacks
-        # a stored key, but has it when it is flattened in the old way, then the checkpoint is such a one. torch's own
-        # DefaultLoadPlanner.create_local_plan makes the same test.
-        assert self.metadata is not None
-        missing = set(self.metadata.state_dict_metadata).difference(self.state_dict)
-        if not missing:
-            return
-        derived_version._derived_version = "2_3"
-        try:
-            old_state_dict, old_mappings = flatten_state_dict(self.original_state_dict)
-        finally:
-            derived_version._derived_version = None
-        if old_state_dict.keys() & missing:
-            self.state_dict, self.mappings = old_state_dict, old_mappings
+STAND_FOR_TORCHS.append(DefaultLoadPlanner.load_bytes)
+
+# Each method of torch's planner that we replace is a function here: our class calls it, and while dcp_fast is installed
+# so does torch's class. Its first argument is the method of torch, bound to the planner.
+
+
+def set_up_planner(
+    torchs: Callable[..., None],
+    planner: torch_planner.DefaultLoadPlanner,
+    state_dict: dict[str, Any],
+    metadata: Metadata | None = None,
+    is_coordinator: bool = False,
+) -> None:
+    flat = flatten_at_once(state_dict) if planner.flatten_state_dict else None
+    if flat is None:
+        torchs(state_dict, metadata, is_coordinator)
+        return
+    planner.original_state_dict = state_dict
+    planner.state_dict, planner.mappings = flat
+    planner.metadata = metadata
+    planner.is_coordinator = is_coordinator
+
+
+def create_local_plan(_torchs: Callable[..., LoadPlan], planner: torch_planner.DefaultLoadPlanner) -> LoadPlan:
+    if planner.metadata is None:
+        raise AssertionError("set_up_planner was not called with metadata")
+    if planner.flatten_state_dict:
+        _use_old_keys_if_stored(planner)
+    with paused_collection():
+        return create_default_local_load_plan(planner.state_dict, planner.metadata, not planner.allow_partial_load)
+
+
+def load_bytes(
+    torchs: Callable[..., None], planner: torch_planner.DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
+) -> None:
+    trusts = option(planner, "trust_bytes")
+    if _trusts_by_default() if trusts is None else trusts:
+        torchs(read_item, value)
+        return
+    fqn = read_item.dest_index.fqn
+    put_value(planner, fqn, load_untrusted(value, fqn))
 
 
 def put_value(planner: torch_planner.DefaultLoadPlanner, fqn: str, value: Any) -> None:
@@ -124,7 +131,24 @@ def put_value(planner: torch_planner.DefaultLoadPlanner, fqn: str, value: Any) -
         set_element(planner.original_state_dict, path, value)
 
 
-def _is_lifted_for_torch() -> bool:
-    """Whether the environment tells torch.load to be content with weights_only=False."""
+def _use_old_keys_if_stored(planner: torch_planner.DefaultLoadPlanner) -> None:
+    # torch before 2.4 flattened fewer containers, so that its checkpoints have other keys. If the state dict lacks a
+    # stored key, but has it when it is flattened in the old way, then the checkpoint is such a one. torch's own
+    # DefaultLoadPlanner.create_local_plan makes the same test.
+    assert planner.metadata is not None
+    missing = set(planner.metadata.state_dict_metadata).difference(planner.state_dict)
+    if not missing:
+        return
+    derived_version._derived_version = "2_3"
+    try:
+        old_state_dict, old_mappings = flatten_state_dict(planner.original_state_dict)
+    finally:
+        derived_version._derived_version = None
+    if old_state_dict.keys() & missing:
+        planner.state_dict, planner.mappings = old_state_dict, old_mappings
+
+
+def _trusts_by_default() -> bool:
+    """What install() was told, or whether the environment tells torch.load to be content with weights_only=False."""
     forced = {name: os.environ.get(f"TORCH_FORCE_{name}_LOAD", "0").lower() in _TRUE for name in _FORCED}
-    return forced["NO_WEIGHTS_ONLY"] and not forced["WEIGHTS_ONLY"]
+    return DefaultLoadPlanner.trust_bytes_by_default or (forced["NO_WEIGHTS_ONLY"] and not forced["WEIGHTS_ONLY"])

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from dcp_fast import _native
 from dcp_fast._torch import ShardedTensor, create_chunk_list, is_checkpointable_tensor
 from dcp_fast.metadata.lazy import LazyDict, columns_of
+from dcp_fast.observe.report import current_report
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, bytes_item
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 
@@ -103,6 +104,8 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
         RuntimeError: the checkpoint lacks a key, and ``strict`` is set.
         ValueError: a tensor has another size in the checkpoint, or an entry is of another kind there.
     """
+    if (report := current_report()) is not None:
+        report.planned_natively = True
     search = _Search(metadata)
     find, add_whole = search.finder(), search.add_whole
     for fqn, value in state_dict.items():

@@ -34,7 +34,7 @@ from dcp_fast._torch import DistWrapper
 from dcp_fast.errors import CorruptMetadataError
 from dcp_fast.metadata.read import make_metadata, parse_blocks
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
-from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.readers.filesystem import FileSystemReader, file_content, owned_by
 from dcp_fast.this_load import option
 
 __all__ = ["share_metadata"]
@@ -161,7 +161,7 @@ class _Broadcast:
 
     def take_part(self) -> Callable[[], Metadata]:
         """Send or receive the blocks, and parse them. Returns what yields the metadata, or raises what is wrong."""
-        with self._reader._metadata_stage(received=self._stored is None):
+        with self._reader.metadata_stage(received=self._stored is None):
             parsed = Outcome(self._parse)
         if parsed.error is None and parsed.value is None:
             return self._reader.read_metadata
@@ -180,8 +180,8 @@ class _Broadcast:
             return None
         if columns is None:
             return None
-        read_again = partial(self._reader.file_content, self._path)
-        return self._reader._own(make_metadata(columns, read_again, str(self._path)))
+        read_again = partial(file_content, self._reader, self._path)
+        return owned_by(self._reader, make_metadata(columns, read_again, str(self._path)))
 
     def _next_block(self, is_over: bool = False) -> memoryview:
         """The next bytes of the file, on all ranks; none if no more come, which the coordinator says if ``is_over``."""

@@ -22,8 +22,12 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from dcp_fast._torch import DistWrapper, dcp_method_logger, get_failure_dict, wrap_exception
 from dcp_fast.errors import LoadError, MetadataAccessError
+from dcp_fast.observe.report import LoadReport, joined_report
+from dcp_fast.planning.hooks import why_planner_is_slow
 from dcp_fast.ranks.collectives import Outcome, largest
 from dcp_fast.ranks.shared_metadata import share_metadata
+from dcp_fast.readers.others import read_plan
+from dcp_fast.readers.proof import class_name
 
 __all__ = ["load_on_all_ranks", "sendable"]
 
@@ -65,20 +69,37 @@ def load_on_all_ranks(
             error instead, as in torch. Flags and errors go through the host where the process group has a backend for
             that, and so even if a rank's GPU is lost.
     """
-    ranks = DistWrapper(process_group, not no_dist, coordinator_rank)
+    with joined_report() as report:
+        report.reader, report.planner = class_name(storage_reader), class_name(planner)
+        report.path = str(getattr(storage_reader, "checkpoint_id", "") or "")
+        ranks = DistWrapper(process_group, not no_dist, coordinator_rank)
+        _load(state_dict, storage_reader, planner, ranks, metadata, share, report)
+
+
+def _load(
+    state_dict: dict[str, Any],
+    storage_reader: StorageReader,
+    planner: LoadPlanner,
+    ranks: DistWrapper,
+    metadata: Metadata | None,
+    share: bool,
+    report: LoadReport,
+) -> None:
     arguments: dict[str, Any] = {}
     if (checkpoint_id := getattr(storage_reader, "checkpoint_id", None)) is not None:
         arguments = {"checkpoint_id": checkpoint_id, "process_group": ranks.group}
     has_global_metadata = True
     shared: Callable[[], Metadata] | None = None
     if share and metadata is None and ranks.get_world_size() > 1:
-        shared = share_metadata(storage_reader, ranks)
+        with report.stage("ranks"):
+            shared = share_metadata(storage_reader, ranks)
 
     @dcp_method_logger(**arguments)
     def local_step() -> LoadPlan:
         nonlocal metadata, has_global_metadata
         if metadata is None:
-            metadata, has_global_metadata = _read_metadata(storage_reader, ranks.rank, shared)
+            with report.stage("metadata"):
+                metadata, has_global_metadata = _read_metadata(storage_reader, ranks.rank, shared)
         planner.set_up_planner(state_dict, metadata, ranks.is_coordinator)
         if _takes_keywords(storage_reader.set_up_storage_reader):
             storage_reader.set_up_storage_reader(
@@ -93,22 +114,26 @@ def load_on_all_ranks(
         return storage_reader.prepare_global_plan(planner.create_global_plan(plans))
 
     local = Outcome(local_step)
-    flag = _all_flags(ranks, "plan", local, 0 if _has_no_global_step(planner, storage_reader) else _GATHER_PLANS)
-    if flag & _FAILED:
-        _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
-    plan = local.value
-    if flag & _GATHER_PLANS and has_global_metadata:
-        plan = ranks.reduce_scatter("plan", lambda: local.value, global_step)
-    elif flag & _GATHER_PLANS:
-        plan = global_step([plan])[0]
+    report.planner_fallback_reason = why_planner_is_slow(planner, report.planned_natively or local.error is not None)
+    with report.stage("ranks"):
+        flag = _all_flags(ranks, "plan", local, 0 if _has_no_global_step(planner, storage_reader) else _GATHER_PLANS)
+        if flag & _FAILED:
+            _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
+        plan = local.value
+        if flag & _GATHER_PLANS and has_global_metadata:
+            plan = ranks.reduce_scatter("plan", lambda: local.value, global_step)
+        elif flag & _GATHER_PLANS:
+            plan = global_step([plan])[0]
 
     @dcp_method_logger(**arguments)
     def read_data() -> None:
-        storage_reader.read_data(planner.finish_plan(plan), planner).wait()
+        read_plan(storage_reader, planner.finish_plan(plan), planner).wait()
 
+    report.enter("commit")
     read = Outcome(read_data)
-    if _all_flags(ranks, "read", read, 0) & _FAILED:
-        _raise_failures(ranks, "read", read, alone=not has_global_metadata)
+    with report.stage("ranks"):
+        if _all_flags(ranks, "read", read, 0) & _FAILED:
+            _raise_failures(ranks, "read", read, alone=not has_global_metadata)
 
 
 def _all_flags(ranks: DistWrapper, step: str, outcome: Outcome[Any], flag: int) -> int:

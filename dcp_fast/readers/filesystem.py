@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -16,36 +14,24 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from dcp_fast import _native
-from dcp_fast._torch import ExtensionRegistry, StorageReaderTransforms
+from dcp_fast._torch import ExtensionRegistry
 from dcp_fast.collector import paused_collection
-from dcp_fast.drop_in import DropIn
 from dcp_fast.metadata.read import parse_metadata, read_metadata
-from dcp_fast.observe.report import LoadReport, begin, publish
-from dcp_fast.observe.trace import Timeline, saved
-from dcp_fast.this_load import notes_of, option
+from dcp_fast.observe.report import LoadReport, begin, current_report, last_report, publish
+from dcp_fast.planning.hooks import why_planner_is_slow
+from dcp_fast.planning.planner import DefaultLoadPlanner
+from dcp_fast.readers.proof import LocalFiles, class_name, is_torchs_file_system, local_files
+from dcp_fast.this_load import option
 from dcp_fast.transfer.gpu import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
 from dcp_fast.transfer.plan_transfer import PlanTransfer
 from dcp_fast.transfer.records import Records
 
-__all__ = ["FileSystemReader"]
+__all__ = ["FileSystemReader", "file_content", "owned_by", "read_metadata_of"]
 
 _MODES = {"auto": _native.IoMode.AUTO, "cached": _native.IoMode.CACHED, "direct": _native.IoMode.DIRECT}
 
 
-@dataclass
-class _Progress:
-    """What a reader knows of a load between its own methods, which a load calls one after another.
-
-    Attributes:
-        planning_started: a reading of ``time.perf_counter``, 0 before and after planning.
-    """
-
-    report: LoadReport = field(default_factory=LoadReport)
-    timeline: Timeline | None = None
-    planning_started: float = 0.0
-
-
-class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
+class FileSystemReader(torch_filesystem.FileSystemReader):
     """Drop-in for ``torch.distributed.checkpoint.FileSystemReader`` that reads only the bytes that are needed.
 
     Works with any ``LoadPlanner``. Tensors land in host memory without a copy in between wherever the stored and the
@@ -115,28 +101,12 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
         self.io = io
         self.trace = None if trace is None else os.fsdecode(trace)
         self.trust_metadata = self.trust_metadata_by_default if trust_metadata is None else trust_metadata
-
-    @property
-    def _progress(self) -> _Progress:
-        progress: _Progress = notes_of(self).setdefault("_progress", _Progress())
-        return progress
-
-    @_progress.setter
-    def _progress(self, progress: _Progress) -> None:
-        notes_of(self)["_progress"] = progress
+        self._report = LoadReport()  # of the load that this reader alone knows of: torch's load() runs it
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Forget the checkpoint that was read; optionally turn to another one."""
         super().reset(checkpoint_id)
-        self._progress = _Progress()
-
-    def _start_timeline(self) -> Timeline | None:
-        progress = self._progress
-        trace = option(self, "trace")
-        progress.timeline = None if trace is None else Timeline(trace)
-        if progress.timeline is not None:
-            progress.report.trace_stages(progress.timeline)
-        return progress.timeline
+        self._report = LoadReport()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``.
@@ -148,101 +118,126 @@ class FileSystemReader(torch_filesystem.FileSystemReader, metaclass=DropIn):
             CorruptMetadataError: the file is damaged.
             UntrustedMetadataError: it asks for what could run code.
         """
-        with self._metadata_stage():
-            if option(self, "trust_metadata"):
-                return super().read_metadata(*args, **kwargs)
-            path = self._get_metadata_path(kwargs.get("rank"))
-            if type(self.fs) is torch_filesystem.FileSystem:
-                return self._own(read_metadata(str(path)))
-            return self._own(parse_metadata(self.file_content(path), str(path), partial(self.file_content, path)))
+        with self.metadata_stage():
+            return read_metadata_of(super().read_metadata, self, *args, **kwargs)
 
-    def file_content(self, path: str | os.PathLike[str]) -> bytes:
-        """All bytes of a file, by the reader's file system."""
-        with self.fs.create_stream(path, "rb") as file:
-            content: bytes = file.read()
-            return content
-
-    # A rank that receives the metadata from another one does these two things as well: see ranks/shared_metadata.py.
+    # A rank that receives the metadata from another one goes through this stage as well: see ranks/shared_metadata.py.
 
     @contextmanager
-    def _metadata_stage(self, received: bool = False) -> Iterator[None]:
-        """A load begins: what happens within is its first stage.
+    def metadata_stage(self, received: bool = False) -> Iterator[None]:
+        """What happens within is a stage of the load.
 
         Args:
             received: whether another rank read the file and sent its bytes here.
         """
-        progress = self._progress = _Progress(LoadReport(path=str(self.path), metadata_received=received))
-        begin(progress.report)
-        with saved(self._start_timeline()), progress.report.stage("metadata"), paused_collection():
-            yield
-        progress.planning_started = time.perf_counter()
+        if current_report() is None:
+            self._report = LoadReport()
+            self._report.enter("planning")
+        report = self._start_report()
+        report.metadata_received = received
+        try:
+            with report.stage("metadata"), paused_collection():
+                yield
+        finally:
+            if current_report() is None and report.timeline is not None:
+                report.timeline.save()  # nobody else may come to do it
 
-    def _own(self, metadata: Metadata) -> Metadata:
-        """Mark metadata as read by this reader."""
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+    def _start_report(self) -> LoadReport:
+        """The report of the load that goes on, with a timeline if this reader is to write one."""
+        report = current_report() or self._report
+        report.path = report.path or str(self.path)
+        trace = option(self, "trace")
+        if trace is not None and report.timeline is None:
+            report.record(trace)
+        return report
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take the metadata. Here, where the error of one rank reaches all, an unwritable trace is found out."""
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
-        timeline = self._progress.timeline or self._start_timeline()  # none yet: somebody else read the metadata
-        if timeline is not None:
-            timeline.write()
+        if current_report() is None:
+            if last_report() is self._report:  # that of a load which failed after this
+                self._report = LoadReport()
+            begin(self._report)
+            self._report.enter("planning")
+        report = self._start_report()
+        if report.timeline is not None:
+            report.timeline.write()
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Return the plan as it is."""
-        progress = self._progress
-        if progress.planning_started:
-            progress.report.add_stage("planning", progress.planning_started)
-            progress.planning_started = 0.0
+        if current_report() is None:
+            self._report.enter("ranks")
         return super().prepare_local_plan(plan)
-
-    def _reads_plain_files(self) -> bool:
-        # Whoever puts another file system, view or transform below torch's reader deals in Python streams.
-        return (
-            type(self.fs) is torch_filesystem.FileSystem
-            and type(self.transforms) is StorageReaderTransforms
-            and type(self)._slice_file is torch_filesystem.FileSystemReader._slice_file
-            and "_slice_file" not in vars(self)
-        )
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Load all items of the plan; the future is done when this returns."""
-        progress, self._progress = self._progress, _Progress()
-        progress.report.path = str(self.path)
-        with saved(progress.timeline):
-            recorder = None if progress.timeline is None else progress.timeline.recorder
-            return self._load(plan, planner, progress.report, recorder)
+        report = self._start_report()
+        if current_report() is not None:
+            return self._load(plan, planner, report)
+        self._report = LoadReport()
+        report.reader, report.planner = class_name(self), class_name(planner)
+        report.planner_fallback_reason = why_planner_is_slow(planner, isinstance(planner, DefaultLoadPlanner))
+        try:
+            return self._load(plan, planner, report)
+        finally:
+            publish(report)
 
     def staging_limits(self) -> StagingLimits:
         """What a load may use on its way to GPUs."""
         return StagingLimits.of(self.threads, self.block_bytes, self.pinned_bytes, self.device_staging_bytes)
 
-    def _load(
-        self, plan: LoadPlan, planner: LoadPlanner, report: LoadReport, recorder: _native.TraceRecorder | None
-    ) -> Future[None]:
-        if not self._reads_plain_files():
+    def _load(self, plan: LoadPlan, planner: LoadPlanner, report: LoadReport) -> Future[None]:
+        files = local_files(self)
+        report.reader_fallback_reason = files.reason
+        if files.reason:
             with report.stage("transfer"):
-                future = super().read_data(plan, planner)
-            publish(report)
-            return future
+                return super().read_data(plan, planner)
+        with report.stage("commit"):
+            self._read_natively(files, plan, planner, report)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _read_natively(self, files: LocalFiles, plan: LoadPlan, planner: LoadPlanner, report: LoadReport) -> None:
         options = _native.Options(
             threads=self.threads or 0,
             block_bytes=self.block_bytes,
             staging_bytes=self.staging_bytes // 2,
             mode=_MODES[self.io],
-            recorder=recorder,
+            recorder=None if report.timeline is None else report.timeline.recorder,
         )
-        records = Records(self.path, self.storage_data, self.transforms, options, report)
+        records = Records(files.root, self.storage_data, self.transforms, options, report)
         cuda = CudaLoad(self.staging_limits, self.synchronize, report)
         try:
             PlanTransfer(plan, planner, records, options, self.staging_bytes, cuda, report).run()
         finally:
-            report.reading_seconds = options.reading_seconds
-            report.wait_seconds["disk"] = options.waiting_seconds
-            publish(report)
-        future = Future()
-        future.set_result(None)
-        return future
+            report.reading_seconds += options.reading_seconds
+            report.wait_seconds["disk"] += options.waiting_seconds
+
+
+def read_metadata_of(
+    torchs: Callable[..., Metadata], reader: torch_filesystem.FileSystemReader, *args: Any, **kwargs: Any
+) -> Metadata:
+    """Read metadata for a reader of torch's class, or one derived from it. ``torchs``: its own method, bound to it."""
+    if option(reader, "trust_metadata", FileSystemReader.trust_metadata_by_default):
+        return torchs(*args, **kwargs)
+    path = reader._get_metadata_path(kwargs.get("rank"))
+    if is_torchs_file_system(reader.fs):
+        return owned_by(reader, read_metadata(str(path)))
+    content = file_content(reader, path)
+    return owned_by(reader, parse_metadata(content, str(path), partial(file_content, reader, path)))
+
+
+def file_content(reader: torch_filesystem.FileSystemReader, path: str | os.PathLike[str]) -> bytes:
+    """All bytes of a file, by the reader's file system."""
+    with reader.fs.create_stream(path, "rb") as file:
+        content: bytes = file.read()
+        return content
+
+
+def owned_by(reader: torch_filesystem.FileSystemReader, metadata: Metadata) -> Metadata:
+    """Mark metadata as read by a reader. Returns it."""
+    if metadata.storage_meta is None:
+        metadata.storage_meta = StorageMeta()
+    metadata.storage_meta.load_id = reader.load_id
+    return metadata

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -118,16 +117,13 @@ class PlanTransfer:
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()
         windows = Windows(self.planner, self._place_window, self.staging_bytes)
-        self._with_planner_since = time.perf_counter()
-        try:
+        with self.report.stage("commit"):
             for item, record in items:
                 if item.type is _BYTE_IO:
                     windows.add_bytes(partial(self._load_bytes, item))
                 else:
                     windows.add(item, partial(self._resolve, item, record))
             windows.finish()
-        finally:
-            self.report.add_stage("commit", self._with_planner_since)
 
     def _resolve(self, item: ReadItem, record: int) -> Placement:
         tensor = self.planner.resolve_tensor(item).detach()
@@ -138,24 +134,20 @@ class PlanTransfer:
         return Placement(item, record, tensor)
 
     def _place_window(self, placements: Sequence[Placement]) -> None:
-        destinations = Destinations()
-        rows = array("q")
-        for placement in placements:
-            number = destinations.add(placement.tensor)
-            storage_offsets, _, lengths = box_of(placement.item)
-            dims = len(lengths)
-            rows.extend((placement.record, number, dims, *storage_offsets, *(0,) * dims, *lengths))
-        if not destinations.all_have_addresses and len(placements) > 1:
+        with self.report.stage("transfer"):
+            destinations = Destinations()
+            rows = array("q")
             for placement in placements:
-                self._place_window([placement])
-            return
-        items, records = [p.item for p in placements], [p.record for p in placements]
-        self.report.add_stage("commit", self._with_planner_since)
-        try:
-            with self.report.stage("transfer"):
-                self._place(items, records, rows, destinations, lambda i: placements[i].tensor)
-        finally:
-            self._with_planner_since = time.perf_counter()
+                number = destinations.add(placement.tensor)
+                storage_offsets, _, lengths = box_of(placement.item)
+                dims = len(lengths)
+                rows.extend((placement.record, number, dims, *storage_offsets, *(0,) * dims, *lengths))
+            if not destinations.all_have_addresses and len(placements) > 1:
+                for placement in placements:
+                    self._place_window([placement])
+                return
+            items, records = [p.item for p in placements], [p.record for p in placements]
+            self._place(items, records, rows, destinations, lambda i: placements[i].tensor)
 
     def _place(
         self,

@@ -22,22 +22,23 @@ import dcp_fast
 pytestmark = pytest.mark.filterwarnings("ignore:.*reduce_op.* is deprecated:FutureWarning")
 
 NAMES = [
-    (dcp, "FileSystemReader"),
-    (dcp, "DefaultLoadPlanner"),
     (dcp, "load"),
     (dcp, "load_state_dict"),
-    (filesystem, "FileSystemReader"),
-    (default_planner, "DefaultLoadPlanner"),
+    (filesystem.FileSystemReader, "read_metadata"),
+    (filesystem.FileSystemReader, "read_data"),
+    (default_planner.DefaultLoadPlanner, "set_up_planner"),
+    (default_planner.DefaultLoadPlanner, "create_local_plan"),
+    (default_planner.DefaultLoadPlanner, "load_bytes"),
     (default_planner, "create_default_local_load_plan"),
     (planner_helpers, "create_read_items_for_chunk_list"),
     (state_dict_loader, "load"),
     (state_dict_loader, "load_state_dict"),
-    (state_dict_loader, "DefaultLoadPlanner"),
-    (importlib.import_module("torch.distributed.checkpoint._storage_utils"), "FileSystemReader"),
+    (state_dict_loader, "_load_state_dict"),
+    (state_dict_loader, "Stateful"),
     (importlib.import_module("torch.distributed.checkpoint.optimizer"), "create_read_items_for_chunk_list"),
     (dcp, "load_sharded_optimizer_state_dict"),
     (importlib.import_module("torch.distributed.checkpoint.optimizer"), "load_sharded_optimizer_state_dict"),
-    (importlib.import_module("torch.distributed.checkpoint.format_utils"), "FileSystemReader"),
+    (importlib.import_module("torch.distributed.checkpoint.format_utils"), "_load_state_dict"),
 ]
 
 
@@ -62,7 +63,9 @@ def restored() -> Iterator[None]:
 
 
 def ours(value: object) -> bool:
-    return isinstance(value, (type, types.FunctionType)) and value.__module__.startswith("dcp_fast")
+    if isinstance(value, type):
+        return value.__module__.startswith("dcp_fast")
+    return isinstance(value, types.FunctionType) and value.__globals__["__name__"].startswith("dcp_fast")
 
 
 @pytest.fixture
@@ -132,7 +135,7 @@ def test_context_manager_within_an_installation() -> None:
     dcp_fast.install()
     with dcp_fast.install():
         pass
-    assert ours(dcp.FileSystemReader)
+    assert ours(dcp.load)
 
 
 def test_context_manager_that_is_used_again() -> None:
@@ -176,16 +179,35 @@ def test_name_that_somebody_else_replaced_meanwhile(monkeypatch: pytest.MonkeyPa
 def test_names_that_were_imported_before(framework: types.ModuleType, tmp_path: Path) -> None:
     stored = {"t": fill((3,), torch.float32), "n": 4}
     save(tmp_path, stored)
-    original = framework.Reader
+    original, load = framework.Reader, framework.load_checkpoint
     before = dcp_fast.last_report()
     with dcp_fast.install():
-        assert framework.Reader is dcp_fast.FileSystemReader
+        assert framework.Reader is original
+        assert framework.load_checkpoint is not load
         state = {"t": torch.zeros(3), "n": 0}
         framework.resume(state, tmp_path)
     assert dcp_fast.last_report() is not before
     assert image(state) == image(stored)
-    assert framework.Reader is original
+    assert framework.load_checkpoint is load
     assert framework.Derived.__bases__ == (original,)
+
+
+def test_modules_that_were_imported_in_between(tmp_path: Path) -> None:
+    save(tmp_path, {"t": fill((3,), torch.float32)})
+    module = types.ModuleType("framework")
+    sys.modules["framework"] = module
+    try:
+        original = dcp.load
+        with dcp_fast.install():
+            exec("from torch.distributed.checkpoint import load\nkept = {'load': load}", vars(module))
+            exec("from dcp_fast import load as fast_load", vars(module))
+        assert module.load is original
+        assert module.fast_load is dcp_fast.load
+        before = dcp_fast.last_report()
+        module.kept["load"]({"t": torch.zeros(3)}, checkpoint_id=tmp_path)
+        assert dcp_fast.last_report() is before
+    finally:
+        del sys.modules["framework"]
 
 
 def test_load_without_arguments(tmp_path: Path) -> None:
@@ -202,75 +224,32 @@ def test_load_without_arguments(tmp_path: Path) -> None:
     assert not loaded_by_us()
     with dcp_fast.install():
         assert loaded_by_us()
-        assert type(dcp.FileSystemReader(tmp_path)) is dcp_fast.FileSystemReader
-        assert isinstance(filesystem.FileSystemReader(tmp_path), dcp_fast.FileSystemReader)
     assert not loaded_by_us()
 
 
-def test_objects_that_exist_already_stay_what_they_are(tmp_path: Path) -> None:
+def test_planning_functions_are_used_by_planners_of_others(tmp_path: Path) -> None:
     save(tmp_path, {"t": fill((3,), torch.float32)})
-    reader, planner = dcp.FileSystemReader(tmp_path), dcp.DefaultLoadPlanner()
+
+    class Planner(dcp.DefaultLoadPlanner):
+        def create_local_plan(self) -> dcp.LoadPlan:
+            return default_planner.create_default_local_load_plan(self.state_dict, self.metadata)
+
     with dcp_fast.install():
-        assert type(reader).__module__.startswith("torch")
-        before = dcp_fast.last_report()
         state = {"t": torch.zeros(3)}
-        dcp.load(state, storage_reader=reader, planner=planner)
-        assert dcp_fast.last_report() is before
+        dcp.load(state, checkpoint_id=tmp_path, planner=Planner())
         assert state["t"].count_nonzero() > 0
-        # They are still instances of what the names stand for, or code that asks would take another path.
-        assert isinstance(planner, default_planner.LoadPlanner)
-
-
-def test_fsspec_reader_is_untouched(tmp_path: Path) -> None:
-    pytest.importorskip("fsspec")
-    module = importlib.import_module("torch.distributed.checkpoint._fsspec_filesystem")
-    stored = {"t": fill((3,), torch.float32), "n": 4}
-    save(tmp_path, stored)
-    bases = module.FsspecReader.__mro__
-    with dcp_fast.install():
-        assert module.FsspecReader.__mro__ == bases
-        before = dcp_fast.last_report()
-        state = {"t": torch.zeros(3), "n": 0}
-        dcp.load(state, storage_reader=module.FsspecReader(str(tmp_path)))
-        assert dcp_fast.last_report() is before
-        assert image(state) == image(stored)
-
-
-def test_planning_functions_are_used_by_torchs_planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, {"t": fill((3,), torch.float32)})
-    planner = dcp.DefaultLoadPlanner()
-    with dcp_fast.install():
-        assert default_planner.create_default_local_load_plan is dcp_fast.planning.search.create_default_local_load_plan
-        state = {"t": torch.zeros(3)}
-        dcp.load(state, checkpoint_id=tmp_path, planner=planner)
-        assert state["t"].count_nonzero() > 0
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.is_fast
 
 
 def test_type_checks_keep_their_meaning(tmp_path: Path) -> None:
-    reader, planner_class, base = dcp.FileSystemReader(tmp_path), dcp.DefaultLoadPlanner, dcp.FileSystemReader
-
-    class Derived(planner_class):  # type: ignore[misc,valid-type]
-        pass
-
-    huggingface = importlib.import_module("torch.distributed.checkpoint.hf_storage").HuggingFaceStorageReader
     with dcp_fast.install():
-        assert dcp.FileSystemReader is dcp_fast.FileSystemReader
-        assert isinstance(reader, dcp.FileSystemReader)
-        assert issubclass(huggingface, dcp.FileSystemReader)
-        assert isinstance(Derived(), dcp.DefaultLoadPlanner)
-        assert not isinstance(reader, dcp.DefaultLoadPlanner)
-        # New classes, of which torch's abstract classes have not been asked before.
-        other = type("Other", (dcp.StorageReader,), {})
-        assert not issubclass(other, dcp.FileSystemReader)
-        assert not issubclass(type("Other", (), {}), base)
+        reader = dcp.FileSystemReader(tmp_path)
+        assert type(reader) is filesystem.FileSystemReader
+        assert not isinstance(reader, dcp_fast.FileSystemReader)
+        assert isinstance(dcp_fast.FileSystemReader(tmp_path), dcp.FileSystemReader)
+        assert isinstance(dcp_fast.DefaultLoadPlanner(), dcp.DefaultLoadPlanner)
+        assert issubclass(type("Protocolled", (dcp_fast.FileSystemReader, Stateful), {}), dcp.StorageReader)
+        assert not issubclass(type("Other", (dcp.StorageReader,), {}), dcp.FileSystemReader)
         assert not isinstance(3, dcp.StorageReader)
-        assert not isinstance(huggingface, dcp.FileSystemReader)
-        assert issubclass(type("Protocolled", (dcp.FileSystemReader, Stateful), {}), base)
-        assert isinstance(dcp.FileSystemReader(tmp_path), base)
-
-        class Ours(dcp.FileSystemReader):
-            pass
-
-        assert not isinstance(reader, Ours)
-    assert not isinstance(reader, dcp_fast.FileSystemReader)
-    assert not issubclass(huggingface, dcp_fast.FileSystemReader)

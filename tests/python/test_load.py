@@ -171,7 +171,6 @@ def test_remote_checkpoints_go_to_the_reader_of_torch(installed: bool) -> None:
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
     dcp.save(dict(STORED), storage_writer=FsspecWriter(f"memory://dcp_fast_test_{installed}"))
-    before = dcp_fast.last_report()
     state = zeros()
     if installed:
         with dcp_fast.install():
@@ -179,7 +178,13 @@ def test_remote_checkpoints_go_to_the_reader_of_torch(installed: bool) -> None:
     else:
         dcp_fast.load(state, checkpoint_id=f"memory://dcp_fast_test_{installed}")
     assert image(state) == image(STORED)
-    assert dcp_fast.last_report() is before
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.path == f"memory://dcp_fast_test_{installed}"
+    assert report.reader.endswith("FsspecReader")
+    assert "MemoryFileSystem" in report.reader_fallback_reason
+    assert not report.is_fast
+    assert report.bytes_read == 0
 
 
 def test_default_planner_and_reader_are_ours(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ def load(path: Path, state: dict[str, Any], **options: Any) -> dcp_fast.LoadRepo
     assert report is not None
     assert report is not before
     assert report.path == str(path)
-    assert set(report.seconds) == {"metadata", "planning", "layout", "transfer", "commit"}
+    assert set(report.seconds) == {"metadata", "planning", "ranks", "layout", "transfer", "commit"}
     assert all(seconds >= 0 for seconds in report.seconds.values())
     assert report.total_seconds == pytest.approx(sum(report.seconds.values()))
     return report

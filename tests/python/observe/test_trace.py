@@ -22,7 +22,7 @@ from dcp_fast import _native
 from dcp_fast.observe import trace as trace_module
 
 FLOAT = torch.float32
-STAGES = {"metadata", "planning", "layout", "transfer", "commit"}
+STAGES = {"metadata", "planning", "ranks", "layout", "transfer", "commit"}
 
 Event = dict[str, Any]
 
@@ -175,7 +175,7 @@ def test_reader_that_torch_serves_has_stages_only(tmp_path: Path) -> None:
     reader = Python(tmp_path / "checkpoint")
     dcp_fast.load({"t": torch.zeros(3)}, storage_reader=reader, trace=tmp_path / "load.json")
     trace = Trace(tmp_path / "load.json")
-    assert {span["name"] for span in trace.spans} == {"metadata", "planning", "transfer"}
+    assert {span["name"] for span in trace.spans} == STAGES - {"layout"}
     assert set(trace.threads.values()) == {"load"}
 
 
@@ -200,13 +200,14 @@ def test_failing_plan_leaves_what_came_before(tmp_path: Path) -> None:
     assert load_with(
         dcp_fast.load, {"missing": torch.zeros(3)}, checkpoint_id=tmp_path / "checkpoint", trace=trace
     ).errors
-    assert [span["name"] for span in Trace(trace).spans] == ["metadata"]
+    Trace(trace).check(last_report())
+    assert {span["name"] for span in Trace(trace).spans} == {"planning", "metadata", "ranks"}
 
 
 def test_missing_checkpoint_leaves_a_trace(tmp_path: Path) -> None:
     trace = tmp_path / "load.json"
     assert load_with(dcp_fast.load, {"t": torch.zeros(3)}, checkpoint_id=tmp_path / "missing", trace=trace).errors
-    assert [span["name"] for span in Trace(trace).spans] == ["metadata"]
+    assert {span["name"] for span in Trace(trace).spans} == {"planning", "metadata", "ranks"}
 
 
 def test_failing_hook_leaves_a_trace(tmp_path: Path) -> None:
@@ -268,7 +269,7 @@ def test_disk_that_fills_up_does_not_cost_the_load(
         dcp_fast.load(state, checkpoint_id=tmp_path / "checkpoint", trace=trace)
     assert torch.equal(state["t"], torch.ones(3))
     assert "No space left" in caplog.text
-    assert [span["name"] for span in Trace(trace).spans] == ["metadata"]
+    assert {span["name"] for span in Trace(trace).spans} == {"planning", "metadata"}
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -232,11 +232,17 @@ def test_installed_in_the_place_of_torchs(shared: Path, gloo: None) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import optimizer
 
-    assert dcp.load_sharded_optimizer_state_dict is optimizer.load_sharded_optimizer_state_dict is torch_load_optimizer
+    torchs = torch_load_optimizer
+    assert dcp.load_sharded_optimizer_state_dict is optimizer.load_sharded_optimizer_state_dict is torchs
     with dcp_fast.install():
-        assert dcp.load_sharded_optimizer_state_dict is load_fast
-        assert optimizer.load_sharded_optimizer_state_dict is load_fast
+        assert dcp.load_sharded_optimizer_state_dict is not torchs
+        assert optimizer.load_sharded_optimizer_state_dict is dcp.load_sharded_optimizer_state_dict
+        with pytest.raises(ValueError, match="like must be"):
+            dcp.load_sharded_optimizer_state_dict({}, KEY, dcp.FileSystemReader(shared / "sharded"), like="nothing")  # type: ignore[call-arg]
         loaded = dcp.load_sharded_optimizer_state_dict({}, KEY, dcp.FileSystemReader(shared / "sharded"))
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.is_fast
     assert dcp.load_sharded_optimizer_state_dict is optimizer.load_sharded_optimizer_state_dict is torch_load_optimizer
     assert result_image(loaded) == result_image(torch_load_optimizer({}, KEY, torch_reader(shared / "sharded")))
 

@@ -204,8 +204,13 @@ def test_torchs_variable_lifts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not dcp_fast.DefaultLoadPlanner(trust_bytes=False).trust_bytes
     with pytest.raises(CheckpointException):
         dcp_fast.load(wanted(), checkpoint_id=tmp_path, trust_bytes=False)
+    planner = torch_planner()
+    with dcp_fast.install():
+        assert not refuses(dcp.load, checkpoint_id=tmp_path, planner=planner)
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     assert not dcp_fast.DefaultLoadPlanner().trust_bytes
+    with dcp_fast.install():
+        assert refuses(dcp.load, checkpoint_id=tmp_path, planner=planner)
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0")
     assert_refused(tmp_path, fast_error(tmp_path, wanted()), [f"{__name__}.Phase"])
@@ -292,7 +297,7 @@ def test_torchs_planner_is_used_as_it_is(refused: Path) -> None:
     planner = torch_planner()
     assert not refuses(dcp_fast.load, checkpoint_id=refused, planner=planner)
     with dcp_fast.install():
-        assert not refuses(dcp.load, checkpoint_id=refused, planner=planner)
+        assert refuses(dcp.load, checkpoint_id=refused, planner=planner)
 
 
 def test_load_state_dict(refused: Path) -> None:

@@ -1,0 +1,207 @@
+"""Readers of others, whose data the native engine reads where that comes to the same."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from dcp_fast import _native
+from dcp_fast._torch import StorageInfo
+from dcp_fast.errors import LoadError, typed_errors
+from dcp_fast.observe.report import joined_report
+from dcp_fast.planning.hooks import why_planner_is_slow
+from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.readers.proof import class_name, has_torchs_read_data, local_files, method_of
+from dcp_fast.transfer.destinations import DTYPES
+
+__all__ = [
+    "accelerate",
+    "accelerated_read_data",
+    "fast_twin",
+    "read_data_like_torch",
+    "read_plan",
+]
+
+Reader = TypeVar("Reader", bound=StorageReader)
+
+_SUFFIX = ".distcp"  # of the files that DCP writes
+_FIELDS = {"relative_path", "offset", "length", "transform_descriptors"}  # of torch's storage info, or fewer
+_BLOCK = 1 << 20
+_UNKNOWN = -1  # the dtype of a record that only torch.load can read
+_ARCHIVE = b"PK\x03\x04"  # begins what torch.save writes since torch 1.6
+
+
+def fast_twin(reader: Any) -> FileSystemReader | str:
+    """A reader of ours for the files of another one, or why there is none.
+
+    Args:
+        reader: whose ``read_data`` is that of torch's FileSystemReader.
+    """
+    files = local_files(reader)
+    if files.reason:
+        return files.reason
+    twin = FileSystemReader(files.root)
+    twin.storage_data, twin.transforms = reader.storage_data, reader.transforms
+    return twin
+
+
+def read_plan(reader: StorageReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+    """A reader's ``read_data``, or what comes to the same."""
+    if has_torchs_read_data(reader):
+        return read_data_like_torch(reader.read_data, reader, plan, planner)
+    if method_of(reader, "read_data") is FileSystemReader.read_data:
+        return reader.read_data(plan, planner)
+    with joined_report() as report, report.stage("transfer"):
+        # Perhaps it hands on to one of ours, which then knows better.
+        report.reader_fallback_reason = "it has a read_data of its own, see dcp_fast.accelerate"
+        return reader.read_data(plan, planner)
+
+
+def read_data_like_torch(
+    torchs: Callable[..., Future[None]], reader: StorageReader, plan: LoadPlan, planner: LoadPlanner
+) -> Future[None]:
+    """What torch's FileSystemReader does to read data. ``torchs``: its own method, bound to the reader."""
+    return _read_by(fast_twin(reader), torchs, reader, plan, planner)
+
+
+def _read_by(
+    twin: FileSystemReader | str,
+    slow: Callable[..., Future[None]],
+    reader: StorageReader,
+    plan: LoadPlan,
+    planner: LoadPlanner,
+) -> Future[None]:
+    with joined_report() as report:
+        if not report.reader:  # the load goes on in torch's code, of which only this is ours
+            report.path = str(getattr(reader, "checkpoint_id", ""))
+            report.reader, report.planner = class_name(reader), class_name(planner)
+            report.planner_fallback_reason = why_planner_is_slow(planner, planned_natively=True)
+        if isinstance(twin, FileSystemReader):
+            return twin.read_data(plan, planner)
+        report.reader_fallback_reason = twin
+        with report.stage("transfer"):
+            return slow(plan, planner)
+
+
+def accelerate(reader: Reader) -> Reader:
+    """Have the engine read data for a reader that has a ``read_data`` of its own.
+
+    By calling this you say that the reader does with each item of a plan what torch's FileSystemReader does. It takes
+    the record of that offset and length from the file ``reader.path/relative_path``. A tensor is what ``torch.load``
+    makes of the record: the item's box is copied to what ``planner.resolve_tensor`` returns, and
+    ``planner.commit_tensor`` is called. A bytes entry goes to ``planner.load_bytes``. Items may come in any order.
+
+    What can be checked is checked for each load, before anything is placed: ``reader.path`` is a local directory, all
+    records lie in its ``.distcp`` files, none was stored with a transform, and each is an archive that the engine
+    knows, of the dtype that the planner's metadata tells. If anything is in doubt, the reader reads all data itself,
+    and the report of the load says why.
+
+    Args:
+        reader: an object. :func:`dcp_fast.install` takes classes, for readers that a framework makes.
+
+    Returns:
+        The same object, whose ``read_data`` is replaced.
+    """
+    own = reader.read_data
+
+    def fast_read_data(plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        return accelerated_read_data(own, reader, plan, planner)
+
+    reader.read_data = fast_read_data  # type: ignore[method-assign]
+    return reader
+
+
+def accelerated_read_data(
+    own: Callable[..., Future[None]], reader: StorageReader, plan: LoadPlan, planner: LoadPlanner
+) -> Future[None]:
+    """The same, once. ``own``: the reader's own method."""
+    return _read_by(_twin_of_records(reader, plan, planner), own, reader, plan, planner)
+
+
+def _twin_of_records(reader: Any, plan: LoadPlan, planner: LoadPlanner) -> FileSystemReader | str:
+    """A reader of ours for the records of a plan, or why there is none."""
+    path: Any = getattr(reader, "path", None)
+    stored: Any = getattr(reader, "storage_data", None)
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isdir(path):
+        return f"its path is no local directory: a {class_name(path)}"
+    if not hasattr(stored, "__getitem__"):
+        return f"its storage_data is a {class_name(stored)}"
+    infos: dict[MetadataIndex, StorageInfo] = {}
+    tensors: dict[int, tuple[str, StorageInfo]] = {}
+    entries: list[StorageInfo] = []
+    for item in plan.items:
+        try:
+            info = stored[item.storage_index]
+        except LookupError:
+            return "its storage_data lacks items of the plan"
+        if reason := _doubt(info):
+            return reason
+        infos[item.storage_index] = known = StorageInfo(info.relative_path, info.offset, info.length)
+        if item.type is LoadItemType.BYTE_IO:
+            entries.append(known)
+        else:
+            tensors[id(info)] = item.storage_index.fqn, known
+    root = os.path.realpath(path)
+    if reason := _unknown_entry(root, entries) or _unknown_tensor(root, list(tensors.values()), planner):
+        return reason
+    twin = FileSystemReader(root)
+    twin.storage_data = infos
+    return twin
+
+
+def _doubt(info: Any) -> str:
+    """What keeps a record from being known by its storage info; empty if nothing does."""
+    name = getattr(info, "relative_path", None)
+    numbers = (getattr(info, "offset", None), getattr(info, "length", None))
+    if type(name) is not str or any(type(number) is not int or number < 0 for number in numbers):
+        return f"a {class_name(info)} in its storage_data is no storage info of DCP"
+    if not vars(info).keys() <= _FIELDS:
+        return f"a {class_name(info)} in its storage_data says more than where a record lies"
+    if getattr(info, "transform_descriptors", None):
+        return "an entry was stored with a transform"
+    if not name.endswith(_SUFFIX) or os.path.isabs(name) or ".." in name.split("/"):
+        return f"an entry lies elsewhere than in a {_SUFFIX} file of the checkpoint"
+    return ""
+
+
+def _unknown_entry(root: str, infos: Iterable[StorageInfo]) -> str:
+    for info in infos:
+        try:
+            with open(os.path.join(root, info.relative_path), "rb") as file:
+                file.seek(info.offset)
+                begin = file.read(len(_ARCHIVE))
+        except OSError as error:
+            return f"a file of the checkpoint cannot be read: {error.strerror}"
+        if begin != _ARCHIVE:
+            return "a bytes entry is stored in another way than by torch.save"
+    return ""
+
+
+def _unknown_tensor(root: str, tensors: Sequence[tuple[str, StorageInfo]], planner: LoadPlanner) -> str:
+    files: dict[str, int] = {}
+    rows = array("q")
+    for _, info in tensors:
+        rows.extend((files.setdefault(info.relative_path, len(files)), info.offset, info.length, 0))
+    paths = [os.path.join(root, name) for name in files]
+    options = _native.Options(threads=0, block_bytes=_BLOCK, staging_bytes=_BLOCK, mode=_native.IoMode.AUTO)
+    try:
+        with typed_errors():
+            layouts = _native.read_layouts(paths, rows, options)
+    except LoadError as error:
+        return f"a record cannot be read: {type(error).__name__}"
+    metadata = getattr(getattr(planner, "metadata", None), "state_dict_metadata", {})
+    for record, (fqn, _) in enumerate(tensors):
+        code = layouts.dtype(record)
+        if code == _UNKNOWN:
+            return "a tensor is stored in another way than torch.save stores plain ones"
+        properties = getattr(metadata.get(fqn), "properties", None)
+        if properties is not None and properties.dtype != DTYPES[code]:
+            return "a tensor is stored in another dtype than the metadata says"
+    return ""

@@ -1,0 +1,204 @@
+"""Readers with a read_data of their own, which the engine serves if it is told to and nothing is in doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from foreign_readers import STORED, Foreign, Info, report_of, zeros
+from helpers import Entry, image, load_with, save, torch_load, write_checkpoint
+from torch.distributed.checkpoint.metadata import Metadata
+
+import dcp_fast
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    return save(tmp_path / "ckpt", STORED)
+
+
+@pytest.fixture(params=["passed", "installed"])
+def load(request: pytest.FixtureRequest) -> Any:
+    """The two ways that lead to readers of others."""
+    if request.param == "passed":
+        yield dcp_fast.load
+        return
+    with dcp_fast.install():
+        yield dcp.load
+
+
+def test_reader_of_others_says_why_it_is_slow(stored: Path, load: Any) -> None:
+    state = zeros()
+    report = report_of(load, state, storage_reader=Foreign(stored))
+    assert image(state) == image(STORED)
+    assert report.reader.endswith("Foreign")
+    assert "read_data of its own" in report.reader_fallback_reason
+    assert report.seconds["transfer"] > 0
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_accelerated_reader(stored: Path, load: Any, as_text: bool) -> None:
+    reader = Foreign(str(stored) if as_text else stored)
+    assert dcp_fast.accelerate(reader) is reader
+    state = zeros()
+    report = report_of(load, state, storage_reader=reader)
+    assert image(state) == image(STORED)
+    assert reader.reads == 0
+    assert report.records == 3
+    assert report.reader.endswith("Foreign")
+    assert report.reader_fallback_reason == ""
+
+
+def test_accelerated_class(stored: Path) -> None:
+    own = Foreign.read_data
+
+    class Derived(Foreign):
+        pass
+
+    kept = Derived(stored)
+    for cls in (Foreign, Derived):
+        with dcp_fast.install(accelerate=[cls]):
+            for reader in (kept, Derived(stored)):
+                state = zeros()
+                report = report_of(dcp.load, state, storage_reader=reader)
+                assert image(state) == image(STORED)
+                assert reader.reads == 0
+                assert report.is_fast
+        assert Foreign.read_data is own
+        assert "read_data" not in vars(Derived)
+    dcp.load(zeros(), storage_reader=kept)
+    assert kept.reads == 1
+
+
+@pytest.mark.parametrize("wrong", [[Foreign("x")], [int], ["Foreign"]])
+def test_only_classes_of_readers_can_be_accelerated(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="accelerate takes classes"):
+        dcp_fast.install(accelerate=wrong)
+    assert not hasattr(dcp.load, "__globals__") or "dcp_fast" not in dcp.load.__globals__["__name__"]
+
+
+def test_accelerated_reader_with_hooks(stored: Path) -> None:
+    class Planner(dcp.DefaultLoadPlanner):
+        committed: list[str]
+
+        def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+            self.committed.append(read_item.dest_index.fqn)
+
+    planner = Planner()
+    planner.committed = []
+    reader = dcp_fast.accelerate(Foreign(stored))
+    state = zeros()
+    report = report_of(dcp_fast.load, state, storage_reader=reader, planner=planner)
+    assert image(state) == image(STORED)
+    assert sorted(planner.committed) == ["t", "u"]
+    assert reader.reads == 0
+    assert "commit_tensor" in report.planner_fallback_reason
+
+
+@dataclass
+class CompressedInfo(Info):
+    compression: str = ""
+
+
+@dataclass
+class TransformedInfo(Info):
+    transform_descriptors: Any = ("zstd",)
+
+
+def renamed(reader: Foreign) -> None:
+    for file in Path(reader.path).glob("*.distcp"):
+        file.rename(file.with_suffix(".bin"))
+    reader.infos = lambda info: Info(info.relative_path.replace("distcp", "bin"), info.offset, info.length)
+
+
+def elsewhere(reader: Foreign) -> None:
+    reader.infos = lambda info: Info(f"../ckpt/{info.relative_path}", info.offset, info.length)
+
+
+def absolute(reader: Foreign) -> None:
+    path = str(reader.path)
+    reader.infos = lambda info: Info(f"{path}/{info.relative_path}", info.offset, info.length)
+    reader.record = lambda info: Path(info.relative_path).read_bytes()[info.offset : info.offset + info.length]  # type: ignore[method-assign]
+
+
+def encrypted(reader: Foreign) -> None:
+    for file in Path(reader.path).glob("*.distcp"):
+        file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
+    record = reader.record
+    reader.record = lambda info: bytes(byte ^ 1 for byte in record(info))  # type: ignore[method-assign]
+
+
+def with_url(reader: Foreign) -> None:
+    path = reader.path
+    read_metadata = reader.read_metadata
+
+    def read() -> Metadata:
+        reader.path = path
+        metadata = read_metadata()
+        reader.path = f"file://{path}"
+        return metadata
+
+    reader.read_metadata = read  # type: ignore[method-assign]
+    reader.record = (
+        lambda info: Path(f"{path}/{info.relative_path}").read_bytes()[  # type: ignore[method-assign]
+            info.offset : info.offset + info.length
+        ]
+    )
+
+
+def compressed(reader: Foreign) -> None:
+    reader.infos = lambda info: CompressedInfo(info.relative_path, info.offset, info.length)
+
+
+def transformed(reader: Foreign) -> None:
+    reader.infos = lambda info: TransformedInfo(info.relative_path, info.offset, info.length)
+
+
+@pytest.mark.parametrize(
+    "change", [renamed, elsewhere, absolute, encrypted, with_url, compressed, transformed], ids=lambda c: c.__name__
+)
+def test_reader_in_doubt_reads_itself(stored: Path, load: Any, change: Callable[[Foreign], None]) -> None:
+    reader = Foreign(stored)
+    change(reader)
+    reader = dcp_fast.accelerate(reader)
+    state = zeros()
+    report = report_of(load, state, storage_reader=reader)
+    assert image(state) == image(STORED)
+    assert reader.reads == 1
+    assert report.reader_fallback_reason
+
+
+@pytest.mark.parametrize("kind", ["legacy", "other dtype"])
+def test_records_that_the_engine_does_not_know(tmp_path: Path, kind: str) -> None:
+    values = {
+        "legacy": Entry.of(torch.ones(3), legacy=True),
+        "other dtype": Entry((3,), torch.float32, [((0,), torch.ones(3, dtype=torch.int8))]),
+    }
+    path = write_checkpoint(tmp_path, {"t": values[kind], "u": Entry.of(torch.ones(2))})
+    reader = dcp_fast.accelerate(Foreign(path))
+    expected, state = ({"t": torch.zeros(3), "u": torch.zeros(2)} for _ in range(2))
+    torch_load(expected, storage_reader=Foreign(path))
+    report = report_of(dcp_fast.load, state, storage_reader=reader)
+    assert image(state) == image(expected)
+    assert reader.reads == 1
+    assert report.reader_fallback_reason
+
+
+def test_errors_of_an_accelerated_reader_are_its_own(stored: Path) -> None:
+    next(stored.glob("*.distcp")).unlink()
+    outcomes = [load_with(dcp_fast.load, zeros(), storage_reader=make(Foreign(stored))) for make in (id_, fast)]
+    types = [type((outcome.errors or {})[0]) for outcome in outcomes]
+    assert types == [FileNotFoundError, FileNotFoundError]
+
+
+def id_(reader: Foreign) -> Foreign:
+    return reader
+
+
+def fast(reader: Foreign) -> Foreign:
+    return dcp_fast.accelerate(reader)
