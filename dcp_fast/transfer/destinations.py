@@ -11,7 +11,7 @@ from dcp_fast import _native
 from dcp_fast._torch import disabled_torch_function
 from dcp_fast.transfer.devices import served_device
 
-__all__ = ["DTYPES", "HOST", "Destinations", "is_plain"]
+__all__ = ["DTYPES", "HOST", "Destinations", "address_of", "is_plain"]
 
 # Native dtype codes by torch.dtype, and back. A name that this torch does not have never matches a tensor of it.
 DTYPES: list[torch.dtype | None] = [getattr(torch, name, None) for name in _native.DTYPES]
@@ -51,7 +51,7 @@ class Destinations:
             address, strides = tensor.data_ptr(), tensor.stride()
             device = HOST if tensor.is_cpu else self._device(tensor)
         else:
-            address, device = _address(tensor), _ELSEWHERE
+            address, device = address_of(tensor), _ELSEWHERE
             strides = tensor.stride() if tensor.layout is _STRIDED else (0,) * len(sizes)
         if address == 0 and tensor.numel() > 0:
             self.all_have_addresses = False
@@ -103,7 +103,7 @@ def _is_plain_type(cls: type) -> bool:
     return default_function and default_dispatch
 
 
-def _address(tensor: torch.Tensor) -> int:
+def address_of(tensor: torch.Tensor) -> int:
     """Where a tensor's memory begins, to notice destinations that share memory; 0 if it has none of its own."""
     try:
         return tensor.data_ptr()

@@ -6,6 +6,7 @@ what became of the items before. So a window ends where it could: see :class:`Wi
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from dcp_fast.planning.hooks import has_default_commit
+from dcp_fast.transfer.destinations import address_of
 
 __all__ = ["Placement", "Windows"]
 
@@ -166,13 +168,14 @@ class _State:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses from a tensor's first element to its last; none if it has no memory of its own."""
-    try:
-        begin = tensor.data_ptr()
-        elements = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True)) + 1
-    except (RuntimeError, NotImplementedError):
-        return 0, 0
-    return begin, begin + (elements * tensor.element_size() if tensor.numel() else 0)
+    """The addresses of a tensor's elements; all there are if nobody can tell."""
+    begin = address_of(tensor)
+    if tensor.numel() == 0:
+        return begin, begin
+    if begin == 0:
+        return 0, sys.maxsize
+    elements = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True)) + 1
+    return begin, begin + elements * tensor.element_size()
 
 
 def _meets(spans: list[tuple[int, int]], span: tuple[int, int]) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import Entry, assert_same_load, fast_reader, fill, image, torch_load, torch_reader, write_checkpoint
+from tensor_subclasses import Negated
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
@@ -149,6 +150,16 @@ class Scratch(dcp.DefaultLoadPlanner):
             tensor.fill_(-1)
 
 
+class ScratchElsewhere(Scratch):
+    """The same, in tensors of which nobody can tell where their memory is."""
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        return Negated.make(super().resolve_tensor(item))
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        super().commit_tensor(item, tensor.wrapped)
+
+
 class Replacing(dcp.DefaultLoadPlanner):
     """Puts another tensor into the state dict once a chunk has come, into which the next chunk goes."""
 
@@ -218,7 +229,7 @@ class Slotted(LoadPlanner):
         self.inner.load_bytes(item, value)
 
 
-@pytest.mark.parametrize("planner", [Rarely, Scratch, Replacing, Counting, Collecting, Slotted])
+@pytest.mark.parametrize("planner", [Rarely, Scratch, ScratchElsewhere, Replacing, Counting, Collecting, Slotted])
 @pytest.mark.parametrize("options", [{}, {"staging_bytes": 200}])
 def test_planners_that_would_notice(stored: Path, planner: Callable[[], LoadPlanner], options: dict[str, Any]) -> None:
     outcome = assert_same_load(stored, state, planner=planner, options=options, fallback=None)
