@@ -37,16 +37,12 @@ class _Walk:
 
     def through_dict(self, values: dict[str, Any], prefix: str, path: _Path) -> bool:
         """Whether nothing in it needs torch."""
-        flat, paths = self.flat, self.paths
         for key, value in values.items():
             if type(key) is not str:
                 return False
             if _is_leaf(value):
-                fqn = prefix + key
-                if fqn in flat:
+                if not self._add(prefix + key, value, (*path, key)):
                     return False
-                flat[fqn] = value
-                paths[fqn] = (*path, key)
             elif type(value) in _DICTS:
                 if not self.through_dict(value, f"{prefix}{key}.", (*path, key)):
                     return False
