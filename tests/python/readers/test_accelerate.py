@@ -11,25 +11,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from foreign_readers import STORED, Foreign, Info, report_of, zeros
-from helpers import Entry, image, load_with, save, torch_load, write_checkpoint
+from helpers import Entry, image, load_with, torch_load, write_checkpoint
 from torch.distributed.checkpoint.metadata import Metadata
 
 import dcp_fast
-
-
-@pytest.fixture
-def stored(tmp_path: Path) -> Path:
-    return save(tmp_path / "ckpt", STORED)
-
-
-@pytest.fixture(params=["passed", "installed"])
-def load(request: pytest.FixtureRequest) -> Any:
-    """The two ways that lead to readers of others."""
-    if request.param == "passed":
-        yield dcp_fast.load
-        return
-    with dcp_fast.install():
-        yield dcp.load
 
 
 def test_reader_of_others_says_why_it_is_slow(stored: Path, load: Any) -> None:

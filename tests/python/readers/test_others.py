@@ -13,29 +13,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from foreign_readers import STORED, report_of, torch_load_unswitched, zeros
-from helpers import image, load_with, save
+from helpers import image, load_with
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageReaderTransforms
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 import dcp_fast
 from dcp_fast._torch import fsspec_filesystem
-
-
-@pytest.fixture
-def stored(tmp_path: Path) -> Path:
-    return save(tmp_path / "ckpt", STORED)
-
-
-@pytest.fixture(params=["passed", "installed"])
-def load(request: pytest.FixtureRequest) -> Any:
-    """The two ways that lead to readers of others."""
-    if request.param == "passed":
-        yield dcp_fast.load
-        return
-    with dcp_fast.install():
-        yield dcp.load
-
 
 # Local files by other names
 
