@@ -112,7 +112,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``.
 
-        Its dicts make their values when they are asked for; see :class:`dcp_fast.metadata.LazyDict`.
+        Its dicts make their values when they are asked for; see :class:`dcp_fast.metadata.lazy.LazyDict`.
 
         Raises:
             OSError: as the file system does.
@@ -122,11 +122,9 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         with self.metadata_stage():
             return read_metadata_of(super().read_metadata, self, *args, **kwargs)
 
-    # A rank that receives the metadata from another one goes through this stage as well: see ranks/shared_metadata.py.
-
     @contextmanager
     def metadata_stage(self, received: bool = False) -> Iterator[None]:
-        """What happens within is a stage of the load.
+        """What happens within is a stage of the load, also on a rank that gets the metadata from another one.
 
         Args:
             received: whether another rank read the file and sent its bytes here.
