@@ -256,18 +256,22 @@ void bind_transfer(py::module_& module) {
                              [](const FileOptions& options) { return seconds(options.read_clock->reading()); })
       .def_property_readonly("waiting_seconds",
                              [](const FileOptions& options) { return seconds(options.read_clock->waiting()); })
-      .def("with_threads", [](FileOptions options, int threads) {
-        options.threads = threads;
-        return options;
-      });
+      .def(
+          "share",
+          [](FileOptions options, int parts, int threads) {
+            options.staging_bytes /= std::max(parts, 1);
+            if (threads > 0) options.threads = threads;
+            return options;
+          },
+          py::arg("parts"), py::kw_only(), py::arg("threads") = 0,
+          "The same options for one of several users of the staging memory, with another number of threads if it is "
+          "given.");
 
   py::class_<Layouts>(module, "Layouts")
       .def_readonly("requests", &Layouts::requests)
       .def_readonly("bytes_read", &Layouts::bytes)
-      .def("threads",
-           [](const Layouts& layouts, const FileOptions& options) {
-             return transfer::limits_of(options, layouts.requests_at_once()).threads;
-           })
+      .def("threads", [](const Layouts& layouts,
+                         const FileOptions& options) { return transfer::limits_of(options, layouts.access()).threads; })
       .def("is_tensor",
            [](const Layouts& layouts, size_t record) {
              return layouts.parsed.at(record).status == checkpoint::ParsedRecord::Status::kTensor;

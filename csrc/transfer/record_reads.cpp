@@ -99,7 +99,7 @@ class Reads {
   Reads(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes, const Limits& limits)
       : layouts_(layouts),
         records_(records),
-        policies_(policies_for(layouts.sources, limits.block_bytes, limits.block_bytes)),
+        policies_(policies_for(layouts.sources, limits)),
         reader_(layouts, policies_, [&records](size_t item) { return records[item]; }),
         pool_(std::make_shared<MemoryPool>(static_cast<size_t>(most_bytes))) {
     const int64_t most = std::min(kMaxChunkBytes, most_bytes / kLeastChunks);
@@ -169,7 +169,7 @@ class Reads {
       piece.loops = {{record.length, 1, 1}};
       pieces.push_back(std::move(piece));
     }
-    chunk.schedule = join_pieces(split_boxes(pieces, policies_), policies_);
+    chunk.schedule = join_pieces(split_boxes(std::move(pieces), policies_), policies_);
   }
 
   void allocate(Chunk& chunk) {
@@ -192,7 +192,7 @@ class Reads {
 Stats read_records(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
                    const Options& options, const std::function<bool()>& interrupted,
                    const std::function<void(size_t, RecordBytes)>& take) {
-  const Limits limits = limits_of(options, layouts.requests_at_once());
+  const Limits limits = limits_of(options, layouts.access());
   Reads reads(layouts, records, most_bytes, limits);
   Groups groups = reads.groups(static_cast<size_t>(most_bytes));
   groups.finish = [&](size_t chunk) { reads.give(chunk, take); };

@@ -46,8 +46,9 @@ class PlanTransfer:
         plan: of this rank.
         planner: whose state dict is loaded.
         records: of the checkpoint.
-        options: for the native engine. It gets half of ``staging_bytes``; boxes that torch places get the other half.
-        staging_bytes: host memory that bytes may pass through.
+        options: for the native engine.
+        staging_bytes: host memory that bytes may pass through, as the options have it. Where boxes are placed by torch,
+            the engine gets half of it, and they get the other half.
         cuda: brings bytes to destinations on GPUs.
         report: is filled in.
     """
@@ -203,7 +204,7 @@ class PlanTransfer:
         try:
             for wave in range(program.waves):
                 if destinations.devices:
-                    stats = self.cuda.run(program, wave, self.options, destinations.devices)
+                    stats = self.cuda.run(program, wave, self.options.share(2), destinations.devices)
                 else:
                     stats = program.run(wave, self.options)
                 self._count(stats)
@@ -235,7 +236,8 @@ class PlanTransfer:
             if (device := device_of(box.target)) is not None and served_device(box.target) is None:
                 self.report.device_fallback_items += 1
                 self.report.device_fallback_reason = refusals[device]
-        for stats in place_converted(boxes, self.layouts, self.options, self.staging_bytes // 2, self.cuda):
+        half = self.options.share(2)
+        for stats in place_converted(boxes, self.layouts, half, self.staging_bytes // 2, self.cuda):
             self._count(stats)
 
     def _place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
