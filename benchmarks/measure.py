@@ -70,14 +70,14 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
     checkpoint = checkpoints.ensure(workload.checkpoint, options.data)
     paths = checkpoints.files_of(checkpoint)
     wanted = destinations.allocate(workload.checkpoint.shapes(), workload.wanted)
-    oracle = contenders.torch_contender(checkpoint, wanted.state)
+    oracle = contenders.torch_contender(checkpoint, wanted.state, workload.hooked)
     entrants = [oracle]
 
     # All that is verified is warmed up by it as well.
     page_cache.populate(paths)
     expected = Expected(oracle, wanted)
     if options.with_dcp_fast:
-        ours = contenders.dcp_fast_contender(checkpoint, wanted.state)
+        ours = contenders.dcp_fast_contender(checkpoint, wanted.state, workload.hooked)
         expected.run(ours)
         entrants.append(ours)
 
@@ -102,7 +102,7 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
     # On GPUs every single load is verified: mistakes in the order of asynchronous work show only sometimes.
     check = expected if wanted.gpus else None
     rounds = options.rounds or workload.rounds
-    samples = _interleave(entrants, temperature, paths, rounds, check, budget)
+    samples = interleave(entrants, temperature, paths, rounds, check, budget)
     measurement = Measurement(workload, temperature, samples, [*limits], notes)
     if (done := len(samples[oracle.name])) < rounds:
         notes.append(f"no time for more than {done} of {rounds} rounds")
@@ -181,7 +181,7 @@ def _verified_peers(
     return verified
 
 
-def _interleave(
+def interleave(
     entrants: list[Contender],
     temperature: Temperature,
     paths: list[Path],

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -72,8 +74,13 @@ foreach_copy_ = torch._foreach_copy_
 PyTorchFileReader = torch._C.PyTorchFileReader
 storage_class: Callable[..., Any] = torch.storage.TypedStorage
 rebuild_from_type: Callable[..., Any] = torch._tensor._rebuild_from_type_v2
-validate_sparse_tensors = cast(Callable[[], None], _validate_loaded_sparse_tensors)
 tensor_rebuild_functions = cast(Callable[[], set[Any]], weights_only_unpickler._tensor_rebuild_functions)
+
+
+# What torch.load(weights_only=True) ends with. Since torch 2.14 it is told so, as it then checks all sparse tensors.
+validate_sparse_tensors: Callable[[], None] = _validate_loaded_sparse_tensors
+if "weights_only" in signature(_validate_loaded_sparse_tensors).parameters:
+    validate_sparse_tensors = partial(cast(Any, _validate_loaded_sparse_tensors), weights_only=True)
 
 
 def tensor_types() -> tuple[type, ...]:

@@ -172,14 +172,16 @@ def _doubt(info: Any) -> str:
 
 
 def _unknown_entry(root: str, infos: Iterable[StorageInfo]) -> str:
+    offsets: dict[str, list[int]] = {}
     for info in infos:
+        offsets.setdefault(info.relative_path, []).append(info.offset)
+    for name, of_file in offsets.items():
         try:
-            with open(os.path.join(root, info.relative_path), "rb") as file:
-                file.seek(info.offset)
-                begin = file.read(len(_ARCHIVE))
+            with open(os.path.join(root, name), "rb", buffering=0) as file:
+                begins = {os.pread(file.fileno(), len(_ARCHIVE), offset) for offset in of_file}
         except OSError as error:
             return f"a file of the checkpoint cannot be read: {error.strerror}"
-        if begin != _ARCHIVE:
+        if begins != {_ARCHIVE}:
             return "a bytes entry is stored in another way than by torch.save"
     return ""
 

@@ -74,12 +74,14 @@ class _Unpickler(cast(Any, weights_only_unpickler.Unpickler)):  # type: ignore[m
 
     def persistent_load(self, pid: Any) -> Any:
         _, kind, key, _, count = pid
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
         storage = self._made.get(key)
         if storage is None:
-            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
             storage = self._made[key] = storage_class(
                 wrap_storage=self._bytes_of(key, count * dtype.itemsize), dtype=dtype, _internal=True
             )
+        if storage.dtype != dtype:
+            raise ValueError("a storage of two dtypes, which each torch takes in its own way")
         return storage
 
     def _bytes_of(self, key: str, size: int) -> torch.UntypedStorage:
