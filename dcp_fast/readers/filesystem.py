@@ -45,8 +45,9 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         block_bytes: the most that one request reads. At least 64 KiB. By default 4 MiB through the page cache, 16 MiB
             past it on the way to host memory, and 4 MiB on the way to GPUs. It is less where the threads together would
             need more than ``staging_bytes``.
-        staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. A single
-            record that only ``torch.load`` can read takes its own size on top.
+        staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. Records
+            that only ``torch.load`` can read are read ahead into as much again; one of them, while it is unpickled,
+            takes its own size on top.
         pinned_bytes: host memory that copies to GPUs come from; only used if a destination lies on one, and kept for
             the next load until :func:`dcp_fast.release_staging`. At least 1 MiB; by default two blocks for each thread,
             and 64 MiB at least.
@@ -113,7 +114,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``.
 
-        Its dicts make their values when they are asked for; see :class:`dcp_fast.metadata.LazyDict`.
+        Its dicts make their values when they are asked for; see :class:`dcp_fast.metadata.lazy.LazyDict`.
 
         Raises:
             OSError: as the file system does.
@@ -123,11 +124,9 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         with self.metadata_stage():
             return read_metadata_of(super().read_metadata, self, *args, **kwargs)
 
-    # A rank that receives the metadata from another one goes through this stage as well: see ranks/shared_metadata.py.
-
     @contextmanager
     def metadata_stage(self, received: bool = False) -> Iterator[None]:
-        """What happens within is a stage of the load.
+        """What happens within is a stage of the load, also on a rank that gets the metadata from another one.
 
         Args:
             received: whether another rank read the file and sent its bytes here.
