@@ -47,8 +47,8 @@ class PlanTransfer:
         planner: whose state dict is loaded.
         records: of the checkpoint.
         options: for the native engine.
-        staging_bytes: host memory that bytes may pass through, as the options have it. Where boxes are placed by torch,
-            the engine gets half of it, and they get the other half.
+        staging_bytes: host memory that bytes may pass through, as the options have it. The engine gets all of it for
+            boxes that it places in host memory, and half where torch places or reads, or a GPU is loaded to.
         cuda: brings bytes to destinations on GPUs.
         report: is filled in.
     """
@@ -66,6 +66,7 @@ class PlanTransfer:
         self.planner = planner
         self.records = records
         self.options = options
+        self.half = options.share(2)
         self.staging_bytes = staging_bytes
         self.report = report
         self.cuda = cuda
@@ -204,7 +205,7 @@ class PlanTransfer:
         try:
             for wave in range(program.waves):
                 if destinations.devices:
-                    stats = self.cuda.run(program, wave, self.options.share(2), destinations.devices)
+                    stats = self.cuda.run(program, wave, self.half, destinations.devices)
                 else:
                     stats = program.run(wave, self.options)
                 self._count(stats)
@@ -236,12 +237,11 @@ class PlanTransfer:
             if (device := device_of(box.target)) is not None and served_device(box.target) is None:
                 self.report.device_fallback_items += 1
                 self.report.device_fallback_reason = refusals[device]
-        half = self.options.share(2)
-        for stats in place_converted(boxes, self.layouts, half, self.staging_bytes // 2, self.cuda):
+        for stats in place_converted(boxes, self.layouts, self.half, self.staging_bytes // 2, self.cuda):
             self._count(stats)
 
     def _place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
-        place_fallback(boxes, self.records, self.layouts, self.options, self.staging_bytes, self.report)
+        place_fallback(boxes, self.records, self.layouts, self.half, self.staging_bytes, self.report)
 
     def _load_all_bytes(self, entries: BytesEntries) -> None:
         """Plain values are read natively; all others are for the planner, one by one."""
