@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kProbes = 16;
 constexpr int kOpenFlags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
-constexpr Access kCachedAccess{8 << 10, 1, false};
+constexpr Access kCachedAccess{8 << 10, 4 << 20, 1, false};
 
 [[noreturn]] void throw_errno(int error_number, const char* what, const std::string& path, int64_t offset,
                               int64_t length) {

@@ -42,13 +42,18 @@ Boxes boxes_of(const Program& program, int32_t wave) {
 // What all waves of a run have in common.
 struct Run {
   Run(const Layouts& layouts, const Options& options, const CudaTargets& targets)
-      : limits(limits_of(options, layouts.requests_at_once())),
+      : limits(limits_of(options, layouts.access())),
         cuda(targets),
         recorder(options.recorder.get()),
-        policies(policies_for(layouts.sources, limits.block_bytes, limits.block_bytes)) {
+        policies(policies_for(layouts.sources, limits)) {
     if (cuda.ring == nullptr) return;
     const int64_t block = cuda.ring->block_bytes();
-    slot_policies = policies_for(layouts.sources, std::min(block, limits.block_bytes), block);
+    slot_policies = policies;
+    for (Policy& policy : slot_policies) {
+      policy.block_bytes = std::min(policy.block_bytes, block);
+      policy.run_bytes = block;
+      policy.fills_blocks = false;  // a slot is filled, in whatever blocks
+    }
   }
 
   const Limits limits;
@@ -61,10 +66,12 @@ struct Run {
 // A wave of a program, as tasks: slots on their way to devices first, then boxes for the host.
 class Wave {
  public:
-  Wave(const Program& program, int32_t wave, Run& run) : run_(run), reader_(program, run.policies) {
-    const Boxes boxes = boxes_of(program, wave);
+  Wave(const Program& program, int32_t wave, Run& run)
+      : run_(run),
+        reader_(program.layouts(), run.policies, [&program](size_t item) { return program.items()[item].record; }) {
+    Boxes boxes = boxes_of(program, wave);
     bytes_ = boxes.bytes;
-    host_ = join_pieces(split_boxes(boxes.host, run.policies), run.policies);
+    host_ = join_pieces(split_boxes(std::move(boxes.host), run.policies), run.policies);
     if (boxes.devices.empty()) return;
     cuda::PinnedRing* ring = run.cuda.ring;
     if (ring == nullptr) throw std::invalid_argument("boxes for a GPU need a pinned ring");
@@ -138,8 +145,9 @@ Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const
   io::IoCounters counters = options.counters();
   Stats stats;
   Groups groups;
-  groups.at_once = kWavesAtOnce;
   for (const auto& wave : waves) {
+    const size_t number = groups.tasks.size();
+    groups.after.push_back(number < kWavesAtOnce ? 0 : number + 1 - kWavesAtOnce);
     groups.tasks.push_back(wave->tasks());
     stats.bytes_placed += wave->bytes();
   }

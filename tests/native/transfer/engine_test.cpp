@@ -49,7 +49,7 @@ struct Columns {
     item.destination_offsets = {0, 0};
     items.push_back(item);
     options.threads = 2;
-    options.block_bytes = 0;
+    options.block_bytes = 1;
   }
   CheckpointFiles files;
   std::string memory;

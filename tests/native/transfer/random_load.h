@@ -14,7 +14,7 @@ inline std::byte* data_of(std::string& memory) { return reinterpret_cast<std::by
 inline transfer::Options random_options(Random& random) {
   transfer::Options options;
   options.threads = static_cast<int>(random.between(1, 6));
-  options.block_bytes = random.pick(std::vector<int64_t>{0, 70000, 1 << 20});
+  options.block_bytes = random.pick(std::vector<int64_t>{0, 1, 70000, 1 << 20});
   options.staging_bytes = random.pick(std::vector<int64_t>{0, 300000, 32 << 20});
   return options;
 }
