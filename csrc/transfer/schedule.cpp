@@ -11,6 +11,8 @@ namespace {
 using box::Dim;
 using box::Loops;
 
+constexpr int64_t kConvertedBytes = 1 << 20;
+
 bool is_one_request(const Policy& policy, const Loops& loops, size_t level) {
   return level + 1 == loops.size() || policy.reads_through(loops, level);
 }
@@ -31,7 +33,9 @@ class Splitter {
     if (piece.loops.empty()) return;
     const Dim outer = piece.loops[0];
     const bool contiguous = piece.loops.size() == 1;
-    const int64_t most = contiguous ? policy_.run_bytes : policy_.block_bytes;
+    const int64_t most = piece.conversion != nullptr ? policy_.converted_bytes
+                         : contiguous                ? policy_.run_bytes
+                                                     : policy_.block_bytes;
     if (read_cost(policy_, piece.loops, 0) <= most) {
       pieces_.push_back(piece);
       return;
@@ -73,7 +77,9 @@ std::vector<Policy> policies_for(const io::ByteSources& sources, int64_t block_b
   policies.reserve(sources.size());
   for (const auto& source : sources) {
     const io::Access& access = source->access();
-    policies.push_back({access.request_cost, block_bytes, access.whole_pages, run_bytes});
+    // Where bytes come from the page cache, they are converted before they leave the processor's own cache.
+    const int64_t converted_bytes = access.whole_pages ? block_bytes : std::min(block_bytes, kConvertedBytes);
+    policies.push_back({access.request_cost, block_bytes, access.whole_pages, run_bytes, converted_bytes});
   }
   return policies;
 }

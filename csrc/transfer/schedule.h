@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "box/box.h"
+#include "copy/convert.h"
 #include "io/byte_source.h"
 
 namespace dcp_fast::transfer {
@@ -18,6 +19,7 @@ struct Piece {
   std::byte* destination = nullptr;
   size_t item = 0;  // for error messages
   box::Loops loops;
+  const copy::Conversion* conversion = nullptr;  // of a destination of another dtype; else the bytes are copied
   bool owns_pages = false;  // the rest of the pages that its destination touches may be overwritten
 };
 
@@ -50,6 +52,8 @@ struct Policy {
   // The most that one request reads of a contiguous box. This may be more than a block, as for slots: where many
   // threads share the bounce buffers, blocks are small, but contiguous boxes need none.
   int64_t run_bytes = 0;
+  // The most that one request reads of a box that is converted.
+  int64_t converted_bytes = 0;
 
   // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;
