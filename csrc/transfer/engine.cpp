@@ -65,7 +65,9 @@ struct Run {
 // A wave of a program, as tasks: slots on their way to devices first, then boxes for the host.
 class Wave {
  public:
-  Wave(const Program& program, int32_t wave, Run& run) : run_(run), reader_(program, run.policies) {
+  Wave(const Program& program, int32_t wave, Run& run)
+      : run_(run),
+        reader_(program.layouts(), run.policies, [&program](size_t item) { return program.items()[item].record; }) {
     const Boxes boxes = boxes_of(program, wave);
     bytes_ = boxes.bytes;
     converted_ = boxes.converted;
@@ -145,8 +147,9 @@ Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const
   io::IoCounters counters = options.counters();
   Stats stats;
   Groups groups;
-  groups.at_once = kWavesAtOnce;
   for (const auto& wave : waves) {
+    const size_t number = groups.tasks.size();
+    groups.after.push_back(number < kWavesAtOnce ? 0 : number + 1 - kWavesAtOnce);
     groups.tasks.push_back(wave->tasks());
     stats.bytes_placed += wave->bytes();
     stats.converted_items += wave->converted();

@@ -100,8 +100,8 @@ Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vec
     const Destination& destination = destinations[item.destination];
     Write write;
     if (std::find(item.lengths.begin(), item.lengths.end(), 0) == item.lengths.end() && destination.data != nullptr) {
-      const int64_t itemsize =
-          destination.dtype == checkpoint::kUnknownDType ? 16 : checkpoint::info(destination.dtype).itemsize;
+      const bool known = destination.dtype != checkpoint::kUnknownDType;
+      const int64_t itemsize = known ? checkpoint::info(destination.dtype).itemsize : destination.itemsize;
       write.begin = reinterpret_cast<uint64_t>(destination.data) +
                     static_cast<uint64_t>(element_offset(item.destination_offsets, destination.strides) * itemsize);
       int64_t last = 0;

@@ -23,6 +23,7 @@ struct Destination {
   std::byte* data = nullptr;  // an address on the device, if it lies on one
   int device = kElsewhere;
   checkpoint::DType dtype = checkpoint::kUnknownDType;
+  int64_t itemsize = 0;  // bytes of an element, which `dtype` does not tell if it is unknown
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides;  // elements
 };

@@ -36,7 +36,7 @@ class LoadReport:
         bytes_needed: payload bytes of all boxes that this rank asked for, in their stored dtype, and of bytes entries.
         bytes_read: bytes that storage was asked for, headers and gaps included; the metadata file is left out.
         requests: read calls that fetched them.
-        records: stored entries that were touched.
+        records: how many records the plan needs.
         fallback_records: how many of those torch.load had to read.
         device_fallback_items: boxes for GPUs that torch's ``copy_`` brought there, from memory that is not pinned, as
             the driver refused what it takes to do better; device_fallback_reason: what that was.
@@ -204,7 +204,7 @@ _logged_reasons: set[str] = set()
 
 
 def last_report() -> LoadReport | None:
-    """The report of the load that began last in this process, also of one that failed; None before the first."""
+    """The report of the load that began or ended last in this process, even if it failed; None before the first."""
     return _last
 
 

@@ -43,8 +43,9 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         threads: reader threads. By default one for each core that this process may use, by its affinity and control
             groups and divided by LOCAL_WORLD_SIZE; at most 16, and at least 4 where storage is read directly.
         block_bytes: the most that one request reads. At least 64 KiB.
-        staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. A single
-            record that only ``torch.load`` can read takes its own size on top.
+        staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. Records
+            that only ``torch.load`` can read are read ahead into as much again; one of them, while it is unpickled,
+            takes its own size on top.
         pinned_bytes: host memory that copies to GPUs come from; only used if a destination lies on one, and kept for
             the next load until :func:`dcp_fast.release_staging`. At least 1 MiB; by default two blocks for each thread,
             and 64 MiB at least.
@@ -111,7 +112,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``.
 
-        Its dicts make their values when they are asked for; see :class:`dcp_fast.metadata.LazyDict`.
+        Its dicts make their values when they are asked for; see :class:`dcp_fast.metadata.lazy.LazyDict`.
 
         Raises:
             OSError: as the file system does.
@@ -121,11 +122,9 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         with self.metadata_stage():
             return read_metadata_of(super().read_metadata, self, *args, **kwargs)
 
-    # A rank that receives the metadata from another one goes through this stage as well: see ranks/shared_metadata.py.
-
     @contextmanager
     def metadata_stage(self, received: bool = False) -> Iterator[None]:
-        """What happens within is a stage of the load.
+        """What happens within is a stage of the load, also on a rank that gets the metadata from another one.
 
         Args:
             received: whether another rank read the file and sent its bytes here.

@@ -53,7 +53,7 @@ def fast_twin(reader: Any) -> FileSystemReader | str:
 
 
 def read_plan(reader: StorageReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-    """A reader's ``read_data``, or what comes to the same."""
+    """A reader's ``read_data``, by the engine where that gives the same."""
     if has_torchs_read_data(reader):
         return read_data_like_torch(reader.read_data, reader, plan, planner)
     if method_of(reader, "read_data") is FileSystemReader.read_data:
@@ -121,7 +121,7 @@ def accelerate(reader: Reader) -> Reader:
 def accelerated_read_data(
     own: Callable[..., Future[None]], reader: StorageReader, plan: LoadPlan, planner: LoadPlanner
 ) -> Future[None]:
-    """The same, once. ``own``: the reader's own method."""
+    """One ``read_data`` of an accelerated reader. ``own``: the reader's own method."""
     return _read_by(_twin_of_records(reader, plan, planner), own, reader, plan, planner)
 
 

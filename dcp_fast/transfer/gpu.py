@@ -117,7 +117,7 @@ def prepare_staging(
     limits = StagingLimits.of(threads, block_bytes, pinned_bytes, device_staging_bytes)
     wanted = [torch.cuda.current_device()] if devices is None else [_ordinal(device) for device in devices]
     with typed_errors():
-        count = torch.cuda.device_count()  # about an ordinal that is too large staging.prepare raises
+        count = torch.cuda.device_count()  # staging.prepare raises for ordinals that are too large
         _native.require_not_capturing(_current_streams(device for device in wanted if device < count))
         staging = _lease(limits)
         try:
