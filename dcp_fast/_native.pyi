@@ -50,6 +50,7 @@ class Stats:
     requests: int
     bytes_read: int
     bytes_placed: int
+    converted_items: int
 
 class Program:
     waves: int

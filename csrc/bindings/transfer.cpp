@@ -284,7 +284,8 @@ void bind_transfer(py::module_& module) {
   py::class_<transfer::Stats>(module, "Stats")
       .def_readonly("requests", &transfer::Stats::requests)
       .def_readonly("bytes_read", &transfer::Stats::bytes_read)
-      .def_readonly("bytes_placed", &transfer::Stats::bytes_placed);
+      .def_readonly("bytes_placed", &transfer::Stats::bytes_placed)
+      .def_readonly("converted_items", &transfer::Stats::converted_items);
 
   py::class_<Program>(module, "Program")
       .def(py::init(&make_program), py::arg("layouts"), py::arg("items"), py::arg("destinations"),

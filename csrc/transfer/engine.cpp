@@ -24,16 +24,20 @@ struct Boxes {
   std::vector<Piece> host;
   std::map<int, std::vector<Piece>> devices;
   int64_t bytes = 0;
+  int64_t converted = 0;
 };
 
 Boxes boxes_of(const Program& program, int32_t wave) {
   Boxes boxes;
   for (const size_t i : program.items_in_wave(wave)) {
     const Transfer& transfer = program.transfers()[i];
-    if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
+    if (transfer.kind != Transfer::Kind::kDirect) continue;
+    const copy::Conversion* conversion = transfer.conversion ? &*transfer.conversion : nullptr;
+    if (conversion != nullptr) ++boxes.converted;
+    if (transfer.loops.empty()) continue;
     const size_t file = program.layouts().records[program.items()[i].record].file;
     std::vector<Piece>& pieces = transfer.device == kHost ? boxes.host : boxes.devices[transfer.device];
-    pieces.push_back({file, transfer.source, transfer.destination, i, transfer.loops});
+    pieces.push_back({file, transfer.source, transfer.destination, i, transfer.loops, conversion});
     boxes.bytes += box::volume(transfer.loops);
   }
   return boxes;
@@ -71,6 +75,7 @@ class Wave {
         reader_(program.layouts(), run.policies, [&program](size_t item) { return program.items()[item].record; }) {
     Boxes boxes = boxes_of(program, wave);
     bytes_ = boxes.bytes;
+    converted_ = boxes.converted;
     host_ = join_pieces(split_boxes(std::move(boxes.host), run.policies), run.policies);
     if (boxes.devices.empty()) return;
     cuda::PinnedRing* ring = run.cuda.ring;
@@ -86,6 +91,7 @@ class Wave {
   }
 
   int64_t bytes() const { return bytes_; }
+  int64_t converted() const { return converted_; }
   size_t tasks() const { return slots_.size() + host_.tasks.size(); }
 
   void work(size_t task, Worker& worker) {
@@ -133,6 +139,7 @@ class Wave {
   Run& run_;
   Reader reader_;
   int64_t bytes_ = 0;
+  int64_t converted_ = 0;
   std::vector<SlotTask> slots_;
   std::map<int, cuda::Device*> devices_;
   Schedule host_;
@@ -150,6 +157,7 @@ Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const
     groups.after.push_back(number < kWavesAtOnce ? 0 : number + 1 - kWavesAtOnce);
     groups.tasks.push_back(wave->tasks());
     stats.bytes_placed += wave->bytes();
+    stats.converted_items += wave->converted();
   }
   groups.finish = [&](size_t index) {
     waves[index]->end();

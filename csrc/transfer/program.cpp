@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -52,6 +53,18 @@ int64_t element_offset(const std::vector<int64_t>& offsets, const std::vector<in
 // Whether two elements of the destination may share memory. torch decides what copying to such a tensor means.
 bool overlaps_itself(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   return !box::source_is_disjoint(box::collapse(sizes, strides, strides, 1));
+}
+
+// Whether the innermost loop of torch's copy_ finds elements side by side. torch's loops are in the order of the
+// destination; a tensor of no dimensions is copied in a way of its own.
+bool is_inner_contiguous(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
+                         const std::vector<int64_t>& destination_strides) {
+  std::optional<size_t> inner;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    if (sizes[dim] > 1 && (!inner || destination_strides[dim] < destination_strides[*inner])) inner = dim;
+  }
+  if (!inner) return !sizes.empty();
+  return source_strides[*inner] == 1 && destination_strides[*inner] == 1;
 }
 
 }  // namespace
@@ -133,17 +146,26 @@ void Program::prepare(size_t index, const Destination& destination) {
     return;
   }
   bytes_needed_ += std::accumulate(item.lengths.begin(), item.lengths.end(), itemsize, std::multiplies<>());
-  if (destination.device == kElsewhere || destination.dtype != layout.dtype ||
+  const bool same_dtype = destination.dtype == layout.dtype;
+  if (!same_dtype && destination.device == kHost) {
+    const bool inner_contiguous = is_inner_contiguous(item.lengths, layout.strides, destination.strides);
+    transfer.conversion = copy::find_conversion(layout.dtype, destination.dtype, inner_contiguous);
+  }
+  if (destination.device == kElsewhere || !(same_dtype || transfer.conversion) ||
       overlaps_itself(item.lengths, destination.strides)) {
     transfer.kind = Transfer::Kind::kConverted;
     return;
   }
-  box::Loops loops = box::collapse(item.lengths, layout.strides, destination.strides, itemsize);
+  const int64_t destination_itemsize = checkpoint::info(destination.dtype).itemsize;
+  box::Loops loops = transfer.conversion ? box::collapse_elements(item.lengths, layout.strides, destination.strides,
+                                                                  itemsize, destination_itemsize)
+                                         : box::collapse(item.lengths, layout.strides, destination.strides, itemsize);
   if (loops.empty()) return;
   transfer.source = layouts_.records[item.record].offset + layout.begin +
                     element_offset(item.storage_offsets, layout.strides) * itemsize;
   transfer.device = destination.device;
-  transfer.destination = destination.data + element_offset(item.destination_offsets, destination.strides) * itemsize;
+  transfer.destination =
+      destination.data + element_offset(item.destination_offsets, destination.strides) * destination_itemsize;
   transfer.loops = std::move(loops);
 }
 

@@ -15,6 +15,7 @@ constexpr int64_t kMinScatteredRun = 64;
 
 bool all_scatter(const Piece* begin, const Piece* end) {
   for (const Piece* piece = begin; piece != end; ++piece) {
+    if (piece->conversion != nullptr) return false;
     if (piece->loops.size() > 1 && piece->loops.back().size < kMinScatteredRun) return false;
   }
   return true;
@@ -47,6 +48,15 @@ class ScatterList {
   int64_t end_;
 };
 
+// Copies or converts a piece from where its first byte lies in memory.
+void place(const Piece& piece, const std::byte* data) {
+  if (piece.conversion != nullptr) {
+    copy::convert_box(*piece.conversion, piece.destination, data, piece.loops.data(), piece.loops.size());
+  } else {
+    box::copy(piece.destination, data, piece.loops.data(), piece.loops.size());
+  }
+}
+
 // One request for all pieces and what lies between them.
 void read_through(const Policy& policy, const io::ByteSource& source, Worker& worker, const Piece* pieces,
                   size_t count) {
@@ -67,10 +77,13 @@ void read_through(const Policy& policy, const io::ByteSource& source, Worker& wo
   const Piece& last = *(end - 1);
   const int64_t size = last.source + box::source_span(last.loops) - begin;
   const std::byte* data = source.view(worker.buffer, static_cast<size_t>(size), begin, *worker.counters);
-  trace::Span slice(worker.counters->recorder, "slice");
-  for (const Piece* piece = pieces; piece != end; ++piece) {
-    slice.add_bytes(box::volume(piece->loops));
-    box::copy(piece->destination, data + (piece->source - begin), piece->loops.data(), piece->loops.size());
+  for (const Piece* piece = pieces; piece != end;) {
+    const bool converts = piece->conversion != nullptr;
+    trace::Span span(worker.counters->recorder, converts ? "convert" : "slice");
+    for (; piece != end && (piece->conversion != nullptr) == converts; ++piece) {
+      span.add_bytes(box::volume(piece->loops));
+      place(*piece, data + (piece->source - begin));
+    }
   }
 }
 
@@ -78,6 +91,7 @@ void read_through(const Policy& policy, const io::ByteSource& source, Worker& wo
 void read_runs(const Policy& policy, const io::ByteSource& source, Worker& worker, const Piece& piece) {
   const box::Dim& outer = piece.loops[0];
   if (piece.loops.size() == 1) {
+    if (piece.conversion != nullptr) return read_through(policy, source, worker, &piece, 1);
     source.read_exactly(piece.destination, static_cast<size_t>(outer.size), piece.source, *worker.counters);
     return;
   }

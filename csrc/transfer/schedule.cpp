@@ -11,6 +11,8 @@ namespace {
 using box::Dim;
 using box::Loops;
 
+constexpr int64_t kConvertedBytes = 1 << 20;
+
 bool is_one_request(const Policy& policy, const Loops& loops, size_t level) {
   return level + 1 == loops.size() || policy.reads_through(loops, level);
 }
@@ -30,7 +32,7 @@ class Splitter {
   // `block`: what a request brings so far, which the next one of the same file may be joined to.
   void split(const Piece& piece, Range& block) {
     const bool contiguous = piece.loops.size() == 1;
-    if (contiguous && policy_.fills_blocks) {
+    if (contiguous && policy_.fills_blocks && piece.conversion == nullptr) {
       fill(piece, block);
     } else {
       split(piece);
@@ -62,7 +64,9 @@ class Splitter {
     if (piece.loops.empty()) return;
     const Dim outer = piece.loops[0];
     const bool contiguous = piece.loops.size() == 1;
-    const int64_t most = contiguous ? policy_.run_bytes : policy_.block_bytes;
+    const int64_t most = piece.conversion != nullptr ? policy_.converted_bytes
+                         : contiguous                ? policy_.run_bytes
+                                                     : policy_.block_bytes;
     if (read_cost(policy_, piece.loops, 0) <= most) {
       pieces_.push_back(piece);
       return;
@@ -104,7 +108,9 @@ std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& l
   for (const auto& source : sources) {
     const io::Access& access = source->access();
     const int64_t block = limits.block_of(access);
-    policies.push_back({access.request_cost, block, access.whole_pages, block, access.whole_pages});
+    // Where bytes come from the page cache, they are converted before they leave the processor's own cache.
+    const int64_t converted = access.whole_pages ? block : std::min(block, kConvertedBytes);
+    policies.push_back({access.request_cost, block, access.whole_pages, block, access.whole_pages, converted});
   }
   return policies;
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "box/box.h"
+#include "copy/convert.h"
 #include "io/byte_source.h"
 #include "transfer/options.h"
 
@@ -19,6 +20,7 @@ struct Piece {
   std::byte* destination = nullptr;
   size_t item = 0;  // for error messages
   box::Loops loops;
+  const copy::Conversion* conversion = nullptr;  // of a destination of another dtype; else the bytes are copied
   bool owns_pages = false;  // the rest of the pages that its destination touches may be overwritten
 };
 
@@ -54,6 +56,8 @@ struct Policy {
   // Contiguous boxes are cut where a block is full, so that neighbours share blocks and few requests are small. Else
   // each box is cut on its own.
   bool fills_blocks = false;
+  // The most that one request reads of a box that is converted.
+  int64_t converted_bytes = 0;
 
   // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;

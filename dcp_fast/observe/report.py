@@ -40,7 +40,8 @@ class LoadReport:
         fallback_records: how many of those torch.load had to read.
         device_fallback_items: boxes for GPUs that torch's ``copy_`` brought there, from memory that is not pinned, as
             the driver refused what it takes to do better; device_fallback_reason: what that was.
-        staged_items: boxes that passed through staging to be placed by torch (another dtype or device).
+        staged_items: boxes that were converted to another dtype, or that passed through staging to be placed by torch
+            (another device, or a dtype that the engine does not convert).
         bytes_to_device: bytes that were copied from the host to GPUs, descriptors of boxes included.
         device_copies: how many copies brought them there.
         launches: of the kernel that places boxes on a GPU.

@@ -1,4 +1,6 @@
-"""Conversion: boxes that torch must place, because of their dtype or device, pass through memory of limited size.
+"""Conversion by torch: boxes that it must place, for their dtypes or device, pass through memory of limited size.
+
+The engine itself converts what goes to host memory, but for rare pairs of dtypes (csrc/copy/convert.h).
 
 The engine reads a batch of boxes (batches.py) into that memory, in the dtype in which they are stored. torch's
 ``copy_`` brings each of them from there to its target.

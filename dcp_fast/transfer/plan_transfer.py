@@ -273,6 +273,7 @@ class PlanTransfer:
     def _count(self, stats: _native.Stats) -> None:
         self.report.requests += stats.requests
         self.report.bytes_read += stats.bytes_read
+        self.report.staged_items += stats.converted_items
 
 
 def _pick(items: Sequence[ReadItem], indices: Sequence[int]) -> Iterator[tuple[int, ReadItem]]:
