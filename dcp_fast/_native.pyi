@@ -14,6 +14,7 @@ class IoMode:
     AUTO: IoMode
     CACHED: IoMode
     DIRECT: IoMode
+    MAPPED: IoMode
 
 class TraceRecorder:
     def now(self) -> int: ...
@@ -49,6 +50,8 @@ class Stats:
     requests: int
     bytes_read: int
     bytes_placed: int
+    bytes_mapped: int
+    why_unmapped: str
 
 class Program:
     waves: int

@@ -215,7 +215,8 @@ void bind_transfer(py::module_& module) {
   py::enum_<io::IoMode>(module, "IoMode")
       .value("AUTO", io::IoMode::kAuto)
       .value("CACHED", io::IoMode::kCached)
-      .value("DIRECT", io::IoMode::kDirect);
+      .value("DIRECT", io::IoMode::kDirect)
+      .value("MAPPED", io::IoMode::kMapped);
 
   py::class_<FileOptions>(module, "Options")
       .def(py::init([](int threads, int64_t block_bytes, int64_t staging_bytes, io::IoMode mode,
@@ -251,7 +252,10 @@ void bind_transfer(py::module_& module) {
   py::class_<transfer::Stats>(module, "Stats")
       .def_readonly("requests", &transfer::Stats::requests)
       .def_readonly("bytes_read", &transfer::Stats::bytes_read)
-      .def_readonly("bytes_placed", &transfer::Stats::bytes_placed);
+      .def_readonly("bytes_placed", &transfer::Stats::bytes_placed)
+      .def_readonly("bytes_mapped", &transfer::Stats::bytes_mapped)
+      .def_property_readonly("why_unmapped",
+                             [](const transfer::Stats& stats) { return io::why_unmapped(stats.unmapped); });
 
   py::class_<Program>(module, "Program")
       .def(py::init(&make_program), py::arg("layouts"), py::arg("items"), py::arg("destinations"),

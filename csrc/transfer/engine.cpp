@@ -49,6 +49,8 @@ struct Run {
     if (cuda.ring == nullptr) return;
     const int64_t block = cuda.ring->block_bytes();
     slot_policies = policies_for(layouts.sources, std::min(block, limits.block_bytes), block);
+    // Slots stay in the processor's cache, where a read brings them as fast.
+    for (Policy& policy : slot_policies) policy.mapped = false;
   }
 
   const Limits limits;
@@ -159,6 +161,8 @@ Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const
   }
   stats.requests = counters.requests;
   stats.bytes_read = counters.bytes;
+  stats.bytes_mapped = counters.mapped_bytes;
+  stats.unmapped = counters.unmapped;
   return stats;
 }
 

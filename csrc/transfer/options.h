@@ -18,7 +18,7 @@ struct Options {
   std::shared_ptr<trace::Recorder> recorder;  // null: no trace is wanted
 
   // Counters from zero, whose requests the clock and the recorder learn of. The options must outlive them.
-  io::IoCounters counters() const { return {{0}, {0}, read_clock.get(), recorder.get()}; }
+  io::IoCounters counters() const { return {{0}, {0}, read_clock.get(), recorder.get(), {0}, {0}}; }
 };
 
 // How many threads read: `wanted`, or if that is 0 one for each core that this process may use, up to 16. Each thread

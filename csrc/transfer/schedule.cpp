@@ -73,7 +73,7 @@ std::vector<Policy> policies_for(const io::ByteSources& sources, int64_t block_b
   policies.reserve(sources.size());
   for (const auto& source : sources) {
     const io::Access& access = source->access();
-    policies.push_back({access.request_cost, block_bytes, access.whole_pages, run_bytes});
+    policies.push_back({access.request_cost, block_bytes, access.whole_pages, run_bytes, access.mapped});
   }
   return policies;
 }

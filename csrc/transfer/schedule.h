@@ -50,6 +50,7 @@ struct Policy {
   // The most that one request reads of a contiguous box. This may be more than a block, as for slots: where many
   // threads share the bounce buffers, blocks are small, but contiguous boxes need none.
   int64_t run_bytes = 0;
+  bool mapped = false;  // of io::Access: what lies close together is copied from a mapping, if it is much
 
   // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;
