@@ -60,6 +60,8 @@ fsspec_filesystem: Any = None
 for _name in ("fsspec_filesystem", "_fsspec_filesystem"):  # public since torch 2.15
     with suppress(ImportError):  # there is none without fsspec
         fsspec_filesystem = fsspec_filesystem or import_module(f"torch.distributed.checkpoint.{_name}")
+# With the name that torch 2.15 gave it, or the earlier one.
+FsspecFiles: Any = getattr(fsspec_filesystem, "_FileSystem", getattr(fsspec_filesystem, "FileSystem", None))
 
 get_layout = cast(Callable[[str], torch.layout], _get_layout)
 disabled_torch_function = torch._C._disabled_torch_function_impl
@@ -80,6 +82,7 @@ __all__ = [
     "ChunkShardingSpec",
     "DistWrapper",
     "ExtensionRegistry",
+    "FsspecFiles",
     "LocalShard",
     "PyTorchFileReader",
     "ShardProperties",

@@ -14,6 +14,7 @@
 #include "metadata/objects.h"
 #include "metadata/sequences.h"
 #include "metadata/skip.h"
+#include "metadata/stack.h"
 #include "metadata/text.h"
 
 namespace dcp_fast::metadata {
@@ -44,16 +45,14 @@ class Unpickler {
     try {
       while (true) {
         opcode_at_ = cursor_.position();
-        stack_before_ = stack_.size();
-        marks_before_ = marks_.size();
-        fence_before_ = fence_;
+        before_ = stack_.state();
         const uint8_t opcode = cursor_.take(1)[0];
-        if (opcode == '.') return pop();
+        if (opcode == '.') return stack_.pop();
         if (!memo(opcode) && !scalar(opcode) && !container(opcode) && !object(opcode)) unknown(opcode);
       }
     } catch (const Unsupported&) {
       if (!skip_attributes()) throw;
-      return stack_.front();
+      return stack_[0];
     }
   }
 
@@ -61,17 +60,14 @@ class Unpickler {
   // what comes after it is left unmade, and the metadata gets its fields.
   bool skip_attributes() {
     // As if the opcode had not begun. Values that it took are of the attribute, and their places count, not they.
-    if (marks_.size() < marks_before_) marks_.push_back(fence_before_);
-    stack_.resize(stack_before_);
-    if (marks_.empty() || marks_[0] != 2 || !stack_[0].is(Tag::kMetadata) || !stack_[1].is(Tag::kDict)) return false;
+    stack_.restore(before_);
+    if (!stack_.has_mark() || stack_.first_mark() != 2 || !stack_[0].is(Tag::kMetadata) || !stack_[1].is(Tag::kDict)) {
+      return false;
+    }
     const Dict* dict = heap_.dict(stack_[1]);
     if (dict == nullptr || dict->sequence.items > 0) return false;
-    std::vector<size_t> heights;
-    heights.reserve(marks_.size());
-    for (size_t i = 0; i < marks_.size(); ++i) {
-      heights.push_back((i + 1 < marks_.size() ? marks_[i + 1] : stack_.size()) - marks_[i]);
-    }
-    const Value* fields = stack_.data() + marks_[0];
+    const std::vector<size_t> heights = stack_.heights();
+    const Value* fields = stack_.data() + stack_.first_mark();
     const auto is_attribute = [&](Value value) {
       return value.is(Tag::kText) && !is_metadata_field(heap_.text(value));
     };
@@ -87,7 +83,7 @@ class Unpickler {
       if (!is_attribute(fields_.back())) return false;
       fields_.emplace_back();
     }
-    set_fields(heap_, stack_.front(), fields_.data(), fields_.size());
+    set_fields(heap_, stack_[0], fields_.data(), fields_.size());
     return true;
   }
 
@@ -219,7 +215,7 @@ class Unpickler {
   bool memoize(uint64_t index) {
     // Writers count from zero, and each entry takes bytes of the file.
     if (index >= cursor_.size()) corrupt("a memo index beyond what the file can hold");
-    const Value value = top();
+    const Value value = stack_.top();
     if (!memo_.put(index, value, keep())) unsupported("a memo that is not written in order");
     return true;
   }
@@ -255,54 +251,53 @@ class Unpickler {
   bool container(uint8_t opcode) {
     switch (opcode) {
       case '(':  // MARK
-        if (batches_ == Batches::kAtOnce && stack_.size() > fence_ && batch_reader_.read(stack_.back())) return true;
-        marks_.push_back(stack_.size());
-        fence_ = stack_.size();
+        if (batches_ == Batches::kAtOnce && stack_.above_mark() > 0 && batch_reader_.read(stack_.back())) return true;
+        stack_.mark();
         return true;
       case '0':  // POP
-        if (stack_.size() == fence_ && !marks_.empty()) {
-          pop_mark();
+        if (stack_.above_mark() == 0 && stack_.has_mark()) {
+          stack_.pop_mark();
         } else {
-          pop();
+          stack_.pop();
         }
         return true;
       case '1':  // POP_MARK
-        stack_.resize(pop_mark());
+        stack_.shrink(stack_.pop_mark());
         return true;
       case ')':  // EMPTY_TUPLE
         return push(Value(Tag::kInts, 0));
       case 't':  // TUPLE
-        return tuple(pop_mark());
+        return tuple(stack_.pop_mark());
       case 0x85:  // TUPLE1
       case 0x86:  // TUPLE2
       case 0x87:  // TUPLE3
-        need(opcode - 0x84U);
+        stack_.need(opcode - 0x84U);
         return tuple(stack_.size() - (opcode - 0x84U));
       case ']':  // EMPTY_LIST
         return push(new_list(heap_));
       case 'l': {  // LIST
-        const size_t begin = pop_mark();
+        const size_t begin = stack_.pop_mark();
         const Value list = new_list(heap_);
         extend(heap_.lists[list.payload()], begin);
         return replace(begin, list);
       }
       case 'a':  // APPEND
-        need(1);
+        stack_.need(1);
         return extend_list(stack_.size() - 1);
       case 'e':  // APPENDS
-        return extend_list(pop_mark());
+        return extend_list(stack_.pop_mark());
       case '}':  // EMPTY_DICT
         return push(new_dict(heap_));
       case 'd': {  // DICT
-        const size_t begin = pop_mark();
-        stack_.insert(stack_.begin() + static_cast<std::ptrdiff_t>(begin), new_dict(heap_));
+        const size_t begin = stack_.pop_mark();
+        stack_.insert(begin, new_dict(heap_));
         return extend_dict(begin + 1);
       }
       case 's':  // SETITEM
-        need(2);
+        stack_.need(2);
         return extend_dict(stack_.size() - 2);
       case 'u':  // SETITEMS
-        return extend_dict(pop_mark());
+        return extend_dict(stack_.pop_mark());
       default:
         return false;
     }
@@ -311,40 +306,36 @@ class Unpickler {
   bool tuple(size_t begin) { return replace(begin, new_tuple(heap_, stack_.data() + begin, stack_.size() - begin)); }
 
   // What a list or dict is given stands on the stack from `begin` on, and it itself below.
-  Value below(size_t begin) {
-    if (begin <= fence_) corrupt("an opcode that needs more values than there are");
-    return stack_[begin - 1];
-  }
   void extend(Sequence& list, size_t begin) {
     const Value* items = stack_.data() + begin;
     const size_t count = stack_.size() - begin;
     if (!collect_chunks(heap_, list, items, count)) append(heap_, list, items, count);
   }
   bool extend_list(size_t begin) {
-    const Value list = below(begin);
+    const Value list = stack_.below(begin);
     if (!list.is(Tag::kList)) unsupported("items for what is no list");
     extend(heap_.lists[list.payload()], begin);
-    stack_.resize(begin);
+    stack_.shrink(begin);
     return true;
   }
   bool extend_dict(size_t begin) {
-    const Value value = below(begin);
+    const Value value = stack_.below(begin);
     if (!value.is(Tag::kDict)) unsupported("keys for what is no dict");
     Dict* dict = heap_.dict(value);
     if (dict == nullptr) unsupported("a dict of fields that is used again");
     if ((stack_.size() - begin) % 2 != 0) corrupt("a key without a value");
     const Value* items = stack_.data() + begin;
     const size_t count = stack_.size() - begin;
-    if (dict->sequence.items == 0 && begin >= fence_ + 2 && cursor_.next_is('b')) {
+    if (dict->sequence.items == 0 && begin >= stack_.size() - stack_.above_mark() + 2 && cursor_.next_is('b')) {
       // All fields of an object at once, as nearly all objects have them: BUILD follows, and the dict is not needed.
       cursor_.take(1);
       free_dict(heap_, value);
       set_fields(heap_, stack_[begin - 2], items, count);
-      stack_.resize(begin - 1);
+      stack_.shrink(begin - 1);
       return true;
     }
     if (!collect_rows(heap_, dict->sequence, items, count)) append(heap_, dict->sequence, items, count);
-    stack_.resize(begin);
+    stack_.shrink(begin);
     return true;
   }
 
@@ -364,23 +355,23 @@ class Unpickler {
         return push(global(module, cursor_.line()));
       }
       case 0x93: {  // STACK_GLOBAL
-        need(2);
-        const Value name = pop();
-        const Value module = pop();
+        stack_.need(2);
+        const Value name = stack_.pop();
+        const Value module = stack_.pop();
         if (!name.is(Tag::kText) || !module.is(Tag::kText)) corrupt("a global whose name is no text");
         return push(global(heap_.text(module), heap_.text(name)));
       }
       case 'R': {  // REDUCE
-        need(2);
-        const Value arguments = pop();
-        const Value callable = pop();
+        stack_.need(2);
+        const Value arguments = stack_.pop();
+        const Value callable = stack_.pop();
         return push(call(heap_, callable, arguments));
       }
       case 0x81: {  // NEWOBJ
-        need(2);
-        const Value arguments = pop();
+        stack_.need(2);
+        const Value arguments = stack_.pop();
         if (!arguments.is(Tag::kInts) || heap_.tuple_size(arguments) != 0) unsupported("an object with arguments");
-        return push(new_object(heap_, pop()));
+        return push(new_object(heap_, stack_.pop()));
       }
       case 'b':  // BUILD
         return build();
@@ -396,10 +387,10 @@ class Unpickler {
   }
 
   bool build() {
-    need(2);
-    const Value state = pop();
+    stack_.need(2);
+    const Value state = stack_.pop();
     if (!state.is(Tag::kDict)) {
-      set_state(heap_, top(), state);
+      set_state(heap_, stack_.top(), state);
       return true;
     }
     const Dict* dict = heap_.dict(state);
@@ -407,7 +398,7 @@ class Unpickler {
     fields_.clear();
     for_each_item(heap_, dict->sequence, [&](Value item) { fields_.push_back(item); });
     free_dict(heap_, state);
-    set_fields(heap_, top(), fields_.data(), fields_.size());
+    set_fields(heap_, stack_.top(), fields_.data(), fields_.size());
     return true;
   }
 
@@ -422,46 +413,22 @@ class Unpickler {
 
   // The stack
 
-  void need(size_t count) const {
-    if (stack_.size() - fence_ < count) corrupt("an opcode that needs more values than there are");
-  }
   bool push(Value value) {
-    stack_.push_back(value);
+    stack_.push(value);
     return true;
   }
-  Value top() const {
-    need(1);
-    return stack_.back();
-  }
-  Value pop() {
-    need(1);
-    const Value value = stack_.back();
-    stack_.pop_back();
-    return value;
-  }
   bool replace(size_t begin, Value value) {
-    stack_.resize(begin);
+    stack_.shrink(begin);
     return push(value);
-  }
-  size_t pop_mark() {
-    if (marks_.empty()) corrupt("an opcode that needs a mark");
-    const size_t mark = marks_.back();
-    marks_.pop_back();
-    fence_ = marks_.empty() ? 0 : marks_.back();
-    return mark;
   }
 
   Heap& heap_;
   Cursor cursor_;
   // Where the opcode at hand begins, and what was there before it.
   uint64_t opcode_at_ = 0;
-  size_t stack_before_ = 0;
-  size_t marks_before_ = 0;
-  size_t fence_before_ = 0;
+  Stack::State before_{};
   int protocol_ = 0;
-  std::vector<Value> stack_;
-  std::vector<size_t> marks_;  // sizes of the stack
-  size_t fence_ = 0;           // the last of them
+  Stack stack_;
   Memo memo_;
   std::vector<Value> fields_;
   Batches batches_;

@@ -37,12 +37,16 @@ class _Walk:
 
     def through_dict(self, values: dict[str, Any], prefix: str, path: _Path) -> bool:
         """Whether nothing in it needs torch."""
+        flat, paths = self.flat, self.paths
         for key, value in values.items():
             if type(key) is not str:
                 return False
             if _is_leaf(value):
-                if not self._add(prefix + key, value, (*path, key)):
+                fqn = prefix + key
+                if fqn in flat:
                     return False
+                flat[fqn] = value
+                paths[fqn] = (*path, key)
             elif type(value) in _DICTS:
                 if not self.through_dict(value, f"{prefix}{key}.", (*path, key)):
                     return False
@@ -83,10 +87,9 @@ def _is_inert(value: object) -> bool:
 
 
 def _is_leaf(value: object) -> bool:
-    if _is_inert(value):
-        return True
+    # Most values are tensors.
     tensor = value if is_whole(value) else plain_local_tensor(value)
-    return tensor is not None and not tensor.is_meta
+    return _is_inert(value) if tensor is None else not tensor.is_meta
 
 
 def _copied(value: Any) -> Any:

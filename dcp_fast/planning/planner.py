@@ -5,21 +5,23 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from dcp_fast._torch import derived_version, flatten_state_dict, set_element
 from dcp_fast.collector import paused_collection
 from dcp_fast.planning.flatten import flatten_at_once
 from dcp_fast.planning.hooks import STAND_FOR_TORCHS
 from dcp_fast.planning.search import create_default_local_load_plan
+from dcp_fast.switches import original_of
 from dcp_fast.this_load import option
 from dcp_fast.values.load import load_untrusted
 
-__all__ = ["DefaultLoadPlanner", "create_local_plan", "load_bytes", "put_value", "set_up_planner"]
+__all__ = ["DefaultLoadPlanner", "create_local_plan", "faster_method", "load_bytes", "put_value", "set_up_planner"]
 
 # torch's variables, and what it takes for a yes.
 _FORCED = ("WEIGHTS_ONLY", "NO_WEIGHTS_ONLY")
@@ -106,6 +108,20 @@ def create_local_plan(_torchs: Callable[..., LoadPlan], planner: torch_planner.D
         _use_old_keys_if_stored(planner)
     with paused_collection():
         return create_default_local_load_plan(planner.state_dict, planner.metadata, not planner.allow_partial_load)
+
+
+# torch's methods as they are at import: what somebody patches into its class later is left to do its work.
+_FASTER: dict[object, Callable[..., Any]] = {
+    torch_planner.DefaultLoadPlanner.set_up_planner: set_up_planner,
+    torch_planner.DefaultLoadPlanner.create_local_plan: create_local_plan,
+}
+
+
+def faster_method(planner: LoadPlanner, name: str) -> Callable[..., Any]:
+    """A method of a planner, or ours, which does the same in less time, where the method is torch's own."""
+    method: Any = getattr(planner, name)
+    ours = _FASTER.get(original_of(getattr(method, "__func__", None)))
+    return partial(ours, method, planner) if ours is not None and method.__self__ is planner else method
 
 
 def load_bytes(

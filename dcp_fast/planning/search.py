@@ -107,7 +107,7 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
     if (report := current_report()) is not None:
         report.planned_natively = True
     search = _Search(metadata)
-    find, add_whole = search.finder(), search.add_whole
+    find, add_whole, add_like_before = search.finder(), search.add_whole, search.add_like_before
     for fqn, value in state_dict.items():
         entry = find(fqn)
         if entry is None:
@@ -115,13 +115,13 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
                 raise RuntimeError(f"Missing key in checkpoint state_dict: {fqn}.")
             continue
         number, stored_size = entry
-        if number is not None and stored_size is not None and is_whole(value) and value.shape == stored_size:
-            add_whole(fqn, number)
-            continue
-        known = search.known_chunks(value)
-        if known is not None and number is not None and stored_size is not None and value.shape == stored_size:
-            search.add_chunks(fqn, number, len(stored_size), known)
-            continue
+        if number is not None and stored_size is not None:
+            if is_whole(value):
+                if value.shape == stored_size:
+                    add_whole(fqn, number)
+                    continue
+            elif add_like_before(fqn, number, stored_size, value):
+                continue
         if stored_size is not None and getattr(value, "size", None) is not None:
             size = global_size(value)
             if stored_size != size:
@@ -152,7 +152,7 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
     return plan
 
 
-def _geometry(value: DTensor) -> Any:
+def _geometry(value: DTensor) -> tuple[int, Any, torch.Size]:
     spec = value._spec  # its attributes are plain, those of the tensor are not
     return id(spec.mesh), spec.placements, value.shape
 
@@ -183,7 +183,7 @@ class _Search:
         self.wanted: list[Sequence[ChunkStorageMetadata] | None] = []
         self.made: list[tuple[int, ReadItem | str]] = []  # of bytes entries: the FQN
         self.incomplete: set[str] = set()
-        self.dtensor_chunks: dict[Any, list[ChunkStorageMetadata]] = {}
+        self.dtensor_chunks: dict[Any, tuple[list[ChunkStorageMetadata], tuple[int, ...]]] = {}
 
     def finder(self) -> Callable[[str], tuple[int | None, Sequence[int] | None] | None]:
         """A function of a key. It returns None if the checkpoint lacks the key, else two facts about its entry.
@@ -207,12 +207,27 @@ class _Search:
         """torch's ``_create_chunk_list``; the geometry of DTensors that are alike is computed once."""
         chunks = create_chunk_list(value)
         if plain_local_tensor(value) is not None:
-            self.dtensor_chunks[_geometry(value)] = chunks
+            geometry = _geometry(value)
+            values = _flatten(chunks, len(geometry[2]))
+            if values is not None:
+                self.dtensor_chunks[geometry] = chunks, (len(chunks), *values)
         return chunks
 
-    def known_chunks(self, value: Any) -> list[ChunkStorageMetadata] | None:
-        """The chunks of a DTensor like one before, on a mesh that this rank belongs to."""
-        return None if plain_local_tensor(value) is None else self.dtensor_chunks.get(_geometry(value))
+    def add_like_before(self, fqn: str, number: int, stored_size: Sequence[int], value: Any) -> bool:
+        """Add a DTensor like one before, on a mesh that this rank belongs to. False if there was none."""
+        if plain_local_tensor(value) is None:
+            return False
+        geometry = _geometry(value)
+        known = self.dtensor_chunks.get(geometry)
+        if known is None or geometry[2] != stored_size:
+            return False
+        chunks, request = known
+        if chunks:
+            self.requests.append(number)
+            self.requests += request
+            self.fqns.append(fqn)
+            self.wanted.append(chunks)
+        return True
 
     def add_bytes(self, fqn: str) -> None:
         self.made.append((len(self.fqns), fqn))

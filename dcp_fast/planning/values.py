@@ -25,6 +25,8 @@ def plain_local_tensor(value: object) -> torch.Tensor | None:
 
     It has the memory of what ``to_local()`` returns, without an autograd function on the way.
     """
-    if type(value) is DTensor and is_whole(local := value._local_tensor):
-        return local
+    if type(value) is DTensor:
+        local = value._local_tensor
+        if type(local) in _WHOLE_TYPES and not local.__dict__:  # is_whole, without a call: loads ask it for each value
+            return local
     return None

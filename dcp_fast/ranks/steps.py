@@ -24,6 +24,7 @@ from dcp_fast._torch import DistWrapper, dcp_method_logger, get_failure_dict, wr
 from dcp_fast.errors import LoadError, MetadataAccessError
 from dcp_fast.observe.report import LoadReport, joined_report
 from dcp_fast.planning.hooks import why_planner_is_slow
+from dcp_fast.planning.planner import faster_method
 from dcp_fast.ranks.collectives import Outcome, largest
 from dcp_fast.ranks.shared_metadata import share_metadata
 from dcp_fast.readers.others import read_plan
@@ -100,14 +101,14 @@ def _load(
         if metadata is None:
             with report.stage("metadata"):
                 metadata, has_global_metadata = _read_metadata(storage_reader, ranks.rank, shared)
-        planner.set_up_planner(state_dict, metadata, ranks.is_coordinator)
+        faster_method(planner, "set_up_planner")(state_dict, metadata, ranks.is_coordinator)
         if _takes_keywords(storage_reader.set_up_storage_reader):
             storage_reader.set_up_storage_reader(
                 metadata, ranks.is_coordinator, rank=ranks.rank, use_collectives=has_global_metadata
             )
         else:
             storage_reader.set_up_storage_reader(metadata, ranks.is_coordinator)
-        return storage_reader.prepare_local_plan(planner.create_local_plan())
+        return storage_reader.prepare_local_plan(faster_method(planner, "create_local_plan")())
 
     @dcp_method_logger(**arguments)
     def global_step(plans: list[LoadPlan]) -> list[LoadPlan]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 
-from dcp_fast._torch import StorageReaderTransforms, fsspec_filesystem
+from dcp_fast._torch import FsspecFiles, StorageReaderTransforms
 from dcp_fast.switches import original_of
 
 try:
@@ -30,7 +30,7 @@ _METHODS = {
     cls: {name: getattr(cls, name) for name in names}
     for cls, names in (
         (torch_filesystem.FileSystem, ("create_stream", "concat_path")),
-        (getattr(fsspec_filesystem, "FileSystem", None), ("create_stream", "concat_path")),
+        (FsspecFiles, ("create_stream", "concat_path")),
         (LocalFileSystem, ("open", "_open", "_strip_protocol")),
     )
     if cls is not None

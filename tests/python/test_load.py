@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import fill, image, save
 
 import dcp_fast
+from dcp_fast._torch import fsspec_filesystem
 
 STORED = {"t": fill((3, 2), torch.float32), "n": 4}
 
@@ -168,9 +169,7 @@ def test_load_state_dict_with_all_arguments(stored: Path) -> None:
 @pytest.mark.parametrize("installed", [False, True])
 def test_remote_checkpoints_go_to_the_reader_of_torch(installed: bool) -> None:
     pytest.importorskip("fsspec")
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-
-    dcp.save(dict(STORED), storage_writer=FsspecWriter(f"memory://dcp_fast_test_{installed}"))
+    dcp.save(dict(STORED), storage_writer=fsspec_filesystem.FsspecWriter(f"memory://dcp_fast_test_{installed}"))
     state = zeros()
     if installed:
         with dcp_fast.install():

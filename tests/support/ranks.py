@@ -117,6 +117,7 @@ def _serve(connection: Connection, crashes: str) -> None:
             address = f"file://{store}"
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size, timeout=limit)
             try:
+                dist.barrier()  # a rank that is through while another still connects would break that connection
                 reply = (True, function(*args))
             finally:
                 dist.destroy_process_group()

@@ -278,6 +278,11 @@ def test_damage_gives_an_error_or_what_torch_reads(seed: int) -> None:
         assert same(ours, theirs), pickled
         # It names allowed globals only, and calls them as they are meant to be: torch may read it too.
         if not memoizes_far_away(pickled):
-            assert same(theirs, pickle.loads(pickled)), pickled
+            try:
+                assert same(theirs, pickle.loads(pickled)), pickled
+            except ValueError as error:
+                # torch, from 2.15 on too, refuses states of properties that are longer than its own.
+                if "too many values to unpack" not in str(error):
+                    raise
         outcomes["native" if isinstance(ours.state_dict_metadata, LazyDict) else "unpickled"] += 1
     assert min(outcomes.values()) > 5, outcomes

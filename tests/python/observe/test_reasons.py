@@ -51,7 +51,8 @@ def test_fast_load(stored: Path) -> None:
 def test_planners(stored: Path, driver: Any) -> None:
     for planner, words in (
         (dcp_fast.DefaultLoadPlanner(), []),
-        (Hooked(), ["plans without", "resolve_tensor"]),
+        # Our own load makes a plan that a planner only inherits from torch's.
+        (Hooked(), ["plans without", "resolve_tensor"] if driver is torch_load else ["its resolve_tensor"]),
         (Planning(), ["plans without"]),
     ):
         reader = dcp_fast.FileSystemReader(stored)
@@ -287,14 +288,12 @@ def wait_for_the_other(path: Path) -> dcp_fast.LoadReport:
     class Late(dcp_fast.DefaultLoadPlanner):
         def set_up_planner(self, *arguments: Any, **keywords: Any) -> None:
             super().set_up_planner(*arguments, **keywords)
-            time.sleep(0.5 * dist.get_rank())
+            time.sleep(1.5 * dist.get_rank())
 
     return report_of(dcp_fast.load, zeros(), checkpoint_id=path, planner=Late())
 
 
 def test_waiting_for_other_ranks_is_a_stage(stored: Path, ranks: Ranks) -> None:
     early, late = ranks.run(2, wait_for_the_other, stored)
-    assert early.seconds["ranks"] > 0.4
-    assert late.seconds["planning"] > 0.4
-    assert early.seconds["planning"] < 0.4
-    assert late.seconds["ranks"] < 0.4
+    assert early.seconds["ranks"] - late.seconds["ranks"] > 0.7  # of 1.5, as processes do not begin at once
+    assert late.seconds["planning"] - early.seconds["planning"] > 0.7

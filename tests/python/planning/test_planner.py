@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 import dcp_fast
@@ -247,3 +247,70 @@ def test_a_load_leaves_nothing_for_the_cyclic_collector(tmp_path: Path, base: An
         assert [reference() for reference in seen] == [None] * (1 + touched)
     finally:
         gc.enable()
+
+
+# Planners that inherit torch's plan
+
+
+class Counting(dcp.DefaultLoadPlanner):
+    """Nothing of its own but a hook."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.committed: list[str] = []
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        self.committed.append(read_item.dest_index.fqn)
+
+
+class Halved(Counting):
+    def create_local_plan(self) -> LoadPlan:
+        plan = super().create_local_plan()
+        return LoadPlan(plan.items[::2])
+
+
+def nested_state(value: float) -> dict[str, Any]:
+    return {"a": {"b": torch.full((3, 2), value), "c": [torch.full((2,), value)]}, "step": value}
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_inherited_plans_are_made_by_the_search(tmp_path: Path, flatten: bool) -> None:
+    state = nested_state(1.0) if flatten else {"b": torch.ones(3, 2), "c": torch.ones(2)}
+    dcp.save(state, checkpoint_id=tmp_path)
+    loaded = []
+    for load in (dcp.load, dcp_fast.load):
+        planner = Counting(flatten_state_dict=flatten)
+        result = nested_state(0.0) if flatten else {"b": torch.zeros(3, 2), "c": torch.zeros(2)}
+        load(result, checkpoint_id=tmp_path, planner=planner)
+        loaded.append((image(result), planner.committed, planner.state_dict.keys(), planner.metadata is not None))
+    assert loaded[0] == loaded[1]
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.planner_fallback_reason.startswith("its commit_tensor must be called")
+
+
+def test_own_plans_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dcp.save(nested_state(1.0), checkpoint_id=tmp_path)
+    counts = []
+    patched = Counting()
+    monkeypatch.setattr(patched, "create_local_plan", lambda: LoadPlan([]))
+    for planner in (Counting(), Halved(), patched):
+        dcp_fast.load(nested_state(0.0), checkpoint_id=tmp_path, planner=planner)
+        counts.append(len(planner.committed))
+    assert counts == [2, 1, 0]
+    # A planner whose method is another object's.
+    wrapping = Counting()
+    monkeypatch.setattr(wrapping, "set_up_planner", Counting().set_up_planner)
+    with pytest.raises(dcp.api.CheckpointException) as ours:
+        dcp_fast.load(nested_state(0.0), checkpoint_id=tmp_path, planner=wrapping)
+    with pytest.raises(dcp.api.CheckpointException) as theirs:
+        dcp.load(nested_state(0.0), checkpoint_id=tmp_path, planner=wrapping)
+    assert type(ours.value.failures[0][0]) is type(theirs.value.failures[0][0])
+
+
+def test_plans_that_somebody_patches_into_torch_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dcp.save(nested_state(1.0), checkpoint_id=tmp_path)
+    monkeypatch.setattr(dcp.DefaultLoadPlanner, "create_local_plan", lambda planner: LoadPlan([]))
+    planner = Counting()
+    dcp_fast.load(nested_state(0.0), checkpoint_id=tmp_path, planner=planner)
+    assert planner.committed == []
