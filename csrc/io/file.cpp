@@ -23,6 +23,10 @@ constexpr int kOpenFlags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
 constexpr Access kCachedAccess{8 << 10, 1, false, false};
 constexpr Access kMappedAccess{8 << 10, 1, false, true};
 
+// Mappings begin and end at multiples of this, so that the system can map a large page where the page cache has one.
+// One fault then does for 512 pages.
+constexpr size_t kMappingUnit = size_t{2} << 20;
+
 // File systems (`man 2 statfs`) whose page cache is the file as all processes of this machine see it. Those over a
 // network may have reasons of their own to throw pages away, and a fault that waits for a server cannot be interrupted.
 constexpr std::array<unsigned, 6> kLocalFileSystems = {
@@ -126,6 +130,26 @@ class Mapping {
   const size_t size_;
   void* const memory_;
 };
+
+// Has the system find memory for a destination that was never touched, all at once. That takes a third less time than
+// the faults of a copy, one a page. Nothing is lost where it cannot.
+void populate(MemoryRange range) {
+  static const auto page_bytes = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(range.begin) / page_bytes * page_bytes;
+  const auto end = reinterpret_cast<uintptr_t>(range.end);
+  const uintptr_t middle = begin + (end - begin) / 2 / page_bytes * page_bytes;
+  const auto at = [](uintptr_t address) {
+    return reinterpret_cast<void*>(address);
+  };  // NOLINT(performance-no-int-to-ptr)
+  unsigned char is_there = 1;
+  if (::mincore(at(middle), page_bytes, &is_there) != 0 || (is_there & 1) != 0) return;
+#ifdef MADV_POPULATE_WRITE
+  static_cast<void>(::madvise(at(begin), end - begin, MADV_POPULATE_WRITE));
+#else
+  constexpr int kPopulateWrite = 23;  // of Linux 5.14, newer than the headers
+  static_cast<void>(::madvise(at(begin), end - begin, kPopulateWrite));
+#endif
+}
 
 int reason_of(GuardedCopy result) {
   switch (result) {
@@ -281,13 +305,14 @@ const std::byte* File::view(AlignedBuffer& buffer, size_t size, int64_t offset, 
 bool File::copy_mapped(const MappedCopy& copy, IoCounters& counters) const {
   if (copy.needed == 0) return false;
   check_range(copy.size, copy.offset);
-  static const auto page_bytes = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
-  const size_t lead = static_cast<size_t>(copy.offset) % page_bytes;
+  const size_t lead = static_cast<size_t>(copy.offset) % kMappingUnit;
+  const size_t span = (lead + copy.size + kMappingUnit - 1) / kMappingUnit * kMappingUnit;
   Request request(path(), copy.offset, copy.size, counters);
-  const Mapping mapping(fd_, lead + copy.size, copy.offset - static_cast<int64_t>(lead));
+  const Mapping mapping(fd_, span, copy.offset - static_cast<int64_t>(lead));
   int reason = errno;
   if (mapping.is_there()) {
     const MemoryRange range = mapping.range();
+    if (copy.needed >= static_cast<size_t>(copy.destination.end - copy.destination.begin)) populate(copy.destination);
     reason = reason_of(copy_guarded(range, copy.destination, [&] { copy.copy(range.begin + lead); }));
     // A file that is cut short within a page has zeros there, and no fault. Then its last byte is gone too.
     char last = 0;
