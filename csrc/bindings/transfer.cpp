@@ -221,8 +221,8 @@ void bind_transfer(py::module_& module) {
   py::class_<FileOptions>(module, "Options")
       .def(py::init([](int threads, int64_t block_bytes, int64_t staging_bytes, io::IoMode mode,
                        std::shared_ptr<trace::Recorder> recorder) {
-             const Options options{threads, block_bytes, staging_bytes, std::make_shared<io::ReadClock>(),
-                                   std::move(recorder)};
+             const Options options{
+                 threads, block_bytes, staging_bytes, true, std::make_shared<io::ReadClock>(), std::move(recorder)};
              return FileOptions{options, mode};
            }),
            py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("staging_bytes"), py::arg("mode"),
@@ -232,8 +232,9 @@ void bind_transfer(py::module_& module) {
                              [](const FileOptions& options) { return seconds(options.read_clock->reading()); })
       .def_property_readonly("waiting_seconds",
                              [](const FileOptions& options) { return seconds(options.read_clock->waiting()); })
-      .def("with_threads", [](FileOptions options, int threads) {
-        options.threads = threads;
+      .def("for_batch", [](FileOptions options) {
+        options.threads = 1;
+        options.mapped = false;
         return options;
       });
 

@@ -32,7 +32,9 @@ void ByteSource::close() noexcept {
   if (--users_ == 0) do_close();
 }
 
-bool ByteSource::copy_mapped(const MappedCopy& /*copy*/, IoCounters& /*counters*/) const { return false; }
+bool ByteSource::copy_mapped(const MappedCopy& /*copy*/, MappedWindow& /*window*/, IoCounters& /*counters*/) const {
+  return false;
+}
 
 void ByteSource::check_range(size_t size, int64_t offset) const {
   if (offset >= 0 && offset <= size_ && size <= static_cast<uint64_t>(size_ - offset)) return;

@@ -21,6 +21,7 @@
 
 #include "io/buffer.h"
 #include "io/guarded_copy.h"
+#include "io/mapped_window.h"
 #include "io/read_clock.h"
 #include "trace/recorder.h"
 
@@ -108,11 +109,12 @@ class ByteSource {
   // reads it into, or in memory that the source has. Errors as above, and std::bad_alloc.
   virtual const std::byte* view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const = 0;
 
-  // Calls `copy.copy` with memory where the source has the range. Returns false if the source has none, or if the range
+  // Calls `copy.copy` with memory where the source has the range, in `window`, which no other source uses until it is
+  // reset. Returns false if the source has none, or if the range
   // could not be seen to its end: then the destination may hold anything, and the bytes are to be read in another way,
   // which tells what is wrong if that lasts. Throws Error(kTruncated) if the source lacks the range, and
   // std::bad_alloc.
-  virtual bool copy_mapped(const MappedCopy& copy, IoCounters& counters) const;
+  virtual bool copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters& counters) const;
 
  protected:
   // Returns the size. Throws Error(kIo), with nothing left open.

@@ -23,10 +23,6 @@ constexpr int kOpenFlags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
 constexpr Access kCachedAccess{8 << 10, 1, false, false};
 constexpr Access kMappedAccess{8 << 10, 1, false, true};
 
-// Mappings begin and end at multiples of this, so that the system can map a large page where the page cache has one.
-// One fault then does for 512 pages.
-constexpr size_t kMappingUnit = size_t{2} << 20;
-
 // File systems (`man 2 statfs`) whose page cache is the file as all processes of this machine see it. Those over a
 // network may have reasons of their own to throw pages away, and a fault that waits for a server cannot be interrupted.
 constexpr std::array<unsigned, 6> kLocalFileSystems = {
@@ -108,27 +104,6 @@ class Request {
   const size_t size_;
   IoCounters& counters_;
   const trace::Clock::time_point begin_;
-};
-
-// Pages of a file in memory. What there is lasts until a fault tells otherwise.
-class Mapping {
- public:
-  Mapping(int fd, size_t size, int64_t offset) : size_(size), memory_(system_calls().map(fd, size, offset)) {}
-  ~Mapping() {
-    if (is_there()) ::munmap(memory_, size_);
-  }
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
-
-  bool is_there() const { return memory_ != MAP_FAILED; }
-  MemoryRange range() const {
-    const auto* begin = static_cast<const std::byte*>(memory_);
-    return {begin, begin + size_};
-  }
-
- private:
-  const size_t size_;
-  void* const memory_;
 };
 
 // Has the system find memory for a destination that was never touched, all at once. That takes a third less time than
@@ -302,18 +277,15 @@ const std::byte* File::view(AlignedBuffer& buffer, size_t size, int64_t offset, 
   return data;
 }
 
-bool File::copy_mapped(const MappedCopy& copy, IoCounters& counters) const {
+bool File::copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters& counters) const {
   if (copy.needed == 0) return false;
   check_range(copy.size, copy.offset);
-  const size_t lead = static_cast<size_t>(copy.offset) % kMappingUnit;
-  const size_t span = (lead + copy.size + kMappingUnit - 1) / kMappingUnit * kMappingUnit;
   Request request(path(), copy.offset, copy.size, counters);
-  const Mapping mapping(fd_, span, copy.offset - static_cast<int64_t>(lead));
-  int reason = errno;
-  if (mapping.is_there()) {
-    const MemoryRange range = mapping.range();
+  int reason = window.show(fd_, copy.offset, copy.size, size());
+  if (reason == 0) {
     if (copy.needed >= static_cast<size_t>(copy.destination.end - copy.destination.begin)) populate(copy.destination);
-    reason = reason_of(copy_guarded(range, copy.destination, [&] { copy.copy(range.begin + lead); }));
+    const std::byte* data = window.at(copy.offset);
+    reason = reason_of(copy_guarded(window.range(), copy.destination, [&] { copy.copy(data); }));
     // A file that is cut short within a page has zeros there, and no fault. Then its last byte is gone too.
     char last = 0;
     const int64_t end = copy.offset + static_cast<int64_t>(copy.size);
@@ -322,6 +294,7 @@ bool File::copy_mapped(const MappedCopy& copy, IoCounters& counters) const {
     }
   }
   if (reason != 0) {
+    if (reason == kPagesVanished) window.reset();
     counters.unmapped.store(reason, std::memory_order_relaxed);
     return false;
   }

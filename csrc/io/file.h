@@ -34,7 +34,7 @@ class File : public ByteSource {
   void read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const override;
   void read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const override;
   const std::byte* view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const override;
-  bool copy_mapped(const MappedCopy& copy, IoCounters& counters) const override;
+  bool copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters& counters) const override;
 
  private:
   // Opens a regular file, and nothing else: no directory and no pipe.

@@ -48,6 +48,7 @@ struct Run {
         policies(policies_for(layouts.sources, limits.block_bytes, limits.block_bytes)) {
     // What is copied from a mapping needs no bounce buffer, and if it is read after all neither does a contiguous box.
     for (Policy& policy : policies) {
+      policy.mapped = policy.mapped && options.mapped;
       if (policy.mapped) policy.run_bytes = std::max(policy.run_bytes, options.block_bytes);
     }
     if (cuda.ring == nullptr) return;

@@ -14,6 +14,7 @@ struct Options {
   int threads = 0;                            // 0: as reader_threads says
   int64_t block_bytes = 4 << 20;              // the most that one request reads
   int64_t staging_bytes = 32 << 20;           // the most that the bounce buffers of all threads take together
+  bool mapped = true;                         // false: what is read is used soon, and should stay in the cache
   std::shared_ptr<io::ReadClock> read_clock;  // of the whole load, whose stages and batches may overlap; may be null
   std::shared_ptr<trace::Recorder> recorder;  // null: no trace is wanted
 

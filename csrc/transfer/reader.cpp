@@ -76,7 +76,7 @@ bool copy_mapped(const Policy& policy, const io::ByteSource& source, Worker& wor
     }
   };
   return source.copy_mapped(
-      {begin, static_cast<size_t>(size), static_cast<size_t>(needed), destination_of(pieces, end), copy},
+      {begin, static_cast<size_t>(size), static_cast<size_t>(needed), destination_of(pieces, end), copy}, worker.window,
       *worker.counters);
 }
 

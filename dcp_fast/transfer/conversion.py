@@ -87,7 +87,7 @@ def _place_through_host(
     threads = layouts.threads(options) if on_host else 1
     capacity = max(min(_BATCH_BYTES, buffer_bytes // threads), _LEAST_BATCH_BYTES)
     batches = _Shared(batches_of(boxes, capacity))
-    one_thread = options.with_threads(1)
+    of_batch = options.for_batch()
     inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own too: they get the caller's
     stats: list[_native.Stats] = []
 
@@ -97,7 +97,7 @@ def _place_through_host(
             buffer = _allocate(capacity, torch.device("cpu"))
             with torch.inference_mode(inference):
                 while (parts := batches.take()) is not None:
-                    stats.append(_place_batch(Batch(parts, buffer, HOST), layouts, one_thread))
+                    stats.append(_place_batch(Batch(parts, buffer, HOST), layouts, of_batch))
         except BaseException:
             batches.stop()
             raise

@@ -34,7 +34,8 @@ namespace {
 bool copy_mapped(const io::File& file, std::string& to, int64_t offset, IoCounters& counters) {
   auto* begin = reinterpret_cast<std::byte*>(to.data());
   const auto copy = [&](const std::byte* data) { std::memcpy(begin, data, to.size()); };
-  return file.copy_mapped({offset, to.size(), to.size(), {begin, begin + to.size()}, copy}, counters);
+  io::MappedWindow window;
+  return file.copy_mapped({offset, to.size(), to.size(), {begin, begin + to.size()}, copy}, window, counters);
 }
 
 // As the engine does: what cannot be copied is read.
@@ -102,6 +103,33 @@ TEST_CASE("mapped copies of any range equal reads, and count what they copy") {
   const auto error = error_of([&] { copy_mapped(file, past, 300000, counters); });
   REQUIRE(error.has_value());
   CHECK(error->kind == ErrorKind::kTruncated);
+}
+
+TEST_CASE("a window stays where it is as long as it shows what is asked for") {
+  const TempDir dir;
+  Random random(76);
+  const std::string bytes = random.bytes((70 << 20) + 333);
+  const File file(dir.write("file", bytes), IoMode::kMapped);
+  FaultySystemCalls calls(fault(FaultFunction::kMap, -1, 0));
+  const ScopedCalls scope(calls);
+  io::MappedWindow window;
+  std::string to(100000, '#');
+  auto* begin = reinterpret_cast<std::byte*>(to.data());
+  const auto copy = [&](const std::byte* data) { std::memcpy(begin, data, to.size()); };
+  const auto check = [&](size_t offset, int64_t mappings) {
+    IoCounters counters;
+    const auto at = static_cast<int64_t>(offset);
+    REQUIRE(file.copy_mapped({at, to.size(), to.size(), {begin, begin + to.size()}, copy}, window, counters));
+    REQUIRE(to.compare(0, to.size(), bytes, offset, to.size()) == 0);
+    CHECK(calls.calls() == mappings);
+  };
+  for (size_t offset = 5; offset < (31 << 20); offset += 1 << 20) check(offset, 1);
+  check((32 << 20) - 50000, 2);
+  check((70 << 20) + 333 - 100000, 3);
+  check((68 << 20) + 1, 3);
+  check(0, 4);
+  window.reset();
+  check(0, 5);
 }
 
 TEST_CASE("files are mapped that are in the page cache of a local file system") {
@@ -181,7 +209,8 @@ TEST_CASE("a destination without memory is an error, as for reads") {
   const auto error = error_of([&] {
     const auto copy = [&](const std::byte* data) { std::memcpy(to.data(), data, to.size()); };
     const io::MemoryRange range{to.data(), to.data() + to.size()};
-    if (!file.copy_mapped({0, to.size(), to.size(), range, copy}, counters)) {
+    io::MappedWindow window;
+    if (!file.copy_mapped({0, to.size(), to.size(), range, copy}, window, counters)) {
       std::byte* begin = to.data() + 4096;  // a read stops at the first page that is not there
       file.read_exactly(begin, to.size() - 4096, 4096, counters);
     }
