@@ -110,19 +110,17 @@ class Request {
 // the faults of a copy, one a page. Nothing is lost where it cannot.
 void populate(MemoryRange range) {
   static const auto page_bytes = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<uintptr_t>(range.begin) / page_bytes * page_bytes;
-  const auto end = reinterpret_cast<uintptr_t>(range.end);
-  const uintptr_t middle = begin + (end - begin) / 2 / page_bytes * page_bytes;
-  const auto at = [](uintptr_t address) {
-    return reinterpret_cast<void*>(address);
-  };  // NOLINT(performance-no-int-to-ptr)
+  const auto* begin = range.begin - reinterpret_cast<uintptr_t>(range.begin) % page_bytes;
+  const auto size = static_cast<size_t>(range.end - begin);
+  void* pages = const_cast<std::byte*>(begin);
   unsigned char is_there = 1;
-  if (::mincore(at(middle), page_bytes, &is_there) != 0 || (is_there & 1) != 0) return;
+  void* middle = const_cast<std::byte*>(begin + size / 2 / page_bytes * page_bytes);
+  if (::mincore(middle, page_bytes, &is_there) != 0 || (is_there & 1) != 0) return;
 #ifdef MADV_POPULATE_WRITE
-  static_cast<void>(::madvise(at(begin), end - begin, MADV_POPULATE_WRITE));
+  static_cast<void>(::madvise(pages, size, MADV_POPULATE_WRITE));
 #else
   constexpr int kPopulateWrite = 23;  // of Linux 5.14, newer than the headers
-  static_cast<void>(::madvise(at(begin), end - begin, kPopulateWrite));
+  static_cast<void>(::madvise(pages, size, kPopulateWrite));
 #endif
 }
 

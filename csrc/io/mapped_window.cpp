@@ -28,7 +28,7 @@ int MappedWindow::show(int fd, int64_t offset, size_t size, int64_t file_size) {
   reset();
   offset_ = offset / kUnit * kUnit;
   const int64_t bytes = round_up(std::max(end, std::min(offset_ + kWindow, file_size))) - offset_;
-  void* memory = system_calls().map(fd, static_cast<size_t>(bytes), offset_);
+  const void* memory = system_calls().map(fd, static_cast<size_t>(bytes), offset_);
   if (memory == MAP_FAILED) return errno;
   range_.begin = static_cast<const std::byte*>(memory);
   range_.end = range_.begin + bytes;
