@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks import optimizer_state
+from benchmarks import optimizer_state, state_dicts
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -42,18 +42,20 @@ FORMAT = 1
 class CheckpointSpec:
     """All that determines the bytes of a checkpoint."""
 
-    kind: Literal["transformer", "small", "optimizer"]
+    kind: Literal["transformer", "small", "optimizer", "quantized", "quantized_large", "nested", "values"]
     ranks: int
     scale: float = 1.0
 
     def shapes(self) -> Shapes:
         """Of what is stored; of the parameters, where that is their optimizer state."""
         made_by = {"transformer": transformer_shapes, "small": small_shapes, "optimizer": linear_shapes}
-        return made_by[self.kind](self.scale)
+        return (made_by | state_dicts.SHAPES)[self.kind](self.scale)
 
     def payload_bytes(self) -> int:
         if self.kind == "optimizer":
             return optimizer_state.payload_bytes(self.shapes())
+        if self.kind in state_dicts.SHAPES:
+            return state_dicts.payload_bytes(self.kind, self.shapes())
         return sum(math.prod(shape) for shape in self.shapes().values()) * torch.float32.itemsize
 
     def directory_name(self) -> str:
@@ -135,6 +137,9 @@ def _write_as_rank(rank: int, spec: CheckpointSpec, directory: str, rendezvous: 
         if spec.kind == "optimizer":
             warnings.simplefilter("ignore")  # ShardedTensors are deprecated, and say so often
             state = optimizer_state.adam_state(spec.shapes(), generator)
+        elif spec.kind in state_dicts.SHAPES:
+            warnings.simplefilter("ignore")  # quantized tensors are deprecated
+            state = state_dicts.saved(spec.kind, spec.shapes(), spec.ranks, generator)
         else:
             state = _tensors_by_rows(spec, generator)
         save(state, storage_writer=FileSystemWriter(directory))

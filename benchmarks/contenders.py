@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
@@ -43,34 +43,46 @@ class Contender:
     fills_destinations: bool = True
 
 
-def torch_contender(checkpoint: Path, state: dict[str, torch.Tensor]) -> Contender:
-    return Contender("torch", lambda: load_with_torch(checkpoint, state))
+class HookedPlanner(DefaultLoadPlanner):
+    """A planner of somebody's own that does next to nothing in its hook."""
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Look at what was loaded."""
+        assert tensor.size() is not None
 
 
-def dcp_fast_contender(checkpoint: Path, state: dict[str, torch.Tensor]) -> Contender:
-    return Contender("dcp_fast", lambda: load_with_dcp_fast(checkpoint, state))
+def torch_contender(checkpoint: Path, state: dict[str, Any], hooked: bool = False) -> Contender:
+    return Contender("torch", lambda: load_with_torch(checkpoint, state, hooked))
 
 
-def load_with_torch(checkpoint: Path, state: dict[str, torch.Tensor]) -> Sample:
+def dcp_fast_contender(checkpoint: Path, state: dict[str, Any], hooked: bool = False) -> Contender:
+    return Contender("dcp_fast", lambda: load_with_dcp_fast(checkpoint, state, hooked))
+
+
+def load_with_torch(checkpoint: Path, state: dict[str, Any], hooked: bool = False) -> Sample:
     start = time.perf_counter()
     reader = FileSystemReader(checkpoint)
     read_data = _time_read_data(reader)
     with _no_dist_is_meant():
-        load(dict(state), storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
+        planner = HookedPlanner() if hooked else DefaultLoadPlanner()
+        load(dict(state), storage_reader=reader, planner=planner, no_dist=True)
     gpus.wait_for(gpus.of(state.values()))
     return Sample(time.perf_counter() - start, sum(read_data))
 
 
-def load_with_dcp_fast(checkpoint: Path, state: dict[str, torch.Tensor], **options: Any) -> Sample:
+def load_with_dcp_fast(
+    checkpoint: Path, state: dict[str, Any], hooked: bool = False, options: Mapping[str, Any] | None = None
+) -> Sample:
     """The options are the reader's own."""
     # Imported late: without a built extension the other contenders still run.
     import dcp_fast
 
     start = time.perf_counter()
-    reader = dcp_fast.FileSystemReader(checkpoint, **options)
+    reader = dcp_fast.FileSystemReader(checkpoint, **(options or {}))
     read_data = _time_read_data(reader)
     with _no_dist_is_meant():
-        dcp_fast.load(dict(state), storage_reader=reader, planner=dcp_fast.DefaultLoadPlanner(), no_dist=True)
+        planner = HookedPlanner() if hooked else dcp_fast.DefaultLoadPlanner()
+        dcp_fast.load(dict(state), storage_reader=reader, planner=planner, no_dist=True)
     gpus.wait_for(gpus.of(state.values()))
     seconds = time.perf_counter() - start
     report = dcp_fast_report()

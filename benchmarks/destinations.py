@@ -64,7 +64,7 @@ class Destinations:
 def allocate(shapes: Shapes, wanted: Wanted) -> Destinations:
     state: dict[str, torch.Tensor] = {}
     local: dict[str, torch.Tensor] = {}
-    mesh = None if wanted.dim is None else _fake_mesh(wanted)
+    mesh = None if wanted.dim is None else fake_mesh(wanted)
     held = dict.fromkeys(wanted.devices, 0)
     for name, shape in shapes.items():
         device = min(held, key=lambda device: held[device])
@@ -93,7 +93,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(buffer).cast("B")
 
 
-def _fake_mesh(wanted: Wanted) -> DeviceMesh:
+def fake_mesh(wanted: Wanted) -> DeviceMesh:
+    """The mesh of the ranks that want something, of which this process is the first."""
     (device,) = wanted.devices  # a rank has its shards on one device
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=FAKE_RANKS)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import checkpoints, contenders, destinations, gpus, page_cache, prelude
+from benchmarks import checkpoints, contenders, destinations, gpus, page_cache, prelude, resident
 from benchmarks.budget import Budget
 from benchmarks.workloads import MIB, Place, Temperature, Workload, workloads_of
 
@@ -35,7 +35,10 @@ class FirstLoad:
 
     contender: str
     seconds: float
+    # All that was resident at once, then the private part of it, and the pages of mapped files, each at its own peak.
     peak_bytes: int
+    private_peak_bytes: int
+    mapped_peak_bytes: int
     # Where the kernel cannot reset the high-water mark, an earlier peak may show instead of the load's.
     peak_is_exact: bool
     # The memory that the contender may use by its own settings.
@@ -60,8 +63,11 @@ class FirstLoads:
         found = [load.seconds for load in self.loads if load.contender == contender]
         return statistics.median(found) if found else None
 
-    def peak_bytes(self, contender: str) -> int | None:
-        return max((load.peak_bytes for load in self.loads if load.contender == contender), default=None)
+    def private_peak_bytes(self, contender: str) -> int | None:
+        return max((load.private_peak_bytes for load in self.loads if load.contender == contender), default=None)
+
+    def mapped_peak_bytes(self, contender: str) -> int | None:
+        return max((load.mapped_peak_bytes for load in self.loads if load.contender == contender), default=None)
 
     def gpu_peak_bytes(self, contender: str) -> int | None:
         peaks = [load.gpu_peak_bytes for load in self.loads if load.contender == contender]
@@ -76,9 +82,9 @@ class FirstLoads:
         return staging[0] + ALLOWED_BEYOND_STAGING if staging else None
 
     def growth_bytes(self) -> int | None:
-        """How much larger dcp_fast's peak is than in the smallest world."""
-        peak = self.peak_bytes("dcp_fast")
-        least = self.smallest_world.peak_bytes("dcp_fast") if self.smallest_world is not None else None
+        """How much larger dcp_fast's private memory is than in the smallest world."""
+        peak = self.private_peak_bytes("dcp_fast")
+        least = self.smallest_world.private_peak_bytes("dcp_fast") if self.smallest_world is not None else None
         return peak - least if peak is not None and least is not None else None
 
 
@@ -134,29 +140,22 @@ def _load_here(checkpoint: Path, workload: Workload, contender: str) -> FirstLoa
             staging_bytes += reader.staging_limits().pinned_bytes
             gpu_staging_bytes = reader.device_staging_bytes
     load = contenders.load_with_torch if contender == "torch" else contenders.load_with_dcp_fast
-    exact = reset_high_water_mark()
     gpu_before = gpus.used_bytes(wanted.gpus)
-    before = status_bytes("VmRSS")
-    sample = load(checkpoint, wanted.state)
-    peak = status_bytes("VmHWM") - before
+    with resident.watched() as peaks:
+        sample = load(checkpoint, wanted.state)
     gpu_after = gpus.used_bytes(wanted.gpus)
     gpu_peak = max((gpu_after[device] - gpu_before[device] for device in gpu_before), default=None)
-    return FirstLoad(contender, sample.seconds, peak, exact, staging_bytes, gpu_peak, gpu_staging_bytes)
-
-
-def reset_high_water_mark() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"/proc/self/status has no {field}")
+    return FirstLoad(
+        contender,
+        sample.seconds,
+        peaks.all_bytes,
+        peaks.private_bytes,
+        peaks.mapped_bytes,
+        peaks.is_exact,
+        staging_bytes,
+        gpu_peak,
+        gpu_staging_bytes,
+    )
 
 
 if __name__ == "__main__":

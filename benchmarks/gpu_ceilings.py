@@ -14,8 +14,9 @@ import torch
 
 from benchmarks import gpus
 from benchmarks.budget import Budget
-from benchmarks.ceilings import Segment, Setting, TunedCeiling, cores, payload_segments, read_segments, tuned
+from benchmarks.ceilings import Setting, TunedCeiling, cores, read_segments, tuned
 from benchmarks.destinations import Destinations, bytes_of
+from benchmarks.payloads import Segment, payload_segments
 from benchmarks.workloads import MIB
 
 PINNED_READ = "pinned pread"

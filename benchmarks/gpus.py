@@ -28,9 +28,9 @@ def names() -> tuple[str, ...]:
     return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count()))
 
 
-def of(tensors: Iterable[torch.Tensor]) -> set[torch.device]:
+def of(values: Iterable[object]) -> set[torch.device]:
     """The GPUs that hold some of the tensors."""
-    return {tensor.device for tensor in tensors if tensor.is_cuda}
+    return {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}
 
 
 def wait_for(devices: Iterable[torch.device]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ceilings, checkpoints, contenders, destinations, gpu_ceilings, page_cache, peers
+from benchmarks import ceilings, checkpoints, contenders, destinations, disk, gpu_ceilings, memory, page_cache, peers
 from benchmarks.budget import Budget
 from benchmarks.contenders import Contender, Sample
 from benchmarks.verify import Expected
@@ -35,8 +35,12 @@ class Measurement:
     notes: list[str] = field(default_factory=list)
 
     def lowest_ceiling(self) -> str | None:
-        """The slowest of the ceilings: a load whose stages overlap perfectly takes as long as that."""
-        return max((c.name for c in self.ceilings), key=lambda name: self.median(name) or 0.0, default=None)
+        """The slowest of the ceilings: a load whose stages overlap perfectly takes as long as that.
+
+        What the memory allows is left out. It is no stage, but another way of the same bytes.
+        """
+        stages = (c.name for c in self.ceilings if c.name != memory.NAME)
+        return max(stages, key=lambda name: self.median(name) or 0.0, default=None)
 
     def median(self, contender: str) -> float | None:
         samples = self.samples.get(contender)
@@ -66,14 +70,14 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
     checkpoint = checkpoints.ensure(workload.checkpoint, options.data)
     paths = checkpoints.files_of(checkpoint)
     wanted = destinations.allocate(workload.checkpoint.shapes(), workload.wanted)
-    oracle = contenders.torch_contender(checkpoint, wanted.state)
+    oracle = contenders.torch_contender(checkpoint, wanted.state, workload.hooked)
     entrants = [oracle]
 
     # All that is verified is warmed up by it as well.
     page_cache.populate(paths)
     expected = Expected(oracle, wanted)
     if options.with_dcp_fast:
-        ours = contenders.dcp_fast_contender(checkpoint, wanted.state)
+        ours = contenders.dcp_fast_contender(checkpoint, wanted.state, workload.hooked)
         expected.run(ours)
         entrants.append(ours)
 
@@ -84,10 +88,13 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
         if workload.peers:
             entrants += _verified_peers(workload, options, expected, wanted, notes)
         page_cache.populate(paths)
-        reading = _pread_ceiling(workload, checkpoint, wanted, expected, tuning)
+        found = [
+            _pread_ceiling(workload, checkpoint, wanted, expected, tuning),
+            _memory_ceiling(workload, checkpoint, wanted, expected, options.data, notes, tuning),
+        ]
     else:
-        reading = _direct_ceiling(paths, notes, tuning)
-    limits = [reading] if reading is not None else []
+        found = [_disk_ceiling(paths, notes, tuning)]
+    limits = [ceiling for ceiling in found if ceiling is not None]
     if wanted.gpus:
         limits.append(gpu_ceilings.copy_ceiling(workload.bytes_needed(), wanted.gpus, tuning))
     entrants += [limit.contender for limit in limits]
@@ -95,7 +102,7 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
     # On GPUs every single load is verified: mistakes in the order of asynchronous work show only sometimes.
     check = expected if wanted.gpus else None
     rounds = options.rounds or workload.rounds
-    samples = _interleave(entrants, temperature, paths, rounds, check, budget)
+    samples = interleave(entrants, temperature, paths, rounds, check, budget)
     measurement = Measurement(workload, temperature, samples, [*limits], notes)
     if (done := len(samples[oracle.name])) < rounds:
         notes.append(f"no time for more than {done} of {rounds} rounds")
@@ -123,15 +130,33 @@ def _pread_ceiling(
     return ceiling
 
 
-def _direct_ceiling(paths: list[Path], notes: list[str], budget: Budget) -> ceilings.TunedCeiling | None:
+def _memory_ceiling(
+    workload: Workload,
+    checkpoint: Path,
+    wanted: destinations.Destinations,
+    expected: Expected,
+    folder: Path,
+    notes: list[str],
+    budget: Budget,
+) -> ceilings.TunedCeiling | None:
+    """None for small records, as above, and for destinations on GPUs, where no thread of the host can write."""
+    if workload.checkpoint.kind == "small" or wanted.gpus:
+        return None
+    try:
+        ceiling = memory.memory_ceiling(checkpoint, wanted, folder, budget)
+    except memory.MissingError as error:
+        notes.append(f"no limit of the memory: {error}")
+        return None
+    expected.run(ceiling.contender)
+    return ceiling
+
+
+def _disk_ceiling(paths: list[Path], notes: list[str], budget: Budget) -> ceilings.TunedCeiling:
     page_cache.evict(paths)
     left = page_cache.cached_fraction(paths)
     if left is not None and left > COLD_ENOUGH:
         notes.append(f"not cold: {left:.0%} of the pages stay cached")
-    ceiling = ceilings.direct_ceiling(paths, lambda: page_cache.evict(paths), budget)
-    if ceiling is None:
-        notes.append("no ceiling: the file system refuses O_DIRECT")
-    return ceiling
+    return disk.disk_ceiling(paths, lambda: page_cache.evict(paths), budget)
 
 
 def _verified_peers(
@@ -156,7 +181,7 @@ def _verified_peers(
     return verified
 
 
-def _interleave(
+def interleave(
     entrants: list[Contender],
     temperature: Temperature,
     paths: list[Path],

@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.fresh import reset_high_water_mark, status_bytes
 from benchmarks.metadata_files import COLUMNS, ROWS, fqns
+from benchmarks.resident import reset_high_water_mark, status_bytes
 
 # The rank that plans, one in the middle: the first and the last find their chunks at the ends of torch's lists.
 RANK = 100

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from benchmarks import metadata, page_cache
-from benchmarks.fresh import reset_high_water_mark, status_bytes
 from benchmarks.metadata_process import die_first
+from benchmarks.resident import reset_high_water_mark, status_bytes
 from benchmarks.verify import VerificationError
 from benchmarks.workloads import MIB
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import checkpoints, page_cache
-from benchmarks.ceilings import Ceiling
+from benchmarks import checkpoints, memory, page_cache
+from benchmarks.ceilings import Ceiling, Setting
 from benchmarks.contenders import Sample
 from benchmarks.fresh import FirstLoad, FirstLoads
 from benchmarks.measure import Measurement, Options, Say
-from benchmarks.optimizer_ranks import CEILING, RankLoad, Task, ceiling_setting, run_ranks
+from benchmarks.optimizer_limits import PREAD, pread_setting
+from benchmarks.optimizer_ranks import RankLoad, Task, run_ranks
 from benchmarks.verify import VerificationError
 from benchmarks.workloads import Temperature, Workload
 
@@ -30,7 +31,15 @@ def run(workload: Workload, options: Options, say: Say) -> Measurement:
     say(f"{workload.name}: {workload.title}")
     checkpoint = checkpoints.ensure(workload.checkpoint, options.data).resolve()
     entrants = ("torch", "dcp_fast") if options.with_dcp_fast else ("torch",)
-    task = Task("verify_and_time", checkpoint, workload.checkpoint, entrants, options.rounds or workload.rounds)
+    notes: list[str] = []
+    folder: Path | None = options.data.resolve()
+    try:
+        memory.library(options.data)
+    except memory.MissingError as error:
+        folder = None
+        notes.append(f"no limit of the memory: {error}")
+    rounds_wanted = options.rounds or workload.rounds
+    task = Task("verify_and_time", checkpoint, workload.checkpoint, entrants, rounds_wanted, folder)
     ranks = run_ranks(task, workload.wanted.ranks)
     for number, rank in enumerate(ranks):
         for name, differing in rank["differing"].items():
@@ -40,18 +49,21 @@ def run(workload: Workload, options: Options, say: Say) -> Measurement:
                 )
 
     samples = {}
-    for name in (*entrants, CEILING):
+    for name in ranks[0]["samples"]:
         rounds: list[tuple[RankLoad, ...]] = list(zip(*(rank["samples"][name] for rank in ranks), strict=True))
         samples[name] = [_sample(loads) for loads in rounds]
     reads = (f"{name} {samples[name][-1].report['metadata_reads']}" for name in entrants)
     # Unlike the time, this hardly depends on what else the machine does.
     cpu = (f"{name} {median(s.report['cpu_seconds'] for s in samples[name]):.3f} s" for name in samples)
-    notes = [
+    notes += [
         f"metadata reads of a rank's call: {', '.join(reads)}",
         f"processor time of a rank's call: {', '.join(cpu)}",
     ]
-    setting = ceiling_setting(workload.wanted.ranks)
-    measurement = Measurement(workload, Temperature.WARM, samples, [Ceiling(CEILING, setting, {})], notes)
+    limits = [Ceiling(PREAD, pread_setting(workload.wanted.ranks), {})]
+    if found := ranks[0]["memory"]:
+        way, block, threads = found["best"]
+        limits.append(Ceiling(memory.NAME, Setting(threads, block, way=way), found["tried"]))
+    measurement = Measurement(workload, Temperature.WARM, samples, limits, notes)
     for line in notes:
         say(f"  {line}")
     times = (f"{name} {measurement.median(name):.3f} s" for name in samples)
@@ -100,11 +112,13 @@ def _sample(loads: Sequence[RankLoad]) -> Sample:
 
 
 def _first_load(name: str, ranks: Sequence[dict[str, Any]]) -> FirstLoad:
-    peaks = [rank["peak_bytes"] for rank in ranks]
+    peaks = [rank["private_peak_bytes"] for rank in ranks]
     return FirstLoad(
         name,
         seconds=max(rank["seconds"] for rank in ranks),
-        peak_bytes=max(peaks),
+        peak_bytes=max(rank["peak_bytes"] for rank in ranks),
+        private_peak_bytes=max(peaks),
+        mapped_peak_bytes=max(rank["mapped_peak_bytes"] for rank in ranks),
         peak_is_exact=all(rank["peak_is_exact"] for rank in ranks),
         staging_bytes=ranks[0].get("staging_bytes"),
         rank_peak_bytes=peaks,

@@ -25,12 +25,9 @@ from torch.distributed.checkpoint.optimizer import load_sharded_optimizer_state_
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks import ceilings, checkpoints, fresh, optimizer_state, page_cache
+from benchmarks import checkpoints, memory, optimizer_state, page_cache, resident
 from benchmarks.contenders import dcp_fast_report
-from benchmarks.destinations import Destinations
-from benchmarks.workloads import MIB
-
-CEILING = "pread"
+from benchmarks.optimizer_limits import PREAD, Limits
 
 # What a rank reports of one load.
 RankLoad = dict[str, Any]
@@ -45,6 +42,8 @@ class Task:
     spec: checkpoints.CheckpointSpec
     entrants: tuple[str, ...]
     rounds: int = 1
+    # Of what ``memory`` runs; None where that cannot be built.
+    program_folder: Path | None = None
 
 
 def run_ranks(task: Task, ranks: int) -> list[dict[str, Any]]:
@@ -82,19 +81,23 @@ def _verify_and_time(task: Task, model: dict[str, Any]) -> dict[str, Any]:
         for name in task.entrants
         if name != "torch"
     }
-    plain = _read_plainly(task, model)[0]
-    state = loaded["torch"][optimizer_state.OPTIMIZER_KEY]["state"]
-    whole = {name: {moment: state[name][moment] for moment in plain[name]} for name in plain}
-    pairs = zip(optimizer_state.local_tensors(plain), optimizer_state.local_tensors(whole), strict=True)
-    assert all(torch.equal(read, expected) for read, expected in pairs), "plain reads fetch other bytes than torch does"
+    limits = Limits(task.checkpoint, model, _return_free_memory, task.program_folder or Path())
+    raw: dict[str, Callable[[], tuple[dict[str, Any], RankLoad]]] = {PREAD: limits.pread}
+    found: dict[str, Any] = {}
+    if task.program_folder is not None:
+        best, found["tried"] = limits.best_of_memory()
+        found["best"] = [best.way, best.block_bytes, best.threads]
+        raw[memory.NAME] = lambda: limits.memory(best)
+    for name, read in raw.items():
+        _check_raw(name, read()[0], loaded["torch"][optimizer_state.OPTIMIZER_KEY]["state"])
     loaded.clear()
-    del plain, state, whole, pairs
 
     loads: dict[str, Callable[[], RankLoad]] = {
         name: lambda name=name: _load(name, task, model)[1]  # type: ignore[misc]
         for name in task.entrants
     }
-    loads[CEILING] = lambda: _read_plainly(task, model)[1]
+    for name, read in raw.items():
+        loads[name] = lambda read=read: read()[1]  # type: ignore[misc]
     samples: dict[str, list[RankLoad]] = {name: [] for name in loads}
     names = list(loads)
     for index in range(task.rounds):
@@ -104,7 +107,13 @@ def _verify_and_time(task: Task, model: dict[str, Any]) -> dict[str, Any]:
         start = index % len(names)
         for name in names[start:] + names[:start]:
             samples[name].append(loads[name]())
-    return {"differing": differing, "samples": samples}
+    return {"differing": differing, "samples": samples, "memory": found}
+
+
+def _check_raw(name: str, read: dict[str, Any], state: dict[str, Any]) -> None:
+    whole = {parameter: {moment: state[parameter][moment] for moment in read[parameter]} for parameter in read}
+    pairs = zip(optimizer_state.local_tensors(read), optimizer_state.local_tensors(whole), strict=True)
+    assert all(torch.equal(found, expected) for found, expected in pairs), f"{name} fetches other bytes than torch does"
 
 
 def _first_load(task: Task, model: dict[str, Any]) -> dict[str, Any]:
@@ -112,12 +121,16 @@ def _first_load(task: Task, model: dict[str, Any]) -> dict[str, Any]:
     if name == "dcp_fast":
         import dcp_fast  # noqa: F401 - its code is no part of the load
     _return_free_memory()
-    exact = fresh.reset_high_water_mark()
-    before = fresh.status_bytes("VmRSS")
-    result, sample = _load(name, task, model)
-    peak = fresh.status_bytes("VmHWM")
+    with resident.watched() as peaks:
+        result, sample = _load(name, task, model)
     sizes = sum(tensor.nbytes for tensor in optimizer_state.local_tensors(result))
-    return {**sample, "peak_bytes": peak - before - sizes, "peak_is_exact": exact}
+    return {
+        **sample,
+        "peak_bytes": peaks.all_bytes - sizes,
+        "private_peak_bytes": peaks.private_bytes - sizes,
+        "mapped_peak_bytes": peaks.mapped_bytes,
+        "peak_is_exact": peaks.is_exact,
+    }
 
 
 def _load(name: str, task: Task, model: dict[str, Any]) -> tuple[dict[str, Any], RankLoad]:
@@ -142,35 +155,6 @@ def _load(name: str, task: Task, model: dict[str, Any]) -> tuple[dict[str, Any],
     if name == "dcp_fast":
         sample |= {"report": dcp_fast_report(), "staging_bytes": getattr(reader, "staging_bytes", None)}
     return result, sample
-
-
-def ceiling_setting(ranks: int) -> ceilings.Setting:
-    """One reader for each core of the machine, which the ranks share."""
-    return ceilings.Setting(max(1, len(os.sched_getaffinity(0)) // ranks), 4 * MIB)
-
-
-def _read_plainly(task: Task, model: dict[str, Any]) -> tuple[dict[str, Any], RankLoad]:
-    """Read the moments of this rank, and nothing else, into memory as fresh as that of a loader's result.
-
-    Where they lie is found before the clock starts, as for the ceilings of the other workloads.
-    """
-    _return_free_memory()
-    wanted = Destinations({}, {})
-    result: dict[str, Any] = {}
-    for name, parameter in model.items():
-        (shard,) = parameter.local_shards()
-        result[name] = {moment: torch.empty_like(shard.tensor) for moment in optimizer_state.MOMENTS}
-        for moment, tensor in result[name].items():
-            key = f"{optimizer_state.OPTIMIZER_KEY}.state.{name}.{moment}"
-            wanted.state[key], wanted.local[key] = parameter, tensor
-    segments = ceilings.payload_segments(task.checkpoint, wanted)
-    assert segments is not None, "ranks want whole rows, which are contiguous in the files"
-    memory_of = ceilings.into_tensors(wanted.local)
-    dist.barrier()
-    start_cpu = time.process_time()
-    setting = ceiling_setting(dist.get_world_size())
-    seconds = ceilings.read_segments(segments, setting, memory_of)
-    return result, {"seconds": seconds, "cpu_seconds": time.process_time() - start_cpu, "metadata_reads": 0}
 
 
 def _return_free_memory() -> None:

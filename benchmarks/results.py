@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import disk, memory
 from benchmarks.fresh import ALLOWED_GROWTH, FirstLoads
 from benchmarks.gpu_ceilings import PINNED_COPY, PINNED_READ
 from benchmarks.measure import Measurement
@@ -25,6 +26,8 @@ class Row:
     dcp_fast: float | None
     ceiling_name: str | None
     ceiling: float | None
+    # The best raw way of the same bytes from the page cache.
+    memory: float | None
     amplification: float | None
     requests: int | None
     records: int | None
@@ -42,9 +45,15 @@ class Row:
     def of_ceiling(self) -> float | None:
         return self.ceiling / self.dcp_fast if self.ceiling and self.dcp_fast else None
 
+    @property
+    def of_memory(self) -> float | None:
+        return self.memory / self.dcp_fast if self.memory and self.dcp_fast else None
+
     def value(self, metric: Metric) -> float | None:
         if metric is Metric.OF_CEILING:
             return self.of_ceiling
+        if metric is Metric.OF_MEMORY:
+            return self.of_memory
         if metric is Metric.AMPLIFICATION:
             return self.amplification
         if metric is Metric.READS_PER_RECORD:
@@ -72,6 +81,8 @@ class Row:
             _number(self.speedup, ".1f", "x"),
             f"{self.ceiling:.3f} {self.ceiling_name}" if self.ceiling is not None else NONE,
             _number(self.of_ceiling, ".2f"),
+            _number(self.memory, ".3f"),
+            _number(self.of_memory, ".2f"),
             _number(self.amplification, ".3f"),
             _number(self.requests, "d"),
             ", ".join(map(str, self.targets)),
@@ -87,6 +98,8 @@ HEADINGS = (
     "ratio",
     "ceiling s",
     "of ceiling",
+    "memory s",
+    "of memory",
     "read/needed",
     "reads",
     "target",
@@ -117,6 +130,7 @@ def rows_of(measurement: Measurement) -> list[Row]:
             dcp_fast=measurement.median("dcp_fast"),
             ceiling_name=ceiling,
             ceiling=measurement.median(ceiling) if ceiling else None,
+            memory=measurement.median(memory.NAME),
             targets=tuple(target for target in targets if target.metric is not Metric.READ_DATA_SPEEDUP),
             **common,
         )
@@ -129,6 +143,7 @@ def rows_of(measurement: Measurement) -> list[Row]:
                 dcp_fast=measurement.read_data_median("dcp_fast"),
                 ceiling_name=None,
                 ceiling=None,
+                memory=None,
                 targets=alone,
                 **common,
             )
@@ -160,7 +175,7 @@ def gpu_table(measurements: Sequence[Measurement]) -> str:
         report = measurement.report()
         copied, waits = report.get("bytes_to_device"), report.get("wait_seconds") or {}
         gigabytes = measurement.workload.bytes_needed() / 1e9
-        limits = measurement.median(PINNED_READ) or measurement.median("direct"), measurement.median(PINNED_COPY)
+        limits = measurement.median(PINNED_READ) or measurement.median(disk.NAME), measurement.median(PINNED_COPY)
         lines.append(
             [
                 measurement.workload.name,
@@ -198,7 +213,7 @@ def fresh_table(fresh: Sequence[FirstLoads]) -> str:
     """First loads, held against the same speedup as later ones and against the memory that staging allows."""
     lines = []
     for first in fresh:
-        theirs, ours, peak = first.seconds("torch"), first.seconds("dcp_fast"), first.peak_bytes("dcp_fast")
+        theirs, ours, peak = first.seconds("torch"), first.seconds("dcp_fast"), first.private_peak_bytes("dcp_fast")
         ratio = theirs / ours if theirs and ours else None
         allowed = first.allowed_bytes()
         targets = [t for t in first.workload.targets[Temperature.WARM] if t.metric is Metric.SPEEDUP]
@@ -209,20 +224,22 @@ def fresh_table(fresh: Sequence[FirstLoads]) -> str:
             growth = first.growth_bytes()
             bounds.append(f"grows <={ALLOWED_GROWTH // MIB} MiB")
             words.append(_word(growth is not None and growth <= ALLOWED_GROWTH, growth))
-        torch_peak = first.peak_bytes("torch")
+        peaks = [
+            of(name) for of in (first.private_peak_bytes, first.mapped_peak_bytes) for name in ("torch", "dcp_fast")
+        ]
         lines.append(
             [
                 first.workload.name,
                 _number(theirs, ".3f"),
                 _number(ours, ".3f"),
                 _number(ratio, ".1f", "x"),
-                _number(torch_peak / MIB if torch_peak is not None else None, ".0f"),
-                _number(peak / MIB if peak is not None else None, ".0f"),
+                *(_number(found / MIB if found is not None else None, ".0f") for found in peaks),
                 ", ".join(bounds),
                 ", ".join(words),
             ]
         )
-    headings = ("first load", "torch s", "dcp_fast s", "ratio", "torch MiB", "dcp_fast MiB", "target", "met")
+    private, mapped = (tuple(f"{name} {kind} MiB" for name in ("torch", "dcp_fast")) for kind in ("private", "mapped"))
+    headings = ("first load", "torch s", "dcp_fast s", "ratio", *private, *mapped, "target", "met")
     return table(headings, lines)
 
 

@@ -197,7 +197,7 @@ def _time(
     """A load that pins the ring and is verified, then those that count."""
 
     def load() -> Sample:
-        return contenders.load_with_dcp_fast(checkpoint, wanted.state, **options)
+        return contenders.load_with_dcp_fast(checkpoint, wanted.state, options=options)
 
     first = expected.run(Contender("dcp_fast", load))
     gc.collect()

@@ -34,12 +34,13 @@ class Options:
         mode: IoMode,
         recorder: TraceRecorder | None = None,
     ) -> None: ...
-    def for_batch(self) -> Options: ...
+    def share(self, parts: int, *, threads: int = 0, mapped: bool = True) -> Options: ...
 
 class Layouts:
     requests: int
     bytes_read: int
     def threads(self, options: Options) -> int: ...
+    def is_tensor(self, record: int) -> bool: ...
     def dtype(self, record: int) -> int: ...
     def strides(self, record: int) -> list[int]: ...
     def __len__(self) -> int: ...
@@ -52,6 +53,7 @@ class Stats:
     bytes_placed: int
     bytes_mapped: int
     why_unmapped: str
+    converted_items: int
 
 class Program:
     waves: int
@@ -89,6 +91,17 @@ def run_programs(
     streams: dict[int, int],
     placed: Callable[[int], None],
 ) -> Stats: ...
+
+class RecordBytes(Buffer): ...
+
+def read_records(
+    layouts: Layouts,
+    records: Sequence[int],
+    most_bytes: int,
+    options: Options,
+    take: Callable[[int, RecordBytes], None],
+) -> Stats: ...
+def find_archive(record: Buffer) -> tuple[bytes, dict[str, tuple[int, int]]] | None: ...
 def read_plain_values(
     layouts: Layouts, records: Sequence[int], options: Options
 ) -> tuple[list[Any], int, int]: ...  # an Ellipsis for what is no plain value; requests, bytes

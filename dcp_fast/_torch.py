@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
+from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import _weights_only_unpickler as weights_only_unpickler
+from torch._guards import detect_fake_mode
 from torch._utils import _get_device_module as get_device_module
+from torch._utils import _validate_loaded_sparse_tensors
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed._shard.sharded_tensor import metadata as shard_metadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -43,6 +47,7 @@ from torch.serialization import _get_layout
 from torch.serialization import _is_zipfile as is_zipfile
 from torch.serialization import _legacy_load as load_legacy
 from torch.serialization import _load as load_archive
+from torch.serialization import _serialization_tls as serialization_state
 
 try:  # torch 2.14 lets a local shard carry the shape of its global tensor
     from torch.distributed.checkpoint.protocol import _is_checkpointable_tensor as is_checkpointable_tensor
@@ -67,8 +72,15 @@ get_layout = cast(Callable[[str], torch.layout], _get_layout)
 disabled_torch_function = torch._C._disabled_torch_function_impl
 foreach_copy_ = torch._foreach_copy_
 PyTorchFileReader = torch._C.PyTorchFileReader
+storage_class: Callable[..., Any] = torch.storage.TypedStorage
 rebuild_from_type: Callable[..., Any] = torch._tensor._rebuild_from_type_v2
 tensor_rebuild_functions = cast(Callable[[], set[Any]], weights_only_unpickler._tensor_rebuild_functions)
+
+
+# What torch.load(weights_only=True) ends with. Since torch 2.14 it is told so, as it then checks all sparse tensors.
+validate_sparse_tensors: Callable[[], None] = _validate_loaded_sparse_tensors
+if "weights_only" in signature(_validate_loaded_sparse_tensors).parameters:
+    validate_sparse_tensors = partial(cast(Any, _validate_loaded_sparse_tensors), weights_only=True)
 
 
 def tensor_types() -> tuple[type, ...]:
@@ -96,6 +108,7 @@ __all__ = [
     "create_read_items",
     "dcp_method_logger",
     "derived_version",
+    "detect_fake_mode",
     "disabled_torch_function",
     "flatten_state_dict",
     "foreach_copy_",
@@ -112,12 +125,15 @@ __all__ = [
     "load_state_dict",
     "narrow_tensor_by_index",
     "rebuild_from_type",
+    "serialization_state",
     "set_element",
     "shard_metadata",
+    "storage_class",
     "storage_setup",
     "tensor_rebuild_functions",
     "tensor_types",
     "unflatten_state_dict",
+    "validate_sparse_tensors",
     "weights_only_unpickler",
     "wrap_exception",
 ]

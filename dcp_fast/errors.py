@@ -117,7 +117,7 @@ class UntrustedBytesError(LoadError, pickle.UnpicklingError):
 
 
 class UnknownTransformError(CorruptCheckpointError, ValueError):
-    """A transform was applied to an entry that is not known here."""
+    """An entry was stored with a transform that is not known here."""
 
 
 class SizeMismatchError(LoadError, AssertionError, RuntimeError, IndexError):
@@ -146,7 +146,7 @@ class CudaOutOfMemoryError(CudaError, OutOfMemoryError, torch.OutOfMemoryError):
     """Memory on a GPU could not be had."""
 
 
-# By the errno of the system call that failed; FileAccessError for all others. Each class of files lists its own.
+# By the errno of the system call that failed; FileAccessError for all others, whose subclasses add their own.
 _BY_ERRNO: dict[int, type[LoadError]] = {errno.ENOMEM: OutOfMemoryError}
 
 

@@ -1,8 +1,8 @@
 """dcp_fast in the place of torch's loading, for frameworks that call torch.distributed.checkpoint themselves.
 
 Methods of torch's classes are replaced in the classes themselves: whoever holds a class, an object or a subclass is
-served. torch's ``load`` looks up what it calls in its module: that is replaced there, and with it served who kept
-``load`` anywhere. Functions that call nothing of that kind are replaced by name in all loaded modules. What stands in
+served. torch's ``load`` looks up in its module what it calls. That is replaced there, so that a ``load`` which somebody
+kept is served too. Functions that call nothing of that kind are replaced by name in all loaded modules. What stands in
 their places are switches (``switches.py``), so that what somebody keeps of them is torch's again after ``uninstall``.
 """
 

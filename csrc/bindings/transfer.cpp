@@ -19,6 +19,7 @@
 #include "bindings/plain_values.h"
 #include "bindings/python.h"
 #include "bindings/streams.h"
+#include "checkpoint/archive.h"
 #include "checkpoint/dtype.h"
 #include "checkpoint/value_record.h"
 #include "cuda/pinned_ring.h"
@@ -29,6 +30,7 @@
 #include "transfer/layouts.h"
 #include "transfer/options.h"
 #include "transfer/program.h"
+#include "transfer/record_reads.h"
 #include "transfer/value_pickles.h"
 #include "transfer/workers.h"
 
@@ -43,6 +45,7 @@ using transfer::Layouts;
 using transfer::Options;
 using transfer::Program;
 using transfer::Record;
+using transfer::RecordBytes;
 using transfer::Transfer;
 
 // The options of a load from local files.
@@ -124,6 +127,8 @@ std::unique_ptr<Program> make_program(const Layouts& layouts, const py::buffer& 
       throw py::index_error("no such dtype");
     }
     destination.dtype = static_cast<checkpoint::DType>(dtype);
+    constexpr size_t kMostBytes = 16;  // of an element
+    destination.itemsize = static_cast<int64_t>(rows.next_index(kMostBytes + 1));
     const size_t dims = rows.next_dims();
     destination.sizes = rows.next(dims);
     destination.strides = rows.next(dims);
@@ -192,6 +197,26 @@ py::tuple read_plain_values(const Layouts& layouts, const std::vector<size_t>& r
   return py::make_tuple(result, read.requests, read.bytes);
 }
 
+transfer::Stats read_records(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
+                             const FileOptions& options, const std::function<void(size_t, RecordBytes)>& take) {
+  if (most_bytes < 0) throw py::value_error("negative limit");
+  return without_gil([&] { return transfer::read_records(layouts, records, most_bytes, options, interrupted, take); });
+}
+
+py::object find_archive(const py::buffer& record) {
+  const py::buffer_info info = record.request();
+  const checkpoint::Bytes bytes(static_cast<const std::byte*>(info.ptr),
+                                static_cast<size_t>(info.size * info.itemsize));
+  const auto archive = checkpoint::find_archive(bytes);
+  if (!archive) return py::none();
+  py::dict storages;
+  for (const auto& storage : archive->storages) {
+    storages[to_python(storage.key, "replace")] = py::make_tuple(storage.begin, storage.size);
+  }
+  return py::make_tuple(py::bytes(reinterpret_cast<const char*>(archive->pickle.data()), archive->pickle.size()),
+                        storages);
+}
+
 py::object parse_plain_value(const py::buffer& record) {
   const py::buffer_info info = record.request();
   const auto size = static_cast<size_t>(info.size * info.itemsize);
@@ -232,18 +257,26 @@ void bind_transfer(py::module_& module) {
                              [](const FileOptions& options) { return seconds(options.read_clock->reading()); })
       .def_property_readonly("waiting_seconds",
                              [](const FileOptions& options) { return seconds(options.read_clock->waiting()); })
-      .def("for_batch", [](FileOptions options) {
-        options.threads = 1;
-        options.mapped = false;
-        return options;
-      });
+      .def(
+          "share",
+          [](FileOptions options, int parts, int threads, bool mapped) {
+            options.staging_bytes /= std::max(parts, 1);
+            if (threads > 0) options.threads = threads;
+            options.mapped = options.mapped && mapped;
+            return options;
+          },
+          py::arg("parts"), py::kw_only(), py::arg("threads") = 0, py::arg("mapped") = true,
+          "The same options for one of several users of the staging memory, with another number of threads if it is "
+          "given. Not `mapped`: what is read is used soon, and should stay in the cache.");
 
   py::class_<Layouts>(module, "Layouts")
       .def_readonly("requests", &Layouts::requests)
       .def_readonly("bytes_read", &Layouts::bytes)
-      .def("threads",
-           [](const Layouts& layouts, const FileOptions& options) {
-             return transfer::limits_of(options, layouts.requests_at_once()).threads;
+      .def("threads", [](const Layouts& layouts,
+                         const FileOptions& options) { return transfer::limits_of(options, layouts.access()).threads; })
+      .def("is_tensor",
+           [](const Layouts& layouts, size_t record) {
+             return layouts.parsed.at(record).status == checkpoint::ParsedRecord::Status::kTensor;
            })
       .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
       .def("strides", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.strides; })
@@ -256,7 +289,8 @@ void bind_transfer(py::module_& module) {
       .def_readonly("bytes_placed", &transfer::Stats::bytes_placed)
       .def_readonly("bytes_mapped", &transfer::Stats::bytes_mapped)
       .def_property_readonly("why_unmapped",
-                             [](const transfer::Stats& stats) { return io::why_unmapped(stats.unmapped); });
+                             [](const transfer::Stats& stats) { return io::why_unmapped(stats.unmapped); })
+      .def_readonly("converted_items", &transfer::Stats::converted_items);
 
   py::class_<Program>(module, "Program")
       .def(py::init(&make_program), py::arg("layouts"), py::arg("items"), py::arg("destinations"),
@@ -297,6 +331,19 @@ void bind_transfer(py::module_& module) {
       "Runs programs of one wave each, one after another. When torch's current streams wait for all that a program has "
       "written, `placed` is called with its index. The program after the next one may use the same memory.");
 
+  py::class_<RecordBytes>(module, "RecordBytes", py::buffer_protocol(), "The bytes of a record, aligned to 64 bytes.")
+      .def_buffer([](const RecordBytes& record) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(record.data.get()), static_cast<py::ssize_t>(record.size));
+      });
+  module.def(
+      "read_records", &read_records, py::arg("layouts"), py::arg("records"), py::arg("most_bytes"), py::arg("options"),
+      py::arg("take"),
+      "Calls `take` with the index and the bytes of each record, in order, while threads read up to `most_bytes` "
+      "of those that come next.");
+  module.def(
+      "find_archive", &find_archive, py::arg("record"),
+      "The pickle of a record, and begin and size of each of its storages; None if it is anything but an archive "
+      "as torch.save writes it.");
   module.def("read_plain_values", &read_plain_values, py::arg("layouts"), py::arg("records"), py::arg("options"),
              "The values of bytes entries, with an Ellipsis for each that is more than a plain value, and how many "
              "requests and bytes brought them. Equal values that cannot change are one object.");

@@ -54,10 +54,10 @@ void copy_tiled(std::byte* destination, const std::byte* source, const Dim& oute
   }
 }
 
-}  // namespace
-
-Loops collapse(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
-               const std::vector<int64_t>& destination_strides, int64_t itemsize) {
+// One loop for each dimension that has more than one element, and one over the bytes of an element.
+Loops sorted_loops(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
+                   const std::vector<int64_t>& destination_strides, int64_t source_itemsize,
+                   int64_t destination_itemsize) {
   // This comes first: the strides of an empty tensor may be anything, and too large to compute with.
   if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return {};
   // Every item of a load comes by here several times, so there is one allocation only.
@@ -65,12 +65,17 @@ Loops collapse(const std::vector<int64_t>& sizes, const std::vector<int64_t>& so
   loops.reserve(sizes.size() + 1);
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i] <= 1) continue;
-    const Dim dim{sizes[i], source_strides[i] * itemsize, destination_strides[i] * itemsize};
+    const Dim dim{sizes[i], source_strides[i] * source_itemsize, destination_strides[i] * destination_itemsize};
     const auto place = std::upper_bound(loops.begin(), loops.end(), dim,
                                         [](const Dim& a, const Dim& b) { return a.source_stride > b.source_stride; });
     loops.insert(place, dim);
   }
-  loops.push_back({itemsize, 1, 1});
+  loops.push_back({source_itemsize, 1, 1});
+  return loops;
+}
+
+// Joins each loop with the next one where both sides go on without a gap.
+void join_neighbours(Loops& loops) {
   // From the innermost loop outwards; those from `joined` on are done.
   size_t joined = loops.size() - 1;
   for (size_t i = joined; i-- > 0;) {
@@ -83,6 +88,27 @@ Loops collapse(const std::vector<int64_t>& sizes, const std::vector<int64_t>& so
     }
   }
   loops.erase(loops.begin(), loops.begin() + static_cast<std::ptrdiff_t>(joined));
+}
+
+}  // namespace
+
+Loops collapse(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
+               const std::vector<int64_t>& destination_strides, int64_t itemsize) {
+  Loops loops = sorted_loops(sizes, source_strides, destination_strides, itemsize, itemsize);
+  if (loops.empty()) return loops;
+  join_neighbours(loops);
+  return loops;
+}
+
+Loops collapse_elements(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
+                        const std::vector<int64_t>& destination_strides, int64_t source_itemsize,
+                        int64_t destination_itemsize) {
+  Loops loops = sorted_loops(sizes, source_strides, destination_strides, source_itemsize, destination_itemsize);
+  if (loops.empty()) return loops;
+  const Dim element = loops.back();
+  loops.pop_back();
+  if (!loops.empty()) join_neighbours(loops);
+  loops.push_back(element);
   return loops;
 }
 

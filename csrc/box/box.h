@@ -27,6 +27,12 @@ using Loops = std::vector<Dim>;
 Loops collapse(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
                const std::vector<int64_t>& destination_strides, int64_t itemsize);
 
+// The same for boxes whose elements change their size on the way: neighbours are joined as elements, and the innermost
+// loop is over the bytes of one of them on the source side.
+Loops collapse_elements(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
+                        const std::vector<int64_t>& destination_strides, int64_t source_itemsize,
+                        int64_t destination_itemsize);
+
 // Whether no two source positions of sorted loops share a byte. Then a span that is read once serves the whole box.
 bool source_is_disjoint(const Loops& loops);
 

@@ -14,8 +14,6 @@ namespace dcp_fast::copy {
 
 namespace {
 
-constexpr std::size_t kLine = 64;  // bytes of a cache line: streaming stores are fast where they fill whole ones
-
 // Copies whole lines to an address that is a multiple of a line.
 using CopyLines = void (*)(std::byte* to, const std::byte* from, std::size_t lines);
 
@@ -55,8 +53,6 @@ __attribute__((target("avx512f"))) void copy_lines_avx512(std::byte* to, const s
   }
 }
 
-void fence() { _mm_sfence(); }
-
 #elif defined(__aarch64__)
 
 void copy_lines_neon(std::byte* to, const std::byte* from, std::size_t lines) {
@@ -73,12 +69,6 @@ void copy_lines_neon(std::byte* to, const std::byte* from, std::size_t lines) {
                      : "memory");
   }
 }
-
-void fence() {}  // these stores are ordered like all others
-
-#else
-
-void fence() {}
 
 #endif
 
@@ -119,7 +109,17 @@ void stream_rows(Vectors vectors, void* to, std::ptrdiff_t to_stride, const void
     stream(copy_lines, static_cast<std::byte*>(to) + i * to_stride,
            static_cast<const std::byte*>(from) + i * from_stride, size);
   }
-  fence();
+  fence_streams();
+}
+
+void stream_unfenced(Vectors vectors, void* to, const void* from, std::size_t size) {
+  stream(copy_lines_with(vectors), static_cast<std::byte*>(to), static_cast<const std::byte*>(from), size);
+}
+
+void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();  // elsewhere these stores are ordered like all others
+#endif
 }
 
 void copy_bytes(void* to, const void* from, std::size_t size) { copy_rows(to, 0, from, 0, 1, size); }

@@ -12,6 +12,9 @@
 
 namespace dcp_fast::copy {
 
+// Bytes of a cache line. Streaming stores are fast where they fill whole ones.
+inline constexpr std::size_t kLine = 64;
+
 // From so many bytes on, a destination is written past the cache.
 inline constexpr std::size_t kStreamedBytes = std::size_t{256} << 10;
 
@@ -22,9 +25,12 @@ void copy_bytes(void* to, const void* from, std::size_t size);
 void copy_rows(void* to, std::ptrdiff_t to_stride, const void* from, std::ptrdiff_t from_stride, std::size_t rows,
                std::size_t size);
 
-// The same by streaming stores, whatever the size, with certain instructions: for tests, and for comparing them.
-// `vectors`: one of runnable_vectors().
+// The same by streaming stores, whatever the size, with certain instructions: one of runnable_vectors().
 void stream_rows(Vectors vectors, void* to, std::ptrdiff_t to_stride, const void* from, std::ptrdiff_t from_stride,
                  std::size_t rows, std::size_t size);
+
+// For loops over short runs: streaming stores, which are ordered before later ones by the fence that follows the loop.
+void stream_unfenced(Vectors vectors, void* to, const void* from, std::size_t size);
+void fence_streams();
 
 }  // namespace dcp_fast::copy

@@ -51,6 +51,8 @@ struct Access {
   // What a request costs beyond its bytes, as the number of bytes that could be read in the same time. Reads are joined
   // across a gap that is cheaper than a request.
   int64_t request_cost = 0;
+  // The most that a request should ask for. Larger ones are no faster, and take more memory.
+  int64_t block_bytes = 4 << 20;
   // How many requests must be under way at once to keep the source busy. Where it is 1, as many as there are cores.
   int requests_at_once = 1;
   // Only whole pages can be read: view() brings any range through a buffer, and read_pages() a few straight into place.

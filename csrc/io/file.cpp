@@ -20,8 +20,8 @@ namespace {
 
 constexpr int kProbes = 16;
 constexpr int kOpenFlags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
-constexpr Access kCachedAccess{8 << 10, 1, false, false};
-constexpr Access kMappedAccess{8 << 10, 1, false, true};
+constexpr Access kCachedAccess{8 << 10, 4 << 20, 1, false, false};
+constexpr Access kMappedAccess{8 << 10, 4 << 20, 1, false, true};
 
 // File systems (`man 2 statfs`) whose page cache is the file as all processes of this machine see it. Those over a
 // network may have reasons of their own to throw pages away, and a fault that waits for a server cannot be interrupted.

@@ -17,8 +17,9 @@ enum class IoMode {
   kMapped,  // copied from a mapping where that is faster and the system allows it, else cached
 };
 
-// What access() asks for past the page cache, where requests that are under way at once keep a disk busy.
-inline constexpr Access kDirectAccess{256 << 10, 4, true};
+// What access() asks for past the page cache, where requests that are under way at once keep a disk busy. Some 32 MiB
+// at once do, in requests of 2 MiB or more.
+inline constexpr Access kDirectAccess{256 << 10, 16 << 20, 4, true};
 
 // How much of a file is in the page cache, as far as one can tell.
 enum class Cached { kUnknown, kLittle, kMost, kAll };

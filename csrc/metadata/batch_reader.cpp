@@ -38,7 +38,7 @@ bool BatchReader::read(Value container) {
   return dict != nullptr && read_rows(dict->sequence);
 }
 
-Value BatchReader::outside(Value memoized) {
+Value BatchReader::as_value(Value memoized) {
   const Columns& columns = heap_.columns;
   const uint64_t payload = memoized.payload();
   if (memoized.is(Tag::kRowFqn)) return Value(Tag::kText, columns.rows.fqn[payload]);

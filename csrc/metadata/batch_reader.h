@@ -46,8 +46,8 @@ class BatchReader {
   // After a MARK above `container`. True: everything up to and including the APPENDS or SETITEMS has been read.
   bool read(Value container);
 
-  // What the memo has of such a batch, and of anything else, as a value that the unpickler knows.
-  Value outside(Value memoized);
+  // Turns what the memo keeps, of a batch or of anything else, into a value that the unpickler knows.
+  Value as_value(Value memoized);
 
  private:
   bool read_chunks(Sequence& list);
@@ -69,7 +69,7 @@ class BatchReader {
   std::vector<uint8_t> without_frame_;
   std::unordered_map<uint64_t, Value> recalled_sizes_;  // those of batches that were asked for
 
-  // How many of them the last batch had: the rest of the file will be like it.
+  // Of the last batch: the rest of the file will be like it.
   double numbers_per_byte_ = 0;
   double rows_per_byte_ = 0;
 

@@ -91,7 +91,7 @@ class Cursor {
 
   Source& source_;
   uint64_t size_;
-  Window window_;  // what of it is still to come
+  Window window_;  // the part not yet taken
   const uint8_t* window_begin_ = nullptr;
   uint64_t window_end_ = 0;  // a position
 };

@@ -48,7 +48,7 @@ bool ItemReader::later_fields(Global type) {
     Value name;
     if (!recall(name) || !name.is(Tag::kText) || name.payload() < kKnownTexts.size()) return false;
     const std::string_view text = heap_.text(name);
-    // The one is a field of torch that is seldom there, the others would be refused.
+    // transform_descriptors is a field of torch's that is rarely there. The unpickler refuses special names.
     if (text == "transform_descriptors" || text.substr(0, 2) == "__") return false;
     int64_t number = 0;
     if (!opcode('N') && !opcode(kNewTrue) && !opcode(kNewFalse) && !integer(number)) return false;

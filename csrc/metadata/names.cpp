@@ -19,7 +19,7 @@ constexpr std::string_view kFileSystem = "torch.distributed.checkpoint.filesyste
 constexpr std::string_view kMegatron = "megatron.core.dist_checkpointing.strategies.torch";
 constexpr std::string_view kShard = "torch.distributed._shard.sharded_tensor.metadata";
 
-constexpr std::array<KnownGlobal, 22> kGlobals = {{
+constexpr std::array<KnownGlobal, 20> kGlobals = {{
     {kCheckpoint, "Metadata", Global::kMetadata},
     {kMegatron, "MCoreMetadata", Global::kMetadata},  // a subclass, of version 0.15
     {kCheckpoint, "TensorStorageMetadata", Global::kTensorStorageMetadata},
@@ -34,8 +34,6 @@ constexpr std::array<KnownGlobal, 22> kGlobals = {{
     {kShard, "MEM_FORMAT_ENCODING", Global::kShardMemoryFormat},
     {"torch", "Size", Global::kSize},
     {"torch.serialization", "_get_layout", Global::kGetLayout},
-    {"copyreg", "_reconstructor", Global::kReconstructor},
-    {"builtins", "object", Global::kObject},
     {"builtins", "getattr", Global::kGetattr},
     {"builtins", "dict", Global::kDict},
     {"pathlib", "PosixPath", Global::kPosixPath},

@@ -1,5 +1,5 @@
-// The allow-list: every global that metadata written by DCP may name, and the codes for what they stand for. The same
-// list in Python: dcp_fast/metadata/allowed.py.
+// The allow-list: every global that metadata written by DCP may name, and the codes for what they stand for. Python's
+// list, dcp_fast/metadata/allowed.py, has more: what is left to its unpickler.
 #pragma once
 
 #include <array>
@@ -25,8 +25,6 @@ enum class Global : uint8_t {
   kShardMemoryFormat,      // and to the other
   kSize,
   kGetLayout,
-  kReconstructor,  // what protocols 0 and 1 make plain objects with
-  kObject,
   kGetattr,  // what Python 3.11 makes members of enums with
   kDict,
   kPosixPath,

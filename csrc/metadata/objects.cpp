@@ -77,14 +77,6 @@ Value make_dict(Heap& heap, Value arguments) {
   return new_dict(heap);
 }
 
-Value reconstruct(Heap& heap, Value arguments) {
-  if (!arguments.is(Tag::kTuple) || heap.tuple_size(arguments) != 3 ||
-      !is_global(heap.item(arguments, 1), Global::kObject) || !heap.item(arguments, 2).is(Tag::kNone)) {
-    unsupported("_reconstructor");
-  }
-  return new_object(heap, heap.item(arguments, 0));
-}
-
 // Finds fields by name in what BUILD brought.
 class Fields {
  public:
@@ -234,8 +226,6 @@ Value call(Heap& heap, Value callable, Value arguments) {
       return get_attribute(heap, arguments);
     case Global::kGetLayout:
       return make_layout(heap, arguments);
-    case Global::kReconstructor:
-      return reconstruct(heap, arguments);
     case Global::kPosixPath:
     case Global::kPurePosixPath:
     case Global::kPureWindowsPath:

@@ -88,8 +88,6 @@ constexpr Effect effect_of(uint8_t opcode) {
     case 's':   // SETITEM
       return takes(3);
     case 't':   // TUPLE
-    case 'l':   // LIST
-    case 'd':   // DICT
     case 0x91:  // FROZENSET
       return takes_to_mark(0);
     case 'e':   // APPENDS

@@ -1,6 +1,6 @@
 // Where the bytes of a metadata file come from: memory, a file of which only a window is in memory at a time, or blocks
-// that arrive one after another. Fresh memory costs more than reading does, so neither takes as much memory as there
-// are bytes.
+// that arrive one after another. Fresh memory costs more than reading does, so the file and the blocks do not take as
+// much memory as they have bytes.
 #pragma once
 
 #include <cstddef>
@@ -77,8 +77,8 @@ class BlockSource final : public Source {
   uint64_t size_;
   std::function<checkpoint::Bytes()> next_;
   size_t kept_;
-  checkpoint::Bytes block_;     // what of it has not been copied yet
-  std::vector<uint8_t> bytes_;  // what the parser is at, and some of what it had before
+  checkpoint::Bytes block_;     // the part not yet copied
+  std::vector<uint8_t> bytes_;  // what the parser reads, and some of what it read before
   uint64_t begin_ = 0;          // the position of the first of them
 };
 

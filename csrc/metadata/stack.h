@@ -40,7 +40,6 @@ class Stack {
     if (begin <= fence_) corrupt("an opcode that needs more values than there are");
     return values_[begin - 1];
   }
-  void insert(size_t at, Value value) { values_.insert(values_.begin() + static_cast<std::ptrdiff_t>(at), value); }
   void shrink(size_t size) { values_.resize(size); }
 
   void mark() {

@@ -1,7 +1,6 @@
 #include "metadata/unpickler.h"
 
 #include <algorithm>
-#include <charconv>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -15,7 +14,6 @@
 #include "metadata/sequences.h"
 #include "metadata/skip.h"
 #include "metadata/stack.h"
-#include "metadata/text.h"
 
 namespace dcp_fast::metadata {
 
@@ -107,12 +105,6 @@ class Unpickler {
         return binary_number(cursor_.unsigned_integer(1));
       case 0x8b:  // LONG4
         return binary_number(cursor_.unsigned_integer(4));
-      case 'I':  // INT
-        return text_number(cursor_.line());
-      case 'L': {  // LONG
-        const std::string_view digits = cursor_.line();
-        return text_number(!digits.empty() && digits.back() == 'L' ? digits.substr(0, digits.size() - 1) : digits);
-      }
       case 'G':  // BINFLOAT
         return literal(8);
       case 'C':  // SHORT_BINBYTES
@@ -127,8 +119,6 @@ class Unpickler {
         return text(cursor_.unsigned_integer(4));
       case 0x8d:  // BINUNICODE8
         return text(cursor_.unsigned_integer(8));
-      case 'V':  // UNICODE
-        return escaped_text(cursor_.line());
       default:
         return false;
     }
@@ -146,13 +136,6 @@ class Unpickler {
     const bool negative = width > 0 && (bits >> (8 * bytes - 1) & 1) != 0;
     const uint64_t sign = negative && width < 8 ? ~uint64_t{0} << (8 * bytes) : 0;
     return number(static_cast<int64_t>(bits | sign));
-  }
-  bool text_number(std::string_view digits) {
-    if (digits == "00" || digits == "01") return push(Value::of(digits == "01"));
-    int64_t value = 0;
-    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
-    if (error != std::errc() || end != digits.data() + digits.size()) unsupported("a number in another form");
-    return number(value);
   }
   // The rest of an opcode that is kept as it is.
   bool literal(uint64_t length) {
@@ -176,12 +159,6 @@ class Unpickler {
     if (index == TextTable::kNone) corrupt("a text that is not UTF-8");
     return push(Value(Tag::kText, index));
   }
-  bool escaped_text(std::string_view escaped) {
-    std::string decoded;
-    if (!append_decoded(escaped, decoded)) corrupt("a text with a broken escape");
-    return push_text(decoded);
-  }
-
   // The memo
 
   bool memo(uint8_t opcode) {
@@ -192,26 +169,15 @@ class Unpickler {
         return memoize(cursor_.unsigned_integer(1));
       case 'r':  // LONG_BINPUT
         return memoize(cursor_.unsigned_integer(4));
-      case 'p':  // PUT
-        return memoize(text_index());
       case 'h':  // BINGET
         return recall(cursor_.unsigned_integer(1));
       case 'j':  // LONG_BINGET
         return recall(cursor_.unsigned_integer(4));
-      case 'g':  // GET
-        return recall(text_index());
       default:
         return false;
     }
   }
 
-  uint64_t text_index() {
-    const std::string_view digits = cursor_.line();
-    uint64_t value = 0;
-    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
-    if (error != std::errc() || end != digits.data() + digits.size()) corrupt("a memo index that is no number");
-    return value;
-  }
   bool memoize(uint64_t index) {
     // Writers count from zero, and each entry takes bytes of the file.
     if (index >= cursor_.size()) corrupt("a memo index beyond what the file can hold");
@@ -241,7 +207,7 @@ class Unpickler {
   }
   bool recall(uint64_t index) {
     const Value value = memo_.get(index);
-    if (!value.is(Tag::kUnset)) return push(batch_reader_.outside(value));
+    if (!value.is(Tag::kUnset)) return push(batch_reader_.as_value(value));
     if (memo_.was_put(index)) unsupported("a part of an object that is used again");
     corrupt("a memo index that was never written");
   }
@@ -275,12 +241,6 @@ class Unpickler {
         return tuple(stack_.size() - (opcode - 0x84U));
       case ']':  // EMPTY_LIST
         return push(new_list(heap_));
-      case 'l': {  // LIST
-        const size_t begin = stack_.pop_mark();
-        const Value list = new_list(heap_);
-        extend(heap_.lists[list.payload()], begin);
-        return replace(begin, list);
-      }
       case 'a':  // APPEND
         stack_.need(1);
         return extend_list(stack_.size() - 1);
@@ -288,11 +248,6 @@ class Unpickler {
         return extend_list(stack_.pop_mark());
       case '}':  // EMPTY_DICT
         return push(new_dict(heap_));
-      case 'd': {  // DICT
-        const size_t begin = stack_.pop_mark();
-        stack_.insert(begin, new_dict(heap_));
-        return extend_dict(begin + 1);
-      }
       case 's':  // SETITEM
         stack_.need(2);
         return extend_dict(stack_.size() - 2);
@@ -403,9 +358,9 @@ class Unpickler {
   }
 
   [[noreturn]] static void unknown(uint8_t opcode) {
-    // DUP, sets, bytearrays, buffers, other calls, persistent ids, the extension registry; texts and floats of
-    // Python 2.
-    constexpr std::string_view kUnsupported = "2STUFPQio\x82\x83\x84\x8f\x90\x91\x92\x96\x97\x98";
+    // What protocols 0 and 1 write instead of shorter opcodes; DUP, sets, bytearrays, buffers, other calls,
+    // persistent ids, the extension registry; texts and floats of Python 2.
+    constexpr std::string_view kUnsupported = "ILVgpld2STUFPQio\x82\x83\x84\x8f\x90\x91\x92\x96\x97\x98";
     const std::string name = "opcode " + std::to_string(opcode);
     if (kUnsupported.find(static_cast<char>(opcode)) != std::string_view::npos) unsupported(name);
     corrupt("no such " + name);

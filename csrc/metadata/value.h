@@ -32,7 +32,7 @@ enum class Tag : uint8_t {
   kPath,          // a pathlib path: index into Heap::paths
   kChunk,         // ChunkStorageMetadata: index into Heap::chunks, and so on
   kChunks,        // in a list, several of them that are columns already: index into Heap::chunk_runs
-  kRows,          // in a dict, several storage rows: the first; it stands for a key, and the value is their number
+  kRows,  // in a dict, the key of a pair that stands for several storage rows: the first; its value is their count
   kTensor,
   kBytesEntry,
   kProperties,

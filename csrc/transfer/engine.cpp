@@ -24,16 +24,20 @@ struct Boxes {
   std::vector<Piece> host;
   std::map<int, std::vector<Piece>> devices;
   int64_t bytes = 0;
+  int64_t converted = 0;
 };
 
 Boxes boxes_of(const Program& program, int32_t wave) {
   Boxes boxes;
   for (const size_t i : program.items_in_wave(wave)) {
     const Transfer& transfer = program.transfers()[i];
-    if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
+    if (transfer.kind != Transfer::Kind::kDirect) continue;
+    const copy::Conversion* conversion = transfer.conversion ? &*transfer.conversion : nullptr;
+    if (conversion != nullptr) ++boxes.converted;
+    if (transfer.loops.empty()) continue;
     const size_t file = program.layouts().records[program.items()[i].record].file;
     std::vector<Piece>& pieces = transfer.device == kHost ? boxes.host : boxes.devices[transfer.device];
-    pieces.push_back({file, transfer.source, transfer.destination, i, transfer.loops});
+    pieces.push_back({file, transfer.source, transfer.destination, i, transfer.loops, conversion});
     boxes.bytes += box::volume(transfer.loops);
   }
   return boxes;
@@ -42,20 +46,19 @@ Boxes boxes_of(const Program& program, int32_t wave) {
 // What all waves of a run have in common.
 struct Run {
   Run(const Layouts& layouts, const Options& options, const CudaTargets& targets)
-      : limits(limits_of(options, layouts.requests_at_once())),
+      : limits(limits_of(options, layouts.access())),
         cuda(targets),
         recorder(options.recorder.get()),
-        policies(policies_for(layouts.sources, limits.block_bytes, limits.block_bytes)) {
-    // What is copied from a mapping needs no bounce buffer, and if it is read after all neither does a contiguous box.
-    for (Policy& policy : policies) {
-      policy.mapped = policy.mapped && options.mapped;
-      if (policy.mapped) policy.run_bytes = std::max(policy.run_bytes, options.block_bytes);
-    }
+        policies(policies_for(layouts.sources, limits, options.mapped)) {
     if (cuda.ring == nullptr) return;
     const int64_t block = cuda.ring->block_bytes();
-    slot_policies = policies_for(layouts.sources, std::min(block, limits.block_bytes), block);
-    // A read into pinned memory was measured to be faster.
-    for (Policy& policy : slot_policies) policy.mapped = false;
+    slot_policies = policies;
+    for (Policy& policy : slot_policies) {
+      policy.block_bytes = std::min(policy.block_bytes, block);
+      policy.run_bytes = block;
+      policy.fills_blocks = false;  // a slot is filled, in whatever blocks
+      policy.mapped = false;        // a read into pinned memory was measured to be faster
+    }
   }
 
   const Limits limits;
@@ -68,10 +71,13 @@ struct Run {
 // A wave of a program, as tasks: slots on their way to devices first, then boxes for the host.
 class Wave {
  public:
-  Wave(const Program& program, int32_t wave, Run& run) : run_(run), reader_(program, run.policies) {
-    const Boxes boxes = boxes_of(program, wave);
+  Wave(const Program& program, int32_t wave, Run& run)
+      : run_(run),
+        reader_(program.layouts(), run.policies, [&program](size_t item) { return program.items()[item].record; }) {
+    Boxes boxes = boxes_of(program, wave);
     bytes_ = boxes.bytes;
-    host_ = join_pieces(split_boxes(boxes.host, run.policies), run.policies);
+    converted_ = boxes.converted;
+    host_ = join_pieces(split_boxes(std::move(boxes.host), run.policies), run.policies);
     if (boxes.devices.empty()) return;
     cuda::PinnedRing* ring = run.cuda.ring;
     if (ring == nullptr) throw std::invalid_argument("boxes for a GPU need a pinned ring");
@@ -86,6 +92,7 @@ class Wave {
   }
 
   int64_t bytes() const { return bytes_; }
+  int64_t converted() const { return converted_; }
   size_t tasks() const { return slots_.size() + host_.tasks.size(); }
 
   void work(size_t task, Worker& worker) {
@@ -133,6 +140,7 @@ class Wave {
   Run& run_;
   Reader reader_;
   int64_t bytes_ = 0;
+  int64_t converted_ = 0;
   std::vector<SlotTask> slots_;
   std::map<int, cuda::Device*> devices_;
   Schedule host_;
@@ -145,10 +153,12 @@ Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const
   io::IoCounters counters = options.counters();
   Stats stats;
   Groups groups;
-  groups.at_once = kWavesAtOnce;
   for (const auto& wave : waves) {
+    const size_t number = groups.tasks.size();
+    groups.after.push_back(number < kWavesAtOnce ? 0 : number + 1 - kWavesAtOnce);
     groups.tasks.push_back(wave->tasks());
     stats.bytes_placed += wave->bytes();
+    stats.converted_items += wave->converted();
   }
   groups.finish = [&](size_t index) {
     waves[index]->end();

@@ -16,8 +16,9 @@ struct Stats {
   int64_t requests = 0;
   int64_t bytes_read = 0;
   int64_t bytes_placed = 0;
-  int64_t bytes_mapped = 0;  // of those that were read
-  int unmapped = 0;          // of io::IoCounters
+  int64_t bytes_mapped = 0;     // of those that were read
+  int unmapped = 0;             // of io::IoCounters
+  int64_t converted_items = 0;  // to another dtype on their way
 };
 
 // What a load to GPUs needs. It may be empty if no box goes to one.

@@ -49,7 +49,7 @@ void probe_files(Layouts& layouts, const std::vector<size_t>& order, const Optio
     end = i + 1;
   }
   io::IoCounters unused;
-  run_parallel(ranges.size(), limits_of(options, 1).threads, unused, interrupted, [&](size_t file, Worker&) {
+  run_parallel(ranges.size(), limits_of(options, {}).threads, unused, interrupted, [&](size_t file, Worker&) {
     const auto [begin, end] = ranges[file];
     if (begin == end) return;
     size_t checked = begin;
@@ -192,10 +192,13 @@ void Layouts::attribute(Error& error, size_t record) const {
   error.length = where.length;
 }
 
-int Layouts::requests_at_once() const {
-  int most = 1;
-  for (const auto& source : sources) most = std::max(most, source->access().requests_at_once);
-  return most;
+io::Access Layouts::access() const {
+  io::Access all;
+  for (const auto& source : sources) {
+    all.block_bytes = std::max(all.block_bytes, source->access().block_bytes);
+    all.requests_at_once = std::max(all.requests_at_once, source->access().requests_at_once);
+  }
+  return all;
 }
 
 Layouts read_layouts(io::ByteSources sources, std::vector<Record> records, const Options& options,
@@ -215,8 +218,8 @@ Layouts read_layouts(io::ByteSources sources, std::vector<Record> records, const
     return std::tie(x.file, x.offset, x.length) < std::tie(y.file, y.offset, y.length);
   });
   probe_files(layouts, order, options, interrupted);
-  const Limits limits = limits_of(options, layouts.requests_at_once());
-  const std::vector<Policy> policies = policies_for(layouts.sources, limits.block_bytes, limits.block_bytes);
+  const Limits limits = limits_of(options, layouts.access());
+  const std::vector<Policy> policies = policies_for(layouts.sources, limits, false);
   std::vector<Window> windows = make_windows(layouts, order, policies);
   std::vector<Task> tasks = join_windows(layouts, windows, policies);
   LayoutReader reader(layouts, std::move(windows), std::move(tasks));

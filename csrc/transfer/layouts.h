@@ -27,8 +27,8 @@ struct Layouts {
   int64_t requests = 0;
   int64_t bytes = 0;
 
-  // How many requests must be under way at once to keep each of the sources busy.
-  int requests_at_once() const;
+  // How all sources together are best asked: as each of them wants at least.
+  io::Access access() const;
 
   // Adds to an error which record it concerns, and where that is stored, unless the error tells.
   void attribute(Error& error, size_t record) const;

@@ -18,10 +18,15 @@ int reader_threads(int wanted, int requests_at_once) {
   return std::max(std::min(usable_cores(), kMaxDefaultThreads), requests_at_once);
 }
 
-Limits limits_of(const Options& options, int requests_at_once) {
+int64_t Limits::block_of(const io::Access& access) const {
+  return source_decides ? std::clamp(access.block_bytes, kMinBlock, block_bytes) : block_bytes;
+}
+
+Limits limits_of(const Options& options, const io::Access& access) {
   Limits limits;
-  limits.threads = reader_threads(options.threads, requests_at_once);
-  limits.block_bytes = std::max(options.block_bytes, kMinBlock);
+  limits.source_decides = options.block_bytes <= 0;
+  limits.threads = reader_threads(options.threads, access.requests_at_once);
+  limits.block_bytes = std::max(limits.source_decides ? access.block_bytes : options.block_bytes, kMinBlock);
   const int64_t share = std::max<int64_t>(options.staging_bytes, 0) / limits.threads - kSlack;
   limits.block_bytes = std::max(kMinBlock, std::min(limits.block_bytes, share));
   const int64_t affordable = std::max<int64_t>(options.staging_bytes, 0) / (limits.block_bytes + kSlack);

@@ -12,7 +12,7 @@ namespace dcp_fast::transfer {
 
 struct Options {
   int threads = 0;                            // 0: as reader_threads says
-  int64_t block_bytes = 4 << 20;              // the most that one request reads
+  int64_t block_bytes = 0;                    // the most that one request reads; 0: as each byte source asks
   int64_t staging_bytes = 32 << 20;           // the most that the bounce buffers of all threads take together
   bool mapped = true;                         // false: what is read is used soon, and should stay in the cache
   std::shared_ptr<io::ReadClock> read_clock;  // of the whole load, whose stages and batches may overlap; may be null
@@ -30,8 +30,14 @@ int reader_threads(int wanted, int requests_at_once);
 // thread with the smallest block takes more.
 struct Limits {
   int threads = 1;
-  int64_t block_bytes = 0;
+  int64_t block_bytes = 0;  // of the largest requests
+
+  // The most that one request reads of a source. It is less than `block_bytes` where the source asks for less.
+  int64_t block_of(const io::Access& access) const;
+
+  bool source_decides = false;  // of how large blocks are, within the limits
 };
-Limits limits_of(const Options& options, int requests_at_once);
+// `access`: of the source, or of all sources together.
+Limits limits_of(const Options& options, const io::Access& access);
 
 }  // namespace dcp_fast::transfer

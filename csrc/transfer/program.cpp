@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -54,6 +55,18 @@ bool overlaps_itself(const std::vector<int64_t>& sizes, const std::vector<int64_
   return !box::source_is_disjoint(box::collapse(sizes, strides, strides, 1));
 }
 
+// Whether the innermost loop of torch's copy_ finds elements side by side. torch's loops are in the order of the
+// destination; a tensor of no dimensions is copied in a way of its own.
+bool is_inner_contiguous(const std::vector<int64_t>& sizes, const std::vector<int64_t>& source_strides,
+                         const std::vector<int64_t>& destination_strides) {
+  std::optional<size_t> inner;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    if (sizes[dim] > 1 && (!inner || destination_strides[dim] < destination_strides[*inner])) inner = dim;
+  }
+  if (!inner) return !sizes.empty();
+  return source_strides[*inner] == 1 && destination_strides[*inner] == 1;
+}
+
 }  // namespace
 
 Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vector<Destination>& destinations)
@@ -87,8 +100,8 @@ Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vec
     const Destination& destination = destinations[item.destination];
     Write write;
     if (std::find(item.lengths.begin(), item.lengths.end(), 0) == item.lengths.end() && destination.data != nullptr) {
-      const int64_t itemsize =
-          destination.dtype == checkpoint::kUnknownDType ? 16 : checkpoint::info(destination.dtype).itemsize;
+      const bool known = destination.dtype != checkpoint::kUnknownDType;
+      const int64_t itemsize = known ? checkpoint::info(destination.dtype).itemsize : destination.itemsize;
       write.begin = reinterpret_cast<uint64_t>(destination.data) +
                     static_cast<uint64_t>(element_offset(item.destination_offsets, destination.strides) * itemsize);
       int64_t last = 0;
@@ -133,17 +146,26 @@ void Program::prepare(size_t index, const Destination& destination) {
     return;
   }
   bytes_needed_ += std::accumulate(item.lengths.begin(), item.lengths.end(), itemsize, std::multiplies<>());
-  if (destination.device == kElsewhere || destination.dtype != layout.dtype ||
+  const bool same_dtype = destination.dtype == layout.dtype;
+  if (!same_dtype && destination.device == kHost) {
+    const bool inner_contiguous = is_inner_contiguous(item.lengths, layout.strides, destination.strides);
+    transfer.conversion = copy::find_conversion(layout.dtype, destination.dtype, inner_contiguous);
+  }
+  if (destination.device == kElsewhere || !(same_dtype || transfer.conversion) ||
       overlaps_itself(item.lengths, destination.strides)) {
     transfer.kind = Transfer::Kind::kConverted;
     return;
   }
-  box::Loops loops = box::collapse(item.lengths, layout.strides, destination.strides, itemsize);
+  const int64_t destination_itemsize = checkpoint::info(destination.dtype).itemsize;
+  box::Loops loops = transfer.conversion ? box::collapse_elements(item.lengths, layout.strides, destination.strides,
+                                                                  itemsize, destination_itemsize)
+                                         : box::collapse(item.lengths, layout.strides, destination.strides, itemsize);
   if (loops.empty()) return;
   transfer.source = layouts_.records[item.record].offset + layout.begin +
                     element_offset(item.storage_offsets, layout.strides) * itemsize;
   transfer.device = destination.device;
-  transfer.destination = destination.data + element_offset(item.destination_offsets, destination.strides) * itemsize;
+  transfer.destination =
+      destination.data + element_offset(item.destination_offsets, destination.strides) * destination_itemsize;
   transfer.loops = std::move(loops);
 }
 

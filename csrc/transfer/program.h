@@ -4,10 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "box/box.h"
 #include "checkpoint/dtype.h"
+#include "copy/convert.h"
 #include "transfer/layouts.h"
 
 namespace dcp_fast::transfer {
@@ -21,6 +23,7 @@ struct Destination {
   std::byte* data = nullptr;  // an address on the device, if it lies on one
   int device = kElsewhere;
   checkpoint::DType dtype = checkpoint::kUnknownDType;
+  int64_t itemsize = 0;  // bytes of an element, which `dtype` does not tell if it is unknown
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides;  // elements
 };
@@ -36,8 +39,9 @@ struct Item {
 
 struct Transfer {
   enum class Kind {
-    kDirect,     // the engine copies it
-    kConverted,  // read natively, then placed by torch: another dtype, elsewhere, or a destination that overlaps itself
+    kDirect,     // the engine copies it, and converts it if it knows how
+    kConverted,  // read natively, then placed by torch: a rare pair of dtypes, a dtype other than the stored one on a
+                 // GPU, elsewhere, or a destination that overlaps itself
     kFallback,   // torch.load must read the record
   };
   Kind kind = Kind::kDirect;
@@ -45,7 +49,8 @@ struct Transfer {
   int64_t source = 0;  // kDirect: the box's first byte in its file
   int device = kHost;
   std::byte* destination = nullptr;
-  box::Loops loops;  // kDirect; empty if the box is
+  box::Loops loops;                            // kDirect; empty if the box is
+  std::optional<copy::Conversion> conversion;  // kDirect: if the destination has another dtype than what is stored
 };
 
 class Program {

@@ -16,6 +16,7 @@ constexpr int64_t kMinScatteredRun = 64;
 
 bool all_scatter(const Piece* begin, const Piece* end) {
   for (const Piece* piece = begin; piece != end; ++piece) {
+    if (piece->conversion != nullptr) return false;
     if (piece->loops.size() > 1 && piece->loops.back().size < kMinScatteredRun) return false;
   }
   return true;
@@ -48,6 +49,15 @@ class ScatterList {
   int64_t end_;
 };
 
+// Copies or converts a piece from where its first byte lies in memory.
+void place(const Piece& piece, const std::byte* data) {
+  if (piece.conversion != nullptr) {
+    copy::convert_box(*piece.conversion, piece.destination, data, piece.loops.data(), piece.loops.size());
+  } else {
+    box::copy(piece.destination, data, piece.loops.data(), piece.loops.size());
+  }
+}
+
 // A mapping takes some microseconds to make, to fill and to undo. From so many bytes on that is less than what it
 // saves.
 constexpr int64_t kMinMapped = 256 << 10;
@@ -56,7 +66,10 @@ io::MemoryRange destination_of(const Piece* pieces, const Piece* end) {
   io::MemoryRange range{pieces->destination, pieces->destination};
   for (const Piece* piece = pieces; piece != end; ++piece) {
     range.begin = std::min<const std::byte*>(range.begin, piece->destination);
-    range.end = std::max<const std::byte*>(range.end, piece->destination + box::destination_span(piece->loops));
+    int64_t span = box::destination_span(piece->loops);
+    // The last loop is over the bytes of an element on the source side.
+    if (piece->conversion != nullptr) span += piece->conversion->to_bytes - piece->conversion->from_bytes;
+    range.end = std::max<const std::byte*>(range.end, piece->destination + span);
   }
   return range;
 }
@@ -72,7 +85,7 @@ bool copy_mapped(const Policy& policy, const io::ByteSource& source, Worker& wor
   for (const Piece* piece = pieces; piece != end; ++piece) needed += box::volume(piece->loops);
   const auto copy = [=](const std::byte* data) {
     for (const Piece* piece = pieces; piece != end; ++piece) {
-      box::copy(piece->destination, data + (piece->source - begin), piece->loops.data(), piece->loops.size());
+      place(*piece, data + (piece->source - begin));
     }
   };
   return source.copy_mapped(
@@ -101,10 +114,13 @@ void read_through(const Policy& policy, const io::ByteSource& source, Worker& wo
   const Piece& last = *(end - 1);
   const int64_t size = last.source + box::source_span(last.loops) - begin;
   const std::byte* data = source.view(worker.buffer, static_cast<size_t>(size), begin, *worker.counters);
-  trace::Span slice(worker.counters->recorder, "slice");
-  for (const Piece* piece = pieces; piece != end; ++piece) {
-    slice.add_bytes(box::volume(piece->loops));
-    box::copy(piece->destination, data + (piece->source - begin), piece->loops.data(), piece->loops.size());
+  for (const Piece* piece = pieces; piece != end;) {
+    const bool converts = piece->conversion != nullptr;
+    trace::Span span(worker.counters->recorder, converts ? "convert" : "slice");
+    for (; piece != end && (piece->conversion != nullptr) == converts; ++piece) {
+      span.add_bytes(box::volume(piece->loops));
+      place(*piece, data + (piece->source - begin));
+    }
   }
 }
 
@@ -112,6 +128,7 @@ void read_through(const Policy& policy, const io::ByteSource& source, Worker& wo
 void read_runs(const Policy& policy, const io::ByteSource& source, Worker& worker, const Piece& piece) {
   const box::Dim& outer = piece.loops[0];
   if (piece.loops.size() == 1) {
+    if (piece.conversion != nullptr) return read_through(policy, source, worker, &piece, 1);
     if (copy_mapped(policy, source, worker, &piece, 1)) return;
     source.read_exactly(piece.destination, static_cast<size_t>(outer.size), piece.source, *worker.counters);
     return;
@@ -137,7 +154,7 @@ void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
   const Piece* piece = &schedule.pieces[task.first];
   try {
     with_memory_errors([&] {
-      const io::ByteSource& source = worker.open(*program_.layouts().sources[task.range.file]);
+      const io::ByteSource& source = worker.open(*layouts_.sources[task.range.file]);
       const Policy& policy = policies_[task.range.file];
       if (task.count > 1 || policy.reads_through(piece->loops, 0)) {
         read_through(policy, source, worker, piece, task.count);
@@ -155,7 +172,7 @@ void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
 
 void Reader::attribute(Error& error, size_t item) const {
   error.item = static_cast<int64_t>(item);
-  program_.layouts().attribute(error, program_.items()[item].record);
+  layouts_.attribute(error, record_of_(item));
 }
 
 }  // namespace dcp_fast::transfer

@@ -1,10 +1,13 @@
 // Carries out the tasks of a schedule: reads, slices, and places on host memory.
 #pragma once
 
+#include <cstddef>
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "error.h"
-#include "transfer/program.h"
+#include "transfer/layouts.h"
 #include "transfer/schedule.h"
 #include "transfer/workers.h"
 
@@ -12,8 +15,10 @@ namespace dcp_fast::transfer {
 
 class Reader {
  public:
-  // `policies`: one for each file. Both must outlive the reader.
-  Reader(const Program& program, const std::vector<Policy>& policies) : program_(program), policies_(policies) {}
+  // `policies`: one for each file. `record_of(item)`: what an item of a piece is a part of. All must outlive the
+  // reader.
+  Reader(const Layouts& layouts, const std::vector<Policy>& policies, std::function<size_t(size_t)> record_of)
+      : layouts_(layouts), policies_(policies), record_of_(std::move(record_of)) {}
 
   // Thread-safe. Throws Error with `record` and `item` set where they are known.
   void run(const Schedule& schedule, const Task& task, Worker& worker);
@@ -22,8 +27,9 @@ class Reader {
   void attribute(Error& error, size_t item) const;
 
  private:
-  const Program& program_;
+  const Layouts& layouts_;
   const std::vector<Policy>& policies_;
+  const std::function<size_t(size_t)> record_of_;
 };
 
 }  // namespace dcp_fast::transfer

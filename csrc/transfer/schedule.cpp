@@ -11,6 +11,8 @@ namespace {
 using box::Dim;
 using box::Loops;
 
+constexpr int64_t kConvertedBytes = 1 << 20;
+
 bool is_one_request(const Policy& policy, const Loops& loops, size_t level) {
   return level + 1 == loops.size() || policy.reads_through(loops, level);
 }
@@ -27,11 +29,44 @@ class Splitter {
  public:
   Splitter(const Policy& policy, std::vector<Piece>& pieces) : policy_(policy), pieces_(pieces) {}
 
+  // `block`: what a request brings so far, which the next one of the same file may be joined to.
+  void split(const Piece& piece, Range& block) {
+    const bool contiguous = piece.loops.size() == 1;
+    if (contiguous && policy_.fills_blocks && piece.conversion == nullptr) {
+      fill(piece, block);
+    } else {
+      split(piece);
+      block = {};
+    }
+  }
+
+ private:
+  void fill(Piece piece, Range& block) {
+    const int64_t least = policy_.block_bytes / 8;  // that a box is cut for
+    for (int64_t left = piece.loops[0].size; left > 0;) {
+      int64_t room = policy_.block_bytes - (piece.source - block.begin);
+      const int64_t gap = piece.source - block.end;
+      if (piece.file != block.file || gap < 0 || gap > policy_.request_cost || room < std::min(left, least)) {
+        block = {piece.file, piece.source, piece.source};
+        room = policy_.block_bytes;
+      }
+      const int64_t size = std::min(left, room);
+      piece.loops[0].size = size;
+      pieces_.push_back(piece);
+      piece.source += size;
+      piece.destination += size;
+      block.end = piece.source;
+      left -= size;
+    }
+  }
+
   void split(const Piece& piece) {
     if (piece.loops.empty()) return;
     const Dim outer = piece.loops[0];
     const bool contiguous = piece.loops.size() == 1;
-    const int64_t most = contiguous ? policy_.run_bytes : policy_.block_bytes;
+    const int64_t most = piece.conversion != nullptr ? policy_.converted_bytes
+                         : contiguous                ? policy_.run_bytes
+                                                     : policy_.block_bytes;
     if (read_cost(policy_, piece.loops, 0) <= most) {
       pieces_.push_back(piece);
       return;
@@ -53,7 +88,6 @@ class Splitter {
     }
   }
 
- private:
   const Policy& policy_;
   std::vector<Piece>& pieces_;
 };
@@ -68,21 +102,30 @@ bool Policy::reads_through(const Loops& loops, size_t level) const {
   return true;
 }
 
-std::vector<Policy> policies_for(const io::ByteSources& sources, int64_t block_bytes, int64_t run_bytes) {
+std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& limits, bool mapped) {
   std::vector<Policy> policies;
   policies.reserve(sources.size());
   for (const auto& source : sources) {
     const io::Access& access = source->access();
-    policies.push_back({access.request_cost, block_bytes, access.whole_pages, run_bytes, access.mapped});
+    const int64_t block = limits.block_of(access);
+    // Where bytes come from the page cache, they are converted before they leave the processor's own cache.
+    const int64_t converted = access.whole_pages ? block : std::min(block, kConvertedBytes);
+    policies.push_back({access.request_cost, block, access.whole_pages, block, access.whole_pages, converted,
+                        mapped && access.mapped});
   }
   return policies;
 }
 
-std::vector<Piece> split_boxes(const std::vector<Piece>& boxes, const std::vector<Policy>& policies) {
+std::vector<Piece> split_boxes(std::vector<Piece> boxes, const std::vector<Policy>& policies) {
+  const auto ascend = [](std::vector<Piece>& all) {
+    std::sort(all.begin(), all.end(),
+              [](const Piece& a, const Piece& b) { return std::tie(a.file, a.source) < std::tie(b.file, b.source); });
+  };
+  ascend(boxes);
   std::vector<Piece> pieces;
-  for (const Piece& box : boxes) Splitter(policies[box.file], pieces).split(box);
-  std::sort(pieces.begin(), pieces.end(),
-            [](const Piece& a, const Piece& b) { return std::tie(a.file, a.source) < std::tie(b.file, b.source); });
+  Range block;
+  for (const Piece& box : boxes) Splitter(policies[box.file], pieces).split(box, block);
+  ascend(pieces);
   return pieces;
 }
 

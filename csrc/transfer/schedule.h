@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "box/box.h"
+#include "copy/convert.h"
 #include "io/byte_source.h"
+#include "transfer/options.h"
 
 namespace dcp_fast::transfer {
 
@@ -18,6 +20,7 @@ struct Piece {
   std::byte* destination = nullptr;
   size_t item = 0;  // for error messages
   box::Loops loops;
+  const copy::Conversion* conversion = nullptr;  // of a destination of another dtype; else the bytes are copied
   bool owns_pages = false;  // the rest of the pages that its destination touches may be overwritten
 };
 
@@ -50,13 +53,19 @@ struct Policy {
   // The most that one request reads of a contiguous box. This may be more than a block, as for slots: where many
   // threads share the bounce buffers, blocks are small, but contiguous boxes need none.
   int64_t run_bytes = 0;
+  // Contiguous boxes are cut where a block is full, so that neighbours share blocks and few requests are small. Else
+  // each box is cut on its own.
+  bool fills_blocks = false;
+  // The most that one request reads of a box that is converted.
+  int64_t converted_bytes = 0;
   bool mapped = false;  // of io::Access: what lies close together is copied from a mapping, if it is much
 
   // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;
 };
 
-std::vector<Policy> policies_for(const io::ByteSources& sources, int64_t block_bytes, int64_t run_bytes);
+// Not `mapped`: what is read is used soon, and should stay in the processor's cache.
+std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& limits, bool mapped);
 
 // Makes tasks of items that ascend by file and begin, in the same order. `range_of(item)` is what an item needs. An
 // item joins the task before it if the gap costs less than a request, all together fit into a block, and `joins(range
@@ -84,7 +93,7 @@ std::vector<Task> join_neighbours(size_t items, const std::vector<Policy>& polic
 }
 
 // Splits boxes into pieces of at most a block, which ascend by file and offset.
-std::vector<Piece> split_boxes(const std::vector<Piece>& boxes, const std::vector<Policy>& policies);
+std::vector<Piece> split_boxes(std::vector<Piece> boxes, const std::vector<Policy>& policies);
 
 // Makes tasks of such pieces, in the same order: small neighbours share one.
 Schedule join_pieces(std::vector<Piece> pieces, const std::vector<Policy>& policies);

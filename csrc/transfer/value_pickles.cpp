@@ -25,8 +25,8 @@ ValuePickles read_value_pickles(const Layouts& layouts, const std::vector<size_t
     const Record& y = layouts.records[records[b]];
     return std::tie(x.file, x.offset, a) < std::tie(y.file, y.offset, b);
   });
-  const Limits limits = limits_of(options, layouts.requests_at_once());
-  const std::vector<Policy> policies = policies_for(layouts.sources, limits.block_bytes, limits.block_bytes);
+  const Limits limits = limits_of(options, layouts.access());
+  const std::vector<Policy> policies = policies_for(layouts.sources, limits, false);
   const std::vector<Task> tasks = join_neighbours(
       order.size(), policies,
       [&](size_t i) {

@@ -104,9 +104,9 @@ class Pool {
 
   // Waits until a group may begin. False if the work is cancelled.
   bool wait_for_turn(size_t group) {
-    if (group < groups_.at_once) return true;
+    if (groups_.after[group] == 0) return true;
     std::unique_lock<std::mutex> lock(mutex_);
-    begin_.wait(lock, [&] { return group < finished_ + groups_.at_once || cancelled_; });
+    begin_.wait(lock, [&] { return finished_ >= groups_.after[group] || cancelled_; });
     return !cancelled_;
   }
 
@@ -176,7 +176,7 @@ void run_parallel(const Groups& groups, int threads, io::IoCounters& counters, c
 
 void run_parallel(size_t tasks, int threads, io::IoCounters& counters, const std::function<bool()>& interrupted,
                   const std::function<void(size_t, Worker&)>& body) {
-  run_parallel(Groups{{tasks}, 1, {}}, threads, counters, interrupted,
+  run_parallel(Groups{{tasks}, {0}, {}}, threads, counters, interrupted,
                [&body](size_t, size_t task, Worker& worker) { body(task, worker); });
 }
 

@@ -37,7 +37,7 @@ struct Worker {
 // Tasks in groups, each of which is finished as a whole.
 struct Groups {
   std::vector<size_t> tasks;           // how many each group has
-  size_t at_once = 1;                  // a group begins when the one that is so many before it has been finished
+  std::vector<size_t> after;           // how many groups before each must have been finished when it begins
   std::function<void(size_t)> finish;  // called with a group on the calling thread, in order, when its tasks are done
 };
 

@@ -31,7 +31,7 @@ class Source(Protocol):
     @property
     def columns(self) -> _native.MetadataColumns | None: ...
 
-    keys_are_cheap: bool  # whether going through the keys makes less than going through the values
+    keys_are_cheap: bool  # whether the keys can be listed without making an object for each value
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]:

@@ -19,14 +19,14 @@ Item = TypeVar("Item")
 
 
 class LazyDict(dict[Key, Item]):
-    """A dict to all code but such as reads the insides of dicts in C, without asking the class.
+    """A dict, except to C code that reads a dict's memory without asking the class.
 
     A value that was made is kept, so that it is the same object each time, and may be changed. What goes through all
     values, or changes which keys there are, makes them all; from then on it is a dict like any other. Pickled or
     copied, it becomes a plain dict, which needs no dcp_fast to be read.
     """
 
-    # The dict that this is holds the values that were made so far, in any order, until it holds all of them.
+    # The underlying dict holds the values that were made so far, in any order, until it holds all of them.
     __slots__ = ("_lock", "_source")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

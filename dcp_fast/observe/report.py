@@ -39,11 +39,12 @@ class LoadReport:
         mapping_fallback_reason: why some were read instead, although they were to be copied from a mapping; empty if
             none were.
         requests: read calls that fetched them, and copies from mappings.
-        records: stored entries that were touched.
+        records: how many records the plan needs.
         fallback_records: how many of those torch.load had to read.
         device_fallback_items: boxes for GPUs that torch's ``copy_`` brought there, from memory that is not pinned, as
             the driver refused what it takes to do better; device_fallback_reason: what that was.
-        staged_items: boxes that passed through staging to be placed by torch (another dtype or device).
+        staged_items: boxes that were converted to another dtype, or that passed through staging to be placed by torch
+            (another device, or a dtype that the engine does not convert).
         bytes_to_device: bytes that were copied from the host to GPUs, descriptors of boxes included.
         device_copies: how many copies brought them there.
         launches: of the kernel that places boxes on a GPU.
@@ -211,7 +212,7 @@ _logged_reasons: set[str] = set()
 
 
 def last_report() -> LoadReport | None:
-    """The report of the load that began last in this process, also of one that failed; None before the first."""
+    """The report of the load that began or ended last in this process, even if it failed; None before the first."""
     return _last
 
 

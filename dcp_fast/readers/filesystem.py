@@ -22,7 +22,7 @@ from dcp_fast.planning.hooks import why_planner_is_slow
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.readers.proof import LocalFiles, class_name, is_torchs_file_system, local_files
 from dcp_fast.this_load import option
-from dcp_fast.transfer.gpu import DEFAULT_BLOCK_BYTES, CudaLoad, StagingLimits
+from dcp_fast.transfer.gpu import CudaLoad, StagingLimits
 from dcp_fast.transfer.plan_transfer import PlanTransfer
 from dcp_fast.transfer.records import Records
 
@@ -47,9 +47,12 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         _extension_registry: as torch's, for stream transforms.
         threads: reader threads. By default one for each core that this process may use, by its affinity and control
             groups and divided by LOCAL_WORLD_SIZE; at most 16, and at least 4 where storage is read directly.
-        block_bytes: the most that one request reads. At least 64 KiB.
-        staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. A single
-            record that only ``torch.load`` can read takes its own size on top.
+        block_bytes: the most that one request reads. At least 64 KiB. By default 4 MiB through the page cache, 16 MiB
+            past it on the way to host memory, and 4 MiB on the way to GPUs. It is less where the threads together would
+            need more than ``staging_bytes``.
+        staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. Records
+            that only ``torch.load`` can read are read ahead into as much again; one of them, while it is unpickled,
+            takes its own size on top.
         pinned_bytes: host memory that copies to GPUs come from; only used if a destination lies on one, and kept for
             the next load until :func:`dcp_fast.release_staging`. At least 1 MiB; by default two blocks for each thread,
             and 64 MiB at least.
@@ -82,7 +85,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         _extension_registry: ExtensionRegistry | None = None,
         *,
         threads: int | None = None,
-        block_bytes: int = DEFAULT_BLOCK_BYTES,
+        block_bytes: int | None = None,
         staging_bytes: int = 32 << 20,
         pinned_bytes: int | None = None,
         device_staging_bytes: int | None = None,
@@ -117,7 +120,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``.
 
-        Its dicts make their values when they are asked for; see :class:`dcp_fast.metadata.LazyDict`.
+        Its dicts make their values when they are asked for; see :class:`dcp_fast.metadata.lazy.LazyDict`.
 
         Raises:
             OSError: as the file system does.
@@ -127,11 +130,9 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         with self.metadata_stage():
             return read_metadata_of(super().read_metadata, self, *args, **kwargs)
 
-    # A rank that receives the metadata from another one goes through this stage as well: see ranks/shared_metadata.py.
-
     @contextmanager
     def metadata_stage(self, received: bool = False) -> Iterator[None]:
-        """What happens within is a stage of the load.
+        """What happens within is a stage of the load, also on a rank that gets the metadata from another one.
 
         Args:
             received: whether another rank read the file and sent its bytes here.
@@ -207,8 +208,8 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
     def _read_natively(self, files: LocalFiles, plan: LoadPlan, planner: LoadPlanner, report: LoadReport) -> None:
         options = _native.Options(
             threads=self.threads or 0,
-            block_bytes=self.block_bytes,
-            staging_bytes=self.staging_bytes // 2,
+            block_bytes=self.block_bytes or 0,
+            staging_bytes=self.staging_bytes,
             mode=_MODES[self.io],
             recorder=None if report.timeline is None else report.timeline.recorder,
         )

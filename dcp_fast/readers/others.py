@@ -53,7 +53,7 @@ def fast_twin(reader: Any) -> FileSystemReader | str:
 
 
 def read_plan(reader: StorageReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-    """A reader's ``read_data``, or what comes to the same."""
+    """A reader's ``read_data``, by the engine where that gives the same."""
     if has_torchs_read_data(reader):
         return read_data_like_torch(reader.read_data, reader, plan, planner)
     if method_of(reader, "read_data") is FileSystemReader.read_data:
@@ -121,7 +121,7 @@ def accelerate(reader: Reader) -> Reader:
 def accelerated_read_data(
     own: Callable[..., Future[None]], reader: StorageReader, plan: LoadPlan, planner: LoadPlanner
 ) -> Future[None]:
-    """The same, once. ``own``: the reader's own method."""
+    """One ``read_data`` of an accelerated reader. ``own``: the reader's own method."""
     return _read_by(_twin_of_records(reader, plan, planner), own, reader, plan, planner)
 
 
@@ -172,14 +172,16 @@ def _doubt(info: Any) -> str:
 
 
 def _unknown_entry(root: str, infos: Iterable[StorageInfo]) -> str:
+    offsets: dict[str, list[int]] = {}
     for info in infos:
+        offsets.setdefault(info.relative_path, []).append(info.offset)
+    for name, of_file in offsets.items():
         try:
-            with open(os.path.join(root, info.relative_path), "rb") as file:
-                file.seek(info.offset)
-                begin = file.read(len(_ARCHIVE))
+            with open(os.path.join(root, name), "rb", buffering=0) as file:
+                begins = {os.pread(file.fileno(), len(_ARCHIVE), offset) for offset in of_file}
         except OSError as error:
             return f"a file of the checkpoint cannot be read: {error.strerror}"
-        if begin != _ARCHIVE:
+        if begins != {_ARCHIVE}:
             return "a bytes entry is stored in another way than by torch.save"
     return ""
 

@@ -116,7 +116,15 @@ class Batch:
         source = source.permute([order.index(dim) for dim in range(dims)])
         begin = [start + offset for start, offset in zip(box.storage_offsets, part.offsets, strict=True)]
         self._items += (box.record, len(self.copies), dims, *begin, *(0,) * dims, *lengths)
-        self._destinations += (source.data_ptr(), device, box.dtype_code, dims, *lengths, *source.stride())
+        self._destinations += (
+            source.data_ptr(),
+            device,
+            box.dtype_code,
+            box.dtype.itemsize,
+            dims,
+            *lengths,
+            *source.stride(),
+        )
         self.copies.append((narrow_tensor_by_index(box.target, part.offsets, lengths), source))
 
 

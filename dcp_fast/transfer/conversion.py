@@ -1,4 +1,6 @@
-"""Conversion: boxes that torch must place, because of their dtype or device, pass through memory of limited size.
+"""Conversion by torch: boxes that it must place, for their dtypes or device, pass through memory of limited size.
+
+The engine itself converts what goes to host memory, but for rare pairs of dtypes (csrc/copy/convert.h).
 
 The engine reads a batch of boxes (batches.py) into that memory, in the dtype in which they are stored. torch's
 ``copy_`` brings each of them from there to its target.
@@ -87,7 +89,7 @@ def _place_through_host(
     threads = layouts.threads(options) if on_host else 1
     capacity = max(min(_BATCH_BYTES, buffer_bytes // threads), _LEAST_BATCH_BYTES)
     batches = _Shared(batches_of(boxes, capacity))
-    of_batch = options.for_batch()
+    of_thread = options.share(threads, threads=1, mapped=False)
     inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own too: they get the caller's
     stats: list[_native.Stats] = []
 
@@ -97,7 +99,7 @@ def _place_through_host(
             buffer = _allocate(capacity, torch.device("cpu"))
             with torch.inference_mode(inference):
                 while (parts := batches.take()) is not None:
-                    stats.append(_place_batch(Batch(parts, buffer, HOST), layouts, of_batch))
+                    stats.append(_place_batch(Batch(parts, buffer, HOST), layouts, of_thread))
         except BaseException:
             batches.stop()
             raise

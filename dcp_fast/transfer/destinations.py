@@ -27,7 +27,8 @@ _ELSEWHERE = -2
 
 
 class Destinations:
-    """Tensors by index, each with a row for ``_native.Program``: address, device, dtype, dimensions, sizes, strides.
+    """Tensors by index, each with a row for ``_native.Program``: address, device, dtype, bytes of an element,
+    dimensions, sizes, strides.
 
     Sizes and strides are in elements.
 
@@ -55,7 +56,8 @@ class Destinations:
             strides = tensor.stride() if tensor.layout is _STRIDED else (0,) * len(sizes)
         if address == 0 and tensor.numel() > 0:
             self.all_have_addresses = False
-        self._column += (address, device, _CODES.get(tensor.dtype, _UNKNOWN), len(sizes), *sizes, *strides)
+        dtype = tensor.dtype
+        self._column += (address, device, _CODES.get(dtype, _UNKNOWN), dtype.itemsize, len(sizes), *sizes, *strides)
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 

@@ -34,8 +34,8 @@ __all__ = [
 
 logger = logging.getLogger("dcp_fast")
 
-DEFAULT_BLOCK_BYTES = 4 << 20
 MIN_STAGING_BYTES = 1 << 20  # slots of the smallest size that still overlap reading and copying
+_BLOCK_BYTES = 4 << 20  # by default
 _MIN_PINNED_BYTES = 64 << 20  # by default
 _MOST_BLOCK_BYTES = 8 << 20  # that the default ring has room for
 _SLOTS_PER_THREAD = 2  # one is filled while the other is copied
@@ -57,9 +57,10 @@ class StagingLimits:
 
     @classmethod
     def of(
-        cls, threads: int | None, block_bytes: int, pinned_bytes: int | None, device_staging_bytes: int | None
+        cls, threads: int | None, block_bytes: int | None, pinned_bytes: int | None, device_staging_bytes: int | None
     ) -> StagingLimits:
         """Limits where None stands for the default: two slots for each thread, and twice as much on a device."""
+        block_bytes = block_bytes or _BLOCK_BYTES
         if pinned_bytes is None:
             block_bytes = min(block_bytes, _MOST_BLOCK_BYTES)
             slot = block_bytes * 33 // 32  # with descriptors
@@ -96,7 +97,7 @@ def prepare_staging(
     devices: Iterable[int | torch.device] | None = None,
     *,
     threads: int | None = None,
-    block_bytes: int = DEFAULT_BLOCK_BYTES,
+    block_bytes: int | None = None,
     pinned_bytes: int | None = None,
     device_staging_bytes: int | None = None,
 ) -> None:
@@ -117,7 +118,7 @@ def prepare_staging(
     limits = StagingLimits.of(threads, block_bytes, pinned_bytes, device_staging_bytes)
     wanted = [torch.cuda.current_device()] if devices is None else [_ordinal(device) for device in devices]
     with typed_errors():
-        count = torch.cuda.device_count()  # about an ordinal that is too large staging.prepare raises
+        count = torch.cuda.device_count()  # staging.prepare raises for ordinals that are too large
         _native.require_not_capturing(_current_streams(device for device in wanted if device < count))
         staging = _lease(limits)
         try:

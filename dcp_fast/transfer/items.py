@@ -91,6 +91,10 @@ class RecordRows:
     def file_of(self, record: int) -> int:
         return self.rows[4 * record]
 
+    def place_of(self, record: int) -> tuple[int, int]:
+        """File and offset."""
+        return self.rows[4 * record], self.rows[4 * record + 1]
+
     def add(self, item: ReadItem, info: Any, all_fallback: bool) -> None:
         file = self._numbers.setdefault(info.relative_path, len(self._numbers))
         if info.transform_descriptors:

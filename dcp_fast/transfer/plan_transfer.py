@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch.autograd.graph import increment_version
@@ -22,6 +24,7 @@ from dcp_fast.transfer.batches import ConvertedBox
 from dcp_fast.transfer.conversion import place_converted
 from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
+from dcp_fast.transfer.fallback import place_fallback
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import BytesEntries, box_of, find_items
 from dcp_fast.transfer.records import Records
@@ -43,8 +46,9 @@ class PlanTransfer:
         plan: of this rank.
         planner: whose state dict is loaded.
         records: of the checkpoint.
-        options: for the native engine. It gets half of ``staging_bytes``; boxes that torch places get the other half.
-        staging_bytes: host memory that bytes may pass through.
+        options: for the native engine.
+        staging_bytes: host memory that bytes may pass through, as the options have it. The engine gets all of it for
+            boxes that it places in host memory, and half where torch places or reads, or a GPU is loaded to.
         cuda: brings bytes to destinations on GPUs.
         report: is filled in.
     """
@@ -62,6 +66,7 @@ class PlanTransfer:
         self.planner = planner
         self.records = records
         self.options = options
+        self.half = options.share(2)
         self.staging_bytes = staging_bytes
         self.report = report
         self.cuda = cuda
@@ -102,9 +107,9 @@ class PlanTransfer:
             if not destinations.all_have_addresses:
                 return False
 
-            def target(i: int) -> torch.Tensor:
+            def target(i: int, item: ReadItem) -> torch.Tensor:
                 tensor = destinations.tensors[numbers[i]].detach()
-                return narrow_tensor_by_index(tensor, items[i].dest_offsets, items[i].lengths)
+                return narrow_tensor_by_index(tensor, item.dest_offsets, item.lengths)
 
             self.cuda.keep(destinations.tensors)
             self._place(items, resolved.records, resolved.rows, destinations, target)
@@ -116,7 +121,9 @@ class PlanTransfer:
         """For planners with hooks: resolve and commit all items in torch's order."""
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()
-        windows = Windows(self.planner, self._place_window, self.staging_bytes)
+        # Tensors of the state dict are there anyway; a planner with hooks may have allocated others for the load.
+        most_bytes = sys.maxsize if has_default_hooks(self.planner) else self.staging_bytes
+        windows = Windows(self.planner, self._place_window, most_bytes)
         with self.report.stage("commit"):
             for item, record in items:
                 if item.type is _BYTE_IO:
@@ -143,11 +150,19 @@ class PlanTransfer:
                 dims = len(lengths)
                 rows.extend((placement.record, number, dims, *storage_offsets, *(0,) * dims, *lengths))
             if not destinations.all_have_addresses and len(placements) > 1:
-                for placement in placements:
-                    self._place_window([placement])
+                self._place_in_turn(placements)
                 return
             items, records = [p.item for p in placements], [p.record for p in placements]
-            self._place(items, records, rows, destinations, lambda i: placements[i].tensor)
+            self._place(items, records, rows, destinations, lambda i, _: placements[i].tensor)
+
+    def _place_in_turn(self, placements: Sequence[Placement]) -> None:
+        """Place one after another: any of them may share its memory with any other."""
+        for is_tensor, group in groupby(placements, lambda placement: self.layouts.is_tensor(placement.record)):
+            if is_tensor:
+                for placement in group:
+                    self._place_window([placement])
+            else:
+                self._place_fallback([(p.item, p.record, p.tensor) for p in group])
 
     def _place(
         self,
@@ -155,7 +170,7 @@ class PlanTransfer:
         records: Sequence[int],
         rows: Buffer,
         destinations: Destinations,
-        target: Callable[[int], torch.Tensor],
+        target: Callable[[int, ReadItem], torch.Tensor],
     ) -> None:
         report = self.report
         attempts_left = _MOST_DEVICES
@@ -185,22 +200,23 @@ class PlanTransfer:
         items: Sequence[ReadItem],
         records: Sequence[int],
         destinations: Destinations,
-        target: Callable[[int], torch.Tensor],
+        target: Callable[[int, ReadItem], torch.Tensor],
     ) -> None:
         try:
             for wave in range(program.waves):
                 if destinations.devices:
-                    stats = self.cuda.run(program, wave, self.options, destinations.devices)
+                    stats = self.cuda.run(program, wave, self.half, destinations.devices)
                 else:
                     stats = program.run(wave, self.options)
                 self._count(stats)
                 converted = [
-                    self._converted_box(items[i], records[i], *program.box(i), target(i))
-                    for i in program.converted(wave)
+                    self._converted_box(item, records[i], *program.box(i), target(i, item))
+                    for i, item in _pick(items, program.converted(wave))
                 ]
                 if converted:
                     self._place_converted(converted)
-                self._place_fallback([(items[i], records[i], target(i)) for i in program.fallback(wave)])
+                fallback = [(item, records[i], target(i, item)) for i, item in _pick(items, program.fallback(wave))]
+                self._place_fallback(sorted(fallback, key=lambda box: self.items.record_rows.place_of(box[1])))
         finally:
             # As copy_ does, so that autograd notices that tensors that were saved for backward have changed. Also after
             # an error, when nobody knows which of them were written.
@@ -221,26 +237,11 @@ class PlanTransfer:
             if (device := device_of(box.target)) is not None and served_device(box.target) is None:
                 self.report.device_fallback_items += 1
                 self.report.device_fallback_reason = refusals[device]
-        for stats in place_converted(boxes, self.layouts, self.options, self.staging_bytes // 2, self.cuda):
+        for stats in place_converted(boxes, self.layouts, self.half, self.staging_bytes // 2, self.cuda):
             self._count(stats)
 
-    def _place_fallback(self, placements: list[tuple[ReadItem, int, torch.Tensor]]) -> None:
-        """Place boxes of records that torch.load must read, each record once."""
-        loaded: tuple[int, torch.Tensor] | None = None
-        for item, record, target in sorted(placements, key=lambda placement: placement[1]):
-            if loaded is None or loaded[0] != record:
-                loaded = None  # before the next one is read: only one is ever in memory
-                loaded = (record, self.records.load_tensor(item))
-                self.report.fallback_records += 1
-            try:
-                source = narrow_tensor_by_index(loaded[1], item.storage_offsets, item.lengths)
-            except (RuntimeError, IndexError) as error:
-                raise self.records.error(SizeMismatchError, str(error), item) from error
-            if target.size() != source.size():
-                reason = f"req {item.storage_index} mismatch sizes {target.size()} vs {source.size()}"
-                raise self.records.error(SizeMismatchError, reason, item)
-            target.copy_(source)
-            self.report.bytes_needed += source.numel() * source.element_size()
+    def _place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
+        place_fallback(boxes, self.records, self.layouts, self.half, self.staging_bytes, self.report)
 
     def _load_all_bytes(self, entries: BytesEntries) -> None:
         """Plain values are read natively; all others are for the planner, one by one."""
@@ -274,3 +275,9 @@ class PlanTransfer:
         self.report.bytes_read += stats.bytes_read
         self.report.bytes_mapped += stats.bytes_mapped
         self.report.mapping_fallback_reason = stats.why_unmapped or self.report.mapping_fallback_reason
+        self.report.staged_items += stats.converted_items
+
+
+def _pick(items: Sequence[ReadItem], indices: Sequence[int]) -> Iterator[tuple[int, ReadItem]]:
+    """Items with their indices. Each is asked for once, as it may be made when it is."""
+    return ((i, items[i]) for i in indices)

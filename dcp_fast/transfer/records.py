@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
+from typing_extensions import Buffer
 
 from dcp_fast import _native
 from dcp_fast._torch import StorageInfo, StorageReaderTransforms
@@ -27,6 +28,7 @@ from dcp_fast.errors import (
 )
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
+from dcp_fast.transfer.archives import load_record
 
 __all__ = ["Records"]
 
@@ -77,10 +79,12 @@ class Records:
             ) from None
         self._report.requests += requests
         self._report.bytes_read += info.length
-        # Metadata of older versions of torch lacks the field.
-        descriptors = info.transform_descriptors or ()
+        return self._undo_transforms(item, io.BytesIO(raw))
+
+    def _undo_transforms(self, item: ReadItem, raw: io.BytesIO) -> io.BytesIO:
+        descriptors = self._transforms_of(item)
         try:
-            stream = self._transforms.transform_load_stream(item, descriptors, cast(IO[bytes], io.BytesIO(raw)))
+            stream = self._transforms.transform_load_stream(item, descriptors, cast(IO[bytes], raw))
         except ValueError as error:
             raise self.error(UnknownTransformError, str(error), item) from error
         if isinstance(stream, io.BytesIO):
@@ -92,18 +96,27 @@ class Records:
         except Exception as error:
             raise self.error(CorruptCheckpointError, f"cannot undo {list(descriptors)}: {error}", item) from error
 
-    def load_tensor(self, item: ReadItem) -> torch.Tensor:
-        """The whole stored tensor that an item is a box of, read by ``torch.load(weights_only=True)``.
+    def _transforms_of(self, item: ReadItem) -> Sequence[str]:
+        # Metadata of older versions of torch lacks the field.
+        return self.storage_data[item.storage_index].transform_descriptors or ()
+
+    def load_tensor(self, item: ReadItem, record: Buffer) -> torch.Tensor:
+        """The whole stored tensor that an item is a box of, as ``torch.load(weights_only=True)`` makes it.
+
+        Args:
+            item: of the record.
+            record: its bytes. They become those of the tensor.
 
         Raises:
-            LoadError: the record cannot be read, or holds no tensor.
+            LoadError: the bytes are no record, or hold no tensor.
         """
-        record = self.read(item)
+        if type(self._transforms) is not StorageReaderTransforms or self._transforms_of(item):
+            record = self._undo_transforms(item, io.BytesIO(record)).getbuffer()
         try:
             with span(self._options.recorder, "torch.load"):
-                tensor = torch.load(record, map_location="cpu", mmap=False, weights_only=True)
-        except LoadError:
-            raise
+                tensor = load_record(record)
+        except LoadError as error:
+            raise self.error(type(error), error.reason, item) from error.__cause__
         except Exception as error:
             raise self.error(*torch_load_error(error), item) from error
         if not isinstance(tensor, torch.Tensor):

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "archive_builder.h"
+#include "copy/convert.h"
 #include "io/file.h"
 #include "strided.h"
 #include "temp_dir.h"
@@ -71,15 +72,23 @@ struct CheckpointFiles {
   std::vector<Stored> stored;
 };
 
-// Element by element, as narrow and copy_ do it.
+// Element by element, as narrow and copy_ do it. Of two dtypes, the engine must know how to convert between them.
 inline void copy_item(const CheckpointFiles& files, const transfer::Item& item, const transfer::Destination& to) {
   const CheckpointFiles::Stored& from = files.stored[item.record];
   const int64_t size = itemsize(from.spec);
   const int64_t source_start = from.spec.storage_offset + dot(item.storage_offsets, from.spec.strides);
   const int64_t destination_start = dot(item.destination_offsets, to.strides);
+  const auto conversion = copy::find_conversion(from.spec.dtype, to.dtype, false);
+  const box::Dim element{size, 1, 1};
   for_each_index(item.lengths, [&](const Ints& index) {
-    std::memcpy(to.data + (destination_start + dot(index, to.strides)) * size,
-                from.storage.data() + (source_start + dot(index, from.spec.strides)) * size, static_cast<size_t>(size));
+    const char* source = from.storage.data() + (source_start + dot(index, from.spec.strides)) * size;
+    const int64_t position = destination_start + dot(index, to.strides);
+    if (conversion) {
+      copy::convert_box(*conversion, to.data + position * conversion->to_bytes,
+                        reinterpret_cast<const std::byte*>(source), &element, 1);
+    } else {
+      std::memcpy(to.data + position * size, source, static_cast<size_t>(size));
+    }
   });
 }
 

@@ -104,6 +104,9 @@ def _tensor_image(tensor: torch.Tensor, layout: bool) -> Any:
     inner = getattr(tensor, "wrapped", None)
     if inner is not None:  # a wrapper subclass of the tests
         return (*facts, _tensor_image(inner, layout))
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, context = tensor.__tensor_flatten__()
+        return (*facts, repr(context), [(name, image(getattr(tensor, name), layout)) for name in names])
     if tensor.device.type == "meta":
         return (*facts, tuple(tensor.stride()))
     if tensor.layout == torch.sparse_coo:

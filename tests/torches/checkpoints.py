@@ -143,7 +143,7 @@ def values(stored: bool) -> dict[str, Any]:
 
 
 def paths(stored: bool) -> dict[str, Any]:
-    """Their module has another name in Python 3.13."""
+    """Their classes are in a module of another name in Python 3.13."""
     return entries({"paths": INERT["Path"], "config": {"root": pathlib.Path("/data"), "steps": 3}}, stored)
 
 

@@ -41,12 +41,12 @@ def writer_of(folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def why_torch_cannot(folder: Path, name: str) -> str | None:
-    """Why the torch that runs here raises, where it does."""
-    writer, python = writer_of(folder)
-    if writer >= (2, 15) > running() and KINDS[name].tensors:
+    """Why the torch that runs here does not even read the metadata, where that is so."""
+    torch_version, python_version = writer_of(folder)
+    if torch_version >= (2, 15) > running() and KINDS[name].tensors:
         return "before 2.15 properties of tensors have no strides"
-    if name == "paths" and python >= (3, 13) > sys.version_info[:2]:
-        return "pathlib._local is a module of Python 3.13"
+    if python_version >= (3, 13) > sys.version_info[:2]:
+        return "metadata has the path of the checkpoint, and its class is in pathlib._local, a module of Python 3.13"
     return None
 
 
@@ -92,8 +92,8 @@ def test_metadata(folder: Path, name: str) -> None:
     if name == "plans":
         plans: Any = ours.all_local_plans  # type: ignore[attr-defined]
         assert {item.index.fqn for plan in plans for item in plan.items} == set(ours.state_dict_metadata)
-    if writer_of(folder)[0] >= (2, 15) > running() and KINDS[name].tensors:
-        with pytest.raises(ValueError, match="too many values"):
+    if why_torch_cannot(folder, name) is not None:
+        with pytest.raises((ValueError, ModuleNotFoundError), match=r"too many values|pathlib\._local"):
             torch_reader(folder / name).read_metadata()
         return
     theirs = torch_reader(folder / name).read_metadata()

@@ -113,6 +113,19 @@ TEST_CASE("contiguous dimensions become one run") {
   CHECK(box::collapse({3, 4}, {1, 3}, {4, 1}, 2) == Loops{{4, 6, 2}, {3, 2, 8}, {2, 1, 1}});
 }
 
+TEST_CASE("elements that change their size are joined as elements") {
+  CHECK(box::collapse_elements({4, 5, 6}, {30, 6, 1}, {30, 6, 1}, 4, 2) == Loops{{120, 4, 2}, {4, 1, 1}});
+  CHECK(box::collapse_elements({}, {}, {}, 8, 4) == Loops{{8, 1, 1}});
+  CHECK(box::collapse_elements({1, 1}, {77, 99}, {3, 5}, 2, 8) == Loops{{2, 1, 1}});
+  CHECK(box::collapse_elements({4, 3}, {6, 1}, {3, 1}, 4, 2) == Loops{{4, 24, 6}, {3, 4, 2}, {4, 1, 1}});
+  CHECK(box::collapse_elements({4, 6}, {6, 1}, {7, 1}, 1, 2) == Loops{{4, 6, 14}, {6, 1, 2}, {1, 1, 1}});
+  CHECK(box::collapse_elements({3, 4}, {1, 3}, {4, 1}, 2, 4) == Loops{{4, 6, 4}, {3, 2, 16}, {2, 1, 1}});
+  CHECK(box::collapse_elements({4, 6}, {12, 2}, {12, 2}, 4, 4) == Loops{{24, 8, 8}, {4, 1, 1}});
+  CHECK(box::collapse_elements({4, 0}, {1, 1}, {1, 1}, 4, 2).empty());
+  CHECK(box::volume(box::collapse_elements({4, 3}, {6, 1}, {3, 1}, 4, 2)) == 48);
+  CHECK(box::source_span(box::collapse_elements({4, 3}, {6, 1}, {3, 1}, 4, 2)) == (3 * 6 + 3) * 4);
+}
+
 TEST_CASE("nothing is copied for an empty box") {
   for (const Ints& sizes : {Ints{0}, Ints{3, 0}, Ints{0, 3}, Ints{2, 0, 2}}) {
     const Ints strides(sizes.size(), 1);

@@ -28,7 +28,7 @@ bool never() { return false; }
 std::string sample() {
   const std::string chunks = list({chunk({0, 0}, {2, 3}), chunk({2, 0}, {1, 3})});
   const std::string entries = text("a") + tensor({3, 3}, chunks) + text("b") + object("BytesStorageMetadata") +
-                              "Vescaped \\u00e9\n" + tensor({}, "]");
+                              text("caf\xc3\xa9") + tensor({}, "]");
   const std::string storage = index("a", size({2, 0})) + storage_info("f", 5, 6) + index("b", "N") +
                               storage_info("g", -1, INT64_MAX, list({text("zstd")}));
   return pickle_of(entries, storage, "}" + text("k") + "G" + std::string(8, '\x40') + "sq\x01");

@@ -20,22 +20,6 @@ TEST_CASE("UTF-8 with lone surrogates") {
   }
 }
 
-TEST_CASE("raw-unicode-escape") {
-  const auto decoded = [](const std::string& escaped) {
-    std::string text = "before ";
-    REQUIRE(append_decoded(escaped, text));
-    return text.substr(7);
-  };
-  CHECK(decoded("a\\u0041\\U0001f511") == "aA\xf0\x9f\x94\x91");
-  CHECK(decoded("\\\\u0041") == "\\\\u0041");
-  CHECK(decoded("\\n\\") == "\\n\\");
-  CHECK(decoded("\xe9") == "\xc3\xa9");
-  std::string text;
-  CHECK_FALSE(append_decoded("\\u004", text));
-  CHECK_FALSE(append_decoded("\\u004g", text));
-  CHECK_FALSE(append_decoded("\\U00110000", text));
-}
-
 TEST_CASE("texts are numbered once") {
   TextTable table;
   CHECK(table.find("a") == TextTable::kNone);

@@ -129,7 +129,7 @@ TEST_CASE("a load leaves its reads and slices, thread by thread") {
   item.destination_offsets = {0, 0};
   transfer::Options options;
   options.threads = 3;
-  options.block_bytes = 0;
+  options.block_bytes = 1;
   options.read_clock = std::make_shared<io::ReadClock>();
   options.recorder = std::make_shared<Recorder>();
   const transfer::Layouts layouts = files.layouts(options, io::IoMode::kCached);

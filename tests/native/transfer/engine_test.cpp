@@ -1,5 +1,6 @@
 #include "transfer/engine.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -49,8 +50,11 @@ struct Columns {
     item.destination_offsets = {0, 0};
     items.push_back(item);
     options.threads = 2;
-    options.block_bytes = 0;
+    options.block_bytes = 1;
   }
+  // Makes the destination one that is converted to.
+  void convert() { destinations[0].dtype = checkpoint::dtype_by_name("float16"); }
+
   CheckpointFiles files;
   std::string memory;
   std::vector<Destination> destinations;
@@ -73,9 +77,10 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
   Random random(100);
   size_t direct = 0;
   size_t waves = 0;
-  for (int i = 0; i < 400; ++i) {
+  int64_t converted = 0;
+  for (int i = 0; i < 600; ++i) {
     CAPTURE(i);
-    RandomLoad load(random);
+    RandomLoad load(random, 1, i >= 300);
     std::string memory = load.before[0];
     load.place(0, data_of(memory));
     const Options options = random_options(random);
@@ -86,6 +91,7 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
       const transfer::Stats stats = transfer::run_wave(program, wave, options, {}, never);
       REQUIRE(stats.bytes_read >= stats.bytes_placed);
       placed += stats.bytes_placed;
+      converted += stats.converted_items;
       for (size_t item = 0; item < load.items.size(); ++item) {
         const transfer::Transfer& transfer = program.transfers()[item];
         if (transfer.wave != wave) continue;
@@ -101,6 +107,7 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
   }
   CHECK(direct > 800);
   CHECK(waves > 500);
+  CHECK(converted > 100);
 }
 
 TEST_CASE("blocks of the smallest size still read little more than they need") {
@@ -148,12 +155,39 @@ TEST_CASE("every failing read is an error with item, record, path and errno, and
   CHECK(error->kind == ErrorKind::kTruncated);
 }
 
-TEST_CASE("short and interrupted reads change nothing") {
-  for (const int error_number : {0, EINTR}) {
+TEST_CASE("a failing read of boxes that are converted is the same error") {
+  for (const IoMode mode : {IoMode::kCached, IoMode::kDirect}) {
     Columns columns;
+    columns.convert();
+    const Layouts layouts = columns.files.layouts(columns.options, mode);
+    const Program program(layouts, columns.items, columns.destinations);
+    for (const int64_t nth : {0, 7, 20}) {
+      io::FaultySystemCalls calls(fault(io::FaultFunction::kPread, nth, EIO));
+      const ScopedCalls scope(calls);
+      const auto error = error_of(program, columns.options);
+      REQUIRE(error.has_value());
+      CHECK(error->kind == ErrorKind::kIo);
+      CHECK(error->error_number == EIO);
+      CHECK(error->item == 0);
+      CHECK(error->record == 0);
+      CHECK(error->path == columns.files.paths[0]);
+    }
+    io::FaultySystemCalls ends(fault(io::FaultFunction::kPread, 5, 0, 1, 0));
+    const ScopedCalls scope(ends);
+    const auto error = error_of(program, columns.options);
+    // Where a direct read ends, the page cache is asked.
+    REQUIRE(error.has_value() == (mode == IoMode::kCached));
+    if (error) CHECK(error->kind == ErrorKind::kTruncated);
+  }
+}
+
+TEST_CASE("short and interrupted reads change nothing") {
+  for (const int error_number : {0, EINTR, -1}) {
+    Columns columns;
+    if (error_number == -1) columns.convert();
     const Layouts layouts = columns.files.layouts(columns.options, IoMode::kCached);
     const Program program(layouts, columns.items, columns.destinations);
-    io::FaultySystemCalls calls(fault(io::FaultFunction::kPread, 0, error_number, 100, 3));
+    io::FaultySystemCalls calls(fault(io::FaultFunction::kPread, 0, std::max(error_number, 0), 100, 3));
     const ScopedCalls scope(calls);
     transfer::run_wave(program, 0, columns.options, {}, never);
     std::string expected(columns.memory.size(), '#');

@@ -94,7 +94,7 @@ TEST_CASE("layouts of records of all sizes, in several files, with any options")
     const io::IoMode mode =
         random.pick(std::vector<io::IoMode>{io::IoMode::kAuto, io::IoMode::kCached, io::IoMode::kDirect});
     const Options options =
-        options_of(static_cast<int>(random.between(1, 6)), random.pick(std::vector<int64_t>{0, 100000, 1 << 20}));
+        options_of(static_cast<int>(random.between(1, 6)), random.pick(std::vector<int64_t>{0, 1, 100000, 1 << 20}));
     const Layouts layouts = files.layouts(options, mode);
     REQUIRE(layouts.parsed.size() == files.records.size());
     REQUIRE(layouts.sources.size() == files.paths.size());

@@ -1,5 +1,6 @@
 #include "transfer/program.h"
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -150,7 +151,7 @@ TEST_CASE("what the engine cannot place itself is staged or left to torch") {
   };
   Destination destination = destination_of(memory, {4, 6}, {6, 1});
   CHECK(kind(layouts, item, destination) == Kind::kDirect);
-  destination.dtype = kDouble;
+  destination.dtype = checkpoint::dtype_by_name("int32");  // float to int is not defined for all numbers
   CHECK(kind(layouts, item, destination) == Kind::kConverted);
   destination.dtype = checkpoint::kUnknownDType;
   CHECK(kind(layouts, item, destination) == Kind::kConverted);
@@ -173,6 +174,59 @@ TEST_CASE("what the engine cannot place itself is staged or left to torch") {
   // One row of an expanded tensor is an ordinary box.
   CHECK(kind(layouts_of({{4, 6}}, {{0, 1}}), item_of({2, 0}, {1, 0}, {1, 6}), destination_of(memory, {4, 6}, {6, 1})) ==
         Kind::kDirect);
+}
+
+TEST_CASE("another dtype is converted on the way to the host, and on devices by torch") {
+  std::string memory;
+  const Layouts layouts = layouts_of({{4, 6}});
+  Destination destination = destination_of(memory, {4, 12}, {12, 2});
+  destination.dtype = kDouble;
+  const Program program(layouts, {item_of({1, 2}, {2, 3}, {2, 4})}, {destination});
+  const transfer::Transfer& transfer = program.transfers()[0];
+  CHECK(transfer.kind == Kind::kDirect);
+  REQUIRE(transfer.conversion.has_value());
+  CHECK(transfer.conversion->from_bytes == 4);
+  CHECK(transfer.conversion->to_bytes == 8);
+  CHECK(transfer.source == 5000 + 100 + (6 + 2) * 4);
+  CHECK(transfer.destination == destination.data + (2 * 12 + 3 * 2) * 8);
+  CHECK(transfer.loops == box::Loops{{2, 24, 96}, {4, 4, 16}, {4, 1, 1}});
+  CHECK(program.bytes_needed() == 2 * 4 * 4);
+  destination.device = 0;
+  const Program on_device(layouts, {item_of({1, 2}, {2, 3}, {2, 4})}, {destination});
+  CHECK(on_device.transfers()[0].kind == Kind::kConverted);
+  CHECK(on_device.transfers()[0].loops.empty());
+  destination.device = transfer::kHost;
+  destination.strides = {12, 0};
+  CHECK(Program(layouts, {item_of({1, 2}, {2, 3}, {2, 4})}, {destination}).transfers()[0].kind == Kind::kConverted);
+}
+
+TEST_CASE("NaNs of bfloat16 are those of torch's vector loops where its innermost loop is contiguous") {
+  std::string memory;
+  const auto nan = [&](const Ints& lengths, const Ints& from_strides, const Ints& to_strides) {
+    Destination destination = destination_of(memory, lengths, to_strides);
+    destination.dtype = checkpoint::dtype_by_name("bfloat16");
+    const Program program(layouts_of({lengths}, {from_strides}),
+                          {item_of(Ints(lengths.size(), 0), Ints(lengths.size(), 0), lengths)}, {destination});
+    const uint32_t source = 0x7fc00000;
+    uint16_t result = 0;
+    const box::Dim element{4, 1, 1};
+    copy::convert_box(*program.transfers()[0].conversion, reinterpret_cast<std::byte*>(&result),
+                      reinterpret_cast<const std::byte*>(&source), &element, 1);
+    return result;
+  };
+  const auto& runnable = copy::runnable_vectors();
+  const bool avx2 = std::find(runnable.begin(), runnable.end(), copy::Vectors::kAvx2) != runnable.end();
+  const uint16_t vectors = avx2 ? 0xffff : 0x7fc0;
+  CHECK(nan({4, 6}, {6, 1}, {6, 1}) == vectors);
+  CHECK(nan({4, 6}, {9, 1}, {7, 1}) == vectors);
+  CHECK(nan({4, 6}, {1, 4}, {1, 4}) == vectors);
+  CHECK(nan({4, 1}, {1, 1}, {1, 1}) == vectors);
+  CHECK(nan({1, 1}, {9, 5}, {7, 3}) == vectors);
+  CHECK(nan({4, 6}, {6, 1}, {1, 4}) == 0x7fc0);
+  CHECK(nan({4, 6}, {12, 2}, {6, 1}) == 0x7fc0);
+  CHECK(nan({4, 6}, {6, 1}, {12, 2}) == 0x7fc0);
+  CHECK(nan({4, 1}, {6, 1}, {1, 1}) == 0x7fc0);
+  CHECK(nan({}, {}, {}) == 0x7fc0);
 }
 
 TEST_CASE("later items of one place wait, in torch's order of files") {

@@ -14,7 +14,7 @@ inline std::byte* data_of(std::string& memory) { return reinterpret_cast<std::by
 inline transfer::Options random_options(Random& random) {
   transfer::Options options;
   options.threads = static_cast<int>(random.between(1, 6));
-  options.block_bytes = random.pick(std::vector<int64_t>{0, 70000, 1 << 20});
+  options.block_bytes = random.pick(std::vector<int64_t>{0, 1, 70000, 1 << 20});
   options.staging_bytes = random.pick(std::vector<int64_t>{0, 300000, 32 << 20});
   return options;
 }
@@ -25,8 +25,9 @@ inline io::IoMode random_mode(Random& random) {
 }
 
 struct RandomLoad {
-  // Destinations lie in one of several memories.
-  explicit RandomLoad(Random& random, size_t memories = 1) : files(random.below(3) + 1), expected(memories) {
+  // Destinations lie in one of several memories. `conversions`: some of them have another dtype than what is stored.
+  explicit RandomLoad(Random& random, size_t memories = 1, bool conversions = false)
+      : files(random.below(3) + 1), expected(memories) {
     const auto dtype = static_cast<checkpoint::DType>(random.below(checkpoint::kDTypes.size()));
     const size_t dims = random.below(5);
     for (int64_t i = random.between(1, 8); i > 0; --i) {
@@ -37,13 +38,13 @@ struct RandomLoad {
       transfer::Destination destination;
       destination.sizes = sizes_like(random, dims);
       destination.strides = random_strides(random, destination.sizes);
-      destination.dtype = dtype;
+      destination.dtype = conversions && random.chance(60) ? random_target(random, dtype) : dtype;
       destination.device = random.chance(85) ? transfer::kHost : transfer::kElsewhere;
       memory_of.push_back(random.below(memories));
       std::string& memory = expected[memory_of.back()];
-      const int64_t size = checkpoint::info(dtype).itemsize;
+      const int64_t size = checkpoint::info(destination.dtype).itemsize;
       const auto bytes = static_cast<int64_t>(memory.size());
-      starts.push_back(bytes > 0 && random.chance(25) ? random.between(0, bytes / size - 1) * size : bytes);
+      starts.push_back(bytes >= size && random.chance(25) ? random.between(0, bytes / size - 1) * size : bytes);
       const int64_t end = starts.back() + span_of(destination.sizes, destination.strides) * size;
       memory.resize(static_cast<size_t>(std::max(bytes, end)), '#');
       destinations.push_back(destination);
@@ -80,6 +81,13 @@ struct RandomLoad {
   std::vector<std::string> expected;  // likewise
 
  private:
+  // A dtype that the engine converts to. Not float to bfloat16, where the bits of a NaN depend on strides.
+  static checkpoint::DType random_target(Random& random, checkpoint::DType dtype) {
+    const auto target = static_cast<checkpoint::DType>(random.below(checkpoint::kDTypes.size()));
+    const bool known = copy::find_conversion(dtype, target, false).has_value();
+    return known && checkpoint::info(target).name != "bfloat16" ? target : dtype;
+  }
+
   static Ints sizes_like(Random& random, size_t dims) {
     if (dims == 2 && random.chance(15)) return {random.between(50, 400), random.between(50, 400)};
     if (dims == 1 && random.chance(35)) return {random.between(1000, 150000)};

@@ -27,7 +27,9 @@ std::vector<Policy> policies_for(Random& random, size_t files) {
   for (size_t i = 0; i < files; ++i) {
     const int64_t cost = random.pick(std::vector<int64_t>{1, 16, 100, 1000, 100000});
     const int64_t block = random.pick(std::vector<int64_t>{64, 500, kBlock, 100000});
-    policies.push_back({cost, block, random.chance(50), random.chance(50) ? block : 5 * block});
+    const bool fills_blocks = random.chance(50);
+    const int64_t run = fills_blocks || random.chance(50) ? block : 5 * block;
+    policies.push_back({cost, block, random.chance(50), run, fills_blocks});
   }
   return policies;
 }
@@ -190,6 +192,45 @@ TEST_CASE("contiguous boxes come in larger requests than others where they need 
   CHECK(schedule.pieces[0].loops == box::Loops{{5 * kBlock, 1, 1}});
   CHECK(schedule.tasks[0].count == 1);
   CHECK(schedule.tasks[1].count == 1);
+}
+
+TEST_CASE("neighbours share blocks, which are full where boxes are cut for it") {
+  constexpr int64_t kBytes = 1 << 20;
+  for (const bool fills_blocks : {false, true}) {
+    const Policy policy{4096, kBytes, true, kBytes, fills_blocks};
+    std::vector<Piece> boxes(40);
+    for (size_t i = 0; i < boxes.size(); ++i) {
+      boxes[i].item = i;
+      boxes[i].source = 777 + static_cast<int64_t>(i) * (kBytes * 9 / 8 + 1500);
+      boxes[i].loops = {{kBytes * 9 / 8, 1, 1}};
+    }
+    Random(83).shuffle(boxes);
+    const Schedule schedule = make_schedule(boxes, {policy});
+    int64_t bytes = 0;
+    for (const Piece& piece : schedule.pieces) bytes += piece.loops[0].size;
+    CHECK(bytes == 40 * kBytes * 9 / 8);
+    CHECK(schedule.tasks.size() == (fills_blocks ? 46 : 80));
+    if (!fills_blocks) continue;
+    for (size_t t = 0; t + 1 < schedule.tasks.size(); ++t) {
+      const transfer::Range& range = schedule.tasks[t].range;
+      CHECK(range.end - range.begin <= kBytes);
+      CHECK(range.end - range.begin >= kBytes * 7 / 8);
+    }
+  }
+}
+
+TEST_CASE("a box far from the others has blocks of its own") {
+  const Policy policy{4096, 1 << 20, true, 1 << 20, true};
+  std::vector<Piece> boxes(4);
+  for (size_t i = 0; i < boxes.size(); ++i) {
+    boxes[i].item = i;
+    boxes[i].file = i / 2;
+    boxes[i].source = static_cast<int64_t>(i) * (1 << 20);
+    boxes[i].loops = {{700000, 1, 1}};
+  }
+  const Schedule schedule = make_schedule(boxes, {policy, policy});
+  REQUIRE(schedule.pieces.size() == 4);
+  CHECK(schedule.tasks.size() == 4);
 }
 
 TEST_CASE("a read goes through gaps only where they are cheaper than a request") {

@@ -94,7 +94,9 @@ TEST_CASE("groups are finished in order on the calling thread, and not too many 
     for (const size_t at_once : {size_t{1}, size_t{2}, size_t{100}}) {
       Groups groups;
       groups.tasks = {7, 0, 1, 30, 0, 0, 5, 11, 0};
-      groups.at_once = at_once;
+      for (size_t group = 0; group < groups.tasks.size(); ++group) {
+        groups.after.push_back(group < at_once ? 0 : group + 1 - at_once);
+      }
       std::vector<std::atomic<int>> done(groups.tasks.size());
       std::atomic<size_t> finished{0};
       std::atomic<bool> in_time{true};
@@ -122,6 +124,7 @@ TEST_CASE("groups are finished in order on the calling thread, and not too many 
 TEST_CASE("what fails or interrupts groups ends threads that wait for their turn") {
   Groups groups;
   groups.tasks = {8, 8, 8};
+  groups.after = {0, 1, 2};
   io::IoCounters counters;
   const auto nothing = [](size_t, size_t, Worker&) {};
   groups.finish = [](size_t group) {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -187,3 +189,27 @@ def id_(reader: Foreign) -> Foreign:
 
 def fast(reader: Foreign) -> Foreign:
     return dcp_fast.accelerate(reader)
+
+
+def test_files_are_opened_once(tmp_path: Path) -> None:
+    """Not once for each bytes entry."""
+    entries = {f"n{i}": Entry(value=i, file=f"__{i % 3}_0.distcp") for i in range(90)}
+    write_checkpoint(tmp_path, {**entries, "t": Entry.of(torch.ones(5))})
+    reader = dcp_fast.accelerate(Foreign(tmp_path))
+    opened: list[str] = []
+    original = builtins.open
+
+    def counting(path: Any, *args: Any, **options: Any) -> Any:
+        opened.append(str(path))
+        return original(path, *args, **options)
+
+    state = {"t": torch.zeros(5), **dict.fromkeys(entries, -1)}
+    with mock.patch("builtins.open", counting):
+        dcp_fast.load(state, storage_reader=reader)
+    assert state == {"t": state["t"], **{fqn: entry.value for fqn, entry in entries.items()}}
+    assert reader.reads == 0
+    assert sorted(Path(path).name for path in opened if path.endswith(".distcp")) == [
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "__2_0.distcp",
+    ]

@@ -216,7 +216,8 @@ def test_aliased_destinations(tmp_path: Path, kind: str, files: str, converted: 
     assert not converted or converted in shapes
     entries = {}
     for number, (key, view) in enumerate(shapes.items()):
-        dtype = torch.int8 if key == converted else view.dtype
+        # The engine converts the one, torch the other.
+        dtype = (torch.uint16 if files == "each" else torch.int8) if key == converted else view.dtype
         stored = torch.full(view.shape, number + 1).to(dtype)
         # "shuffled": the first and the last entry share a file, so that torch reads the last one second.
         file = {"one": "x", "each": f"x{number}", "shuffled": f"x{number % 2}"}[files]
@@ -226,15 +227,16 @@ def test_aliased_destinations(tmp_path: Path, kind: str, files: str, converted: 
 
 
 def test_aliased_destinations_of_unknown_records(tmp_path: Path) -> None:
-    # Native, staged and torch.load placements in turn, each over the one before.
+    # What the engine places and converts, what torch converts, and torch.load, in turn, each over the one before.
     kinds = [
         Entry.of(torch.full((50,), 1.0)),
         Entry.of(torch.full((50,), 2, dtype=torch.int8)),
+        Entry.of(torch.full((50,), 5, dtype=torch.uint16)),
         Entry.of(torch.full((50,), 3.0), legacy=True),
         Entry.of(torch.tensor(4.0).expand(50)),
     ]
-    for first in range(4):
-        for second in range(4):
+    for first in range(len(kinds)):
+        for second in range(len(kinds)):
             path = tmp_path / f"{first}{second}"
             write_checkpoint(path, {"a": kinds[first], "b": kinds[second]})
 
