@@ -14,6 +14,7 @@ class IoMode:
     AUTO: IoMode
     CACHED: IoMode
     DIRECT: IoMode
+    MAPPED: IoMode
 
 class TraceRecorder:
     def now(self) -> int: ...
@@ -33,7 +34,7 @@ class Options:
         mode: IoMode,
         recorder: TraceRecorder | None = None,
     ) -> None: ...
-    def share(self, parts: int, *, threads: int = 0) -> Options: ...
+    def share(self, parts: int, *, threads: int = 0, mapped: bool = True) -> Options: ...
 
 class Layouts:
     requests: int
@@ -50,6 +51,8 @@ class Stats:
     requests: int
     bytes_read: int
     bytes_placed: int
+    bytes_mapped: int
+    why_unmapped: str
     converted_items: int
 
 class Program:

@@ -23,7 +23,8 @@ class FaultInjection {
     static const std::map<std::string, io::FaultFunction> functions = {
         {"open", io::FaultFunction::kOpen},   {"fstat", io::FaultFunction::kFstat},
         {"pread", io::FaultFunction::kPread}, {"pread_nowait", io::FaultFunction::kPreadNowait},
-        {"close", io::FaultFunction::kClose},
+        {"close", io::FaultFunction::kClose}, {"fstatfs", io::FaultFunction::kFstatfs},
+        {"map", io::FaultFunction::kMap},
     };
     const auto found = functions.find(function);
     if (found == functions.end()) throw py::value_error("no such function: " + function);

@@ -240,13 +240,14 @@ void bind_transfer(py::module_& module) {
   py::enum_<io::IoMode>(module, "IoMode")
       .value("AUTO", io::IoMode::kAuto)
       .value("CACHED", io::IoMode::kCached)
-      .value("DIRECT", io::IoMode::kDirect);
+      .value("DIRECT", io::IoMode::kDirect)
+      .value("MAPPED", io::IoMode::kMapped);
 
   py::class_<FileOptions>(module, "Options")
       .def(py::init([](int threads, int64_t block_bytes, int64_t staging_bytes, io::IoMode mode,
                        std::shared_ptr<trace::Recorder> recorder) {
-             const Options options{threads, block_bytes, staging_bytes, std::make_shared<io::ReadClock>(),
-                                   std::move(recorder)};
+             const Options options{
+                 threads, block_bytes, staging_bytes, true, std::make_shared<io::ReadClock>(), std::move(recorder)};
              return FileOptions{options, mode};
            }),
            py::kw_only(), py::arg("threads"), py::arg("block_bytes"), py::arg("staging_bytes"), py::arg("mode"),
@@ -258,14 +259,15 @@ void bind_transfer(py::module_& module) {
                              [](const FileOptions& options) { return seconds(options.read_clock->waiting()); })
       .def(
           "share",
-          [](FileOptions options, int parts, int threads) {
+          [](FileOptions options, int parts, int threads, bool mapped) {
             options.staging_bytes /= std::max(parts, 1);
             if (threads > 0) options.threads = threads;
+            options.mapped = options.mapped && mapped;
             return options;
           },
-          py::arg("parts"), py::kw_only(), py::arg("threads") = 0,
+          py::arg("parts"), py::kw_only(), py::arg("threads") = 0, py::arg("mapped") = true,
           "The same options for one of several users of the staging memory, with another number of threads if it is "
-          "given.");
+          "given. Not `mapped`: what is read is used soon, and should stay in the cache.");
 
   py::class_<Layouts>(module, "Layouts")
       .def_readonly("requests", &Layouts::requests)
@@ -285,6 +287,9 @@ void bind_transfer(py::module_& module) {
       .def_readonly("requests", &transfer::Stats::requests)
       .def_readonly("bytes_read", &transfer::Stats::bytes_read)
       .def_readonly("bytes_placed", &transfer::Stats::bytes_placed)
+      .def_readonly("bytes_mapped", &transfer::Stats::bytes_mapped)
+      .def_property_readonly("why_unmapped",
+                             [](const transfer::Stats& stats) { return io::why_unmapped(stats.unmapped); })
       .def_readonly("converted_items", &transfer::Stats::converted_items);
 
   py::class_<Program>(module, "Program")

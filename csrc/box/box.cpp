@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "copy/copy.h"
+
 namespace dcp_fast::box {
 
 namespace {
@@ -28,10 +30,8 @@ void copy_runs(std::byte* destination, const std::byte* source, const Dim& dim, 
     case 16:
       return copy_elements<16>(destination, source, dim);
     default:
-      for (int64_t i = 0; i < dim.size; ++i) {
-        std::memcpy(destination + i * dim.destination_stride, source + i * dim.source_stride,
-                    static_cast<size_t>(bytes));
-      }
+      copy::copy_rows(destination, dim.destination_stride, source, dim.source_stride, static_cast<size_t>(dim.size),
+                      static_cast<size_t>(bytes));
   }
 }
 
@@ -126,6 +126,13 @@ int64_t source_span(const Loops& loops, size_t level) {
   return last + 1;
 }
 
+int64_t destination_span(const Loops& loops) {
+  if (loops.empty()) return 0;
+  int64_t last = 0;
+  for (const Dim& loop : loops) last += (loop.size - 1) * loop.destination_stride;
+  return last + 1;
+}
+
 int64_t volume(const Loops& loops, size_t level) {
   if (loops.empty()) return 0;
   int64_t bytes = 1;
@@ -137,7 +144,7 @@ void copy(std::byte* destination, const std::byte* source, const Dim* loops, siz
   if (depth == 0) return;
   const Dim& outer = loops[0];
   if (depth == 1) {
-    std::memcpy(destination, source, static_cast<size_t>(outer.size));
+    copy::copy_bytes(destination, source, static_cast<size_t>(outer.size));
     return;
   }
   if (depth == 2) return copy_runs(destination, source, outer, loops[1].size);

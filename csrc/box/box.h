@@ -39,6 +39,9 @@ bool source_is_disjoint(const Loops& loops);
 // Bytes from the first to past the last source byte of loops[level..].
 int64_t source_span(const Loops& loops, size_t level = 0);
 
+// Bytes from the first to past the last destination byte.
+int64_t destination_span(const Loops& loops);
+
 // How many bytes loops[level..] copy.
 int64_t volume(const Loops& loops, size_t level = 0);
 

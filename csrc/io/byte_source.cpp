@@ -1,8 +1,25 @@
 #include "io/byte_source.h"
 
+#include <system_error>
+
 #include "error.h"
 
 namespace dcp_fast::io {
+
+std::string why_unmapped(int reason) {
+  switch (reason) {
+    case 0:
+      return "";
+    case kSignalBlocked:
+      return "SIGBUS is blocked in the thread that loads";
+    case kSignalTaken:
+      return "another library took over SIGBUS during a load";
+    case kPagesVanished:
+      return "a mapped file changed or could not be read";
+    default:
+      return "a file could not be mapped: " + std::generic_category().message(reason);
+  }
+}
 
 void ByteSource::open() {
   const std::scoped_lock lock(mutex_);
@@ -13,6 +30,10 @@ void ByteSource::open() {
 void ByteSource::close() noexcept {
   const std::scoped_lock lock(mutex_);
   if (--users_ == 0) do_close();
+}
+
+bool ByteSource::copy_mapped(const MappedCopy& /*copy*/, MappedWindow& /*window*/, IoCounters& /*counters*/) const {
+  return false;
 }
 
 void ByteSource::check_range(size_t size, int64_t offset) const {

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -19,6 +20,8 @@
 #include <vector>
 
 #include "io/buffer.h"
+#include "io/guarded_copy.h"
+#include "io/mapped_window.h"
 #include "io/read_clock.h"
 #include "trace/recorder.h"
 
@@ -31,7 +34,17 @@ struct IoCounters {
   std::atomic<int64_t> bytes{0};
   ReadClock* clock = nullptr;
   trace::Recorder* recorder = nullptr;
+  std::atomic<int64_t> mapped_bytes{0};  // of `bytes`: copied from memory where the source has them
+  std::atomic<int> unmapped{0};          // why some were not, although the access asks for it: see why_unmapped
 };
+
+// For IoCounters::unmapped: the errno of a mapping that failed, or one of these.
+inline constexpr int kSignalBlocked = -1;
+inline constexpr int kSignalTaken = -2;
+inline constexpr int kPagesVanished = -3;
+
+// The reason in words; empty for 0.
+std::string why_unmapped(int reason);
 
 // How a source is best asked.
 struct Access {
@@ -44,6 +57,18 @@ struct Access {
   int requests_at_once = 1;
   // Only whole pages can be read: view() brings any range through a buffer, and read_pages() a few straight into place.
   bool whole_pages = false;
+  // copy_mapped() is faster than reading, for host memory and where it is much.
+  bool mapped = false;
+};
+
+// What is copied from memory where a source has its bytes.
+struct MappedCopy {
+  int64_t offset = 0;  // the range of the source that is looked at
+  size_t size = 0;
+  size_t needed = 0;        // how many of its bytes are copied
+  MemoryRange destination;  // where they all go
+  // Copies them from where the range begins. It obeys the rules of copy_guarded.
+  std::function<void(const std::byte*)> copy;
 };
 
 class ByteSource {
@@ -85,6 +110,13 @@ class ByteSource {
   // Returns where [offset, offset + size) lies in memory until `buffer` is used again: in `buffer`, which the source
   // reads it into, or in memory that the source has. Errors as above, and std::bad_alloc.
   virtual const std::byte* view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const = 0;
+
+  // Calls `copy.copy` with memory where the source has the range, in `window`, which no other source uses until it is
+  // reset. Returns false if the source has none, or if the range
+  // could not be seen to its end: then the destination may hold anything, and the bytes are to be read in another way,
+  // which tells what is wrong if that lasts. Throws Error(kTruncated) if the source lacks the range, and
+  // std::bad_alloc.
+  virtual bool copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters& counters) const;
 
  protected:
   // Returns the size. Throws Error(kIo), with nothing left open.

@@ -1,5 +1,8 @@
 #include "io/fault_injection.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 
@@ -67,6 +70,26 @@ int FaultySystemCalls::close(int fd) {
     return -1;
   }
   return result;
+}
+
+int FaultySystemCalls::fstatfs(int fd, struct statfs* status) {
+  if (hit(FaultFunction::kFstatfs) && fault_.error_number != 0) {
+    errno = fault_.error_number;
+    return -1;
+  }
+  return SystemCalls::fstatfs(fd, status);
+}
+
+void* FaultySystemCalls::map(int fd, size_t size, off_t offset) {
+  if (!hit(FaultFunction::kMap)) return SystemCalls::map(fd, size, offset);
+  if (fault_.error_number != 0) {
+    errno = fault_.error_number;
+    return MAP_FAILED;
+  }
+  const int empty = ::memfd_create("empty", MFD_CLOEXEC);
+  void* memory = SystemCalls::map(empty, size, 0);
+  ::close(empty);
+  return memory;
 }
 
 }  // namespace dcp_fast::io

@@ -8,8 +8,8 @@
 
 namespace dcp_fast::io {
 
-// kPread stands for pread and preadv alike.
-enum class FaultFunction { kOpen, kFstat, kPread, kPreadNowait, kClose };
+// kPread stands for pread and preadv alike. A short mapping, of kMap, has no pages.
+enum class FaultFunction { kOpen, kFstat, kPread, kPreadNowait, kClose, kFstatfs, kMap };
 
 struct Fault {
   FaultFunction function = FaultFunction::kPread;
@@ -29,6 +29,8 @@ class FaultySystemCalls final : public SystemCalls {
   ssize_t preadv(int fd, const iovec* vectors, int count, off_t offset) override;
   ssize_t pread_nowait(int fd, void* buffer, size_t size, off_t offset) override;
   int close(int fd) override;
+  int fstatfs(int fd, struct statfs* status) override;
+  void* map(int fd, size_t size, off_t offset) override;
 
   // Calls of the fault's function so far: a sweep ends when `nth` is past it.
   int64_t calls() const { return calls_.load(); }

@@ -1,4 +1,4 @@
-// One checkpoint file on a file system: read through the page cache or past it.
+// One checkpoint file on a file system: read through the page cache or past it, or mapped into memory.
 #pragma once
 
 #include <cstddef>
@@ -11,14 +11,18 @@
 namespace dcp_fast::io {
 
 enum class IoMode {
-  kAuto,    // direct for a file that is mostly not in the page cache, else cached
+  kAuto,    // direct for a file that is mostly not in the page cache; mapped for one that is, on a local file system
   kCached,  // pread through the page cache
   kDirect,  // O_DIRECT where the file system allows it, else cached
+  kMapped,  // copied from a mapping where that is faster and the system allows it, else cached
 };
 
 // What access() asks for past the page cache, where requests that are under way at once keep a disk busy. Some 32 MiB
 // at once do, in requests of 2 MiB or more.
 inline constexpr Access kDirectAccess{256 << 10, 16 << 20, 4, true};
+
+// How much of a file is in the page cache, as far as one can tell.
+enum class Cached { kUnknown, kLittle, kMost, kAll };
 
 class File : public ByteSource {
  public:
@@ -31,13 +35,15 @@ class File : public ByteSource {
   void read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const override;
   void read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const override;
   const std::byte* view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const override;
+  bool copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters& counters) const override;
 
  private:
   // Opens a regular file, and nothing else: no directory and no pipe.
   int64_t do_open() override;
   void do_close() noexcept override;
   void open_direct();
-  bool mostly_cached(int64_t begin, int64_t end) const;
+  Cached probe(int64_t begin, int64_t end) const;
+  bool is_local() const;
 
   const IoMode mode_;
   int fd_ = -1;

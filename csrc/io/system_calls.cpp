@@ -1,6 +1,7 @@
 #include "io/system_calls.h"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -32,6 +33,12 @@ ssize_t SystemCalls::pread_nowait(int fd, void* buffer, size_t size, off_t offse
 }
 
 int SystemCalls::close(int fd) { return ::close(fd); }
+
+int SystemCalls::fstatfs(int fd, struct statfs* status) { return ::fstatfs(fd, status); }
+
+void* SystemCalls::map(int fd, size_t size, off_t offset) {
+  return ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, offset);
+}
 
 namespace {
 SystemCalls real_calls;

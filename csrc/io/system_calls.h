@@ -3,6 +3,7 @@
 #pragma once
 
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 
@@ -22,6 +23,9 @@ class SystemCalls {
   // preadv2 with RWF_NOWAIT: EAGAIN if the bytes are not in the page cache, EOPNOTSUPP where nobody can tell.
   virtual ssize_t pread_nowait(int fd, void* buffer, size_t size, off_t offset);
   virtual int close(int fd);
+  virtual int fstatfs(int fd, struct statfs* status);
+  // mmap of pages that are read and shared with the page cache. ::munmap undoes it, which cannot fail.
+  virtual void* map(int fd, size_t size, off_t offset);
 };
 
 SystemCalls& system_calls();

@@ -49,7 +49,7 @@ struct Run {
       : limits(limits_of(options, layouts.access())),
         cuda(targets),
         recorder(options.recorder.get()),
-        policies(policies_for(layouts.sources, limits)) {
+        policies(policies_for(layouts.sources, limits, options.mapped)) {
     if (cuda.ring == nullptr) return;
     const int64_t block = cuda.ring->block_bytes();
     slot_policies = policies;
@@ -57,14 +57,15 @@ struct Run {
       policy.block_bytes = std::min(policy.block_bytes, block);
       policy.run_bytes = block;
       policy.fills_blocks = false;  // a slot is filled, in whatever blocks
+      policy.mapped = false;        // a read into pinned memory was measured to be faster
     }
   }
 
   const Limits limits;
   const CudaTargets& cuda;
   trace::Recorder* recorder;
-  const std::vector<Policy> policies;  // for boxes on the host
-  std::vector<Policy> slot_policies;   // for boxes on devices
+  std::vector<Policy> policies;       // for boxes on the host
+  std::vector<Policy> slot_policies;  // for boxes on devices
 };
 
 // A wave of a program, as tasks: slots on their way to devices first, then boxes for the host.
@@ -175,6 +176,8 @@ Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const
   }
   stats.requests = counters.requests;
   stats.bytes_read = counters.bytes;
+  stats.bytes_mapped = counters.mapped_bytes;
+  stats.unmapped = counters.unmapped;
   return stats;
 }
 

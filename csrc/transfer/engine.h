@@ -16,6 +16,8 @@ struct Stats {
   int64_t requests = 0;
   int64_t bytes_read = 0;
   int64_t bytes_placed = 0;
+  int64_t bytes_mapped = 0;     // of those that were read
+  int unmapped = 0;             // of io::IoCounters
   int64_t converted_items = 0;  // to another dtype on their way
 };
 

@@ -219,7 +219,7 @@ Layouts read_layouts(io::ByteSources sources, std::vector<Record> records, const
   });
   probe_files(layouts, order, options, interrupted);
   const Limits limits = limits_of(options, layouts.access());
-  const std::vector<Policy> policies = policies_for(layouts.sources, limits);
+  const std::vector<Policy> policies = policies_for(layouts.sources, limits, false);
   std::vector<Window> windows = make_windows(layouts, order, policies);
   std::vector<Task> tasks = join_windows(layouts, windows, policies);
   LayoutReader reader(layouts, std::move(windows), std::move(tasks));

@@ -14,11 +14,12 @@ struct Options {
   int threads = 0;                            // 0: as reader_threads says
   int64_t block_bytes = 0;                    // the most that one request reads; 0: as each byte source asks
   int64_t staging_bytes = 32 << 20;           // the most that the bounce buffers of all threads take together
+  bool mapped = true;                         // false: what is read is used soon, and should stay in the cache
   std::shared_ptr<io::ReadClock> read_clock;  // of the whole load, whose stages and batches may overlap; may be null
   std::shared_ptr<trace::Recorder> recorder;  // null: no trace is wanted
 
   // Counters from zero, whose requests the clock and the recorder learn of. The options must outlive them.
-  io::IoCounters counters() const { return {{0}, {0}, read_clock.get(), recorder.get()}; }
+  io::IoCounters counters() const { return {{0}, {0}, read_clock.get(), recorder.get(), {0}, {0}}; }
 };
 
 // How many threads read: `wanted`, or if that is 0 one for each core that this process may use, up to 16. Each thread

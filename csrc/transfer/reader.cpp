@@ -1,5 +1,6 @@
 #include "transfer/reader.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -57,9 +58,45 @@ void place(const Piece& piece, const std::byte* data) {
   }
 }
 
+// A mapping takes some microseconds to make, to fill and to undo. From so many bytes on that is less than what it
+// saves.
+constexpr int64_t kMinMapped = 256 << 10;
+
+io::MemoryRange destination_of(const Piece* pieces, const Piece* end) {
+  io::MemoryRange range{pieces->destination, pieces->destination};
+  for (const Piece* piece = pieces; piece != end; ++piece) {
+    range.begin = std::min<const std::byte*>(range.begin, piece->destination);
+    int64_t span = box::destination_span(piece->loops);
+    // The last loop is over the bytes of an element on the source side.
+    if (piece->conversion != nullptr) span += piece->conversion->to_bytes - piece->conversion->from_bytes;
+    range.end = std::max<const std::byte*>(range.end, piece->destination + span);
+  }
+  return range;
+}
+
+// Copies pieces that lie close together from a mapping. False if they are to be read.
+bool copy_mapped(const Policy& policy, const io::ByteSource& source, Worker& worker, const Piece* pieces,
+                 size_t count) {
+  const Piece* end = pieces + count;
+  const int64_t begin = pieces->source;
+  const int64_t size = (end - 1)->source + box::source_span((end - 1)->loops) - begin;
+  if (!policy.mapped || size < kMinMapped) return false;
+  int64_t needed = 0;
+  for (const Piece* piece = pieces; piece != end; ++piece) needed += box::volume(piece->loops);
+  const auto copy = [=](const std::byte* data) {
+    for (const Piece* piece = pieces; piece != end; ++piece) {
+      place(*piece, data + (piece->source - begin));
+    }
+  };
+  return source.copy_mapped(
+      {begin, static_cast<size_t>(size), static_cast<size_t>(needed), destination_of(pieces, end), copy}, worker.window,
+      *worker.counters);
+}
+
 // One request for all pieces and what lies between them.
 void read_through(const Policy& policy, const io::ByteSource& source, Worker& worker, const Piece* pieces,
                   size_t count) {
+  if (copy_mapped(policy, source, worker, pieces, count)) return;
   const Piece* end = pieces + count;
   const int64_t begin = pieces->source;
   if (!policy.whole_pages && all_scatter(pieces, end)) {
@@ -92,6 +129,7 @@ void read_runs(const Policy& policy, const io::ByteSource& source, Worker& worke
   const box::Dim& outer = piece.loops[0];
   if (piece.loops.size() == 1) {
     if (piece.conversion != nullptr) return read_through(policy, source, worker, &piece, 1);
+    if (copy_mapped(policy, source, worker, &piece, 1)) return;
     source.read_exactly(piece.destination, static_cast<size_t>(outer.size), piece.source, *worker.counters);
     return;
   }

@@ -99,7 +99,7 @@ class Reads {
   Reads(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes, const Limits& limits)
       : layouts_(layouts),
         records_(records),
-        policies_(policies_for(layouts.sources, limits)),
+        policies_(policies_for(layouts.sources, limits, false)),
         reader_(layouts, policies_, [&records](size_t item) { return records[item]; }),
         pool_(std::make_shared<MemoryPool>(static_cast<size_t>(most_bytes))) {
     const int64_t most = std::min(kMaxChunkBytes, most_bytes / kLeastChunks);

@@ -102,7 +102,7 @@ bool Policy::reads_through(const Loops& loops, size_t level) const {
   return true;
 }
 
-std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& limits) {
+std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& limits, bool mapped) {
   std::vector<Policy> policies;
   policies.reserve(sources.size());
   for (const auto& source : sources) {
@@ -110,7 +110,8 @@ std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& l
     const int64_t block = limits.block_of(access);
     // Where bytes come from the page cache, they are converted before they leave the processor's own cache.
     const int64_t converted = access.whole_pages ? block : std::min(block, kConvertedBytes);
-    policies.push_back({access.request_cost, block, access.whole_pages, block, access.whole_pages, converted});
+    policies.push_back({access.request_cost, block, access.whole_pages, block, access.whole_pages, converted,
+                        mapped && access.mapped});
   }
   return policies;
 }

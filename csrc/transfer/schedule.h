@@ -58,12 +58,14 @@ struct Policy {
   bool fills_blocks = false;
   // The most that one request reads of a box that is converted.
   int64_t converted_bytes = 0;
+  bool mapped = false;  // of io::Access: what lies close together is copied from a mapping, if it is much
 
   // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;
 };
 
-std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& limits);
+// Not `mapped`: what is read is used soon, and should stay in the processor's cache.
+std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& limits, bool mapped);
 
 // Makes tasks of items that ascend by file and begin, in the same order. `range_of(item)` is what an item needs. An
 // item joins the task before it if the gap costs less than a request, all together fit into a block, and `joins(range

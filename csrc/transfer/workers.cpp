@@ -14,6 +14,7 @@ namespace dcp_fast::transfer {
 
 const io::ByteSource& Worker::open(io::ByteSource& source) {
   if (source_.get() != &source) {
+    window.reset();
     source_ = {};  // first, so that no thread has two open
     source_ = io::OpenSource(source);
   }

@@ -27,6 +27,7 @@ struct Worker {
   std::function<bool()> cancelled;
   io::AlignedBuffer buffer;
   std::vector<iovec> vectors;
+  io::MappedWindow window;  // of the open source
   io::IoCounters* counters = nullptr;
 
  private:

@@ -35,7 +35,10 @@ class LoadReport:
         metadata_received: whether another rank read the metadata and sent its bytes here (``share_metadata``).
         bytes_needed: payload bytes of all boxes that this rank asked for, in their stored dtype, and of bytes entries.
         bytes_read: bytes that storage was asked for, headers and gaps included; the metadata file is left out.
-        requests: read calls that fetched them.
+        bytes_mapped: how many of those were copied from mappings of files in the page cache.
+        mapping_fallback_reason: why some were read instead, although they were to be copied from a mapping; empty if
+            none were.
+        requests: read calls that fetched them, and copies from mappings.
         records: how many records the plan needs.
         fallback_records: how many of those torch.load had to read.
         device_fallback_items: boxes for GPUs that torch's ``copy_`` brought there, from memory that is not pinned, as
@@ -70,6 +73,8 @@ class LoadReport:
     metadata_received: bool = False
     bytes_needed: int = 0
     bytes_read: int = 0
+    bytes_mapped: int = 0
+    mapping_fallback_reason: str = ""
     requests: int = 0
     records: int = 0
     fallback_records: int = 0
@@ -162,6 +167,7 @@ class LoadReport:
         rows = [
             ("bytes needed", f"{self.bytes_needed:,}"),
             ("bytes read", f"{self.bytes_read:,}"),
+            ("bytes mapped", f"{self.bytes_mapped:,}"),
             ("read amplification", f"{self.read_amplification:.3f}"),
             ("requests", f"{self.requests:,}"),
             ("records", f"{self.records:,}"),
@@ -190,6 +196,8 @@ class LoadReport:
         right = max(len(value) for _, value in rows)
         lines = [f"load of {self.path} by {self.reader or '?'} and {self.planner or '?'}"]
         lines += (f"  {name:<{left}}  {value:>{right}}" for name, value in rows)
+        if self.mapping_fallback_reason:
+            lines.append(f"  not mapped: {self.mapping_fallback_reason}")
         lines += (f"  not fast: {reason}" for reason in self._fallback_reasons())
         return "\n".join(lines)
 

@@ -28,7 +28,12 @@ from dcp_fast.transfer.records import Records
 
 __all__ = ["FileSystemReader", "file_content", "owned_by", "read_metadata_of"]
 
-_MODES = {"auto": _native.IoMode.AUTO, "cached": _native.IoMode.CACHED, "direct": _native.IoMode.DIRECT}
+_MODES = {
+    "auto": _native.IoMode.AUTO,
+    "cached": _native.IoMode.CACHED,
+    "direct": _native.IoMode.DIRECT,
+    "mapped": _native.IoMode.MAPPED,
+}
 
 
 class FileSystemReader(torch_filesystem.FileSystemReader):
@@ -55,8 +60,9 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
             1 MiB; by default twice as much as ``pinned_bytes``. Only used if there are such boxes.
         synchronize: whether a load to GPUs returns only when all is in place, as torch's does. If not, work on the
             streams that are current during the load still finds all in place.
-        io: ``"cached"`` reads through the page cache, ``"direct"`` past it (O_DIRECT, where the file system allows it);
-            ``"auto"`` decides for each file by whether its bytes are in the page cache.
+        io: ``"cached"`` reads through the page cache, ``"direct"`` past it (O_DIRECT, where the file system allows it),
+            ``"mapped"`` copies from a mapping of the page cache to host memory; ``"auto"`` decides for each file by
+            whether its bytes are in the page cache, and maps only files of local file systems.
         trace: a file for the timeline of each load, as Chrome trace events (https://ui.perfetto.dev opens it). It is
             written anew for each load, also for one that fails. ``{rank}`` in it stands for the rank; without it, rank
             0 writes the file itself, and each other rank appends ``.rankN``.
@@ -84,7 +90,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         pinned_bytes: int | None = None,
         device_staging_bytes: int | None = None,
         synchronize: bool = True,
-        io: Literal["auto", "cached", "direct"] = "auto",
+        io: Literal["auto", "cached", "direct", "mapped"] = "auto",
         trace: str | os.PathLike[str] | None = None,
         trust_metadata: bool | None = None,
     ) -> None:

@@ -89,7 +89,7 @@ def _place_through_host(
     threads = layouts.threads(options) if on_host else 1
     capacity = max(min(_BATCH_BYTES, buffer_bytes // threads), _LEAST_BATCH_BYTES)
     batches = _Shared(batches_of(boxes, capacity))
-    of_thread = options.share(threads, threads=1)
+    of_thread = options.share(threads, threads=1, mapped=False)
     inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own too: they get the caller's
     stats: list[_native.Stats] = []
 

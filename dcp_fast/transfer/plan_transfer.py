@@ -273,6 +273,8 @@ class PlanTransfer:
     def _count(self, stats: _native.Stats) -> None:
         self.report.requests += stats.requests
         self.report.bytes_read += stats.bytes_read
+        self.report.bytes_mapped += stats.bytes_mapped
+        self.report.mapping_fallback_reason = stats.why_unmapped or self.report.mapping_fallback_reason
         self.report.staged_items += stats.converted_items
 
 

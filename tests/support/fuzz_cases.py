@@ -97,11 +97,11 @@ def make_case(path: Path, seed: int, devices: Sequence[torch.device] = HOST_ONLY
     return Case(write_checkpoint(path, entries), make, options, description)
 
 
-def compare(case: Case) -> tuple[bool, bool]:
+def compare(case: Case) -> tuple[bool, bool, bool]:
     """Load a case with torch and with dcp_fast, and delete its checkpoint.
 
     Returns:
-        Whether the load changed anything, and whether torch.load had to help dcp_fast.
+        Whether the load changed anything, whether torch.load had to help dcp_fast, and whether anything was mapped.
     """
     try:
         before = case.make()
@@ -112,7 +112,7 @@ def compare(case: Case) -> tuple[bool, bool]:
         assert same(actual, expected), "\n".join([*case.description, difference(actual, expected)])
         report = dcp_fast.last_report()
         assert report is not None
-        return image(expected.state) != untouched, report.fallback_records > 0
+        return image(expected.state) != untouched, report.fallback_records > 0, report.bytes_mapped > 0
     finally:
         shutil.rmtree(case.path)
 
@@ -121,8 +121,8 @@ def compare_cases(make: Callable[[int], Case], count: int, only: int | None) -> 
     """Compare the cases of the first ``count`` seeds, or ``only`` that of one; they are no easy ones on the whole."""
     results = [compare(make(seed)) for seed in (range(count) if only is None else [only])]
     if only is None:
-        assert sum(changed for changed, _ in results) > count * 0.9
-        assert count * 0.05 < sum(fallback for _, fallback in results) < count * 0.7
+        assert sum(changed for changed, _, _ in results) > count * 0.9
+        assert count * 0.05 < sum(fallback for _, fallback, _ in results) < count * 0.7
 
 
 def compare_for_long(make: Callable[[int], Case], first: int) -> None:
@@ -157,7 +157,7 @@ def difference(actual: Outcome, expected: Outcome) -> str:
 
 
 def random_options(rng: random.Random) -> dict[str, Any]:
-    options: dict[str, Any] = {"io": rng.choice(["auto", "cached", "direct"])}
+    options: dict[str, Any] = {"io": rng.choice(["auto", "cached", "direct", "mapped"])}
     if rng.random() < 0.5:
         options["threads"] = rng.choice([1, 2, 3, 64])
     if rng.random() < 0.5:

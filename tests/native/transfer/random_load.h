@@ -20,7 +20,8 @@ inline transfer::Options random_options(Random& random) {
 }
 
 inline io::IoMode random_mode(Random& random) {
-  return random.pick(std::vector<io::IoMode>{io::IoMode::kAuto, io::IoMode::kCached, io::IoMode::kDirect});
+  return random.pick(
+      std::vector<io::IoMode>{io::IoMode::kAuto, io::IoMode::kCached, io::IoMode::kDirect, io::IoMode::kMapped});
 }
 
 struct RandomLoad {

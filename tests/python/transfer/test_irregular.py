@@ -186,7 +186,7 @@ def test_autograd_notices_a_load_that_failed_midway(tmp_path: Path) -> None:
     def load(nth: int, weight: torch.Tensor) -> int:
         state = {"a": weight, "b": torch.zeros(1 << 20)}
         with _native.FaultInjection("pread", nth=nth, error_number=5) as faults:
-            error = fast_error(tmp_path, state, threads=1)
+            error = fast_error(tmp_path, state, threads=1, io="cached")
         assert (error is not None) == (nth >= 0)
         return faults.calls
 
