@@ -57,7 +57,7 @@ struct Access {
   int requests_at_once = 1;
   // Only whole pages can be read: view() brings any range through a buffer, and read_pages() a few straight into place.
   bool whole_pages = false;
-  // copy_mapped() is faster than reading, for host memory and where it is much.
+  // copy_mapped() is faster than reading where it is much.
   bool mapped = false;
 };
 
@@ -66,6 +66,7 @@ struct MappedCopy {
   int64_t offset = 0;  // the range of the source that is looked at
   size_t size = 0;
   size_t needed = 0;        // how many of its bytes are copied
+  size_t written = 0;       // how many bytes they become
   MemoryRange destination;  // where they all go
   // Copies them from where the range begins. It obeys the rules of copy_guarded.
   std::function<void(const std::byte*)> copy;

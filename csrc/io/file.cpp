@@ -281,7 +281,7 @@ bool File::copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters&
   Request request(path(), copy.offset, copy.size, counters);
   int reason = window.show(fd_, copy.offset, copy.size, size());
   if (reason == 0) {
-    if (copy.needed >= static_cast<size_t>(copy.destination.end - copy.destination.begin)) populate(copy.destination);
+    if (copy.written >= static_cast<size_t>(copy.destination.end - copy.destination.begin)) populate(copy.destination);
     const std::byte* data = window.at(copy.offset);
     reason = reason_of(copy_guarded(window.range(), copy.destination, [&] { copy.copy(data); }));
     // A file that is cut short within a page has zeros there, and no fault. Then its last byte is gone too.

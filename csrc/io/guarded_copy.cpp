@@ -40,9 +40,9 @@ bool is_fault(const siginfo_t& info) {
   return info.si_code == BUS_ADRERR || info.si_code == BUS_OBJERR || info.si_code == BUS_MCEERR_AR;
 }
 
-bool has_handler(const Action& action) {
-  return (action.sa_flags & SA_SIGINFO) != 0 || (action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN);
-}
+// Whatever the flags say: the default action and the ignored one may come with SA_SIGINFO, too. Both kinds of handlers
+// are in the same place.
+bool has_handler(const Action& action) { return action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN; }
 
 void set_default_action() {
   Action action{};

@@ -57,7 +57,6 @@ struct Run {
       policy.block_bytes = std::min(policy.block_bytes, block);
       policy.run_bytes = block;
       policy.fills_blocks = false;  // a slot is filled, in whatever blocks
-      policy.mapped = false;        // a read into pinned memory was measured to be faster
     }
   }
 

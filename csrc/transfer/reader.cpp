@@ -82,15 +82,21 @@ bool copy_mapped(const Policy& policy, const io::ByteSource& source, Worker& wor
   const int64_t size = (end - 1)->source + box::source_span((end - 1)->loops) - begin;
   if (!policy.mapped || size < kMinMapped) return false;
   int64_t needed = 0;
-  for (const Piece* piece = pieces; piece != end; ++piece) needed += box::volume(piece->loops);
+  int64_t written = 0;
+  for (const Piece* piece = pieces; piece != end; ++piece) {
+    const int64_t bytes = box::volume(piece->loops);
+    needed += bytes;
+    written +=
+        piece->conversion != nullptr ? bytes / piece->conversion->from_bytes * piece->conversion->to_bytes : bytes;
+  }
   const auto copy = [=](const std::byte* data) {
     for (const Piece* piece = pieces; piece != end; ++piece) {
       place(*piece, data + (piece->source - begin));
     }
   };
-  return source.copy_mapped(
-      {begin, static_cast<size_t>(size), static_cast<size_t>(needed), destination_of(pieces, end), copy}, worker.window,
-      *worker.counters);
+  return source.copy_mapped({begin, static_cast<size_t>(size), static_cast<size_t>(needed),
+                             static_cast<size_t>(written), destination_of(pieces, end), copy},
+                            worker.window, *worker.counters);
 }
 
 // One request for all pieces and what lies between them.

@@ -61,7 +61,7 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         synchronize: whether a load to GPUs returns only when all is in place, as torch's does. If not, work on the
             streams that are current during the load still finds all in place.
         io: ``"cached"`` reads through the page cache, ``"direct"`` past it (O_DIRECT, where the file system allows it),
-            ``"mapped"`` copies from a mapping of the page cache to host memory; ``"auto"`` decides for each file by
+            ``"mapped"`` copies from a mapping of the page cache; ``"auto"`` decides for each file by
             whether its bytes are in the page cache, and maps only files of local file systems.
         trace: a file for the timeline of each load, as Chrome trace events (https://ui.perfetto.dev opens it). It is
             written anew for each load, also for one that fails. ``{rank}`` in it stands for the rank; without it, rank

@@ -86,7 +86,7 @@ class _Unpickler(cast(Any, weights_only_unpickler.Unpickler)):  # type: ignore[m
 
     def _bytes_of(self, key: str, size: int) -> torch.UntypedStorage:
         begin, there = self._places[key]
-        if size > there:
+        if not 0 <= size <= there:
             raise CorruptCheckpointError(f"data.pkl says {size} bytes of storage, the archive holds {there}")
         storage: Any = self._record[begin : begin + size]
         is_aligned = storage.data_ptr() % _MOST_ALIGNED == 0

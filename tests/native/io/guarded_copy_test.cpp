@@ -141,9 +141,11 @@ TEST_CASE("guarded copy: signals that are sent meanwhile go to whoever was there
     CHECK(calls == 2);
     CHECK(last_code == SI_USER);
   }
-  const ScopedAction ignored(SIG_IGN);
-  CHECK(copy_guarded(range_of(from), range_of(to), send) == GuardedCopy::kDone);
-  CHECK(calls == 2);
+  for (const int flags : {0, SA_SIGINFO}) {
+    const ScopedAction ignored(SIG_IGN, flags);
+    CHECK(copy_guarded(range_of(from), range_of(to), send) == GuardedCopy::kDone);
+    CHECK(calls == 2);
+  }
 }
 
 TEST_CASE("guarded copy: a handler that is to be called once is called once") {
