@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checkpoint/bytes.h"
+#include "little_endian.h"
 
 namespace py = pybind11;
 
@@ -76,10 +77,7 @@ class PlainUnpickler {
     const size_t width = pickle_.u8();
     const std::string_view digits = pickle_.text(width);
     if (!pickle_.ok() || width > 8) return false;
-    uint64_t bits = from_little_endian(digits.data(), digits.size());
-    const bool negative = width > 0 && (static_cast<uint8_t>(digits.back()) & 0x80) != 0;
-    if (negative && width < 8) bits |= ~uint64_t{0} << (8 * width);
-    return push_number(static_cast<int64_t>(bits));
+    return push_number(signed_from_little_endian(digits.data(), digits.size()));
   }
   bool push_float() {
     uint64_t bits = 0;

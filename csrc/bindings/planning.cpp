@@ -88,10 +88,8 @@ Rows record_rows(const PlannedRecords& planned, bool all_fallback) {
   rows.values.reserve(4 * planned.records.rows.size());
   for (size_t i = 0; i < planned.records.rows.size(); ++i) {
     const uint32_t row = planned.records.rows[i];
-    const bool is_transformed =
-        !storage.transforms.empty() && !planned.columns->transforms[storage.transforms[row]].names.empty();
     rows.values.insert(rows.values.end(), {planned.records.file[i], storage.offset[row], storage.length[row],
-                                           all_fallback || is_transformed});
+                                           all_fallback || planned.columns->is_transformed(row)});
   }
   return rows;
 }
@@ -110,10 +108,8 @@ Rows bytes_rows(const Columns& columns, const std::vector<py::str>& fqns) {
       throw py::error_already_set();
     }
     const StorageRows& storage = columns.rows;
-    const bool is_transformed =
-        !storage.transforms.empty() && !columns.transforms[storage.transforms[row]].names.empty();
     rows.values.insert(rows.values.end(),
-                       {storage.file[row], storage.offset[row], storage.length[row], is_transformed});
+                       {storage.file[row], storage.offset[row], storage.length[row], columns.is_transformed(row)});
   }
   return rows;
 }

@@ -129,9 +129,8 @@ class TensorUnpickler {
     const size_t width = pickle_.u8();
     if (width > 8) return false;
     const std::string_view digits = pickle_.text(width);
-    const uint64_t number = from_little_endian(digits.data(), digits.size());
-    const bool negative = !digits.empty() && (static_cast<uint8_t>(digits.back()) & 0x80) != 0;
-    return !negative && push_number(Kind::kInt, static_cast<int64_t>(number));
+    const int64_t number = signed_from_little_endian(digits.data(), digits.size());
+    return number >= 0 && push_number(Kind::kInt, number);
   }
 
   bool tuple(size_t count) {

@@ -116,6 +116,10 @@ struct Columns {
   // The row whose key is equal, as MetadataIndex has it: its index plays no part. kNone if there is none. `dims` may be
   // kNoOffset.
   uint32_t find_row(uint32_t fqn, const int64_t* offset, uint32_t dims) const;
+  // Whether a transform was applied to the record of a storage row.
+  bool is_transformed(uint32_t row) const {
+    return !rows.transforms.empty() && !transforms[rows.transforms[row]].names.empty();
+  }
 
   // Makes the table. False if two keys are equal.
   bool make_row_table();

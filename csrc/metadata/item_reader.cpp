@@ -101,9 +101,7 @@ bool ItemReader::integer(int64_t& number) {
     case 0x8a: {  // LONG1
       const size_t width = at_[1];
       if (width > 8) return false;
-      uint64_t value = from_little_endian(at_ + 2, width);
-      if (width > 0 && width < 8 && (at_[1 + width] & 0x80) != 0) value |= ~uint64_t{0} << (8 * width);
-      number = static_cast<int64_t>(value);
+      number = signed_from_little_endian(at_ + 2, width);
       at_ += 2 + width;
       return true;
     }

@@ -5,6 +5,7 @@
 #include <string_view>
 #include <vector>
 
+#include "little_endian.h"
 #include "metadata/batch_reader.h"
 #include "metadata/collect.h"
 #include "metadata/cursor.h"
@@ -132,10 +133,7 @@ class Unpickler {
   bool binary_number(uint64_t width) {
     if (width > 8) return literal(width);
     const auto bytes = static_cast<size_t>(width);
-    const uint64_t bits = cursor_.unsigned_integer(bytes);
-    const bool negative = width > 0 && (bits >> (8 * bytes - 1) & 1) != 0;
-    const uint64_t sign = negative && width < 8 ? ~uint64_t{0} << (8 * bytes) : 0;
-    return number(static_cast<int64_t>(bits | sign));
+    return number(signed_from_little_endian(cursor_.take(bytes), bytes));
   }
   // The rest of an opcode that is kept as it is.
   bool literal(uint64_t length) {
