@@ -143,7 +143,11 @@ class _State:
     def keep(self) -> None:
         """Changes are told from here on."""
         self._before = dict(self._now)
-        self._lengths = {name: len(value) for name, value in self._before.items() if isinstance(value, Sized)}
+        self._lengths = {
+            name: len(value)
+            for name, value in self._before.items()
+            if isinstance(value, Sized) and not isinstance(value, torch.Tensor)  # one of no dimensions has no length
+        }
 
     def has_changed(self) -> bool:
         now, lengths = self._now, self._lengths
