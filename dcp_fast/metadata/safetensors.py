@@ -14,9 +14,9 @@ from dcp_fast.errors import UnsupportedDTypeError, typed_errors
 from dcp_fast.metadata.entries import Entries, StorageEntries
 from dcp_fast.metadata.lazy import LazyDict
 
-__all__ = ["holds_safetensors", "read_columns", "read_headers"]
+__all__ = ["SUFFIX", "holds_safetensors", "read_columns", "read_headers"]
 
-_SUFFIX = ".safetensors"
+SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -26,7 +26,7 @@ def holds_safetensors(path: str | os.PathLike[str]) -> bool:
         names = os.listdir(path)
     except OSError:
         return False
-    return ".metadata" not in names and any(name.endswith(_SUFFIX) for name in names)
+    return ".metadata" not in names and any(name.endswith(SUFFIX) for name in names)
 
 
 def read_headers(paths: Sequence[str], threads: int | None = None) -> Metadata:
@@ -43,7 +43,7 @@ def read_headers(paths: Sequence[str], threads: int | None = None) -> Metadata:
         FileMissingError: an index names a file that is not there.
         CorruptHeaderError: a header is damaged, or an index or another file contradicts it.
     """
-    files = [path for path in paths if path.endswith(_SUFFIX)]
+    files = [path for path in paths if path.endswith(SUFFIX)]
     columns = read_columns(files, [path for path in paths if path.endswith(_INDEX_SUFFIX)], threads)
     return Metadata(LazyDict.of(_Tensors(columns)), storage_data=LazyDict.of(_Payloads(columns)))
 

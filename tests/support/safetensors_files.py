@@ -27,6 +27,7 @@ __all__ = [
     "write_chunks",
     "write_file",
     "write_index",
+    "write_shards",
 ]
 
 # Bound here so that an installed dcp_fast cannot become its own oracle.
@@ -53,12 +54,20 @@ def save_hf(path: Path, state: dict[str, Any], **options: Any) -> Path:
 
 def write_chunks(path: Path, chunks: Chunks) -> Path:
     """Write chunks as ranks do that save by ``save_distributed``: of each tensor at most one in a file."""
+    files = max((len(of_tensor) for of_tensor in chunks.values()), default=0)
+    return write_shards(
+        path,
+        [{fqn: parts[number] for fqn, parts in chunks.items() if number < len(parts)} for number in range(files)],
+    )
+
+
+def write_shards(path: Path, files: Sequence[Mapping[str, tuple[Sequence[int], torch.Tensor]]]) -> Path:
+    """The same, file by file: the offsets and values of each tensor's chunk."""
     path.mkdir(parents=True, exist_ok=True)
-    for number in range(max((len(of_tensor) for of_tensor in chunks.values()), default=0)):
-        tensors = {fqn: of_tensor[number] for fqn, of_tensor in chunks.items() if number < len(of_tensor)}
-        sharding = {fqn: {"saved_offsets": list(offsets)} for fqn, (offsets, _) in tensors.items()}
+    for number, chunks in enumerate(files):
+        sharding = {fqn: {"saved_offsets": list(offsets)} for fqn, (offsets, _) in chunks.items()}
         save_file(
-            {fqn: part.contiguous() for fqn, (_, part) in tensors.items()},
+            {fqn: part.clone(memory_format=torch.contiguous_format) for fqn, (_, part) in chunks.items()},
             path / f"shard-{number + 1:05}-model-00001-of-00001.safetensors",
             metadata={"DCP_SHARDING_INFO": json.dumps(sharding), "DCP_VERSION": "1.0", "format": "pt"},
         )
