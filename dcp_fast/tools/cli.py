@@ -19,7 +19,7 @@ FAILED = 1
 SHORTEST_NAME = 20
 JSON_KEYS = """\
 the document of --json:
-  path, version          the metadata file (or what holds the safetensors files), and the version of its format (or null)
+  path, version          the metadata file, or what holds the safetensors files; the version of its format, or null
   storage_meta           null, or: checkpoint_id, save_id, modules
   tensors, bytes_entries, chunks, files
                          how many there are; chunks are those of tensors

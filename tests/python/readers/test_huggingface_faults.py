@@ -1,4 +1,4 @@
-"""Safetensors files that cannot be read, or that change before they are: typed errors that name file, tensor and range."""
+"""Safetensors files that cannot be read, or that change before they are: errors that name file, tensor and range."""
 
 from __future__ import annotations
 
