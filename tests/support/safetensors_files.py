@@ -22,6 +22,7 @@ __all__ = [
     "file_bytes",
     "header_of",
     "hf_reader",
+    "load_both",
     "save_hf",
     "torch_hf_reader",
     "write_chunks",
@@ -125,22 +126,24 @@ def assert_same_headers(path: Path) -> None:
     assert [index.index for index in actual.storage_data] == [index.index for index in expected.storage_data]
 
 
-def load_both(path: Path, make: Any, planner: Any = None, options: Mapping[str, Any] | None = None) -> list[Outcome]:
+def load_both(
+    path: Path, make: Any, planner: Any = None, options: Mapping[str, Any] | None = None, no_dist: bool = True
+) -> list[Outcome]:
     """What torch's load with its reader makes of a state dict, and what ours makes of an equal one."""
     theirs = {"storage_reader": torch_hf_reader(str(path)), "planner": planner() if planner else torch_planner()}
     ours = {"storage_reader": hf_reader(path, **(options or {})), "planner": planner() if planner else None}
     return [
-        load_with(torch_load, make(), no_dist=True, **theirs),
-        load_with(dcp_fast.load, make(), no_dist=True, **ours),
+        load_with(torch_load, make(), no_dist=no_dist, **theirs),
+        load_with(dcp_fast.load, make(), no_dist=no_dist, **ours),
     ]
 
 
 def assert_same_hf_load(
-    path: Path, make: Any, planner: Any = None, options: Mapping[str, Any] | None = None
+    path: Path, make: Any, planner: Any = None, options: Mapping[str, Any] | None = None, no_dist: bool = True
 ) -> Outcome:
     """Both loads do the same, and change something. Returns what dcp_fast did."""
     untouched = image(make())
-    expected, actual = load_both(path, make, planner, options)
+    expected, actual = load_both(path, make, planner, options, no_dist)
     assert expected.errors is None, f"torch itself raises {expected.errors}"
     if actual.errors is not None:
         raise AssertionError(f"dcp_fast raises {actual.errors}") from next(iter(actual.errors.values()))
