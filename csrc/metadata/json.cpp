@@ -98,6 +98,12 @@ std::string Json::string() {
   return result;
 }
 
+std::string Json::key() {
+  std::string result = string();
+  expect(':');
+  return result;
+}
+
 void Json::escape(std::string& result) {
   const char c = position_ < text_.size() ? text_[position_++] : '\0';
   constexpr std::string_view kNames = "\"\\/bfnrt";

@@ -25,9 +25,7 @@ class Json {
     begin('{', "an object");
     if (take('}')) return end();
     do {
-      std::string key = string();
-      expect(':');
-      visit(key);
+      visit(key());
     } while (take(','));
     expect('}');
     end();
@@ -74,6 +72,7 @@ class Json {
   void expect(char expected);
   void begin(char opening, const char* what);
   void end() { --depth_; }
+  std::string key();
   size_t digits();
   void skip_number();
   void escape(std::string& result);

@@ -21,36 +21,43 @@ namespace {
 constexpr int64_t kSizeBytes = 8;
 constexpr int64_t kMostBytes = 100'000'000;  // the safetensors project's own limit
 
-// What the format calls a dtype, its bits, and torch's name of it.
+// By torch's name.
+constexpr uint8_t dtype_code(std::string_view name) {
+  size_t code = 0;
+  while (kDTypeNames.at(code) != name) ++code;
+  return static_cast<uint8_t>(code);
+}
+
+// What the format calls a dtype, its bits, and its code among kDTypeNames.
 struct KnownDType {
   std::string_view name;
   int64_t bits;
-  std::string_view torch_name;
+  uint8_t code;
 };
 
 constexpr std::array<KnownDType, 22> kKnownDTypes = {{
-    {"F32", 32, "float32"},
-    {"BF16", 16, "bfloat16"},
-    {"F16", 16, "float16"},
-    {"F64", 64, "float64"},
-    {"F8_E4M3", 8, "float8_e4m3fn"},
-    {"F8_E5M2", 8, "float8_e5m2"},
-    {"F8_E8M0", 8, "float8_e8m0fnu"},
-    {"F8_E4M3FNUZ", 8, "float8_e4m3fnuz"},
-    {"F8_E5M2FNUZ", 8, "float8_e5m2fnuz"},
-    {"F4", 4, "float4_e2m1fn_x2"},
-    {"F6_E2M3", 6, "float6_e2m3fn"},
-    {"F6_E3M2", 6, "float6_e3m2fn"},
-    {"I64", 64, "int64"},
-    {"I32", 32, "int32"},
-    {"I16", 16, "int16"},
-    {"I8", 8, "int8"},
-    {"U64", 64, "uint64"},
-    {"U32", 32, "uint32"},
-    {"U16", 16, "uint16"},
-    {"U8", 8, "uint8"},
-    {"BOOL", 8, "bool"},
-    {"C64", 64, "complex64"},
+    {"F32", 32, dtype_code("float32")},
+    {"BF16", 16, dtype_code("bfloat16")},
+    {"F16", 16, dtype_code("float16")},
+    {"F64", 64, dtype_code("float64")},
+    {"F8_E4M3", 8, dtype_code("float8_e4m3fn")},
+    {"F8_E5M2", 8, dtype_code("float8_e5m2")},
+    {"F8_E8M0", 8, dtype_code("float8_e8m0fnu")},
+    {"F8_E4M3FNUZ", 8, dtype_code("float8_e4m3fnuz")},
+    {"F8_E5M2FNUZ", 8, dtype_code("float8_e5m2fnuz")},
+    {"F4", 4, dtype_code("float4_e2m1fn_x2")},
+    {"F6_E2M3", 6, dtype_code("float6_e2m3fn")},
+    {"F6_E3M2", 6, dtype_code("float6_e3m2fn")},
+    {"I64", 64, dtype_code("int64")},
+    {"I32", 32, dtype_code("int32")},
+    {"I16", 16, dtype_code("int16")},
+    {"I8", 8, dtype_code("int8")},
+    {"U64", 64, dtype_code("uint64")},
+    {"U32", 32, dtype_code("uint32")},
+    {"U16", 16, dtype_code("uint16")},
+    {"U8", 8, dtype_code("uint8")},
+    {"BOOL", 8, dtype_code("bool")},
+    {"C64", 64, dtype_code("complex64")},
 }};
 
 [[noreturn]] void fail(const std::string& reason, int64_t offset, int64_t length, const std::string& fqn = "") {
@@ -68,7 +75,7 @@ class Parser {
 
   Header parse() {
     bool has_metadata = false;
-    json_.object([&](std::string& key) {
+    json_.object([&](std::string&& key) {
       if (key != "__metadata__") return take_tensor(std::move(key));
       if (std::exchange(has_metadata, true)) json_.fail("__metadata__ comes twice");
       if (!json_.take_null()) take_metadata();
@@ -86,7 +93,7 @@ class Parser {
  private:
   void take_metadata() {
     std::vector<std::string> keys;
-    json_.object([&](std::string& key) {
+    json_.object([&](std::string&& key) {
       std::string value = json_.string();
       if (key == "DCP_SHARDING_INFO") sharding_ = std::move(value);
       keys.push_back(std::move(key));
@@ -162,7 +169,7 @@ class Parser {
       if (sizes_.empty() || sizes_.back() % 2 != 0) return "the tensor's rows do not fill their last byte";
       sizes_.back() /= 2;
     }
-    tensor.dtype = *code_of(kDTypeNames, dtype.torch_name);
+    tensor.dtype = dtype.code;
     tensor.dims = static_cast<uint32_t>(sizes_.size());
     tensor.numbers = header_.numbers.size();
     header_.numbers.resize(header_.numbers.size() + sizes_.size());
