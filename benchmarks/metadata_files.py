@@ -6,10 +6,15 @@ part pickled, so that strings are shared within the part of a rank and not acros
 
 from __future__ import annotations
 
+import pickle
 import struct
+from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["COLUMNS", "ROWS", "fqns", "write_metadata"]
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+__all__ = ["COLUMNS", "ROWS", "add_plans", "fqns", "write_metadata"]
 
 COLUMNS = 1024
 ROWS = 4  # of each chunk
@@ -215,3 +220,26 @@ def write_metadata(file: BinaryIO, tensors: int, ranks: int) -> None:
     out.text("1.0.0")
     out.put(b"ub.")
     out.end_frame()
+
+
+def add_plans(path: Path) -> None:
+    """Put into a ``.metadata`` what Megatron-Core 0.16 adds to it: the plans of all ranks, and a dict."""
+    metadata = pickle.loads(path.read_bytes())  # which is ours
+    tensors = metadata.state_dict_metadata
+    metadata.all_local_plans = [
+        SavePlan(
+            [
+                WriteItem(
+                    MetadataIndex(fqn, entry.chunks[rank].offsets, rank),
+                    WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(entry.chunks[rank], entry.properties, entry.size),
+                )
+                for fqn, entry in tensors.items()
+            ]
+        )
+        for rank in range(len(next(iter(tensors.values())).chunks))
+    ]
+    metadata.mcore_data = {
+        fqn: {"nd_reformulated_orig_global_shape": tuple(entry.size)} for fqn, entry in tensors.items()
+    }
+    path.write_bytes(pickle.dumps(metadata))

@@ -29,17 +29,18 @@ def draw(path: Path, measurements: Sequence[Measurement]) -> str | None:
         ("seconds", (Stage.READ, Stage.PLAN), Measurement.seconds),
         ("GB of memory above what the process had", (Stage.READ,), memory),
     ]
+    growing = [measurement for measurement in measurements if not measurement.with_plans]
     figure, both = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axes, (title, stages, value_of) in zip(both, panels, strict=True):
         for stage in stages:
             for name in ("torch", "dcp_fast"):
-                values = [(m.ranks, value) for m in measurements if (value := value_of(m, stage, name)) is not None]
+                values = [(m.ranks, value) for m in growing if (value := value_of(m, stage, name)) is not None]
                 if values:
                     label = f"{'torch DCP' if name == 'torch' else name}, {stage.value}"
                     axes.plot(*zip(*values, strict=True), STYLES[stage], marker="o", color=COLOURS[name], label=label)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        ranks = [measurement.ranks for measurement in measurements]
+        ranks = [measurement.ranks for measurement in growing]
         axes.set_xticks(ranks, [f"{count:,}" for count in ranks])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel(f"ranks that wrote {measurements[0].tensors:,} tensors (log scales)")

@@ -3,10 +3,8 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <iterator>
-#include <mutex>
 #include <string>
 #include <type_traits>
 
@@ -70,16 +68,12 @@ void check(const Driver& driver, const char* function, Result result) {
 }  // namespace
 
 const Driver& driver() {
-  static std::atomic<const Driver*> loaded{nullptr};
-  if (const Driver* known = loaded.load(std::memory_order_acquire)) return *known;
-  static std::mutex mutex;
-  static Driver found;
-  const std::scoped_lock lock(mutex);
-  if (loaded.load(std::memory_order_relaxed) == nullptr) {
-    found = load();
-    check(found, "cuInit", found.cuInit(0));
-    loaded.store(&found, std::memory_order_release);
-  }
+  // Where this fails, the next call tries again.
+  static const Driver found = [] {
+    Driver loaded = load();
+    check(loaded, "cuInit", loaded.cuInit(0));
+    return loaded;
+  }();
   return found;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 
 #include "little_endian.h"
@@ -61,9 +62,9 @@ class Cursor {
     for (uint64_t wanted = 1;;) {
       require(wanted);
       const Window bytes = window(wanted);
-      const uint8_t* newline = std::find(bytes.begin, bytes.end, uint8_t{'\n'});
-      if (newline != bytes.end) {
-        const auto count = static_cast<size_t>(newline - bytes.begin);
+      const void* newline = std::memchr(bytes.begin, '\n', static_cast<size_t>(bytes.end - bytes.begin));
+      if (newline != nullptr) {
+        const auto count = static_cast<size_t>(static_cast<const uint8_t*>(newline) - bytes.begin);
         return {reinterpret_cast<const char*>(take(count + 1)), count};
       }
       // Twice as many: however long the line, it is not looked at more often than that takes.

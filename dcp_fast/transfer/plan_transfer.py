@@ -18,8 +18,9 @@ from dcp_fast._torch import narrow_tensor_by_index
 from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CudaError, LoadError, SizeMismatchError, typed_errors
 from dcp_fast.observe.report import LoadReport
-from dcp_fast.planning.hooks import has_default_hooks
+from dcp_fast.planning.hooks import has_default_hooks, has_default_resolve
 from dcp_fast.planning.planner import put_value
+from dcp_fast.planning.values import is_whole
 from dcp_fast.transfer.batches import ConvertedBox
 from dcp_fast.transfer.conversion import place_converted
 from dcp_fast.transfer.destinations import DTYPES, Destinations
@@ -122,21 +123,32 @@ class PlanTransfer:
         """For planners with hooks: resolve and commit all items in torch's order."""
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()
-        # Tensors of the state dict are there anyway; a planner with hooks may have allocated others for the load.
-        most_bytes = sys.maxsize if has_default_hooks(self.planner) else self.staging_bytes
-        windows = Windows(self.planner, self._place_window, most_bytes)
+        # Tensors of the state dict are there anyway; a planner with a way of its own may have allocated others.
+        in_state_dict = has_default_resolve(self.planner)
+        resolve = self._resolve_in_state_dict if in_state_dict else self.planner.resolve_tensor
+        most_bytes = sys.maxsize if in_state_dict else self.staging_bytes
+        windows = Windows(self.planner, partial(self._resolve, resolve), self._place_window, most_bytes)
         with self.report.stage("commit"):
             for item, record in items:
                 if item.type is _BYTE_IO:
                     windows.add_bytes(partial(self._load_bytes, item))
                 else:
-                    windows.add(item, partial(self._resolve, item, record))
+                    windows.add(item, record)
             windows.finish()
 
-    def _resolve(self, item: ReadItem, record: int) -> Placement:
-        tensor = self.planner.resolve_tensor(item).detach()
+    def _resolve_in_state_dict(self, item: ReadItem) -> torch.Tensor:
+        """As torch's planner does, which takes longer for a whole tensor."""
+        index = item.dest_index
+        value = self.planner.state_dict.get(index.fqn)  # type: ignore[attr-defined]
+        if is_whole(value) and value.size() == item.lengths and not (any(index.offset or ()) or any(item.dest_offsets)):
+            return value
+        return self.planner.resolve_tensor(item)
+
+    def _resolve(self, resolve: Callable[[ReadItem], torch.Tensor], item: ReadItem, record: int) -> Placement:
+        tensor = resolve(item).detach()
         # Here the destination is the box itself, so nothing of it may be left out.
-        if any(length < size for length, size in zip(item.lengths, tensor.size(), strict=False)):
+        size = tensor.size()
+        if size != item.lengths and any(length < size for length, size in zip(item.lengths, size, strict=False)):
             reason = f"req {item.storage_index} mismatch sizes {tensor.size()} vs {item.lengths}"
             raise self.records.error(SizeMismatchError, reason, item)
         return Placement(item, record, tensor)

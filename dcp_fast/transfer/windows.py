@@ -10,6 +10,7 @@ import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _MOST_ITEMS = 4096
 _QUIET_ITEMS = 4
 
 
-@dataclass
+@dataclass(slots=True)
 class Placement:
     """An item, the record that it is read from, and the tensor that is its box in the destination."""
 
@@ -55,12 +56,20 @@ class Windows:
 
     Args:
         planner: the planner.
+        resolve: finds the destination of an item and its record.
         place: brings the bytes of all placements into their tensors.
         most_bytes: how much the tensors of a window may hold: a planner may have allocated them for the load.
     """
 
-    def __init__(self, planner: LoadPlanner, place: Callable[[Sequence[Placement]], None], most_bytes: int) -> None:
+    def __init__(
+        self,
+        planner: LoadPlanner,
+        resolve: Callable[[ReadItem, int], Placement],
+        place: Callable[[Sequence[Placement]], None],
+        most_bytes: int,
+    ) -> None:
         self._planner = planner
+        self._resolve = resolve
         self._place = place
         self._most_bytes = most_bytes
         self._has_commit = not has_default_commit(planner)
@@ -71,12 +80,13 @@ class Windows:
         # Where attributes have slots, nobody notices what becomes of them.
         self._one_by_one = any(vars(cls).get("__slots__") for cls in type(planner).__mro__)
 
-    def add(self, item: ReadItem, resolve: Callable[[], Placement]) -> None:
+    def add(self, item: ReadItem, record: int) -> None:
         """Resolve an item. Raises what that raises, with all before it in place and committed."""
-        if self._has_commit and item.dest_index.fqn in self._window.fqns:
+        fqn = item.dest_index.fqn
+        if self._has_commit and fqn in self._window.fqns:
             self.finish()
         try:
-            placement = resolve()
+            placement = self._resolve(item, record)
         except Exception:
             self.finish()
             raise
@@ -85,15 +95,17 @@ class Windows:
             self.finish()
             self._state.apply(change)
             self._most, self._quiet = 1, 0
+        tensor = placement.tensor
+        size = tensor.numel() * tensor.element_size()
         if self._has_commit:
-            span = _span(placement.tensor)
+            span = _span(tensor, size)
             if _meets(self._window.spans, span):
                 self.finish()
             insort(self._window.spans, span)
         window = self._window
         window.placements.append(placement)
-        window.fqns.add(item.dest_index.fqn)
-        window.bytes += placement.tensor.numel() * placement.tensor.element_size()
+        window.fqns.add(fqn)
+        window.bytes += size
         self._add(placement)
 
     def add_bytes(self, load: Callable[[], None]) -> None:
@@ -143,20 +155,19 @@ class _State:
     def keep(self) -> None:
         """Changes are told from here on."""
         self._before = dict(self._now)
-        self._lengths = {
-            name: len(value)
-            for name, value in self._before.items()
-            if isinstance(value, Sized) and not isinstance(value, torch.Tensor)  # one of no dimensions has no length
-        }
+        self._names, self._values = list(self._before), list(self._before.values())
+        # A tensor of no dimensions has no length.
+        self._containers = [v for v in self._values if isinstance(v, Sized) and not isinstance(v, torch.Tensor)]
+        self._lengths = list(map(len, self._containers))
 
     def has_changed(self) -> bool:
-        now, lengths = self._now, self._lengths
-        if len(now) != len(self._before):
-            return True
-        for name, value in self._before.items():
-            if now.get(name, self) is not value or (name in lengths and len(value) != lengths[name]):
-                return True
-        return False
+        # Asked after each call of a hook, so that it may take no longer than the call.
+        now = self._now
+        return not (
+            list(now) == self._names
+            and all(map(is_, now.values(), self._values))
+            and list(map(len, self._containers)) == self._lengths
+        )
 
     def take_back(self) -> dict[str, Any]:
         """Put back the attributes. Returns those that were set anew; what a container has got stays there."""
@@ -171,13 +182,15 @@ class _State:
         self.keep()
 
 
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's elements; all there are if nobody can tell."""
+def _span(tensor: torch.Tensor, size: int) -> tuple[int, int]:
+    """The addresses of a tensor's elements, which have ``size`` bytes; all there are if nobody can tell."""
     begin = address_of(tensor)
-    if tensor.numel() == 0:
+    if size == 0:
         return begin, begin
     if begin == 0:
         return 0, sys.maxsize
+    if tensor.is_contiguous():
+        return begin, begin + size
     elements = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True)) + 1
     return begin, begin + elements * tensor.element_size()
 

@@ -234,7 +234,7 @@ TEST_CASE("the reader of batches reads what the unpickler reads") {
   Random random(11);
   int read = 0;
   int refused = 0;
-  for (int i = 0; i < 2'000; ++i) {
+  for (int i = 0; i < 1'000; ++i) {
     const std::string pickle = odd_pickle(random, random.pick(std::vector<int>{0, 0, 5, 30}));
     REQUIRE(same_in_both(pickle));
     ++(is_columns(parsed(pickle, Batches::kAtOnce)) ? read : refused);
@@ -247,7 +247,7 @@ TEST_CASE("frames begin anywhere, also within items") {
   Random random(13);
   int read = 0;
   int refused = 0;
-  for (int i = 0; i < 2'000; ++i) {
+  for (int i = 0; i < 1'000; ++i) {
     const std::string plain = odd_pickle(random, random.pick(std::vector<int>{0, 0, 5}));
     const std::string pickle = framed(random, plain, random.pick(std::vector<int>{1, 3, 20}));
     const std::string columns = parsed(pickle, Batches::kAtOnce);
@@ -255,7 +255,7 @@ TEST_CASE("frames begin anywhere, also within items") {
     if (is_columns(columns)) REQUIRE(columns == parsed(plain, Batches::kOneByOne));
     ++(is_columns(columns) ? read : refused);
   }
-  CHECK(read > 500);
+  CHECK(read > 200);
   CHECK(refused > 100);
 }
 
@@ -263,7 +263,7 @@ TEST_CASE("the reader of batches refuses what the unpickler refuses") {
   Random random(12);
   int read = 0;
   int refused = 0;
-  for (int i = 0; i < 10'000; ++i) {
+  for (int i = 0; i < 4'000; ++i) {
     std::string pickle = odd_pickle(random, random.pick(std::vector<int>{0, 10}));
     for (int64_t left = random.between(1, 3); left > 0 && !pickle.empty(); --left) {
       const size_t at = random.below(pickle.size());

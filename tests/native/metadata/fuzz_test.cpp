@@ -74,7 +74,7 @@ TEST_CASE("damaged metadata is an error or columns that hold together") {
   Random random(7);
   int parsed = 0;
   int failed = 0;
-  for (int i = 0; i < 40'000; ++i) {
+  for (int i = 0; i < 15'000; ++i) {
     std::string pickle = random_pickle(random);
     const std::string other = random_pickle(random);
     for (int64_t left = random.between(0, 3); left > 0; --left) pickle = damaged(random, std::move(pickle), other);
@@ -90,8 +90,8 @@ TEST_CASE("damaged metadata is an error or columns that hold together") {
       ++failed;
     }
   }
-  CHECK(parsed > 5'000);
-  CHECK(failed > 5'000);
+  CHECK(parsed > 2'000);
+  CHECK(failed > 2'000);
 }
 
 TEST_CASE("random opcodes are an error") {
@@ -130,7 +130,7 @@ TEST_CASE("random opcodes are an error") {
                                             chunk({0}, {1}),
                                             tensor({1}, "]"),
                                             storage_info("f", 1, 2)};
-  for (int i = 0; i < 40'000; ++i) {
+  for (int i = 0; i < 15'000; ++i) {
     std::string pickle;
     for (int64_t left = random.between(1, 60); left > 0; --left) pickle += random.pick(opcodes);
     pickle += '.';

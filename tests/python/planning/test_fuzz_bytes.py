@@ -32,7 +32,7 @@ from torch.distributed.checkpoint._extension import ZStandard
 
 from dcp_fast.errors import CorruptMetadataError, LoadError, UntrustedMetadataError
 
-CASES = 1500
+CASES = 1000
 MEMORY = 4 << 30
 
 # Checkpoints
