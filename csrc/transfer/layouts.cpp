@@ -208,7 +208,7 @@ Layouts read_layouts(io::ByteSources sources, std::vector<Record> records, const
   layouts.records = std::move(records);
   layouts.parsed.resize(layouts.records.size());
   for (size_t i = 0; i < layouts.records.size(); ++i) {
-    if (layouts.records[i].fallback) layouts.parsed[i].reason = "a transform was applied to it";
+    if (layouts.records[i].fallback) layouts.parsed[i].reason = "a transform was applied to it, or its bytes are to be swapped";
   }
   std::vector<size_t> order(layouts.records.size());
   std::iota(order.begin(), order.end(), size_t{0});
