@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks import optimizer_state, state_dicts
+from benchmarks import huggingface, optimizer_state, state_dicts
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -42,13 +42,24 @@ FORMAT = 1
 class CheckpointSpec:
     """All that determines the bytes of a checkpoint."""
 
-    kind: Literal["transformer", "small", "optimizer", "quantized", "quantized_large", "nested", "values"]
+    kind: Literal[
+        "transformer",
+        "small",
+        "optimizer",
+        "quantized",
+        "quantized_large",
+        "nested",
+        "values",
+        "huggingface",
+        "huggingface_many",
+    ]
     ranks: int
     scale: float = 1.0
 
     def shapes(self) -> Shapes:
         """Of what is stored; of the parameters, where that is their optimizer state."""
         made_by = {"transformer": transformer_shapes, "small": small_shapes, "optimizer": linear_shapes}
+        made_by |= {huggingface.KIND: transformer_shapes, huggingface.MANY: huggingface.many_shapes}
         return (made_by | state_dicts.SHAPES)[self.kind](self.scale)
 
     def payload_bytes(self) -> int:
@@ -56,6 +67,8 @@ class CheckpointSpec:
             return optimizer_state.payload_bytes(self.shapes())
         if self.kind in state_dicts.SHAPES:
             return state_dicts.payload_bytes(self.kind, self.shapes())
+        if self.kind == huggingface.MANY:
+            return 0  # nobody reads any
         return sum(math.prod(shape) for shape in self.shapes().values()) * torch.float32.itemsize
 
     def directory_name(self) -> str:
@@ -115,6 +128,10 @@ def ensure(spec: CheckpointSpec, data: Path) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=data))
     try:
         checkpoint = scratch / "checkpoint"
+        if spec.kind in huggingface.FILES:
+            huggingface.write(checkpoint, spec.kind, spec.shapes(), torch.Generator().manual_seed(1))
+            checkpoint.rename(directory)
+            return directory
         arguments = (spec, str(checkpoint), str(scratch / "rendezvous"))
         spawn(_write_as_rank, args=arguments, nprocs=spec.ranks)  # type: ignore[no-untyped-call]
         checkpoint.rename(directory)

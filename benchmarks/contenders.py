@@ -51,17 +51,25 @@ class HookedPlanner(DefaultLoadPlanner):
         assert tensor.size() is not None
 
 
-def torch_contender(checkpoint: Path, state: dict[str, Any], hooked: bool = False) -> Contender:
-    return Contender("torch", lambda: load_with_torch(checkpoint, state, hooked))
+def torch_contender(
+    checkpoint: Path, state: dict[str, Any], hooked: bool = False, reader: Callable[[Path], StorageReader] | None = None
+) -> Contender:
+    """``reader``: makes torch's reader, if not that of DCP's own checkpoints."""
+    return Contender("torch", lambda: load_with_torch(checkpoint, state, hooked, reader))
 
 
 def dcp_fast_contender(checkpoint: Path, state: dict[str, Any], hooked: bool = False) -> Contender:
     return Contender("dcp_fast", lambda: load_with_dcp_fast(checkpoint, state, hooked))
 
 
-def load_with_torch(checkpoint: Path, state: dict[str, Any], hooked: bool = False) -> Sample:
+def load_with_torch(
+    checkpoint: Path,
+    state: dict[str, Any],
+    hooked: bool = False,
+    make_reader: Callable[[Path], StorageReader] | None = None,
+) -> Sample:
     start = time.perf_counter()
-    reader = FileSystemReader(checkpoint)
+    reader = (make_reader or FileSystemReader)(checkpoint)
     read_data = _time_read_data(reader)
     with _no_dist_is_meant():
         planner = HookedPlanner() if hooked else DefaultLoadPlanner()
@@ -78,7 +86,8 @@ def load_with_dcp_fast(
     import dcp_fast
 
     start = time.perf_counter()
-    reader = dcp_fast.FileSystemReader(checkpoint, **(options or {}))
+    ours = dcp_fast.FileSystemReader if (checkpoint / ".metadata").exists() else dcp_fast.HuggingFaceStorageReader
+    reader = ours(checkpoint, **(options or {}))
     read_data = _time_read_data(reader)
     with _no_dist_is_meant():
         planner = HookedPlanner() if hooked else dcp_fast.DefaultLoadPlanner()

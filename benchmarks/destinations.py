@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks import gpus
 from benchmarks.checkpoints import Shapes
 
-FAKE_RANKS = 8
+FAKE_RANKS = 64
 POISON = 0xA5
 
 

@@ -17,9 +17,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-from benchmarks import checkpoints, contenders, destinations, gpus, page_cache, prelude, resident
+from benchmarks import checkpoints, contenders, destinations, gpus, huggingface, page_cache, prelude, resident
 from benchmarks.budget import Budget
 from benchmarks.workloads import MIB, Place, Temperature, Workload, workloads_of
 
@@ -134,12 +135,15 @@ def _load_here(checkpoint: Path, workload: Workload, contender: str) -> FirstLoa
     if contender == "dcp_fast":
         import dcp_fast
 
-        reader = dcp_fast.FileSystemReader(checkpoint)
+        is_huggingface = workload.checkpoint.kind == huggingface.KIND
+        reader = (dcp_fast.HuggingFaceStorageReader if is_huggingface else dcp_fast.FileSystemReader)(checkpoint)
         staging_bytes = reader.staging_bytes
         if wanted.gpus:
             staging_bytes += reader.staging_limits().pinned_bytes
             gpu_staging_bytes = reader.device_staging_bytes
-    load = contenders.load_with_torch if contender == "torch" else contenders.load_with_dcp_fast
+    load = contenders.load_with_dcp_fast
+    if contender == "torch":
+        load = partial(contenders.load_with_torch, make_reader=huggingface.reader_of_torch)
     gpu_before = gpus.used_bytes(wanted.gpus)
     with resident.watched() as peaks:
         sample = load(checkpoint, wanted.state)

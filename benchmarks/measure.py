@@ -8,10 +8,22 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ceilings, checkpoints, contenders, destinations, disk, gpu_ceilings, memory, page_cache, peers
+from benchmarks import (
+    ceilings,
+    checkpoints,
+    contenders,
+    destinations,
+    disk,
+    gpu_ceilings,
+    huggingface,
+    memory,
+    page_cache,
+    peers,
+)
 from benchmarks.budget import Budget
 from benchmarks.contenders import Contender, Sample
 from benchmarks.verify import Expected
@@ -22,6 +34,7 @@ Say = Callable[[str], None]
 COLD_ENOUGH = 0.05
 # The part of what time is left that may go into looking for the best settings of the ceilings.
 TUNING = 0.25
+TORCH_THREADS = "torch, 4 threads"
 
 
 @dataclass
@@ -70,7 +83,11 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
     checkpoint = checkpoints.ensure(workload.checkpoint, options.data)
     paths = checkpoints.files_of(checkpoint)
     wanted = destinations.allocate(workload.checkpoint.shapes(), workload.wanted)
-    oracle = contenders.torch_contender(checkpoint, wanted.state, workload.hooked)
+    is_huggingface = workload.checkpoint.kind == huggingface.KIND
+    if is_huggingface and (reason := huggingface.why_missing()) is not None:
+        raise RuntimeError(f"torch's reader needs safetensors: {reason}")
+    torchs_reader = huggingface.reader_of_torch if is_huggingface else None
+    oracle = contenders.torch_contender(checkpoint, wanted.state, workload.hooked, torchs_reader)
     entrants = [oracle]
 
     # All that is verified is warmed up by it as well.
@@ -80,6 +97,14 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
         ours = contenders.dcp_fast_contender(checkpoint, wanted.state, workload.hooked)
         expected.run(ours)
         entrants.append(ours)
+
+    if is_huggingface:
+        others = [contenders.Contender(TORCH_THREADS, partial(_load_by_threads, checkpoint, wanted.state))]
+        if workload.wanted.ranks == 1:
+            others.append(huggingface.load_file_contender(checkpoint, wanted.local))
+        for other in others:
+            expected.run(other)
+        entrants += others
 
     # Peers and the limit of the memory are a matter of the warm load; a cold one is held against the disk.
     notes: list[str] = []
@@ -113,6 +138,10 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
     times = (f"{name} {measurement.median(name):.3f} s" for name in samples)
     say(f"  {', '.join(times)}")
     return measurement
+
+
+def _load_by_threads(checkpoint: Path, state: dict[str, Any]) -> Sample:
+    return contenders.load_with_torch(checkpoint, state, make_reader=partial(huggingface.reader_of_torch, threads=4))
 
 
 def _pread_ceiling(

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 
+from benchmarks import huggingface
 from benchmarks.destinations import Destinations
 
 LOCAL_HEADER_BYTES = 30
@@ -71,7 +71,8 @@ def payload_segments(checkpoint: Path, destinations: Destinations) -> list[Segme
 
 def payload_boxes(checkpoint: Path, destinations: Destinations) -> list[Box]:
     """The boxes of all stored chunks that the destinations want. Tensors are vectors or matrices."""
-    metadata = FileSystemReader(checkpoint).read_metadata()
+    metadata = huggingface.reader_of_torch(checkpoint).read_metadata()
+    from_headers = huggingface.is_huggingface(checkpoint)
     boxes: list[Box] = []
     with ExitStack() as stack:
         files: dict[str, io.BufferedReader] = {}
@@ -90,9 +91,13 @@ def payload_boxes(checkpoint: Path, destinations: Destinations) -> list[Box]:
                 if min(lengths) <= 0:
                     continue
                 info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-                if info.relative_path not in files:
-                    files[info.relative_path] = stack.enter_context((checkpoint / info.relative_path).open("rb"))
-                payload = _payload_offset(files[info.relative_path], info.offset, info.length)
+                path = Path(info.relative_path) if from_headers else checkpoint / info.relative_path
+                if from_headers:
+                    payload = huggingface.payload_offset(path, name)
+                else:
+                    if info.relative_path not in files:
+                        files[info.relative_path] = stack.enter_context(path.open("rb"))
+                    payload = _payload_offset(files[info.relative_path], info.offset, info.length)
                 # A vector is a matrix of one row.
                 *_, rows, width = 1, *lengths
                 *_, stride = chunk.sizes
@@ -103,9 +108,7 @@ def payload_boxes(checkpoint: Path, destinations: Destinations) -> list[Box]:
                     rows, width = 1, rows * width
                 dtype = stored.properties.dtype
                 offset = payload + first * dtype.itemsize
-                boxes.append(
-                    Box(checkpoint / info.relative_path, offset, dtype, rows, width, stride, name, start, step)
-                )
+                boxes.append(Box(path, offset, dtype, rows, width, stride, name, start, step))
     return boxes
 
 

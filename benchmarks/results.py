@@ -9,7 +9,8 @@ from typing import Any
 from benchmarks import disk, memory
 from benchmarks.fresh import ALLOWED_GROWTH, FirstLoads
 from benchmarks.gpu_ceilings import PINNED_COPY, PINNED_READ
-from benchmarks.measure import Measurement
+from benchmarks.huggingface import LOAD_FILE
+from benchmarks.measure import TORCH_THREADS, Measurement
 from benchmarks.peers import PEERS
 from benchmarks.workloads import MIB, Metric, Target, Temperature
 
@@ -159,7 +160,7 @@ def peer_table(measurements: Sequence[Measurement]) -> str | None:
     lines = []
     for measurement in measurements:
         ours = measurement.median("dcp_fast")
-        for name in PEERS:
+        for name in (*PEERS, LOAD_FILE, TORCH_THREADS):
             if (median := measurement.median(name)) is None:
                 continue
             speed = measurement.workload.bytes_needed() / 1e9 / median

@@ -6,7 +6,18 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import fresh, gpus, measure, metadata, metadata_ranks, optimizer, state_dicts, whole_states
+from benchmarks import (
+    fresh,
+    gpus,
+    headers,
+    huggingface,
+    measure,
+    metadata,
+    metadata_ranks,
+    optimizer,
+    state_dicts,
+    whole_states,
+)
 from benchmarks.budget import Budget
 from benchmarks.record import Record
 from benchmarks.steps import PATIENCE, Kind, Step, expected_seconds
@@ -70,6 +81,8 @@ class Session:
             record.first_loads += found
         elif by_ranks:
             record.measurements.append(optimizer.run(workload, options, say))
+        elif workload.checkpoint.kind == huggingface.MANY:
+            record.measurements.append(headers.run(workload, options, say))
         elif workload.checkpoint.kind in state_dicts.SHAPES:
             record.measurements.append(whole_states.run(workload, options, share, say))
         else:

@@ -196,7 +196,61 @@ def _for_host(scale: float) -> dict[str, Workload]:
         ),
     ]
     workloads += _of_other_states(scale, small, by_eight)
+    workloads += _of_huggingface(scale)
     return {workload.name: workload for workload in workloads}
+
+
+def _of_huggingface(scale: float) -> list[Workload]:
+    """Directories of safetensors files. torch maps these, and copies with its own threads."""
+    warm, cold = Temperature.WARM, Temperature.COLD
+    files = CheckpointSpec("huggingface", ranks=1, scale=scale)
+    many = CheckpointSpec("huggingface_many", ranks=1, scale=scale)
+    limit = Target(Metric.OF_MEMORY, 0.90)
+    loads = [
+        Workload(
+            "hf",
+            "4 safetensors files, read whole",
+            files,
+            Wanted(),
+            {
+                warm: (Target(Metric.SPEEDUP, 1.4), limit),
+                cold: (Target(Metric.SPEEDUP, 1), Target(Metric.OF_CEILING, 0.95)),
+            },
+        ),
+        Workload(
+            "hf_rows8",
+            "4 safetensors files, this rank wants 1/8 of the rows",
+            files,
+            Wanted(dim=0, ranks=8),
+            {warm: (Target(Metric.SPEEDUP, 1.4), limit, Target(Metric.AMPLIFICATION, 1.02))},
+            fresh_rounds=0,
+        ),
+        Workload(
+            "hf_cols8",
+            "4 safetensors files, this rank wants 1/8 of the columns",
+            files,
+            Wanted(dim=1, ranks=8),
+            {warm: (Target(Metric.SPEEDUP, 1.4), limit)},
+            fresh_rounds=0,
+        ),
+        Workload(
+            "hf_bf16",
+            "4 safetensors files of fp32, loaded into bf16 tensors",
+            files,
+            Wanted(dtype=torch.bfloat16),
+            {warm: (Target(Metric.SPEEDUP, 2), limit)},
+            fresh_rounds=0,
+        ),
+    ]
+    rank = Wanted(dim=0, ranks=64)
+    headers = [
+        Workload(name, title, many, rank, {warm: (Target(Metric.SPEEDUP, bound),)}, rounds=3, fresh_rounds=0)
+        for name, title, bound in (
+            ("hf_headers", "headers of 163 safetensors files with 91,000 tensors", 10),
+            ("hf_plan", "the plan of one rank of 64 for these", 20),
+        )
+    ]
+    return loads + headers
 
 
 def _of_other_states(scale: float, small: CheckpointSpec, by_eight: CheckpointSpec) -> list[Workload]:

@@ -19,6 +19,8 @@ enum class ErrorKind {
   kCorrupt,          // the bytes contradict themselves or the metadata
   kCorruptPickle,    // the description of a tensor within its record contradicts itself
   kCorruptMetadata,  // the metadata of the checkpoint contradicts itself
+  kCorruptHeader,    // the header of a safetensors file contradicts itself or the file
+  kUnknownDType,     // a tensor is of a dtype that torch does not have
   kSizeMismatch,     // a box does not fit its stored tensor or its destination
   kCuda,             // a call of the CUDA driver failed, or work that it was given
   kCudaOutOfMemory,
@@ -47,6 +49,7 @@ struct Error : std::runtime_error {
   int64_t offset;
   int64_t length;
   int error_number = 0;
+  std::string fqn;      // in UTF-8, "" where none is known or `record` tells
   int64_t record = -1;  // index into the records of the load, -1 where none is known
   int64_t item = -1;    // index into the items of the load, -1 where none is known
   int device = -1;      // ordinal of the CUDA device that refused something, -1 where no single device did

@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
 
 from dcp_fast.errors import (
     CorruptCheckpointError,
+    CorruptHeaderError,
     CorruptMetadataError,
     CorruptPickleError,
     CudaError,
@@ -33,6 +34,7 @@ from dcp_fast.errors import (
     SizeMismatchError,
     TruncatedFileError,
     UnknownTransformError,
+    UnsupportedDTypeError,
     UntrustedBytesError,
     UntrustedMetadataError,
 )
@@ -43,6 +45,7 @@ from dcp_fast.optimizer.load import load_sharded_optimizer_state_dict
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.planning.search import create_read_items_for_chunk_list
 from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.readers.huggingface import HuggingFaceStorageReader
 from dcp_fast.readers.others import accelerate
 from dcp_fast.transfer.gpu import prepare_staging, release_staging
 
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CorruptCheckpointError",
+    "CorruptHeaderError",
     "CorruptMetadataError",
     "CorruptPickleError",
     "CudaError",
@@ -61,6 +65,7 @@ __all__ = [
     "FilePermissionError",
     "FileSystemReader",
     "FileTimeoutError",
+    "HuggingFaceStorageReader",
     "Inspection",
     "LoadError",
     "LoadReport",
@@ -72,6 +77,7 @@ __all__ = [
     "SizeMismatchError",
     "TruncatedFileError",
     "UnknownTransformError",
+    "UnsupportedDTypeError",
     "UntrustedBytesError",
     "UntrustedMetadataError",
     "accelerate",

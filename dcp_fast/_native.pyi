@@ -46,7 +46,9 @@ class Layouts:
     def strides(self, record: int) -> list[int]: ...
     def __len__(self) -> int: ...
 
-def read_layouts(paths: Sequence[str], records: Buffer, options: Options) -> Layouts: ...
+def read_layouts(
+    paths: Sequence[str], records: Buffer, options: Options, payloads: Buffer | None = None
+) -> Layouts: ...
 
 class Stats:
     requests: int
@@ -132,6 +134,8 @@ class MetadataColumns:
     def row(
         self, index: int
     ) -> tuple[str, tuple[int, ...] | None, int | None, str, int, int, list[str] | tuple[str, ...] | None]: ...
+    has_payloads: bool  # records are mere payloads of safetensors files
+    def payload(self, row: int) -> tuple[str, int, int, int, tuple[int, ...]]: ...  # path, offset, length, dtype, sizes
     planner_data: bytes
     storage_meta: bytes
     attributes: list[tuple[str, bytes | None]]  # beyond the fields of Metadata; None: only the file has it
@@ -140,6 +144,7 @@ class MetadataColumns:
 
 def parse_metadata(pickle: Buffer) -> MetadataColumns | str: ...
 def parse_blocks(size: int, next_block: Callable[[], Buffer]) -> MetadataColumns | str: ...
+def read_safetensors(files: Sequence[str], indexes: Sequence[str], threads: int) -> MetadataColumns: ...
 def read_metadata(path: str) -> MetadataColumns | str: ...
 
 class Rows(Buffer): ...  # int64
@@ -154,6 +159,7 @@ class PlannedRecords:
     missing: int | None  # the first box whose chunk storage_data lacks
     files: tuple[list[str], list[int]]  # their names, and the requests of the first box of each
     def rows(self, all_fallback: bool) -> Rows: ...  # for read_layouts, files as numbered above
+    def payloads(self) -> Rows | None: ...  # likewise
 
 class PlannedBoxes:
     uncovered: list[int]  # requests of which the checkpoint lacks some elements

@@ -26,6 +26,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed._shard.sharding_spec import ChunkShardingSpec
 from torch.distributed.checkpoint import _version as derived_version
 from torch.distributed.checkpoint._extension import ExtensionRegistry
+from torch.distributed.checkpoint._hf_utils import _HFStorageInfo as SafetensorsInfo
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
 from torch.distributed.checkpoint._storage_utils import _storage_setup as storage_setup
 from torch.distributed.checkpoint._traverse import set_element
@@ -97,6 +98,7 @@ __all__ = [
     "FsspecFiles",
     "LocalShard",
     "PyTorchFileReader",
+    "SafetensorsInfo",
     "ShardProperties",
     "ShardedTensor",
     "ShardedTensorMetadata",

@@ -12,8 +12,17 @@ import torch
 
 from dcp_fast import _native
 
+try:
+    from safetensors import SafetensorError  # type: ignore[import-not-found,unused-ignore]
+except ImportError:  # then nobody else raises it
+
+    class SafetensorError(Exception):  # type: ignore[no-redef]
+        """Stands in for the class of the same name."""
+
+
 __all__ = [
     "CorruptCheckpointError",
+    "CorruptHeaderError",
     "CorruptMetadataError",
     "CorruptPickleError",
     "CudaError",
@@ -31,6 +40,7 @@ __all__ = [
     "SizeMismatchError",
     "TruncatedFileError",
     "UnknownTransformError",
+    "UnsupportedDTypeError",
     "UntrustedBytesError",
     "UntrustedMetadataError",
 ]
@@ -84,8 +94,11 @@ class LoadError(Exception):
         return type(self), (self.reason, self.path, self.fqn, self.offset, self.length, self.error_number)
 
 
-class CorruptCheckpointError(LoadError, RuntimeError):
-    """The bytes of a file contradict themselves or the metadata."""
+class CorruptCheckpointError(LoadError, RuntimeError, SafetensorError):  # type: ignore[misc,unused-ignore]
+    """The bytes of a file contradict themselves or the metadata.
+
+    torch raises a RuntimeError about its own files, and a SafetensorError about those of safetensors, if that is there.
+    """
 
 
 class TruncatedFileError(CorruptCheckpointError, EOFError):
@@ -102,6 +115,14 @@ class CorruptMetadataError(CorruptPickleError, EOFError, ValueError, AssertionEr
     Depending on where it is damaged, torch's reader raises one type or another, and its load an AssertionError; this is
     all of them but accidents.
     """
+
+
+class CorruptHeaderError(CorruptMetadataError, KeyError, TypeError):
+    """The header of a safetensors file cannot be read, or contradicts the file, another file or the index."""
+
+
+class UnsupportedDTypeError(LoadError, KeyError):
+    """A tensor that is wanted is stored in a dtype that this torch does not have."""
 
 
 class UntrustedMetadataError(LoadError, pickle.UnpicklingError, AssertionError):
@@ -206,6 +227,8 @@ _BY_KIND: dict[str, type[LoadError]] = {
     "cuda_out_of_memory": CudaOutOfMemoryError,
     "cuda_refused": CudaError,
     "corrupt_metadata": CorruptMetadataError,
+    "corrupt_header": CorruptHeaderError,
+    "unknown_dtype": UnsupportedDTypeError,
     "size_mismatch": SizeMismatchError,
 }
 
@@ -234,12 +257,12 @@ def typed_errors(fqns: Sequence[str] = (), checkpoint: str | os.PathLike[str] = 
     try:
         yield
     except _native.NativeError as error:
-        kind, reason, error_number, record, _item, path, offset, length, _device = error.args
+        kind, reason, error_number, record, _item, path, offset, length, _device, fqn = error.args
         cls = _BY_ERRNO.get(error_number, FileAccessError) if kind == "io" else _BY_KIND[kind]
         raise cls(
             reason,
             path,
-            fqns[record] if 0 <= record < len(fqns) else "",
+            fqns[record] if 0 <= record < len(fqns) else fqn,
             offset if offset >= 0 else None,
             length if length >= 0 else None,
             error_number,

@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType, TracebackType
 from typing import Any
 
-from torch.distributed.checkpoint import default_planner, filesystem, optimizer, planner_helpers, state_dict_loader
+from torch.distributed.checkpoint import (
+    default_planner,
+    filesystem,
+    hf_storage,
+    optimizer,
+    planner_helpers,
+    state_dict_loader,
+)
 from torch.distributed.checkpoint.storage import StorageReader
 
 from dcp_fast import _torch
@@ -23,6 +30,7 @@ from dcp_fast.optimizer import load as fast_optimizer
 from dcp_fast.planning import planner as fast_planner
 from dcp_fast.planning import search as fast_search
 from dcp_fast.readers import filesystem as fast_filesystem
+from dcp_fast.readers.huggingface import read_headers_of
 from dcp_fast.readers.others import accelerated_read_data, read_data_like_torch
 from dcp_fast.switches import method_switch, original_of, set_switches, switch
 
@@ -32,6 +40,8 @@ __all__ = ["Installation", "install", "uninstall"]
 _METHODS: list[tuple[type, str, Callable[..., Any]]] = [
     (filesystem.FileSystemReader, "read_metadata", fast_filesystem.read_metadata_of),
     (filesystem.FileSystemReader, "read_data", read_data_like_torch),
+    (hf_storage.HuggingFaceStorageReader, "read_metadata", read_headers_of),
+    (hf_storage.HuggingFaceStorageReader, "read_data", read_data_like_torch),
     (default_planner.DefaultLoadPlanner, "set_up_planner", fast_planner.set_up_planner),
     (default_planner.DefaultLoadPlanner, "create_local_plan", fast_planner.create_local_plan),
     (default_planner.DefaultLoadPlanner, "load_bytes", fast_planner.load_bytes),

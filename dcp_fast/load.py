@@ -17,10 +17,13 @@ from typing_extensions import deprecated
 
 from dcp_fast._torch import api_bc_check, dcp_method_logger, storage_setup
 from dcp_fast.collector import paused_collection
+from dcp_fast.metadata.safetensors import holds_safetensors
 from dcp_fast.observe.report import reported
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.ranks.steps import load_on_all_ranks
+from dcp_fast.readers.engine_reader import EngineReader
 from dcp_fast.readers.filesystem import FileSystemReader
+from dcp_fast.readers.huggingface import HuggingFaceStorageReader
 from dcp_fast.readers.others import fast_twin
 from dcp_fast.readers.proof import has_torchs_read_data
 
@@ -48,10 +51,12 @@ def load(
 ) -> None:
     """Drop-in for ``torch.distributed.checkpoint.load``: same arguments, same result, same exceptions.
 
-    A local ``checkpoint_id`` (a path, ``file://`` or ``local://``) is read by :class:`dcp_fast.FileSystemReader`, any
-    other by the reader that torch chooses. The default planner is :class:`dcp_fast.DefaultLoadPlanner`. A reader or
-    planner that is passed is used as it is, but where a reader reads data just as torch's FileSystemReader does, from
-    local files, the native engine does it instead. The report of the load tells (:func:`dcp_fast.last_report`).
+    A local ``checkpoint_id`` (a path, ``file://`` or ``local://``) is read by :class:`dcp_fast.FileSystemReader`, or by
+    :class:`dcp_fast.HuggingFaceStorageReader` where it is a directory that has ``.safetensors`` files and no
+    ``.metadata``; any other by the reader that torch chooses. The default planner is
+    :class:`dcp_fast.DefaultLoadPlanner`. A reader or planner that is passed is used as it is, but where a reader reads
+    data just as torch's of that name does, from local files, the native engine does it instead. The report of the load
+    tells (:func:`dcp_fast.last_report`).
 
     torch's function lacks the last four arguments. ``None`` means: as the reader or planner was told. The options of
     this load change neither of these objects. So loads in several threads may share a reader, each with options of its
@@ -89,14 +94,14 @@ def load(
     if planner is None:
         planner = DefaultLoadPlanner()
     options: list[tuple[object, str, Any]] = []
-    for owner, cls, name, given in (
-        (reader, FileSystemReader, "trace", None if trace is None else os.fsdecode(trace)),
-        (reader, FileSystemReader, "trust_metadata", trust_metadata),
-        (planner, DefaultLoadPlanner, "trust_bytes", trust_bytes),
+    for owner, cls, public, name, given in (
+        (reader, EngineReader, "FileSystemReader", "trace", None if trace is None else os.fsdecode(trace)),
+        (reader, FileSystemReader, "FileSystemReader", "trust_metadata", trust_metadata),
+        (planner, DefaultLoadPlanner, "DefaultLoadPlanner", "trust_bytes", trust_bytes),
     ):
         if given is not None:
             if not isinstance(owner, cls):
-                raise ValueError(f"{name} needs a dcp_fast.{cls.__name__}, got a {type(owner).__name__}")
+                raise ValueError(f"{name} needs a dcp_fast.{public}, got a {type(owner).__name__}")
             options.append((owner, name, given))
 
     with reported(options):
@@ -123,9 +128,12 @@ def load(
 def _reader_of_ours(reader: StorageReader, checkpoint_id: str | os.PathLike[str]) -> StorageReader:
     """The reader that torch chose for a checkpoint, or ours in its place if the checkpoint is local."""
     if type(reader) is torch_filesystem.FileSystemReader:
-        return FileSystemReader(checkpoint_id)
-    twin = fast_twin(reader) if has_torchs_read_data(reader) else None
-    return twin if isinstance(twin, FileSystemReader) else reader
+        ours: StorageReader | str = FileSystemReader(checkpoint_id)
+    else:
+        ours = fast_twin(reader) if has_torchs_read_data(reader) else ""
+    if not isinstance(ours, FileSystemReader):
+        return reader
+    return HuggingFaceStorageReader(ours.path) if holds_safetensors(ours.path) else ours
 
 
 def is_stateful(value: object) -> bool:

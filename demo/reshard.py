@@ -1,7 +1,8 @@
 """Saves a training state with torch DCP on one set of ranks, and loads it resharded on another, twice.
 
 Four ranks save a small transformer with its optimizer state, sharded by rows. Two new ranks load it sharded by
-columns, with torch and with dcp_fast, and compare every entry bit for bit; then one process loads it whole. The exit
+columns, with torch and with dcp_fast, and compare every entry bit for bit; then one process loads it whole. The model
+alone is also written as Hugging Face has it, in safetensors files with an index, and loaded in the same ways. The exit
 status says whether all was equal.
 """
 
@@ -22,14 +23,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import training
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
 import dcp_fast
 
 ROWS, COLUMNS = 0, 1
+Build = Callable[[training.Make, bool], training.State]
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,11 @@ def main() -> int:
         size = sum(file.stat().st_size for file in files) / 1e6
         print(f"saved by {options.save_ranks} ranks by rows: {len(files)} files, {size:.0f} MB", end="")
         print(f", in {time.perf_counter() - start:.1f} s with starting the ranks")
+        write_model(scratch, options.mb)
         run_ranks(load_as_rank, options.load_ranks, scratch, options.mb)
-        outcomes = [read_outcome(scratch, rank) for rank in range(options.load_ranks)]
-        outcomes.append(load_whole(scratch, options.mb))
+        by_rank = [read_outcomes(scratch, rank) for rank in range(options.load_ranks)]
+        by_rank.append(load_whole(scratch, options.mb))
+        outcomes = [outcome for kind in zip(*by_rank, strict=True) for outcome in kind]
     print(f"loaded by {options.load_ranks} other ranks by columns, then whole by one process:\n")
     print_table(outcomes)
     print(f"\ndcp_fast's report, rank 0:\n{outcomes[0].report}\n")
@@ -92,6 +98,18 @@ def save_as_rank(rank: int, ranks: int, scratch: str, megabytes: float) -> None:
     dist.destroy_process_group()
 
 
+def write_model(scratch: str, megabytes: float) -> None:
+    """The model as others get it: whole tensors, in two safetensors files."""
+    model = training.build(megabytes, training.full_values, training.full_values, trained=True)["model"]
+    files = {name: 1 + number * 2 // len(model) for number, name in enumerate(model)}
+    path = Path(scratch, "model")
+    path.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch_save(model, storage_writer=HuggingFaceStorageWriter(str(path), fqn_to_index_mapping=files))
+    print(f"the model in {len(list(path.glob('*.safetensors')))} safetensors files with an index")
+
+
 def load_as_rank(rank: int, ranks: int, scratch: str, megabytes: float) -> None:
     join(rank, ranks, Path(scratch, "load-rendezvous"))
     mesh = init_device_mesh("cpu", (ranks,))
@@ -99,24 +117,39 @@ def load_as_rank(rank: int, ranks: int, scratch: str, megabytes: float) -> None:
     def build(make: training.Make, trained: bool) -> training.State:
         return training.build(megabytes, training.on_mesh(mesh, COLUMNS, make), make, trained=trained)
 
-    outcome = load_both_ways(f"rank {rank} of {ranks}", build, Path(scratch, "checkpoint"))
-    outcome_path(scratch, rank).write_text(json.dumps(asdict(outcome)))
+    outcomes = load_both_kinds(f"rank {rank} of {ranks}", build, scratch)
+    outcome_path(scratch, rank).write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
     dist.destroy_process_group()
 
 
-def load_whole(scratch: str, megabytes: float) -> Outcome:
+def load_whole(scratch: str, megabytes: float) -> list[Outcome]:
     def build(make: training.Make, trained: bool) -> training.State:
         return training.build(megabytes, make, make, trained=trained)
 
     with warnings.catch_warnings():
         # torch warns of a load without a process group, which is what is wanted here.
         warnings.simplefilter("ignore", UserWarning)
-        return load_both_ways("whole", build, Path(scratch, "checkpoint"))
+        return load_both_kinds("whole", build, scratch)
 
 
-def load_both_ways(rank: str, build: Callable[[training.Make, bool], training.State], checkpoint: Path) -> Outcome:
+def load_both_kinds(rank: str, build: Build, scratch: str) -> list[Outcome]:
+    """The checkpoint, and the model in safetensors files."""
+
+    def build_model(make: training.Make, trained: bool) -> training.State:
+        model: training.State = build(make, trained)["model"]
+        return model
+
+    checkpoint, model = Path(scratch, "checkpoint"), Path(scratch, "model")
+    return [
+        load_both_ways(rank, build, checkpoint, None),
+        load_both_ways(f"{rank}, HF", build_model, model, HuggingFaceStorageReader(str(model))),
+    ]
+
+
+def load_both_ways(rank: str, build: Build, checkpoint: Path, torchs_reader: StorageReader | None) -> Outcome:
     by_torch, by_dcp_fast = build(training.zeros, False), build(training.zeros, False)
-    torch_seconds = timed(lambda: torch_load(by_torch, checkpoint_id=checkpoint))
+    where = {"checkpoint_id": checkpoint} if torchs_reader is None else {"storage_reader": torchs_reader}
+    torch_seconds = timed(lambda: torch_load(by_torch, **where))
     dcp_fast_seconds = timed(lambda: dcp_fast.load(by_dcp_fast, checkpoint_id=checkpoint))
     report = str(dcp_fast.last_report())
 
@@ -149,16 +182,16 @@ def outcome_path(scratch: str, rank: int) -> Path:
     return Path(scratch, f"outcome-{rank}.json")
 
 
-def read_outcome(scratch: str, rank: int) -> Outcome:
-    return Outcome(**json.loads(outcome_path(scratch, rank).read_text()))
+def read_outcomes(scratch: str, rank: int) -> list[Outcome]:
+    return [Outcome(**fields) for fields in json.loads(outcome_path(scratch, rank).read_text())]
 
 
 def print_table(outcomes: list[Outcome]) -> None:
-    print(f"{'':14}{'MB':>8}{'torch s':>10}{'dcp_fast s':>12}{'ratio':>8}{'differing':>11}")
+    print(f"{'':18}{'MB':>8}{'torch s':>10}{'dcp_fast s':>12}{'ratio':>8}{'differing':>11}")
     for outcome in outcomes:
         ratio = outcome.torch_seconds / outcome.dcp_fast_seconds
         print(
-            f"{outcome.rank:14}{outcome.megabytes:8.0f}{outcome.torch_seconds:10.3f}"
+            f"{outcome.rank:18}{outcome.megabytes:8.0f}{outcome.torch_seconds:10.3f}"
             f"{outcome.dcp_fast_seconds:12.3f}{ratio:7.1f}x{len(outcome.differing):11}"
         )
 

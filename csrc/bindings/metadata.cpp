@@ -22,7 +22,11 @@
 #include "metadata/failure.h"
 #include "metadata/names.h"
 #include "metadata/parse.h"
+#include "metadata/safetensors.h"
+#include "metadata/safetensors_columns.h"
 #include "metadata/source.h"
+#include "transfer/options.h"
+#include "transfer/workers.h"
 
 namespace py = pybind11;
 
@@ -228,6 +232,49 @@ py::object read_metadata(const py::str& path) {
   return columns_of(source);
 }
 
+// Of a safetensors file: the path, the range in it, the dtype and the sizes.
+py::tuple payload(const Columns& columns, size_t index) {
+  const StorageRows& rows = columns.rows;
+  if (index >= rows.dtypes.size()) throw py::index_error("no such payload");
+  const uint32_t dims = rows.dims[index];
+  return py::make_tuple(to_python(columns.files[rows.file[index]]), rows.offset[index], rows.length[index],
+                        rows.dtypes[index], to_python(columns.numbers.data() + rows.chunk_offset[index] + dims, dims));
+}
+
+// `indexes`: files that say which of the others holds each tensor. `wanted`: the number of threads, 0 for the default.
+std::shared_ptr<Columns> read_safetensors(const std::vector<py::str>& files, const std::vector<py::str>& indexes,
+                                          int wanted) {
+  std::vector<std::string> names;
+  io::ByteSources sources;
+  for (const auto* group : {&files, &indexes}) {
+    for (const py::str& path : *group) sources.push_back(std::make_unique<io::File>(system_path(path)));
+  }
+  for (const py::str& path : files) names.emplace_back(Utf8(path).view());
+  return without_gil([&] {
+    auto columns = std::make_shared<Columns>();
+    std::vector<metadata::Header> headers(names.size());
+    io::IoCounters counters;
+    const int threads = transfer::reader_threads(wanted, io::kDirectAccess.requests_at_once);
+    const auto each = [&](size_t begin, size_t end, const auto& read) {
+      transfer::run_parallel(end - begin, threads, counters, interrupted, [&](size_t i, transfer::Worker& worker) {
+        io::ByteSource& source = *sources[begin + i];
+        try {
+          with_memory_errors([&] { read(i, worker.open(source)); });
+        } catch (Error& error) {
+          if (error.path.empty()) error.path = source.path();
+          throw;
+        }
+      });
+    };
+    each(0, headers.size(),
+         [&](size_t i, const io::ByteSource& source) { headers[i] = metadata::read_header(source, counters); });
+    each(headers.size(), sources.size(),
+         [&](size_t, const io::ByteSource& source) { metadata::check_index(source, headers, names, counters); });
+    with_memory_errors([&] { *columns = metadata::collect_headers(headers, names); });
+    return columns;
+  });
+}
+
 template <typename Names>
 py::tuple name_tuple(const Names& names) {
   py::tuple result(names.size());
@@ -257,6 +304,8 @@ void bind_metadata(py::module_& module) {
       .def("row_of_chunk", &row_of_chunk, py::arg("entry"), py::arg("chunk"))
       .def("row", &row, py::arg("index"))
       .def("files", [](const Columns& columns) { return texts(columns.files, columns.files.size()); })
+      .def("payload", &payload, py::arg("row"))
+      .def_property_readonly("has_payloads", [](const Columns& columns) { return !columns.rows.dtypes.empty(); })
       .def_property_readonly("row_files",
                              [](const std::shared_ptr<Columns>& self) { return view_of(self, self->rows.file); })
       .def_property_readonly("row_offsets",
@@ -270,6 +319,7 @@ void bind_metadata(py::module_& module) {
       .def_property_readonly("version", [](const Columns& columns) {
         return columns.has_version ? py::object(to_python(columns.version)) : py::object(py::none());
       });
+  module.def("read_safetensors", &read_safetensors, py::arg("files"), py::arg("indexes"), py::arg("threads"));
   module.def("parse_metadata", &parse_metadata, py::arg("pickle"));
   module.def("parse_blocks", &parse_blocks, py::arg("size"), py::arg("next_block"));
   module.def("read_metadata", &read_metadata, py::arg("path"));

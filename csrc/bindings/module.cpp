@@ -6,6 +6,7 @@
 #include <exception>
 
 #include "bindings/bindings.h"
+#include "bindings/python.h"
 #include "error.h"
 
 namespace py = pybind11;
@@ -25,6 +26,10 @@ const char* kind_name(ErrorKind kind) {
       return "corrupt_pickle";
     case ErrorKind::kCorruptMetadata:
       return "corrupt_metadata";
+    case ErrorKind::kCorruptHeader:
+      return "corrupt_header";
+    case ErrorKind::kUnknownDType:
+      return "unknown_dtype";
     case ErrorKind::kSizeMismatch:
       return "size_mismatch";
     case ErrorKind::kCuda:
@@ -44,7 +49,7 @@ PYBIND11_MODULE(_native, module) {
   using namespace dcp_fast;  // NOLINT(google-build-using-namespace)
   module.doc() = "Native engine of dcp_fast: finds payloads in checkpoint files and places boxes of them in memory.";
 
-  // args: kind, message, errno, record, item, path, offset, length, device; -1 and "" where unknown.
+  // args: kind, message, errno, record, item, path, offset, length, device, FQN; -1 and "" where unknown.
   static py::handle native_error = py::exception<Error>(module, "NativeError").release();
   py::register_exception_translator(
       [](std::exception_ptr pointer) {  // NOLINT(performance-unnecessary-value-param): pybind11's signature
@@ -54,7 +59,7 @@ PYBIND11_MODULE(_native, module) {
           const py::tuple arguments =
               py::make_tuple(kind_name(error.kind), error.what(), error.error_number, error.record, error.item,
                              py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(error.path.c_str())),
-                             error.offset, error.length, error.device);
+                             error.offset, error.length, error.device, to_python(error.fqn));
           PyErr_SetObject(native_error.ptr(), arguments.ptr());
         }
       });

@@ -94,6 +94,20 @@ Rows record_rows(const PlannedRecords& planned, bool all_fallback) {
   return rows;
 }
 
+// A row for each record that is a mere payload, as read_layouts takes them; nothing if records are archives.
+std::optional<Rows> payload_rows(const PlannedRecords& planned) {
+  const Columns& columns = *planned.columns;
+  if (columns.rows.dtypes.empty()) return std::nullopt;
+  Rows rows;
+  for (const uint32_t row : planned.records.rows) {
+    const uint32_t dims = columns.rows.dims[row];
+    const int64_t* sizes = columns.numbers.data() + columns.rows.chunk_offset[row] + dims;
+    rows.values.insert(rows.values.end(), {columns.rows.dtypes[row], dims});
+    rows.values.insert(rows.values.end(), sizes, sizes + dims);
+  }
+  return rows;
+}
+
 // A row for each bytes entry: its file, by the columns' numbers, offset, length, and whether a transform was applied.
 Rows bytes_rows(const Columns& columns, const std::vector<py::str>& fqns) {
   Rows rows;
@@ -165,7 +179,8 @@ void bind_planning(py::module_& module) {
       .def_property_readonly("requests", [](const PlannedRecords& planned) { return planned.records.requests; })
       .def_property_readonly("missing", [](const PlannedRecords& planned) { return planned.records.missing; })
       .def_property_readonly("files", &files)
-      .def("rows", &record_rows, py::arg("all_fallback"));
+      .def("rows", &record_rows, py::arg("all_fallback"))
+      .def("payloads", &payload_rows);
   module.def("bytes_rows", &bytes_rows, py::arg("columns"), py::arg("fqns"));
   module.attr("WHOLE") = planning::kWhole;
   module.def("find_boxes", &find_boxes, py::arg("columns"), py::arg("requests"),

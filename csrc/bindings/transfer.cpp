@@ -11,6 +11,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,6 +26,7 @@
 #include "cuda/pinned_ring.h"
 #include "error.h"
 #include "io/file.h"
+#include "metadata/names.h"
 #include "trace/recorder.h"
 #include "transfer/engine.h"
 #include "transfer/layouts.h"
@@ -88,8 +90,44 @@ class Column {
   py::ssize_t position_ = 0;
 };
 
+// A row for each record: its dtype, in codes of metadata, number of dimensions, sizes.
+std::vector<checkpoint::TensorLayout> payloads_of(const std::vector<Record>& records, const py::buffer& column,
+                                                  const io::ByteSources& sources) {
+  std::vector<checkpoint::TensorLayout> payloads;
+  payloads.reserve(records.size());
+  Column rows(column);
+  for (const Record& record : records) {
+    checkpoint::TensorLayout layout;
+    const size_t code = rows.next_index(metadata::kDTypeNames.size());
+    if (code >= checkpoint::kDTypes.size()) {
+      Error error(ErrorKind::kUnknownDType, "torch has no dtype " + std::string(metadata::kDTypeNames.at(code)),
+                  sources[record.file]->path(), record.offset, record.length);
+      error.record = static_cast<int64_t>(payloads.size());
+      throw Error(error);
+    }
+    layout.dtype = static_cast<checkpoint::DType>(code);
+    const size_t dims = rows.next_dims();
+    layout.sizes = rows.next(dims);
+    layout.strides.resize(dims);
+    int64_t bytes = checkpoint::info(layout.dtype).itemsize;
+    int64_t stride = 1;
+    for (size_t dim = dims; dim-- > 0;) {
+      const int64_t size = layout.sizes[dim];
+      layout.strides[dim] = stride;
+      if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes) ||
+          __builtin_mul_overflow(stride, std::max<int64_t>(size, 1), &stride)) {
+        throw py::value_error("a payload of impossible sizes");
+      }
+    }
+    if (bytes != record.length) throw py::value_error("a payload has another size than its record");
+    payloads.push_back(std::move(layout));
+  }
+  if (!rows.done()) throw py::value_error("there are more payloads than records");
+  return payloads;
+}
+
 std::unique_ptr<Layouts> read_layouts(const std::vector<py::str>& python_paths, const py::buffer& record_column,
-                                      const FileOptions& options) {
+                                      const FileOptions& options, const std::optional<py::buffer>& payload_column) {
   io::ByteSources sources;
   sources.reserve(python_paths.size());
   for (const py::str& path : python_paths) {
@@ -105,9 +143,11 @@ std::unique_ptr<Layouts> read_layouts(const std::vector<py::str>& python_paths, 
     record.fallback = column.next() != 0;
     records.push_back(record);
   }
+  std::vector<checkpoint::TensorLayout> payloads;
+  if (payload_column) payloads = payloads_of(records, *payload_column, sources);
   return without_gil([&] {
     return std::make_unique<Layouts>(
-        transfer::read_layouts(std::move(sources), std::move(records), options, interrupted));
+        transfer::read_layouts(std::move(sources), std::move(records), std::move(payloads), options, interrupted));
   });
 }
 
@@ -282,7 +322,8 @@ void bind_transfer(py::module_& module) {
       .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
       .def("strides", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.strides; })
       .def("__len__", [](const Layouts& layouts) { return layouts.records.size(); });
-  module.def("read_layouts", &read_layouts, py::arg("paths"), py::arg("records"), py::arg("options"));
+  module.def("read_layouts", &read_layouts, py::arg("paths"), py::arg("records"), py::arg("options"),
+             py::arg("payloads") = py::none());
 
   py::class_<transfer::Stats>(module, "Stats")
       .def_readonly("requests", &transfer::Stats::requests)

@@ -49,4 +49,12 @@ bool Columns::make_row_table() {
   return true;
 }
 
+uint32_t Columns::index_row(uint32_t row) {
+  const uint32_t fqn = rows.fqn[row];
+  const uint32_t dims = rows.dims[row];
+  const int64_t* offset = numbers.data() + rows.chunk_offset[row];
+  return row_table.find_or_add(hash_key(fqn, offset, dims), row,
+                               [&](uint32_t other) { return row_equals(other, fqn, offset, dims); });
+}
+
 }  // namespace dcp_fast::metadata

@@ -54,6 +54,9 @@ struct StorageRows {
   std::vector<int64_t> offset;
   std::vector<int64_t> length;
   std::vector<uint32_t> transforms;  // empty if no row has any; index into Columns::transforms, where 0 is none
+  // Not empty if records are mere payloads: what they hold, in codes of kDTypeNames. The sizes of a payload are then in
+  // `numbers` behind the key's offset.
+  std::vector<uint8_t> dtypes;
 
   size_t size() const { return fqn.size(); }
   // All that have an item for each row.
@@ -70,6 +73,7 @@ struct StorageRows {
   void truncate(size_t rows) {
     for_each_column([rows](auto& column) { column.resize(rows); });
     if (!transforms.empty()) transforms.resize(rows);
+    if (dtypes.size() > rows) dtypes.resize(rows);
   }
 };
 
@@ -123,6 +127,8 @@ struct Columns {
 
   // Makes the table. False if two keys are equal.
   bool make_row_table();
+  // Adds one row to the table, which has room, unless there is an equal key: then returns its row, else kNone.
+  uint32_t index_row(uint32_t row);
 
  private:
   bool row_equals(uint32_t row, uint32_t fqn, const int64_t* offset, uint32_t dims) const;

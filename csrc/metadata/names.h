@@ -34,8 +34,9 @@ enum class Global : uint8_t {
 
 enum class MemoryFormat : uint8_t { kContiguous, kChannelsLast, kPreserve };
 
-// Names of torch's dtypes; a code is an index. The first are those of checkpoint/dtype.h, with the same codes.
-inline constexpr std::array<std::string_view, 47> kDTypeNames = {
+// Names of torch's dtypes; a code is an index. The first are those of checkpoint/dtype.h, with the same codes. The last
+// two are what safetensors files may hold and no torch has yet.
+inline constexpr std::array<std::string_view, 49> kDTypeNames = {
     "float32",        "float64",
     "float16",        "bfloat16",
     "int64",          "int32",
@@ -59,7 +60,8 @@ inline constexpr std::array<std::string_view, 47> kDTypeNames = {
     "uint2",          "uint3",
     "uint4",          "uint5",
     "uint6",          "uint7",
-    "bcomplex32",
+    "bcomplex32",     "float6_e2m3fn",
+    "float6_e3m2fn",
 };
 
 // As str() writes them; a code is an index.

@@ -76,7 +76,7 @@ std::vector<Window> make_windows(const Layouts& layouts, const std::vector<size_
   windows.reserve(order.size());
   for (const size_t index : order) {
     const Record& record = layouts.records[index];
-    if (record.fallback) continue;
+    if (record.fallback || layouts.parsed[index].status == ParsedRecord::Status::kTensor) continue;
     const int64_t end = record.offset + record.length;
     const Policy& policy = policies[record.file];
     if (record.length <= std::min(policy.block_bytes, kHeadBytes + kTailBytes + policy.request_cost)) {
@@ -201,7 +201,8 @@ io::Access Layouts::access() const {
   return all;
 }
 
-Layouts read_layouts(io::ByteSources sources, std::vector<Record> records, const Options& options,
+Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
+                     std::vector<checkpoint::TensorLayout> payloads, const Options& options,
                      const std::function<bool()>& interrupted) {
   Layouts layouts;
   layouts.sources = std::move(sources);
@@ -209,6 +210,11 @@ Layouts read_layouts(io::ByteSources sources, std::vector<Record> records, const
   layouts.parsed.resize(layouts.records.size());
   for (size_t i = 0; i < layouts.records.size(); ++i) {
     if (layouts.records[i].fallback) layouts.parsed[i].reason = "a transform was applied to it, or its bytes are to be swapped";
+  }
+  layouts.are_payloads = !payloads.empty();
+  for (size_t i = 0; i < payloads.size(); ++i) {
+    layouts.parsed[i].status = ParsedRecord::Status::kTensor;
+    layouts.parsed[i].layout = std::move(payloads[i]);
   }
   std::vector<size_t> order(layouts.records.size());
   std::iota(order.begin(), order.end(), size_t{0});

@@ -24,6 +24,7 @@ struct Layouts {
   io::ByteSources sources;  // whose access is chosen
   std::vector<Record> records;
   std::vector<checkpoint::ParsedRecord> parsed;  // one for each record: kTensor or kUnknown
+  bool are_payloads = false;                     // of safetensors files, whose boxes torch takes as they are
   int64_t requests = 0;
   int64_t bytes = 0;
 
@@ -34,8 +35,11 @@ struct Layouts {
   void attribute(Error& error, size_t record) const;
 };
 
-// Throws Error with `record` set (kTruncated, kCorrupt, kIo), Interrupted, std::bad_alloc.
-Layouts read_layouts(io::ByteSources sources, std::vector<Record> records, const Options& options,
+// `payloads`: what each record holds if it is a mere payload, as in a safetensors file; empty if records are archives.
+// Of payloads nothing is read, but that their files have them is checked. Throws Error with `record` set (kTruncated,
+// kCorrupt, kIo), Interrupted, std::bad_alloc.
+Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
+                     std::vector<checkpoint::TensorLayout> payloads, const Options& options,
                      const std::function<bool()>& interrupted);
 
 }  // namespace dcp_fast::transfer

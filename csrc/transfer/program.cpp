@@ -46,6 +46,17 @@ std::vector<int64_t> narrow(const char* what, const std::vector<int64_t>& sizes,
   return narrowed;
 }
 
+// torch narrows no tensor of a safetensors file that is smaller than the box.
+void require_within(const std::vector<int64_t>& sizes, const std::vector<int64_t>& offsets,
+                    const std::vector<int64_t>& lengths) {
+  for (size_t dim = 0; dim < std::min(lengths.size(), sizes.size()); ++dim) {
+    if (lengths[dim] < 0 || offsets[dim] < 0 || offsets[dim] > sizes[dim] || lengths[dim] > sizes[dim] - offsets[dim]) {
+      throw Error(ErrorKind::kSizeMismatch, "the box at " + text(offsets) + " of lengths " + text(lengths) +
+                                                " exceeds the stored tensor of sizes " + text(sizes));
+    }
+  }
+}
+
 int64_t element_offset(const std::vector<int64_t>& offsets, const std::vector<int64_t>& strides) {
   return std::inner_product(offsets.begin(), offsets.end(), strides.begin(), int64_t{0});
 }
@@ -135,6 +146,7 @@ void Program::prepare(size_t index, const Destination& destination) {
     return;
   }
   const checkpoint::TensorLayout& layout = parsed.layout;
+  if (layouts_.are_payloads) require_within(layout.sizes, item.storage_offsets, lengths);
   const std::vector<int64_t> source_lengths = narrow("the stored tensor", layout.sizes, item.storage_offsets, lengths);
   if (source_lengths != item.lengths) {
     throw Error(ErrorKind::kSizeMismatch, "mismatch sizes " + text(item.lengths) + " of the destination vs " +

@@ -54,14 +54,14 @@ class Entries:
         self.columns = columns
 
     @cached_property
-    def _fqns(self) -> list[str]:
+    def fqns(self) -> list[str]:
         return self.columns.fqns()
 
     def __len__(self) -> int:
         return self.columns.entry_count
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._fqns)
+        return iter(self.fqns)
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.columns.find_entry(key) >= 0
@@ -73,7 +73,7 @@ class Entries:
         return self._make(entry)
 
     def items(self) -> Iterator[tuple[str, Callable[[], STORAGE_TYPES]]]:
-        for entry, fqn in enumerate(self._fqns):
+        for entry, fqn in enumerate(self.fqns):
             yield fqn, partial(self._make, entry)
 
     def _make(self, entry: int) -> STORAGE_TYPES:
@@ -83,7 +83,7 @@ class Entries:
         dtype, layout, requires_grad, memory_format, pin_memory, of_shard, size, strides = fields
         cls: Any = shard_metadata.TensorProperties if of_shard else TensorProperties
         properties = cls(
-            dtype=getattr(torch, _native.METADATA_DTYPES[dtype]),
+            dtype=self._dtype(entry, _native.METADATA_DTYPES[dtype]),
             layout=get_layout(_native.METADATA_LAYOUTS[layout]),
             requires_grad=requires_grad,
             memory_format=_MEMORY_FORMATS[memory_format],
@@ -93,6 +93,9 @@ class Entries:
         rows: list[tuple[list[int], list[int]]] = cast(Any, self.columns.chunks(entry).tolist())
         chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in rows]
         return TensorStorageMetadata(properties, torch.Size(size), chunks)
+
+    def _dtype(self, entry: int, name: str) -> torch.dtype:
+        return cast(torch.dtype, getattr(torch, name))
 
 
 class StorageEntries:
@@ -122,15 +125,18 @@ class StorageEntries:
     def __contains__(self, key: object) -> bool:
         return self._find(key) >= 0
 
-    def make(self, key: MetadataIndex) -> StorageInfo:
+    def make(self, key: MetadataIndex) -> Any:
         row = self._find(key)
         if row < 0:
             raise KeyError(key)
-        return StorageInfo(*self.columns.row(row)[3:])
+        return self._info(row)
 
-    def items(self) -> Iterator[tuple[MetadataIndex, Callable[[], StorageInfo]]]:
-        for row in map(self.columns.row, range(len(self))):
-            yield MetadataIndex(*row[:3]), partial(StorageInfo, *row[3:])
+    def items(self) -> Iterator[tuple[MetadataIndex, Callable[[], Any]]]:
+        for row, key in enumerate(self):
+            yield key, partial(self._info, row)
+
+    def _info(self, row: int) -> Any:
+        return StorageInfo(*self.columns.row(row)[3:])
 
 
 class Unpickled:

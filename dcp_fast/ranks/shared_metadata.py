@@ -34,7 +34,8 @@ from dcp_fast._torch import DistWrapper
 from dcp_fast.errors import CorruptMetadataError
 from dcp_fast.metadata.read import make_metadata, parse_blocks
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
-from dcp_fast.readers.filesystem import FileSystemReader, file_content, owned_by
+from dcp_fast.readers.engine_reader import owned_by
+from dcp_fast.readers.filesystem import FileSystemReader, file_content
 from dcp_fast.this_load import option
 
 __all__ = ["share_metadata"]

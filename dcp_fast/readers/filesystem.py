@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.futures import Future
+from torch.distributed.checkpoint.metadata import Metadata
 
 from dcp_fast import _native
 from dcp_fast._torch import ExtensionRegistry
-from dcp_fast.collector import paused_collection
 from dcp_fast.metadata.read import parse_metadata, read_metadata
-from dcp_fast.observe.report import LoadReport, begin, current_report, last_report, publish
-from dcp_fast.planning.hooks import why_planner_is_slow
-from dcp_fast.planning.planner import DefaultLoadPlanner
-from dcp_fast.readers.proof import LocalFiles, class_name, is_torchs_file_system, local_files
+from dcp_fast.observe.report import LoadReport
+from dcp_fast.readers.engine_reader import EngineReader, IoName, owned_by
+from dcp_fast.readers.proof import is_torchs_file_system, local_files
 from dcp_fast.this_load import option
-from dcp_fast.transfer.gpu import CudaLoad, StagingLimits
-from dcp_fast.transfer.plan_transfer import PlanTransfer
 from dcp_fast.transfer.records import Records
 
-__all__ = ["FileSystemReader", "file_content", "owned_by", "read_metadata_of"]
-
-_MODES = {
-    "auto": _native.IoMode.AUTO,
-    "cached": _native.IoMode.CACHED,
-    "direct": _native.IoMode.DIRECT,
-    "mapped": _native.IoMode.MAPPED,
-}
+__all__ = ["FileSystemReader", "file_content", "read_metadata_of"]
 
 
-class FileSystemReader(torch_filesystem.FileSystemReader):
+class FileSystemReader(EngineReader):
     """Drop-in for ``torch.distributed.checkpoint.FileSystemReader`` that reads only the bytes that are needed.
 
     Works with any ``LoadPlanner``. Tensors land in host memory without a copy in between wherever the stored and the
@@ -90,32 +76,23 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         pinned_bytes: int | None = None,
         device_staging_bytes: int | None = None,
         synchronize: bool = True,
-        io: Literal["auto", "cached", "direct", "mapped"] = "auto",
+        io: IoName = "auto",
         trace: str | os.PathLike[str] | None = None,
         trust_metadata: bool | None = None,
     ) -> None:
-        super().__init__(path, _extension_registry)
-        if io not in _MODES:
-            raise ValueError(f"io must be one of {sorted(_MODES)}, got {io!r}")
-        for name, value in (("threads", threads), ("block_bytes", block_bytes), ("staging_bytes", staging_bytes)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
-        StagingLimits.check(pinned_bytes, device_staging_bytes)
-        self.threads = threads
-        self.block_bytes = block_bytes
-        self.staging_bytes = staging_bytes
-        self.pinned_bytes = pinned_bytes
-        self.device_staging_bytes = device_staging_bytes
-        self.synchronize = synchronize
-        self.io = io
-        self.trace = None if trace is None else os.fsdecode(trace)
+        super().__init__(
+            path,
+            _extension_registry,
+            threads=threads,
+            block_bytes=block_bytes,
+            staging_bytes=staging_bytes,
+            pinned_bytes=pinned_bytes,
+            device_staging_bytes=device_staging_bytes,
+            synchronize=synchronize,
+            io=io,
+            trace=trace,
+        )
         self.trust_metadata = self.trust_metadata_by_default if trust_metadata is None else trust_metadata
-        self._report = LoadReport()  # of the load that this reader alone knows of: torch's load() runs it
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Forget the checkpoint that was read; optionally turn to another one."""
-        super().reset(checkpoint_id)
-        self._report = LoadReport()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read ``.metadata``, or ``__{rank}.metadata`` for the keyword ``rank``.
@@ -130,96 +107,11 @@ class FileSystemReader(torch_filesystem.FileSystemReader):
         with self.metadata_stage():
             return read_metadata_of(super().read_metadata, self, *args, **kwargs)
 
-    @contextmanager
-    def metadata_stage(self, received: bool = False) -> Iterator[None]:
-        """What happens within is a stage of the load, also on a rank that gets the metadata from another one.
+    def _why_slow(self) -> str:
+        return local_files(self).reason
 
-        Args:
-            received: whether another rank read the file and sent its bytes here.
-        """
-        if current_report() is None:
-            self._report = LoadReport()
-            self._report.enter("planning")
-        report = self._start_report()
-        report.metadata_received = received
-        try:
-            with report.stage("metadata"), paused_collection():
-                yield
-        finally:
-            if current_report() is None and report.timeline is not None:
-                report.timeline.save()  # nobody else may come to do it
-
-    def _start_report(self) -> LoadReport:
-        """The report of the load that goes on, with a timeline if this reader is to write one."""
-        report = current_report() or self._report
-        report.path = report.path or str(self.path)
-        trace = option(self, "trace")
-        if trace is not None and report.timeline is None:
-            report.record(trace)
-        return report
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Take the metadata. Here, where the error of one rank reaches all, an unwritable trace is found out."""
-        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
-        if current_report() is None:
-            if last_report() is self._report:  # that of a load which failed after this
-                self._report = LoadReport()
-            begin(self._report)
-            self._report.enter("planning")
-        report = self._start_report()
-        if report.timeline is not None:
-            report.timeline.write()
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan as it is."""
-        if current_report() is None:
-            self._report.enter("ranks")
-        return super().prepare_local_plan(plan)
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Load all items of the plan; the future is done when this returns."""
-        report = self._start_report()
-        if current_report() is not None:
-            return self._load(plan, planner, report)
-        self._report = LoadReport()
-        report.reader, report.planner = class_name(self), class_name(planner)
-        report.planner_fallback_reason = why_planner_is_slow(planner, isinstance(planner, DefaultLoadPlanner))
-        try:
-            return self._load(plan, planner, report)
-        finally:
-            publish(report)
-
-    def staging_limits(self) -> StagingLimits:
-        """What a load may use on its way to GPUs."""
-        return StagingLimits.of(self.threads, self.block_bytes, self.pinned_bytes, self.device_staging_bytes)
-
-    def _load(self, plan: LoadPlan, planner: LoadPlanner, report: LoadReport) -> Future[None]:
-        files = local_files(self)
-        report.reader_fallback_reason = files.reason
-        if files.reason:
-            with report.stage("transfer"):
-                return super().read_data(plan, planner)
-        with report.stage("commit"):
-            self._read_natively(files, plan, planner, report)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
-
-    def _read_natively(self, files: LocalFiles, plan: LoadPlan, planner: LoadPlanner, report: LoadReport) -> None:
-        options = _native.Options(
-            threads=self.threads or 0,
-            block_bytes=self.block_bytes or 0,
-            staging_bytes=self.staging_bytes,
-            mode=_MODES[self.io],
-            recorder=None if report.timeline is None else report.timeline.recorder,
-        )
-        records = Records(files.root, self.storage_data, self.transforms, options, report)
-        cuda = CudaLoad(self.staging_limits, self.synchronize, report)
-        try:
-            PlanTransfer(plan, planner, records, options, self.staging_bytes, cuda, report).run()
-        finally:
-            report.reading_seconds += options.reading_seconds
-            report.wait_seconds["disk"] += options.waiting_seconds
+    def _records(self, options: _native.Options, report: LoadReport) -> Records:
+        return Records(local_files(self).root, self.storage_data, self.transforms, options, report)
 
 
 def read_metadata_of(
@@ -240,11 +132,3 @@ def file_content(reader: torch_filesystem.FileSystemReader, path: str | os.PathL
     with reader.fs.create_stream(path, "rb") as file:
         content: bytes = file.read()
         return content
-
-
-def owned_by(reader: torch_filesystem.FileSystemReader, metadata: Metadata) -> Metadata:
-    """Mark metadata as read by a reader. Returns it."""
-    if metadata.storage_meta is None:
-        metadata.storage_meta = StorageMeta()
-    metadata.storage_meta.load_id = reader.load_id
-    return metadata

@@ -17,8 +17,17 @@ from dcp_fast._torch import StorageInfo
 from dcp_fast.errors import LoadError, typed_errors
 from dcp_fast.observe.report import joined_report
 from dcp_fast.planning.hooks import why_planner_is_slow
+from dcp_fast.readers.engine_reader import EngineReader
 from dcp_fast.readers.filesystem import FileSystemReader
-from dcp_fast.readers.proof import class_name, has_torchs_read_data, local_files, method_of
+from dcp_fast.readers.huggingface import HuggingFaceStorageReader
+from dcp_fast.readers.proof import (
+    class_name,
+    has_torchs_payload_reads,
+    has_torchs_read_data,
+    local_files,
+    method_of,
+    why_no_payloads,
+)
 from dcp_fast.transfer.destinations import DTYPES
 
 __all__ = [
@@ -38,12 +47,18 @@ _UNKNOWN = -1  # the dtype of a record that only torch.load can read
 _ARCHIVE = b"PK\x03\x04"  # begins what torch.save writes since torch 1.6
 
 
-def fast_twin(reader: Any) -> FileSystemReader | str:
+def fast_twin(reader: Any) -> EngineReader | str:
     """A reader of ours for the files of another one, or why there is none.
 
     Args:
-        reader: whose ``read_data`` is that of torch's FileSystemReader.
+        reader: whose ``read_data`` is that of a reader of torch's.
     """
+    if has_torchs_payload_reads(reader):
+        if reason := why_no_payloads(reader):
+            return reason
+        payloads = HuggingFaceStorageReader(getattr(reader, "path", ""), getattr(reader, "thread_count", 1))
+        payloads.storage_data = reader.storage_data
+        return payloads
     files = local_files(reader)
     if files.reason:
         return files.reason
@@ -54,9 +69,9 @@ def fast_twin(reader: Any) -> FileSystemReader | str:
 
 def read_plan(reader: StorageReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
     """A reader's ``read_data``, by the engine where that gives the same."""
-    if has_torchs_read_data(reader):
+    if has_torchs_read_data(reader) or has_torchs_payload_reads(reader):
         return read_data_like_torch(reader.read_data, reader, plan, planner)
-    if method_of(reader, "read_data") is FileSystemReader.read_data:
+    if method_of(reader, "read_data") is EngineReader.read_data:
         return reader.read_data(plan, planner)
     with joined_report() as report, report.stage("transfer"):
         # Perhaps it hands on to one of ours, which then knows better.
@@ -67,12 +82,12 @@ def read_plan(reader: StorageReader, plan: LoadPlan, planner: LoadPlanner) -> Fu
 def read_data_like_torch(
     torchs: Callable[..., Future[None]], reader: StorageReader, plan: LoadPlan, planner: LoadPlanner
 ) -> Future[None]:
-    """What torch's FileSystemReader does to read data. ``torchs``: its own method, bound to the reader."""
+    """What a reader of torch's does to read data. ``torchs``: its own method, bound to the reader."""
     return _read_by(fast_twin(reader), torchs, reader, plan, planner)
 
 
 def _read_by(
-    twin: FileSystemReader | str,
+    twin: EngineReader | str,
     slow: Callable[..., Future[None]],
     reader: StorageReader,
     plan: LoadPlan,
@@ -83,7 +98,7 @@ def _read_by(
             report.path = str(getattr(reader, "checkpoint_id", ""))
             report.reader, report.planner = class_name(reader), class_name(planner)
             report.planner_fallback_reason = why_planner_is_slow(planner, planned_natively=True)
-        if isinstance(twin, FileSystemReader):
+        if isinstance(twin, EngineReader):
             return twin.read_data(plan, planner)
         report.reader_fallback_reason = twin
         with report.stage("transfer"):

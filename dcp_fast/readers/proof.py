@@ -7,10 +7,12 @@ own.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
+from torch.distributed.checkpoint import hf_storage as torch_huggingface
 
 from dcp_fast._torch import FsspecFiles, StorageReaderTransforms
 from dcp_fast.switches import original_of
@@ -20,10 +22,25 @@ try:
 except ImportError:
     LocalFileSystem = None
 
-__all__ = ["LocalFiles", "class_name", "has_torchs_read_data", "is_torchs_file_system", "local_files", "method_of"]
+__all__ = [
+    "LocalFiles",
+    "class_name",
+    "has_torchs_payload_reads",
+    "has_torchs_read_data",
+    "is_torchs_file_system",
+    "local_files",
+    "method_of",
+    "why_no_payloads",
+]
 
 _READ_DATA = torch_filesystem.FileSystemReader.read_data
 _SLICE_FILE = torch_filesystem.FileSystemReader._slice_file
+# What torch's HuggingFaceStorageReader reads data by.
+_READ_PAYLOADS = torch_huggingface.HuggingFaceStorageReader.read_data
+_STEPS_OF_PAYLOADS: dict[str, Any] = {
+    name: getattr(torch_huggingface.HuggingFaceStorageReader, name)
+    for name in ("_process_read_request", "_read_files_from_queue")
+}
 _TRANSFORM = StorageReaderTransforms.transform_load_stream
 # By class: the methods that tell which bytes are read, as they are at import.
 _METHODS = {
@@ -80,6 +97,26 @@ def local_files(reader: Any) -> LocalFiles:
 def has_torchs_read_data(reader: object) -> bool:
     """Whether the ``read_data`` of a reader, which need not be derived from torch's, is that of FileSystemReader."""
     return method_of(reader, "read_data") is _READ_DATA
+
+
+def has_torchs_payload_reads(reader: object) -> bool:
+    """Whether the ``read_data`` of a reader is that of torch's HuggingFaceStorageReader."""
+    return method_of(reader, "read_data") is _READ_PAYLOADS
+
+
+def why_no_payloads(reader: Any) -> str:
+    """Why the payloads of safetensors files may be something else to a reader than to torch's; empty if not.
+
+    Args:
+        reader: whose ``read_data`` is that of torch's HuggingFaceStorageReader, or ours.
+    """
+    if sys.byteorder != "little":
+        return "payloads are little-endian, and this machine is not"
+    cls: Any = type(reader)
+    if cls.__getattribute__ is not object.__getattribute__:
+        return "it has attributes of its own making"
+    own = [name for name, step in _STEPS_OF_PAYLOADS.items() if method_of(reader, name) is not step]
+    return f"it has a {own[0]} of its own" if own else ""
 
 
 def is_torchs_file_system(files: object) -> bool:

@@ -19,7 +19,7 @@ FAILED = 1
 SHORTEST_NAME = 20
 JSON_KEYS = """\
 the document of --json:
-  path, version          the metadata file, and the version of its format (or null)
+  path, version          the metadata file, or what holds the safetensors files; the version of its format, or null
   storage_meta           null, or: checkpoint_id, save_id, modules
   tensors, bytes_entries, chunks, files
                          how many there are; chunks are those of tensors
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=JSON_KEYS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("path", metavar="PATH", help="a checkpoint's folder, or a metadata file")
+    command.add_argument("path", metavar="PATH", help="a checkpoint's folder, a metadata file, or a safetensors file")
     command.add_argument(
         "--fqn", metavar="PATTERN", help="show the chunks of these entries: an FQN, or a shell pattern such as '*.bias'"
     )

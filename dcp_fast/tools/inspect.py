@@ -21,6 +21,7 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CorruptMetadataError
 from dcp_fast.metadata.lazy import columns_of
 from dcp_fast.metadata.read import read_metadata
+from dcp_fast.metadata.safetensors import SUFFIX, holds_safetensors, read_headers
 
 __all__ = ["Chunk", "Entry", "Inspection", "inspect"]
 
@@ -78,7 +79,7 @@ class Inspection:
     """What a checkpoint holds.
 
     Attributes:
-        path: the metadata file.
+        path: the metadata file, or for safetensors files their folder or the one file.
         version: of the metadata's format, None if it says none.
         storage_meta: ``checkpoint_id``, ``save_id`` and ``modules``, as the metadata has them; None if it has none.
         tensors, bytes_entries, chunks, files: how many there are. Chunks are those of tensors.
@@ -106,18 +107,18 @@ def inspect(path: str | os.PathLike[str], fqn: str | None = None, *, trust_metad
     """Tell what a checkpoint holds. Only its metadata is read, and nothing that it names is run.
 
     Args:
-        path: of its folder, or of a metadata file.
+        path: of its folder, of a metadata file, or of a safetensors file.
         fqn: an FQN, or a shell pattern such as ``"*.bias"``. ``entries`` has those that it matches, with their chunks:
             offsets, sizes and byte ranges. None: all entries, without chunks.
         trust_metadata: unpickle the metadata as torch does, which runs whatever code it names.
 
     Raises:
         OSError: as the file system does.
-        CorruptMetadataError: the file is damaged.
+        CorruptMetadataError: the file is damaged; CorruptHeaderError: a safetensors file is.
         UntrustedMetadataError: it asks for what could run code.
     """
     file = Path(path)
-    if file.is_dir():
+    if file.is_dir() and not holds_safetensors(file):
         file /= ".metadata"
     with paused_collection():
         metadata = _read(file, trust_metadata)
@@ -153,6 +154,10 @@ def inspect(path: str | os.PathLike[str], fqn: str | None = None, *, trust_metad
 
 
 def _read(file: Path, trust_metadata: bool) -> Metadata:
+    if file.is_dir():
+        return read_headers([str(path) for path in file.iterdir()])
+    if file.suffix == SUFFIX:
+        return read_headers([str(file)])
     if not trust_metadata:
         return read_metadata(str(file))
     pickled = file.read_bytes()
@@ -208,8 +213,11 @@ class _Columns:
                     _native.METADATA_LAYOUTS[fields[1]],
                     fields[6],
                 )
-                itemsize: int = getattr(torch, dtype).itemsize
-                payload_bytes = _elements(columns.chunks(number)) * itemsize
+                payload_bytes = (
+                    sum([lengths[row] for row in rows])  # torch may have no such dtype
+                    if columns.has_payloads
+                    else _elements(columns.chunks(number)) * getattr(torch, dtype).itemsize
+                )
             yield Entry(
                 fqn,
                 dtype,
@@ -231,6 +239,8 @@ class _Columns:
                 chunks.append(Chunk(offsets, sizes))
                 continue
             *_, file, offset, length, transforms = self._columns.row(row)
+            if self._columns.has_payloads:
+                file = os.path.basename(file)
             chunks.append(Chunk(offsets, sizes, file, offset, length, list(transforms or ())))
         return chunks
 

@@ -22,7 +22,7 @@ from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedBytes, PlannedTensors, in_plan_order
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import Destinations
-from dcp_fast.transfer.records import Records
+from dcp_fast.transfer.records import Place, Records
 
 __all__ = ["BytesEntries", "Items", "Resolved", "box_of", "find_items"]
 
@@ -74,14 +74,22 @@ class RecordRows:
         files: names of the files that hold a record, in the order in which the plan first needs them.
         rows: four numbers for each record: the index of its file, offset and length in bytes, and 1 if torch must read
             it, else 0.
+        payloads: of each record its dtype, number of dimensions and sizes; None if records are archives.
         fqns: of each record.
         transformed: the records that a transform was applied to.
     """
 
-    def __init__(self, files: Sequence[str] = (), rows: Sequence[int] = (), fqns: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        files: Sequence[str] = (),
+        rows: Sequence[int] = (),
+        fqns: Iterable[str] = (),
+        payloads: Buffer | None = None,
+    ) -> None:
         self._numbers = {name: number for number, name in enumerate(files)}
         self.rows = array("q", rows)
         self.fqns = list(fqns)
+        self.payloads = payloads
         self.transformed: set[int] = set()
 
     @property
@@ -95,12 +103,18 @@ class RecordRows:
         """File and offset."""
         return self.rows[4 * record], self.rows[4 * record + 1]
 
-    def add(self, item: ReadItem, info: Any, all_fallback: bool) -> None:
-        file = self._numbers.setdefault(info.relative_path, len(self._numbers))
-        if info.transform_descriptors:
+    def add(self, item: ReadItem, place: Place, all_fallback: bool) -> None:
+        file = self._numbers.setdefault(place.file, len(self._numbers))
+        if place.is_transformed:
             self.transformed.add(len(self.fqns))
-        fallback = all_fallback or item.type is _BYTE_IO or bool(info.transform_descriptors)
-        self.rows.extend((file, info.offset, info.length, fallback))
+        fallback = False
+        if place.payload is None:
+            fallback = all_fallback or item.type is _BYTE_IO or place.is_transformed
+        else:
+            code, sizes = place.payload
+            self.payloads = self.payloads or array("q")
+            cast("array[int]", self.payloads).extend((code, len(sizes), *sizes))
+        self.rows.extend((file, place.offset, place.length, fallback))
         self.fqns.append(item.storage_index.fqn)
 
 
@@ -174,9 +188,9 @@ class _ListedItems:
         self._records = [numbers.setdefault(id(info), len(numbers)) for info in infos]
         self.record_rows = RecordRows()
         all_fallback = _nothing_native()
-        for item, info, record in zip(items, infos, self._records, strict=True):
+        for item, record in zip(items, self._records, strict=True):
             if record == len(self.record_rows.fqns):  # its first item
-                self.record_rows.add(item, info, all_fallback)
+                self.record_rows.add(item, records.place(item), all_fallback)
 
     def in_order(self) -> list[tuple[ReadItem, int]]:
         return _by_file(self._items, self._records, self.record_rows)
@@ -234,7 +248,8 @@ class _ColumnItems:
         first_use += [(before, 0, stored_files[file]) for file, before in first_bytes.items()]
         files = list(dict.fromkeys(name for *_, name in sorted(first_use, key=itemgetter(0, 1))))
         numbers = {name: number for number, name in enumerate(files)}
-        rows = _array(planned.rows(_nothing_native()))
+        payloads = planned.payloads()
+        rows = _array(planned.rows(payloads is None and _nothing_native()))
         if files != names:
             rows[::4] = array("q", [numbers[names[file]] for file in rows[::4]])
         # A bytes entry is a record of its own, behind those of tensors.
@@ -243,7 +258,7 @@ class _ColumnItems:
         bytes_rows[::4] = array("q", [numbers[stored_files[file]] for file in bytes_rows[::4]])
         bytes_rows[3::4] = array("q", [1]) * len(fqns)  # only their ranges are checked
         all_fqns = [*map(tensors.fqns.__getitem__, planned.requests), *fqns]
-        self.record_rows = RecordRows(files, rows + bytes_rows, all_fqns)
+        self.record_rows = RecordRows(files, rows + bytes_rows, all_fqns, payloads)
         self.record_rows.transformed = transformed
         of_bytes = range(first, first + len(fqns))
         self._bytes_entries = BytesEntries(PlannedBytes(fqns), fqns, of_bytes, transformed)

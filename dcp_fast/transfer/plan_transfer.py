@@ -82,7 +82,8 @@ class PlanTransfer:
         rows = self.items.record_rows
         with typed_errors(rows.fqns, self.records.root):
             with report.stage("layout"):
-                self.layouts = _native.read_layouts(list(map(self.records.path, rows.files)), rows.rows, self.options)
+                paths = list(map(self.records.path, rows.files))
+                self.layouts = _native.read_layouts(paths, rows.rows, self.options, rows.payloads)
             report.records = len(self.layouts)
             report.requests += self.layouts.requests
             report.bytes_read += self.layouts.bytes_read

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import IO, Any, cast
+from typing import IO, NamedTuple, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -30,7 +30,24 @@ from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
 from dcp_fast.transfer.archives import load_record
 
-__all__ = ["Records"]
+__all__ = ["Place", "Records"]
+
+
+class Place(NamedTuple):
+    """Where a record lies.
+
+    Attributes:
+        file: its name, as :meth:`Records.path` takes it.
+        offset, length: the byte range in the file.
+        is_transformed: whether a transform was applied to it.
+        payload: dtype code and sizes, if the record is a mere payload; None if it is an archive.
+    """
+
+    file: str
+    offset: int
+    length: int
+    is_transformed: bool = False
+    payload: tuple[int, Sequence[int]] | None = None
 
 
 class Records:
@@ -58,8 +75,13 @@ class Records:
         self._options = options
         self._report = report
 
-    def path(self, relative_path: str) -> str:
-        return os.path.join(self.root, relative_path)
+    def path(self, file: str) -> str:
+        return os.path.join(self.root, file)
+
+    def place(self, item: ReadItem) -> Place:
+        """Where the record of an item lies."""
+        info = self.storage_data[item.storage_index]
+        return Place(info.relative_path, info.offset, info.length, bool(self._transforms_of(item)))
 
     def read(self, item: ReadItem) -> io.BytesIO:
         """The bytes of an item's record, as they were before any transform.
@@ -67,18 +89,18 @@ class Records:
         Raises:
             LoadError: they cannot be read, or a transform cannot be undone.
         """
-        info = self.storage_data[item.storage_index]
-        path = self.path(info.relative_path)
+        file, offset, length, *_ = self.place(item)
+        path = self.path(file)
         try:
             with typed_errors():
-                raw, requests = _native.read_range(path, info.offset, info.length, self._options)
+                raw, requests = _native.read_range(path, offset, length, self._options)
         except LoadError as error:
-            where = (info.offset, info.length) if error.offset is None else (error.offset, error.length)
+            where = (offset, length) if error.offset is None else (error.offset, error.length)
             raise type(error)(
                 error.reason, error.path or path, item.storage_index.fqn, *where, error.error_number
             ) from None
         self._report.requests += requests
-        self._report.bytes_read += info.length
+        self._report.bytes_read += length
         return self._undo_transforms(item, io.BytesIO(raw))
 
     def _undo_transforms(self, item: ReadItem, raw: io.BytesIO) -> io.BytesIO:
@@ -125,5 +147,5 @@ class Records:
 
     def error(self, cls: type[LoadError], reason: str, item: ReadItem) -> LoadError:
         """An error that names the record of an item."""
-        info: Any = self.storage_data[item.storage_index]
-        return cls(reason, self.path(info.relative_path), item.storage_index.fqn, info.offset, info.length)
+        file, offset, length, *_ = self.place(item)
+        return cls(reason, self.path(file), item.storage_index.fqn, offset, length)

@@ -156,7 +156,8 @@ class _State:
         """Changes are told from here on."""
         self._before = dict(self._now)
         self._names, self._values = list(self._before), list(self._before.values())
-        self._containers = [value for value in self._values if isinstance(value, Sized)]
+        # A tensor of no dimensions has no length.
+        self._containers = [v for v in self._values if isinstance(v, Sized) and not isinstance(v, torch.Tensor)]
         self._lengths = list(map(len, self._containers))
 
     def has_changed(self) -> bool:

@@ -62,7 +62,7 @@ struct CheckpointFiles {
   transfer::Layouts layouts(const transfer::Options& options, io::IoMode mode = io::IoMode::kAuto) const {
     io::ByteSources sources;
     for (const std::string& path : paths) sources.push_back(std::make_unique<io::File>(path, mode));
-    return transfer::read_layouts(std::move(sources), records, options, never);
+    return transfer::read_layouts(std::move(sources), records, {}, options, never);
   }
 
   TempDir dir;

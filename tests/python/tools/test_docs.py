@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
@@ -240,7 +241,8 @@ def class_of(name: str) -> Any:
     for place in (dcp_fast, builtins):
         if hasattr(place, name):
             return getattr(place, name)
-    return {"pickle.UnpicklingError": pickle.UnpicklingError, "torch.OutOfMemoryError": torch.OutOfMemoryError}[name]
+    others = (pickle.UnpicklingError, torch.OutOfMemoryError, SafetensorError)
+    return next(cls for cls in others if cls.__name__ == name.rpartition(".")[2])
 
 
 def test_errors_are_listed_with_their_bases() -> None:
