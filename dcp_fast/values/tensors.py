@@ -6,6 +6,7 @@ another, or to take memory for any number of elements.
 
 from __future__ import annotations
 
+import collections
 import math
 from typing import Any
 
@@ -18,9 +19,18 @@ from dcp_fast._torch import (
     tensor_types,
     weights_only_unpickler,
 )
-from dcp_fast.values.inert import NAMESPACES, expect
+from dcp_fast.values.inert import NAMESPACES, check_attributes, expect
 
-__all__ = ["call_of_torch", "known_to_torch"]
+__all__ = ["call_of_torch", "known_to_torch", "set_tensor"]
+
+# The place of the backward hooks among the arguments, which torch calls one day.
+_HOOKS = {
+    "_rebuild_parameter": 2,
+    "_rebuild_parameter_with_state": 2,
+    "_rebuild_tensor_v2": 5,
+    "_rebuild_tensor_v3": 5,
+    "_rebuild_qtensor": 6,
+}
 
 
 def known_to_torch() -> dict[str, Any]:
@@ -64,6 +74,10 @@ def call_of_torch(function: Any, arguments: tuple[Any, ...], users: dict[int, An
     else:
         known = (*tensor_rebuild_functions(), get_layout)
         expect(any(function is each for each in known), f"a call of {name}")
+    if name in _HOOKS and len(arguments) > _HOOKS[name]:
+        _check_hooks(arguments[_HOOKS[name]])
+    if name == "_rebuild_parameter_with_state":
+        _check_state(arguments[-1])
     return function(*arguments)
 
 
@@ -71,6 +85,10 @@ def _rebuild_from_type(arguments: tuple[Any, ...], users: dict[int, Any]) -> Any
     name = "_rebuild_from_type_v2"
     expect(len(arguments) == 4 and type(arguments[2]) is tuple, f"a call of {name} with other arguments")
     function, cls, inner, state = arguments
+    known = id(cls) in users or cls is torch.Tensor or cls is torch.nn.Parameter
+    expect(known, f"a call of {name} with a class that is no tensor")
+    if id(cls) not in users or getattr(cls, "__setstate__", None) is torch.Tensor.__setstate__:
+        _check_state(state)
     if id(function) not in users:
         rebuilds = tensor_rebuild_functions()
         expect(any(function is known for known in rebuilds), f"a call of {name} with other than torch's functions")
@@ -78,6 +96,32 @@ def _rebuild_from_type(arguments: tuple[Any, ...], users: dict[int, Any]) -> Any
         # Again by torch's function, which gives it its class and its attributes.
         return rebuild_from_type(lambda: rebuilt, cls, (), state)
     return rebuild_from_type(function, cls, inner, state)
+
+
+def set_tensor(tensor: Any, state: Any) -> None:
+    """Set the state of a tensor or parameter, as pickles before torch 0.4 have it."""
+    cls = type(tensor)
+    expect(type(state) is tuple and (len(state) == 4 or cls is not torch.Tensor), "a tensor of other state")
+    if len(state) == 4:
+        _check_rebuilt("a state", state)
+        expect(state[0].dtype == tensor.dtype, "a tensor with a storage of another type")
+        torch.Tensor.set_(tensor, *state)
+        return
+    expect(len(state) in (3, 5), "a parameter of other state")
+    _check_hooks(state[2])
+    cls.__setstate__(tensor, state)
+
+
+def _check_hooks(hooks: Any) -> None:
+    empty = hooks is None or (type(hooks) in (dict, collections.OrderedDict) and not hooks)
+    expect(empty, "a tensor with backward hooks")
+
+
+def _check_state(state: Any) -> None:
+    """Refuse what would stand in front of what a tensor has, such as ``set_``, in its ``__dict__`` or its slots."""
+    for attributes in state if type(state) is tuple else (state,):
+        if attributes is not None:
+            check_attributes(torch.Tensor, attributes)
 
 
 def _check_rebuilt(name: str, arguments: tuple[Any, ...]) -> None:

@@ -21,8 +21,8 @@ import torch
 
 from dcp_fast._torch import weights_only_unpickler
 from dcp_fast.values import arrays
-from dcp_fast.values.inert import CALLS, CONSTANTS, NAMESPACES, STATES, RefusedError, check_key, expect
-from dcp_fast.values.tensors import call_of_torch, known_to_torch
+from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, RefusedError, check_key, expect
+from dcp_fast.values.tensors import call_of_torch, known_to_torch, set_tensor
 
 __all__ = ["Unpickler", "find_allowed", "python3_name", "users_globals"]
 
@@ -158,11 +158,13 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         made = self.stack[-2]
         cls = type(made)
         if self._is_users(cls):
+            # pickle takes a method of the object's own for one of its class, and so calls what nobody has checked.
+            expect("__setstate__" not in getattr(made, "__dict__", ()), "an object that sets its state by a function")
             super().load_build()
             return
         state = self.stack.pop()
         if cls is torch.Tensor or cls is torch.nn.Parameter:
-            self._set_tensor(made, state)
+            set_tensor(made, state)
             return
         setter = STATES.get(cls) or arrays.state_setter(made)
         if setter is None or self._made.pop(id(made), None) is None:
@@ -172,14 +174,6 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         setter(made, state)
 
     dispatch[pickle.BUILD[0]] = load_build
-
-    def _set_tensor(self, tensor: torch.Tensor, state: Any) -> None:
-        """As pickles before torch 0.4 have it."""
-        expect(type(state) is tuple and not any(type(part) in NAMESPACES for part in state), "a tensor of other state")
-        if type(tensor) is torch.Tensor:
-            tensor.set_(*state)
-        else:
-            tensor.__setstate__(state)  # type: ignore[no-untyped-call]
 
     def load_binpersid(self) -> None:
         pid = self.stack[-1]

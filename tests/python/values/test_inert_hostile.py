@@ -17,25 +17,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from damage import Call, archive, limited, peak_memory, reset_peak_memory
+from damage import Call, archive
+from hostile_pickles import refused
 from inert_values import record
 
-from dcp_fast.errors import CorruptCheckpointError, LoadError, UntrustedBytesError
+from dcp_fast.errors import CorruptCheckpointError, LoadError
 from dcp_fast.values.load import load_untrusted
-
-BOUND = 256 << 20
-
-
-def refused(data: bytes) -> LoadError:
-    """The error of an entry, which must not take much time or memory."""
-    before = reset_peak_memory()
-    with limited(20), pytest.raises(LoadError) as caught:
-        load_untrusted(io.BytesIO(data), "the.fqn")
-    assert peak_memory() - before < BOUND
-    error = caught.value
-    assert error.fqn == "the.fqn"
-    assert isinstance(error, (UntrustedBytesError, CorruptCheckpointError)), repr(error)
-    return error
 
 
 def reduced(function: Any, *arguments: Any, state: Any = None) -> bytes:
@@ -208,7 +195,7 @@ MISUSED: dict[str, Callable[[], bytes]] = {
     "tensor of a namespace": lambda: reduced(torch._utils._rebuild_parameter, types.SimpleNamespace(), True, None),
     "storage of a size": lambda: reduced(torch.storage.UntypedStorage, HUGE),
     "tensor's function of a set": lambda: reduced(
-        torch._tensor._rebuild_from_type_v2, bytearray, bytearray, (HUGE,), {}
+        torch._tensor._rebuild_from_type_v2, bytearray, torch.Tensor, (HUGE,), {}
     ),
     "key of tuples without end": lambda: archive(b"\x80\x04})" + b"\x94h\0h\0\x86" * 0 + b"2\x86" * 60 + b"K\x01s."),
 }

@@ -1,0 +1,171 @@
+"""Pickles that misuse the tensors in bytes entries, beside those that torch itself writes."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from damage import archive
+from hostile_pickles import named, refused, text
+from inert_values import record
+
+from dcp_fast.values.load import load_untrusted
+
+HOOKS = named("collections", "OrderedDict") + b")R"
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
+
+
+def storage(elements: int = 4, key: str = "0") -> bytes:
+    parts = (text("storage"), named("torch", "FloatStorage"), text(key), text("cpu"), number(elements))
+    return b"(" + b"".join(parts) + b"tQ"
+
+
+def place(length: int, step: int = 1, offset: int = 0) -> bytes:
+    return number(offset) + b"(" + number(length) + b"t(" + number(step) + b"t"
+
+
+def rebuilt(hooks: bytes = HOOKS) -> bytes:
+    """Opcodes of a tensor of four elements."""
+    return named("torch._utils", "_rebuild_tensor_v2") + b"(" + storage() + place(4) + b"\x89" + hooks + b"tR"
+
+
+def parameter(state: bytes, hooks: bytes = HOOKS) -> bytes:
+    function = named("torch._utils", "_rebuild_parameter_with_state")
+    return function + b"(" + rebuilt() + b"\x89" + hooks + state + b"tR"
+
+
+def from_type(state: bytes, cls: bytes = named("torch", "Tensor")) -> bytes:
+    inner = b"(" + storage() + place(4) + b"\x89" + HOOKS + b"t"
+    function = named("torch._tensor", "_rebuild_from_type_v2") + b"(" + named("torch._utils", "_rebuild_tensor_v2")
+    return function + cls + inner + state + b"tR"
+
+
+def attribute(name: str, value: bytes) -> bytes:
+    return b"}" + text(name) + value + b"s"
+
+
+def entry(opcodes: bytes) -> bytes:
+    return archive(b"\x80\x02" + opcodes + b".", bytes(16))
+
+
+def load(data: bytes) -> Any:
+    return load_untrusted(io.BytesIO(data), "value")
+
+
+RANGE = named("builtins", "range") + b"(" + number(1 << 24) + b"tR"
+NESTED = b"K\x01" + b"".join(b"q" + bytes([100 + i]) + b"h" + bytes([100 + i]) + b"\x86" for i in range(60))
+HIDDEN = "attributes that hide its methods"
+# What must be refused, and a part of the reason.
+MISUSED: dict[str, tuple[bytes, str]] = {
+    # Attributes that the unpickler, or torch, takes for the tensor's methods when it sets a state.
+    "set_ makes a set": (from_type(attribute("set_", named("builtins", "set"))) + b"(" + RANGE + b"tb", HIDDEN),
+    "set_ takes memory": (
+        from_type(attribute("set_", named("builtins", "bytearray"))) + b"(" + number(1 << 30) + b"tb",
+        HIDDEN,
+    ),
+    "set_ gets attributes": (
+        from_type(attribute("set_", named("builtins", "getattr"))) + b"(" + text("abc") + text("upper") + b"tb",
+        HIDDEN,
+    ),
+    "set_ of a parameter": (
+        parameter(attribute("set_", named("builtins", "set"))) + b"(" + RANGE + b"NNNtb",
+        HIDDEN,
+    ),
+    "__setstate__ hashes": (
+        parameter(attribute("__setstate__", named("builtins", "frozenset"))) + NESTED + b"\x85b",
+        HIDDEN,
+    ),
+    "a method in a slot": (from_type(b"N" + attribute("set_", named("builtins", "set")) + b"\x86"), HIDDEN),
+    "an attribute of C": (parameter(attribute("data", rebuilt())), HIDDEN),
+    "a state that is no dict": (parameter(b"K\x05"), "a Tensor with another state"),
+    "attributes by numbers": (parameter(b"}K\x01K\x02s"), "a Tensor with another state"),
+    "backward hooks": (rebuilt(b"}K\x01" + named("builtins", "getattr") + b"s"), "a tensor with backward hooks"),
+    "backward hooks of a parameter": (
+        parameter(b"}", b"}K\x01" + named("builtins", "getattr") + b"s"),
+        "a tensor with backward hooks",
+    ),
+    "backward hooks in a state": (
+        parameter(b"}") + b"\x89\x89}K\x01" + named("builtins", "getattr") + b"s\x87b",
+        "a tensor with backward hooks",
+    ),
+    "a class that is no tensor": (from_type(b"}", named("builtins", "set")), "a class that is no tensor"),
+    # States that make the storage grow.
+    **{
+        f"{cls} of no size": (
+            named("torch", "Tensor") + b")R(" + named("torch.storage", cls) + b")R" + place(1 << 30) + b"tb",
+            reason,
+        )
+        for cls, reason in (
+            ("UntypedStorage", "a tensor without a storage"),
+            ("TypedStorage", "a tensor that is larger than its storage"),
+        )
+    },
+    "a state beyond the storage": (
+        rebuilt() + b"(" + storage() + place(1 << 30) + b"tb",
+        "a tensor that is larger than its storage",
+    ),
+    "steps beyond the storage": (
+        named("torch", "Tensor") + b")R(" + storage() + place(2, 1 << 30) + b"tb",
+        "a tensor that is larger than its storage",
+    ),
+    "an offset beyond the storage": (
+        named("torch", "Tensor") + b")R(" + storage() + place(1, 1, 1 << 30) + b"tb",
+        "a tensor that is larger than its storage",
+    ),
+    "a parameter beyond the storage": (
+        parameter(b"}") + b"(" + storage() + place(1 << 30) + b"tb",
+        "a tensor that is larger than its storage",
+    ),
+    "a state of another type": (
+        named("torch", "DoubleTensor") + b")R(" + storage() + place(4) + b"tb",
+        "a storage of another type",
+    ),
+    "a state of fewer parts": (rebuilt() + b"(" + storage() + b"tb", "a tensor of other state"),
+    "a state of a parameter of fewer parts": (parameter(b"}") + b"(" + storage() + b"tb", "a parameter of other state"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+def test_misused(name: str) -> None:
+    opcodes, reason = MISUSED[name]
+    assert reason in refused(entry(opcodes), 64 << 20).reason
+
+
+class Gauge:
+    """A class that somebody allows."""
+
+
+def test_object_of_an_allowed_class_that_would_set_its_state_by_a_function() -> None:
+    state = attribute("__setstate__", named("builtins", "frozenset"))
+    opcodes = named(__name__, "Gauge") + b")\x81" + state + b"b" + NESTED + b"\x85b"
+    with torch.serialization.safe_globals([Gauge]):
+        assert "sets its state by a function" in refused(entry(opcodes)).reason
+
+
+def test_attributes_are_kept() -> None:
+    parameter, tensor = torch.nn.Parameter(torch.ones(2)), torch.zeros(3)
+    for value in (parameter, tensor):
+        value.tensor_model_parallel, value.partition = True, (1, [2])  # type: ignore[attr-defined]
+    loaded = load(record([parameter, tensor]))
+    assert [type(value) for value in loaded] == [torch.nn.Parameter, torch.Tensor]
+    for value, saved in zip(loaded, (parameter, tensor), strict=True):
+        assert vars(value) == vars(saved)
+        assert torch.equal(value, saved)
+
+
+def test_states_as_torch_wrote_them_before_0_4() -> None:
+    state = b"(" + storage() + place(2, 2, 1) + b"t"
+    for cls in ("FloatTensor", "Tensor"):
+        data = archive(b"\x80\x02" + named("torch", cls) + b")R" + state + b"b.", torch.arange(4.0).numpy().tobytes())
+        assert load(data).tolist() == torch.load(io.BytesIO(data), weights_only=False).tolist() == [1.0, 3.0]
+    # A parameter: whether it requires a gradient, whether it is volatile, its hooks.
+    made = named("torch.nn.parameter", "Parameter") + b"(" + rebuilt() + b"\x88tR"
+    data = entry(made + b"\x89\x89" + HOOKS + b"\x87b")
+    for loaded in (load(data), torch.load(io.BytesIO(data), weights_only=False)):
+        assert type(loaded) is torch.nn.Parameter
+        assert not loaded.requires_grad
