@@ -79,6 +79,8 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         self._users = users_globals()
         self._users_by_id = {id(allowed): allowed for allowed in self._users.values()}
         self._made: dict[int, Any] = {}  # by id, what may be given a state: once, and only what this pickle has made
+        self._storages: dict[str, int] = {}  # bytes, by key
+        self._unclaimed = self.entry_size
         self._budget = _LEAST_BUDGET + _MOST_COPIES * self.entry_size
 
     def find_class(self, module: str, name: str) -> Any:
@@ -187,6 +189,12 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         length = count * (kind.dtype.itemsize if typed else 1)
         if length > self.storage_sizes.get(key, -1 if self.storage_sizes else self.entry_size):
             raise ValueError(f"storage {key!r} of {length} bytes, which the entry does not have")
+        # The records of an archive may lie upon each other, and nothing tells where those of the earlier format lie.
+        if length > self._storages.get(key, 0):
+            self._unclaimed -= length - self._storages.get(key, 0)
+            self._storages[key] = length
+        if self._unclaimed < 0:
+            raise ValueError(f"storages of more bytes than the {self.entry_size} of the entry")
         super().load_binpersid()
 
     dispatch[pickle.BINPERSID[0]] = load_binpersid

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
+import zipfile
 from typing import Any
 
 import pytest
@@ -134,6 +137,28 @@ MISUSED: dict[str, tuple[bytes, str]] = {
 def test_misused(name: str) -> None:
     opcodes, reason = MISUSED[name]
     assert reason in refused(entry(opcodes), 64 << 20).reason
+
+
+def test_storages_that_lie_upon_each_other() -> None:
+    """Records of an archive that are one and the same, which torch would read again for each."""
+    count, size = 100, 4 << 20
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as file:
+        pickled = b"\x80\x02](" + b"".join(storage(size // 4, str(i)) for i in range(count)) + b"e."
+        records = {"version": b"3\n", "data.pkl": pickled, "byteorder": b"little", "data/0": bytes(size)}
+        for name, data in records.items():
+            file.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
+        for i in range(1, count):
+            again = copy.copy(file.getinfo("archive/data/0"))
+            again.filename = f"archive/data/{i}"
+            file.filelist.append(again)
+    assert "storages of more bytes than" in refused(stream.getvalue(), 64 << 20).reason
+    # The earlier format has no record of what is where.
+    state = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    head = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, state))
+    pickled = pickled.replace(text("cpu") + number(size // 4), text("cpu") + number(size // 4) + b"N")
+    data = head + pickled + pickle.dumps([str(i) for i in range(count)], 2) + bytes(size)
+    assert "storages of more bytes than" in refused(data, 64 << 20).reason
 
 
 class Gauge:
