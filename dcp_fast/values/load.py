@@ -66,12 +66,12 @@ def load_untrusted(value: IO[bytes], fqn: str) -> Any:
 
 def _load(entry: io.BytesIO) -> Any:
     if not is_zipfile(entry):
-        return load_legacy(entry, None, _pickle_module(entry, {}), encoding="utf-8")  # type: ignore[no-untyped-call]
+        return load_legacy(entry, None, _pickle_module(entry, {}), encoding="utf-8")
     reader = PyTorchFileReader(entry)
     if "constants.pkl" in reader.get_all_records():
         raise UntrustedBytesError(f"the entry is TorchScript, which is a program; {_TRUST}")
     sizes = _storage_sizes(entry, reader)
-    return load_archive(reader, None, _pickle_module(entry, sizes), encoding="utf-8")  # type: ignore[no-untyped-call]
+    return load_archive(reader, None, _pickle_module(entry, sizes), encoding="utf-8")
 
 
 def _storage_sizes(entry: io.BytesIO, reader: Any) -> dict[str, int]:

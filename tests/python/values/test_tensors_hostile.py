@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import archive
+from damage import Call, archive
 from hostile_pickles import named, refused, text
 from inert_values import record
 
@@ -159,6 +159,24 @@ def test_storages_that_lie_upon_each_other() -> None:
     pickled = pickled.replace(text("cpu") + number(size // 4), text("cpu") + number(size // 4) + b"N")
     data = head + pickled + pickle.dumps([str(i) for i in range(count)], 2) + bytes(size)
     assert "storages of more bytes than" in refused(data, 64 << 20).reason
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_sparse_tensor_with_an_index_beyond_its_size(legacy: bool) -> None:
+    """Checked as torch does when it loads what it does not trust: since torch 2.14, or if it is told to."""
+    coordinates, values = torch.tensor([[100_000_000]]), torch.ones(1)
+    arguments = (torch.sparse_coo, (coordinates, values, torch.Size([2])))
+    data = record(Call(torch._utils._rebuild_sparse_tensor, *arguments), legacy=legacy)
+    try:
+        theirs = torch.load(io.BytesIO(data), weights_only=True)
+    except RuntimeError as error:
+        theirs = error
+    if isinstance(theirs, RuntimeError):
+        assert str(theirs) in refused(data).reason
+    else:
+        assert torch.equal(load(data)._indices(), theirs._indices())
+    with torch.sparse.check_sparse_tensor_invariants():
+        assert "size is inconsistent with indices" in refused(data).reason
 
 
 class Gauge:
