@@ -20,6 +20,7 @@ from typing import IO, Any, ClassVar
 import torch
 
 from dcp_fast._torch import weights_only_unpickler
+from dcp_fast.copies import CopyBudget, cost_of
 from dcp_fast.values import arrays
 from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, RefusedError, check_key, expect
 from dcp_fast.values.tensors import call_of_torch, known_to_torch, set_tensor
@@ -29,10 +30,6 @@ __all__ = ["Unpickler", "find_allowed", "python3_name", "users_globals"]
 _Unpickler: Any = pickle._Unpickler
 _DICTS = (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
 _LISTS = (list, collections.deque)
-_SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
-# What calls may copy, in characters, bytes and items: no writer needs more, as each argument is in the entry once.
-_LEAST_BUDGET = 64 << 20
-_MOST_COPIES = 16
 
 
 def users_globals() -> dict[str, Any]:
@@ -81,7 +78,7 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         self._made: dict[int, Any] = {}  # by id, what may be given a state: once, and only what this pickle has made
         self._storages: dict[str, int] = {}  # bytes, by key
         self._unclaimed = self.entry_size
-        self._budget = _LEAST_BUDGET + _MOST_COPIES * self.entry_size
+        self._budget = CopyBudget(self.entry_size)
 
     def find_class(self, module: str, name: str) -> Any:
         if self.proto < 3:
@@ -104,9 +101,10 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         of_users = function is collections.defaultdict and len(arguments) == 1 and self._is_users(arguments[0])
         if of_users or self._is_users(function):
             return function(*arguments)
-        self._spend(arguments)
         if maker := _makers().get(id(function)):
             made = maker(*arguments)
+            # What is made of one argument is bounded. It is the copies after it that must end.
+            self._pay(max(cost_of(arguments), cost_of((made,))))
         elif function is getattr:
             made = self._enum_member(arguments)
         else:
@@ -114,15 +112,13 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
             fresh = [each for each in arguments if id(each) in self._made and arrays.state_setter(each) is not None]
             expect(not fresh, "a call with an array that has no state yet")
             expect(any(function is known for known in known_to_torch().values()), f"a call of {_name(function)}")
-            return call_of_torch(function, arguments, self._users_by_id)
+            return call_of_torch(function, arguments, self._users_by_id, self._pay)
         if type(made) in STATES or arrays.state_setter(made) is not None:
             self._made[id(made)] = made
         return made
 
-    def _spend(self, values: tuple[Any, ...]) -> None:
-        """Bound what is copied: a pickle may pass the same megabyte to any number of calls."""
-        self._budget -= sum(len(value) for value in values if type(value) in _SIZED)
-        expect(self._budget >= 0, "many copies of the same")
+    def _pay(self, cost: int) -> None:
+        expect(self._budget.pays(cost), "many copies of the same")
 
     def _enum_member(self, arguments: tuple[Any, ...]) -> Any:
         """As Python 3.11 first pickled the members of enums."""
@@ -165,6 +161,7 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
             super().load_build()
             return
         state = self.stack.pop()
+        self._pay(cost_of(state if type(state) is tuple else (state,)))
         if cls is torch.Tensor or cls is torch.nn.Parameter:
             set_tensor(made, state)
             return
@@ -172,7 +169,6 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         if setter is None or self._made.pop(id(made), None) is None:
             name = f"{cls.__module__}.{cls.__qualname__}"
             raise RefusedError(f"a state of a {name}", *([] if find_allowed(name) else [name]))
-        self._spend(state if type(state) is tuple else (state,))
         setter(made, state)
 
     dispatch[pickle.BUILD[0]] = load_build

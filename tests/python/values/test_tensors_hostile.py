@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import io
 import pickle
 import zipfile
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from damage import Call, archive
@@ -23,8 +25,8 @@ def number(value: int) -> bytes:
     return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
 
 
-def storage(elements: int = 4, key: str = "0") -> bytes:
-    parts = (text("storage"), named("torch", "FloatStorage"), text(key), text("cpu"), number(elements))
+def storage(elements: int = 4, key: str = "0", kind: str = "FloatStorage") -> bytes:
+    parts = (text("storage"), named("torch", kind), text(key), text("cpu"), number(elements))
     return b"(" + b"".join(parts) + b"tQ"
 
 
@@ -32,9 +34,10 @@ def place(length: int, step: int = 1, offset: int = 0) -> bytes:
     return number(offset) + b"(" + number(length) + b"t(" + number(step) + b"t"
 
 
-def rebuilt(hooks: bytes = HOOKS) -> bytes:
-    """Opcodes of a tensor of four elements."""
-    return named("torch._utils", "_rebuild_tensor_v2") + b"(" + storage() + place(4) + b"\x89" + hooks + b"tR"
+def rebuilt(hooks: bytes = HOOKS, *, key: str = "0", elements: int = 4, length: int = 4, step: int = 1) -> bytes:
+    """Opcodes of a tensor of one dimension."""
+    arguments = storage(elements, key) + place(length, step) + b"\x89" + hooks
+    return named("torch._utils", "_rebuild_tensor_v2") + b"(" + arguments + b"tR"
 
 
 def parameter(state: bytes, hooks: bytes = HOOKS) -> bytes:
@@ -159,6 +162,72 @@ def test_storages_that_lie_upon_each_other() -> None:
     pickled = pickled.replace(text("cpu") + number(size // 4), text("cpu") + number(size // 4) + b"N")
     data = head + pickled + pickle.dumps([str(i) for i in range(count)], 2) + bytes(size)
     assert "storages of more bytes than" in refused(data, 64 << 20).reason
+
+
+def recalled(value: bytes, call: bytes, *globals: tuple[str, str], times: int = 300) -> bytes:
+    """Opcodes of calls that go back to the same value, which is in the memo under 0, and the globals from 1."""
+    kept = b"".join(named(*each) + b"q" + bytes([key]) + b"0" for key, each in enumerate(globals, 1))
+    return value + b"q\x000" + kept + b"](" + call * times + b"e"
+
+
+NUMBERS = b"".join(b"J" + i.to_bytes(4, "little") for i in range(50_000))
+PAIRS = b"}(" + b"".join(b"J" + i.to_bytes(4, "little") + b"K\x01" for i in range(50_000)) + b"u"
+FIELDS = b"}(" + b"".join(text(f"k{i}") + b"K\x01" for i in range(50_000)) + b"u"
+MEGABYTE = 1 << 18  # in elements
+TENSOR = rebuilt(elements=MEGABYTE)
+PARAMETER = ("torch._utils", "_rebuild_parameter_with_state")
+FROM_NUMPY = ("torch._utils", "_rebuild_device_tensor_from_numpy")
+FROM_CPU = ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor")
+WIDE = ("torch", "complex128")
+CONVERTED = b"h\x01(h\x00h\x02" + text("cpu") + b"\x89tR"
+SCALES = named("torch", "per_channel_affine") + 2 * rebuilt(key="1", length=1 << 20, step=0) + b"K\x00"
+COPIES: dict[str, bytes] = {
+    "a Counter": recalled(PAIRS, b"h\x01h\x00\x85R", ("collections", "Counter")),
+    "a namespace": recalled(FIELDS, b"h\x01)Rh\x00b", ("types", "SimpleNamespace")),
+    "a set": recalled(b"](" + NUMBERS + b"e", b"h\x01h\x00\x85R", ("builtins", "set")),
+    "a frozenset": recalled(b"](" + NUMBERS + b"e", b"h\x01h\x00\x85R", ("builtins", "frozenset")),
+    "a torch.Size": recalled(
+        named("torch", "Size") + b"(" + NUMBERS + b"t\x85R", b"h\x01h\x00\x85R", ("torch", "Size"), times=1000
+    ),
+    "attributes of a parameter": recalled(FIELDS, b"h\x01(h\x02\x89Nh\x00tR", PARAMETER, ("torch", "Tensor")).replace(
+        named("torch", "Tensor"), TENSOR
+    ),
+    "slots of a parameter": recalled(FIELDS, b"h\x01(h\x02\x89NNh\x00\x86tR", PARAMETER, ("torch", "Tensor")).replace(
+        named("torch", "Tensor"), TENSOR
+    ),
+    "an array of wider numbers": recalled(
+        pickle.dumps(numpy.zeros(MEGABYTE, "i1"), 2)[2:-1], CONVERTED, FROM_NUMPY, WIDE
+    ),
+    "a tensor of wider numbers": recalled(rebuilt(elements=MEGABYTE, length=MEGABYTE), CONVERTED, FROM_CPU, WIDE),
+    "a tensor that repeats its element": recalled(
+        rebuilt(elements=MEGABYTE, length=1 << 28, step=0), CONVERTED, FROM_CPU, WIDE, times=1
+    ),
+    "scales of a quantized tensor": recalled(
+        b"(" + storage(1 << 20, kind="QInt8Storage") + place(1 << 20) + b"(" + SCALES + b"t\x89Nt",
+        b"h\x01h\x00R",
+        ("torch._utils", "_rebuild_qtensor"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies(name: str) -> None:
+    data = archive(b"\x80\x02" + COPIES[name] + b".", bytes(1 << 20), **{"data/1": bytes(16)})
+    assert "many copies of the same" in refused(data).reason
+
+
+DENSE: dict[str, Any] = {
+    # Of as few bytes in a pickle as can be: what a copy takes is the most times the entry.
+    "sets": [set(range(256)) for _ in range(10_000)],
+    "Counter": collections.Counter(range(1_000_000)),
+    "bytes": [b"\xff" * 100_000 for _ in range(100)],
+    "torch.Size": [torch.Size(range(256)) for _ in range(5000)],
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_what_is_written_without_copies_is_no_copy(name: str) -> None:
+    assert load(record(DENSE[name])) == DENSE[name]
 
 
 @pytest.mark.parametrize("legacy", [False, True])
