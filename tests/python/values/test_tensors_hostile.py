@@ -16,6 +16,7 @@ from damage import Call, archive
 from hostile_pickles import named, refused, text
 from inert_values import record
 
+from dcp_fast.errors import CudaError
 from dcp_fast.values.load import load_untrusted
 
 HOOKS = named("collections", "OrderedDict") + b")R"
@@ -246,6 +247,17 @@ def test_sparse_tensor_with_an_index_beyond_its_size(legacy: bool) -> None:
         assert torch.equal(load(data)._indices(), theirs._indices())
     with torch.sparse.check_sparse_tensor_invariants():
         assert "size is inconsistent with indices" in refused(data).reason
+
+
+def test_tensor_of_a_gpu_that_is_not_there() -> None:
+    """The entry is intact. torch has a RuntimeError for it."""
+    data = entry(rebuilt().replace(text("cpu"), text("cuda:99")))
+    with pytest.raises(RuntimeError) as theirs:
+        torch.load(io.BytesIO(data), weights_only=False)
+    with pytest.raises(CudaError) as ours:
+        load(data)
+    assert str(theirs.value) in ours.value.reason
+    assert ours.value.fqn == "value"
 
 
 class Gauge:
