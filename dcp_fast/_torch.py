@@ -46,8 +46,8 @@ from torch.distributed.checkpoint.utils import _get_failure_dict as get_failure_
 from torch.distributed.distributed_c10d import _get_object_coll_device as get_object_coll_device
 from torch.serialization import _get_layout
 from torch.serialization import _is_zipfile as is_zipfile
-from torch.serialization import _legacy_load as load_legacy
-from torch.serialization import _load as load_archive
+from torch.serialization import _legacy_load as _load_legacy
+from torch.serialization import _load as _load_archive
 from torch.serialization import _serialization_tls as serialization_state
 
 try:  # torch 2.14 lets a local shard carry the shape of its global tensor
@@ -82,6 +82,11 @@ tensor_rebuild_functions = cast(Callable[[], set[Any]], weights_only_unpickler._
 validate_sparse_tensors: Callable[[], None] = _validate_loaded_sparse_tensors
 if "weights_only" in signature(_validate_loaded_sparse_tensors).parameters:
     validate_sparse_tensors = partial(cast(Any, _validate_loaded_sparse_tensors), weights_only=True)
+# What torch.load goes through, told the same. The argument makes no other difference.
+load_archive, load_legacy = (
+    partial(load, weights_only=True) if "weights_only" in signature(load).parameters else load
+    for load in (_load_archive, _load_legacy)
+)
 
 
 def tensor_types() -> tuple[type, ...]:

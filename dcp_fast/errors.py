@@ -160,7 +160,10 @@ class OutOfMemoryError(LoadError, MemoryError):
 
 
 class CudaError(LoadError, RuntimeError):
-    """A call of the CUDA driver failed, or work that a GPU was given. What the load wrote on the GPU is unknown."""
+    """A call of the CUDA driver failed, or work that a GPU was given. What the load wrote on the GPU is unknown.
+
+    Or a bytes entry holds a tensor of a GPU that is not there.
+    """
 
 
 class CudaOutOfMemoryError(CudaError, OutOfMemoryError, torch.OutOfMemoryError):
@@ -234,13 +237,18 @@ _BY_KIND: dict[str, type[LoadError]] = {
 
 
 def torch_load_error(error: Exception) -> tuple[type[LoadError], str]:
-    """The class and the reason for what ``torch.load(weights_only=True)`` raises about an entry that is damaged."""
+    """The class and the reason for what ``torch.load(weights_only=True)`` raises about an entry."""
     if isinstance(error, pickle.UnpicklingError):
         return CorruptPickleError, str(error)
     if isinstance(error, EOFError):
         return TruncatedFileError, f"the record ends early: {error}"
     if isinstance(error, MemoryError):
         return OutOfMemoryError, "out of memory for a record"
+    # An entry that is intact, and was saved on a GPU: torch's planner too loads it nowhere else.
+    if str(error).startswith(
+        ("Attempting to deserialize object on a CUDA", "Attempting to deserialize object on CUDA")
+    ):
+        return CudaError, f"{type(error).__name__}: {error}"
     # What torch's allocator raises on the CPU is a RuntimeError like any other.
     cls = OutOfMemoryError if "DefaultCPUAllocator" in str(error) else CorruptCheckpointError
     return cls, f"{type(error).__name__}: {error}"

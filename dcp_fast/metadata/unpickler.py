@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dcp_fast._native import METADATA_DTYPES
 from dcp_fast._torch import PROPERTIES_HAVE_STRIDES, get_layout
+from dcp_fast.copies import CopyBudget, cost_of
 from dcp_fast.metadata.allowed import DATA_CLASSES, ENUMS, PATHS, PROPERTIES, find_allowed
 
 __all__ = ["RefusedError", "RestrictedUnpickler"]
@@ -55,6 +56,7 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
 
     def __init__(self, pickled: bytes) -> None:
         self._file = io.BytesIO(pickled)
+        self._budget = CopyBudget(len(pickled))
         super().__init__(self._file)
 
     def position(self) -> int:
@@ -83,21 +85,27 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
-        self.stack[-1] = _call(self.stack[-1], arguments)
+        made = self.stack[-1] = _call(self.stack[-1], arguments)
+        self._pay(max(cost_of(arguments), cost_of((made,))))
 
     dispatch[pickle.REDUCE[0]] = load_reduce
 
     def load_newobj(self) -> None:
         arguments = self.stack.pop()
-        self.stack[-1] = _new(self.stack[-1], arguments)
+        made = self.stack[-1] = _new(self.stack[-1], arguments)
+        self._pay(cost_of((made,)))
 
     dispatch[pickle.NEWOBJ[0]] = load_newobj
 
     def load_build(self) -> None:
         state = self.stack.pop()
         _set_state(self.stack[-1], state)
+        self._pay(cost_of((state,)))
 
     dispatch[pickle.BUILD[0]] = load_build
+
+    def _pay(self, cost: int) -> None:
+        _expect(self._budget.pays(cost), "many copies of the same")
 
     def load_append(self) -> None:
         _expect(type(self.stack[-2]) is list, "items for what is no list")

@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["CALLS", "CONSTANTS", "NAMESPACES", "STATES", "RefusedError", "check_key", "expect"]
+__all__ = ["CALLS", "CONSTANTS", "NAMESPACES", "STATES", "RefusedError", "check_attributes", "check_key", "expect"]
 
 _NONE = type(None)
 # What a defaultdict may make when a key is missing: without arguments each of these makes something empty.
@@ -277,12 +277,15 @@ def _uuid(made: uuid.UUID, state: Any) -> None:
     made.__setstate__(state)  # type: ignore[attr-defined]
 
 
+def check_attributes(cls: type, state: Any) -> None:
+    """Refuse attributes that would stand in front of what the class has, such as ``__setstate__``."""
+    expect(type(state) is dict and all(type(key) is str for key in state), f"a {cls.__name__} with another state")
+    hidden = [key for key in state if key.startswith("__") or hasattr(cls, key)]
+    expect(not hidden, f"a {cls.__name__} with attributes that hide its methods")
+
+
 def _attributes(made: Any, state: Any) -> None:
-    """Set attributes, but none that would stand in front of what the class has, such as ``__setstate__``."""
-    name = type(made).__name__
-    expect(type(state) is dict and all(type(key) is str for key in state), f"a {name} with another state")
-    hidden = [key for key in state if key.startswith("__") or hasattr(type(made), key)]
-    expect(not hidden, f"a {name} with attributes that hide its methods")
+    check_attributes(type(made), state)
     vars(made).update(state)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 import pickletools
@@ -66,12 +67,12 @@ def load_untrusted(value: IO[bytes], fqn: str) -> Any:
 
 def _load(entry: io.BytesIO) -> Any:
     if not is_zipfile(entry):
-        return load_legacy(entry, None, _pickle_module(entry, {}), encoding="utf-8")  # type: ignore[no-untyped-call]
+        return load_legacy(entry, None, _pickle_module(entry, {}), encoding="utf-8")
     reader = PyTorchFileReader(entry)
     if "constants.pkl" in reader.get_all_records():
         raise UntrustedBytesError(f"the entry is TorchScript, which is a program; {_TRUST}")
     sizes = _storage_sizes(entry, reader)
-    return load_archive(reader, None, _pickle_module(entry, sizes), encoding="utf-8")  # type: ignore[no-untyped-call]
+    return load_archive(reader, None, _pickle_module(entry, sizes), encoding="utf-8")
 
 
 def _storage_sizes(entry: io.BytesIO, reader: Any) -> dict[str, int]:
@@ -103,16 +104,20 @@ def _refusal(error: RefusedError, entry: io.BytesIO) -> str | None:
     """Why an entry that is intact is refused, and what to do about it; None if it is damaged."""
     entry.seek(0)
     try:
-        names = _unsafe_globals(entry)
+        asked = _globals(entry)
     except Exception:  # whatever damage leads to
         return None
-    names = list(dict.fromkeys([*names, *(name for name in error.globals if name not in users_globals())]))
+    users = users_globals()
+    names = [name for name in asked if not _is_allowed(name)]
+    names = list(dict.fromkeys([*names, *(name for name in error.globals if name not in users)]))
     blocked = [name for name in names if _is_blocked(name) or _is_blocked(_own_name(name) or "")]
     if blocked:
         return f"the entry asks for {', '.join(blocked)}, which can run any code; {_TRUST}"
     if not names:
         return f"the entry asks for {error}, which no inert value needs; {_TRUST}"
     listed = ", ".join(name.removeprefix("builtins.") for name in names)
+    if why := _never_allowed(asked, names):
+        return f"the entry asks for {listed}, and {why}; {_TRUST}"
     about = "" if names[0] == (error.globals or ("",))[0] else f" (it holds {error})" if error.globals else ""
     return (
         f"the entry asks for {listed}{about}, which may run code; if you trust that, "
@@ -120,13 +125,33 @@ def _refusal(error: RefusedError, entry: io.BytesIO) -> str | None:
     )
 
 
+def _is_allowed(name: str) -> bool:
+    return find_allowed(name) is not None or name in users_globals()
+
+
 def _is_blocked(name: str) -> bool:
     """Whether torch lets nobody allow it."""
     return name.rpartition(".")[0] in weights_only_unpickler._blocklisted_modules
 
 
-def _unsafe_globals(entry: io.BytesIO) -> list[str]:
-    """Names of the globals that an entry asks for and that are not allowed.
+def _never_allowed(names: list[str], missing: list[str]) -> str | None:
+    """Why an entry would be refused if all that it asks for were allowed, if that can be told."""
+    array = _loaded("numpy.ndarray")
+    wanted = [_loaded(name) for name in missing]
+    # Another function might make one.
+    if array and any(name.endswith(".multiarray._reconstruct") for name in names):
+        classes = all(isinstance(each, type) for each in wanted)
+        if classes and any(issubclass(each, array) and each is not array for each in wanted):
+            return "an array of a class of its own is made only of what is trusted"
+    # What cannot be looked up might be an enum.
+    found = [_loaded(name) for name in names]
+    if "builtins.getattr" in names and not any(each is None or isinstance(each, enum.EnumMeta) for each in found):
+        return "getattr of other than an enum is called only for what is trusted"
+    return None
+
+
+def _globals(entry: io.BytesIO) -> list[str]:
+    """Names of the globals that an entry asks for.
 
     Raises:
         Exception: any, if the entry is damaged.
@@ -135,7 +160,9 @@ def _unsafe_globals(entry: io.BytesIO) -> list[str]:
         return _scan(io.BytesIO(PyTorchFileReader(entry).get_record("data.pkl")))
     names: list[str] = []
     for _ in range(_LEGACY_PICKLES):
-        names = names or _scan(entry)
+        names += _scan(entry)
+        if not all(map(_is_allowed, names)):  # it may be no record, but one bare pickle
+            break
     return names
 
 
@@ -161,8 +188,7 @@ def _scan(stream: io.BytesIO) -> list[str]:
             names[".".join(python3_name(*asked) if protocol < 3 else asked)] = None
         text = argument if opcode.name in _TEXTS else None
         pushed.append(memo.get(argument) if opcode.name in _MEMO_READERS else text)
-    users = users_globals()
-    return [name for name in names if not (find_allowed(name) or name in users)]
+    return list(names)
 
 
 def _spelled(name: str) -> str:
@@ -174,11 +200,20 @@ def _spelled(name: str) -> str:
     if own is None and name.startswith("numpy.core."):  # NumPy 2 has another name for it
         own = _own_name(name.replace("numpy.core.", "numpy._core.", 1))
     shown = (own or name).removeprefix("builtins.")
-    return f'({shown}, "{name}")' if own not in (None, name) else shown
+    has_none = own is None and _loaded(name) is not None
+    return f'({shown}, "{name}")' if has_none or own not in (None, name) else shown
 
 
 def _own_name(name: str) -> str | None:
-    """How an object calls itself; None if it is in no module that is loaded. Nothing is imported or called."""
+    """How a class or function calls itself; None for all else."""
+    found = _loaded(name)
+    if not isinstance(found, (type, types.FunctionType, types.BuiltinFunctionType)):
+        return None
+    return f"{found.__module__}.{found.__qualname__}"
+
+
+def _loaded(name: str) -> Any:
+    """An object by its name; None if it is in no module that is loaded. Nothing is imported or called."""
     parts = name.split(".")
     for count in range(len(parts) - 1, 0, -1):
         found: Any = sys.modules.get(".".join(parts[:count]))
@@ -186,7 +221,5 @@ def _own_name(name: str) -> str | None:
             continue
         for part in parts[count:]:
             found = vars(found).get(part) if isinstance(found, (type, types.ModuleType)) else None
-        if not isinstance(found, (type, types.FunctionType, types.BuiltinFunctionType)):
-            return None
-        return f"{found.__module__}.{found.__qualname__}"
+        return found
     return None

@@ -6,7 +6,9 @@ another, or to take memory for any number of elements.
 
 from __future__ import annotations
 
+import collections
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +20,19 @@ from dcp_fast._torch import (
     tensor_types,
     weights_only_unpickler,
 )
-from dcp_fast.values.inert import NAMESPACES, expect
+from dcp_fast.copies import cost_of
+from dcp_fast.values.inert import NAMESPACES, check_attributes, expect
 
-__all__ = ["call_of_torch", "known_to_torch"]
+__all__ = ["call_of_torch", "known_to_torch", "set_tensor"]
+
+# The place of the backward hooks among the arguments, which torch calls one day.
+_HOOKS = {
+    "_rebuild_parameter": 2,
+    "_rebuild_parameter_with_state": 2,
+    "_rebuild_tensor_v2": 5,
+    "_rebuild_tensor_v3": 5,
+    "_rebuild_qtensor": 6,
+}
 
 
 def known_to_torch() -> dict[str, Any]:
@@ -29,13 +41,15 @@ def known_to_torch() -> dict[str, Any]:
     return allowed
 
 
-def call_of_torch(function: Any, arguments: tuple[Any, ...], users: dict[int, Any]) -> Any:
+def call_of_torch(function: Any, arguments: tuple[Any, ...], users: dict[int, Any], pay: Callable[[int], None]) -> Any:
     """Call a function or class of torch's list.
 
     Args:
         function, arguments: of the call.
         users: what is allowed by ``torch.serialization.add_safe_globals``, by its id.
+        pay: for bytes that are copied.
     """
+    pay(cost_of(arguments))
     name = getattr(function, "__name__", type(function).__name__)
     if function is torch.Size:
         kinds = list(map(type, arguments))
@@ -48,36 +62,74 @@ def call_of_torch(function: Any, arguments: tuple[Any, ...], users: dict[int, An
     # A namespace can have all that these functions look for in a tensor.
     expect(not any(type(argument) in NAMESPACES for argument in arguments), f"a call of {name} with other than tensors")
     if function is rebuild_from_type:
-        return _rebuild_from_type(arguments, users)
+        return _rebuild_from_type(arguments, users, pay)
     if any(function is cls for cls in tensor_types()):
         expect(not arguments, f"a call of {name}, which takes memory of any size")
     elif function is torch.nn.Parameter:
         expect(bool(arguments) and isinstance(arguments[0], torch.Tensor), "a parameter without a tensor")
     elif name in ("_rebuild_device_tensor_from_cpu_tensor", "_rebuild_device_tensor_from_numpy"):
-        source = arguments[0] if arguments else None
+        expect(len(arguments) == 4 and type(arguments[1]) is torch.dtype, f"a call of {name} with other arguments")
+        source, dtype = arguments[:2]
         expect(isinstance(source, torch.Tensor) or type(source).__name__ == "ndarray", f"a call of {name} of no tensor")
-        # A copy has all elements, where a tensor may repeat one of them without end.
-        dense = not isinstance(source, torch.Tensor) or source.is_contiguous() or 0 not in source.stride()
-        expect(dense, f"a call of {name} with other than a dense tensor")
+        # A copy has all elements, also of a tensor that repeats one of them without end.
+        pay(math.prod(source.shape) * dtype.itemsize)
     elif name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor"):
         _check_rebuilt(name, arguments)
+        if name == "_rebuild_qtensor":  # it may have a scale and a zero for each index of a dimension
+            pay(16 * max(arguments[2], default=0))
     else:
         known = (*tensor_rebuild_functions(), get_layout)
         expect(any(function is each for each in known), f"a call of {name}")
+    if name in _HOOKS and len(arguments) > _HOOKS[name]:
+        _check_hooks(arguments[_HOOKS[name]])
+    if name == "_rebuild_parameter_with_state":
+        _check_state(arguments[-1], pay)
     return function(*arguments)
 
 
-def _rebuild_from_type(arguments: tuple[Any, ...], users: dict[int, Any]) -> Any:
+def _rebuild_from_type(arguments: tuple[Any, ...], users: dict[int, Any], pay: Callable[[int], None]) -> Any:
     name = "_rebuild_from_type_v2"
     expect(len(arguments) == 4 and type(arguments[2]) is tuple, f"a call of {name} with other arguments")
     function, cls, inner, state = arguments
+    known = id(cls) in users or cls is torch.Tensor or cls is torch.nn.Parameter
+    expect(known, f"a call of {name} with a class that is no tensor")
+    if id(cls) not in users or getattr(cls, "__setstate__", None) is torch.Tensor.__setstate__:
+        _check_state(state, pay)
     if id(function) not in users:
         rebuilds = tensor_rebuild_functions()
         expect(any(function is known for known in rebuilds), f"a call of {name} with other than torch's functions")
-        rebuilt = call_of_torch(function, inner, users)
+        rebuilt = call_of_torch(function, inner, users, pay)
         # Again by torch's function, which gives it its class and its attributes.
         return rebuild_from_type(lambda: rebuilt, cls, (), state)
     return rebuild_from_type(function, cls, inner, state)
+
+
+def set_tensor(tensor: Any, state: Any) -> None:
+    """Set the state of a tensor or parameter, as pickles before torch 0.4 have it."""
+    cls = type(tensor)
+    expect(type(state) is tuple and (len(state) == 4 or cls is not torch.Tensor), "a tensor of other state")
+    if len(state) == 4:
+        _check_rebuilt("a state", state)
+        expect(state[0].dtype == tensor.dtype, "a tensor with a storage of another type")
+        torch.Tensor.set_(tensor, *state)
+        return
+    expect(len(state) in (3, 5), "a parameter of other state")
+    _check_hooks(state[2])
+    cls.__setstate__(tensor, state)
+
+
+def _check_hooks(hooks: Any) -> None:
+    empty = hooks is None or (type(hooks) in (dict, collections.OrderedDict) and not hooks)
+    expect(empty, "a tensor with backward hooks")
+
+
+def _check_state(state: Any, pay: Callable[[int], None]) -> None:
+    """Refuse what would stand in front of what a tensor has, such as ``set_``, in its ``__dict__`` or its slots."""
+    if type(state) is tuple:
+        pay(cost_of(state))
+    for attributes in state if type(state) is tuple else (state,):
+        if attributes is not None:
+            check_attributes(torch.Tensor, attributes)
 
 
 def _check_rebuilt(name: str, arguments: tuple[Any, ...]) -> None:

@@ -20,19 +20,16 @@ from typing import IO, Any, ClassVar
 import torch
 
 from dcp_fast._torch import weights_only_unpickler
+from dcp_fast.copies import CopyBudget, cost_of
 from dcp_fast.values import arrays
-from dcp_fast.values.inert import CALLS, CONSTANTS, NAMESPACES, STATES, RefusedError, check_key, expect
-from dcp_fast.values.tensors import call_of_torch, known_to_torch
+from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, RefusedError, check_key, expect
+from dcp_fast.values.tensors import call_of_torch, known_to_torch, set_tensor
 
 __all__ = ["Unpickler", "find_allowed", "python3_name", "users_globals"]
 
 _Unpickler: Any = pickle._Unpickler
 _DICTS = (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
 _LISTS = (list, collections.deque)
-_SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
-# What calls may copy, in characters, bytes and items: no writer needs more, as each argument is in the entry once.
-_LEAST_BUDGET = 64 << 20
-_MOST_COPIES = 16
 
 
 def users_globals() -> dict[str, Any]:
@@ -79,7 +76,9 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         self._users = users_globals()
         self._users_by_id = {id(allowed): allowed for allowed in self._users.values()}
         self._made: dict[int, Any] = {}  # by id, what may be given a state: once, and only what this pickle has made
-        self._budget = _LEAST_BUDGET + _MOST_COPIES * self.entry_size
+        self._storages: dict[str, int] = {}  # bytes, by key
+        self._unclaimed = self.entry_size
+        self._budget = CopyBudget(self.entry_size)
 
     def find_class(self, module: str, name: str) -> Any:
         if self.proto < 3:
@@ -102,9 +101,10 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         of_users = function is collections.defaultdict and len(arguments) == 1 and self._is_users(arguments[0])
         if of_users or self._is_users(function):
             return function(*arguments)
-        self._spend(arguments)
         if maker := _makers().get(id(function)):
             made = maker(*arguments)
+            # What is made of one argument is bounded. It is the copies after it that must end.
+            self._pay(max(cost_of(arguments), cost_of((made,))))
         elif function is getattr:
             made = self._enum_member(arguments)
         else:
@@ -112,15 +112,13 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
             fresh = [each for each in arguments if id(each) in self._made and arrays.state_setter(each) is not None]
             expect(not fresh, "a call with an array that has no state yet")
             expect(any(function is known for known in known_to_torch().values()), f"a call of {_name(function)}")
-            return call_of_torch(function, arguments, self._users_by_id)
+            return call_of_torch(function, arguments, self._users_by_id, self._pay)
         if type(made) in STATES or arrays.state_setter(made) is not None:
             self._made[id(made)] = made
         return made
 
-    def _spend(self, values: tuple[Any, ...]) -> None:
-        """Bound what is copied: a pickle may pass the same megabyte to any number of calls."""
-        self._budget -= sum(len(value) for value in values if type(value) in _SIZED)
-        expect(self._budget >= 0, "many copies of the same")
+    def _pay(self, cost: int) -> None:
+        expect(self._budget.pays(cost), "many copies of the same")
 
     def _enum_member(self, arguments: tuple[Any, ...]) -> Any:
         """As Python 3.11 first pickled the members of enums."""
@@ -158,28 +156,22 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         made = self.stack[-2]
         cls = type(made)
         if self._is_users(cls):
+            # pickle takes a method of the object's own for one of its class, and so calls what nobody has checked.
+            expect("__setstate__" not in getattr(made, "__dict__", ()), "an object that sets its state by a function")
             super().load_build()
             return
         state = self.stack.pop()
+        self._pay(cost_of(state if type(state) is tuple else (state,)))
         if cls is torch.Tensor or cls is torch.nn.Parameter:
-            self._set_tensor(made, state)
+            set_tensor(made, state)
             return
         setter = STATES.get(cls) or arrays.state_setter(made)
         if setter is None or self._made.pop(id(made), None) is None:
             name = f"{cls.__module__}.{cls.__qualname__}"
             raise RefusedError(f"a state of a {name}", *([] if find_allowed(name) else [name]))
-        self._spend(state if type(state) is tuple else (state,))
         setter(made, state)
 
     dispatch[pickle.BUILD[0]] = load_build
-
-    def _set_tensor(self, tensor: torch.Tensor, state: Any) -> None:
-        """As pickles before torch 0.4 have it."""
-        expect(type(state) is tuple and not any(type(part) in NAMESPACES for part in state), "a tensor of other state")
-        if type(tensor) is torch.Tensor:
-            tensor.set_(*state)
-        else:
-            tensor.__setstate__(state)  # type: ignore[no-untyped-call]
 
     def load_binpersid(self) -> None:
         pid = self.stack[-1]
@@ -193,6 +185,12 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         length = count * (kind.dtype.itemsize if typed else 1)
         if length > self.storage_sizes.get(key, -1 if self.storage_sizes else self.entry_size):
             raise ValueError(f"storage {key!r} of {length} bytes, which the entry does not have")
+        # The records of an archive may lie upon each other, and nothing tells where those of the earlier format lie.
+        if length > self._storages.get(key, 0):
+            self._unclaimed -= length - self._storages.get(key, 0)
+            self._storages[key] = length
+        if self._unclaimed < 0:
+            raise ValueError(f"storages of more bytes than the {self.entry_size} of the entry")
         super().load_binpersid()
 
     dispatch[pickle.BINPERSID[0]] = load_binpersid

@@ -1,17 +1,19 @@
-"""Metadata in opcodes of no writer, and what must become of it."""
+"""Metadata and bytes entries in opcodes of no writer, and what must become of them."""
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 
 import pytest
-from damage import limited
+from damage import limited, peak_memory, reset_peak_memory
 from metadata_cases import parse_metadata
 
-from dcp_fast.errors import LoadError
+from dcp_fast.errors import CorruptCheckpointError, LoadError, UntrustedBytesError
+from dcp_fast.values.load import load_untrusted
 
-__all__ = ["CHECKPOINT", "error_of", "metadata_with", "named", "new", "text"]
+__all__ = ["CHECKPOINT", "error_of", "metadata_with", "named", "new", "refused", "text"]
 
 CHECKPOINT = "torch.distributed.checkpoint.metadata"
 
@@ -26,6 +28,18 @@ def error_of(pickled: bytes) -> LoadError:
     for fact in (error.reason, "'the/path'", f"bytes {error.offset} to"):
         assert fact in str(error)
     assert vars(pickle.loads(pickle.dumps(error))) == vars(error)
+    return error
+
+
+def refused(entry: bytes, bound: int = 256 << 20) -> LoadError:
+    """The error of a bytes entry, which must not take much time or memory."""
+    before = reset_peak_memory()
+    with limited(20), pytest.raises(LoadError) as caught:
+        load_untrusted(io.BytesIO(entry), "the.fqn")
+    assert peak_memory() - before < bound
+    error = caught.value
+    assert error.fqn == "the.fqn"
+    assert isinstance(error, (UntrustedBytesError, CorruptCheckpointError)), repr(error)
     return error
 
 

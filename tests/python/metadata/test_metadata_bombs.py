@@ -69,6 +69,31 @@ def test_key_that_takes_forever_to_hash() -> None:
     assert isinstance(error_of(metadata_with(b"}" + b"N" + DOUBLED + b"Ns")), UntrustedMetadataError)
 
 
+NUMBERS = b"".join(b"J" + struct.pack("<i", n) for n in range(50_000))
+FIELDS = b"}(" + b"".join(text(f"k{n}") + b"K\x01" for n in range(50_000)) + b"u"
+LETTERS = b"X" + struct.pack("<I", MIB) + b"a" * MIB
+COPIES: dict[str, tuple[bytes, bytes, bytes]] = {  # a global, a value, and what is done with both of the memo
+    "a torch.Size": (named("torch", "Size"), b"](" + NUMBERS + b"e", b"h\x01h\x00\x85R"),
+    "a torch.Size by another way": (named("torch", "Size"), b"](" + NUMBERS + b"e", b"h\x01h\x00\x85\x81"),
+    "a set": (named("builtins", "set"), b"](" + NUMBERS + b"e", b"h\x01h\x00\x85R"),
+    "a frozenset": (named("builtins", "frozenset"), b"](" + NUMBERS + b"e", b"h\x01h\x00\x85R"),
+    "bytes": (named("_codecs", "encode"), LETTERS, b"h\x01h\x00" + text("latin1") + b"\x86R"),
+    "fields": (named(CHECKPOINT, "StorageMeta"), FIELDS, b"h\x01)\x81h\x00b"),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_many_copies(name: str) -> None:
+    """A few bytes for each copy."""
+    called, value, copy = COPIES[name]
+    pickled = metadata_with(value + b"q\x000" + called + b"q\x010](" + copy * 1000 + b"eI1\n\x86")
+    resident = reset_peak_memory()
+    error = error_of(pickled)
+    assert isinstance(error, UntrustedMetadataError)
+    assert "many copies of the same" in error.reason
+    assert peak_memory() - resident < 200 * MIB
+
+
 def shape(*numbers: int) -> bytes:
     return named("torch", "Size") + b"(" + b"".join(b"J" + struct.pack("<i", n) for n in numbers) + b"t\x85R"
 

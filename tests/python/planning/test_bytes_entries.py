@@ -157,7 +157,7 @@ def test_refused_value(tmp_path: Path, name: str, legacy: bool) -> None:
     state = wanted()
     error = fast_error(tmp_path, state)
     assert_refused(tmp_path, error, names)
-    assert "add_safe_globals" in str(error)
+    assert ("add_safe_globals" in str(error)) == (name != "function")  # its attribute of a class is never allowed
     assert "install(trust_bytes=True)" in str(error)
     assert state["value"] == "before"
     dcp_fast.load(state, checkpoint_id=tmp_path, trust_bytes=True)

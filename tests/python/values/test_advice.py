@@ -1,0 +1,103 @@
+"""What the error of a refused bytes entry says to do about it."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import io
+import os
+import pickle
+import zoneinfo
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from damage import Call, archive
+from hostile_pickles import refused
+from inert_values import record
+
+from dcp_fast.errors import LoadError, UntrustedBytesError
+from dcp_fast.values.load import load_untrusted
+
+
+def load(data: bytes) -> Any:
+    return load_untrusted(io.BytesIO(data), "value")
+
+
+def test_all_that_is_missing_is_named_at_once() -> None:
+    class Local:
+        pass
+
+    value = [Call(os.getpid), Call(pickle.PicklingError, "a"), Call(bytearray, 5)]
+    error = refused(archive(pickle.dumps(value[1:], 4)))
+    assert "pickle.PicklingError" in error.reason
+    error = refused(archive(pickle.dumps([Call(collections.UserDict), Call(collections.ChainMap)], 4)))
+    for name in ("collections.UserDict", "collections.ChainMap", "install(trust_bytes=True)"):
+        assert name in error.reason
+    assert "add_safe_globals([collections.UserDict, collections.ChainMap])" in error.reason
+
+
+def test_names_that_need_pairs_are_given_as_pairs() -> None:
+    """torch goes by the name that an object has for itself."""
+    pickled = b"\x80\x02cnumpy.core.multiarray\nfrombuffer\n)R."
+    error = refused(archive(pickled))
+    assert '(numpy.frombuffer, "numpy.core.multiarray.frombuffer")' in error.reason
+    advice = error.reason.partition("add_safe_globals([")[2].partition("])")[0]
+    with torch.serialization.safe_globals([eval(advice, {"numpy": numpy})]):
+        with pytest.raises(LoadError) as caught:
+            load_untrusted(io.BytesIO(archive(pickled)), "value")
+        assert "frombuffer() missing" in str(caught.value)  # it was called
+
+
+def test_advice_for_arrays_of_objects_works() -> None:
+    data = record(numpy.array([1, "a"], dtype=object))
+    error = refused(data)
+    advice = error.reason.partition("add_safe_globals([")[2].partition("])")[0]
+    with torch.serialization.safe_globals(list(eval(f"({advice},)", {"numpy": numpy}))):
+        assert load(data).tolist() == [1, "a"]
+
+
+class Grid(numpy.ndarray):
+    """An array of a class of its own."""
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (numpy.arange(3).view(Grid), "an array of a class of its own is made only of what is trusted"),
+        (numpy.arange(4).reshape(2, 2).view(numpy.matrix), "an array of a class of its own is made only of"),
+        (numpy.arange(3).view(numpy.recarray), "an array of a class of its own"),
+        (zoneinfo.ZoneInfo("UTC"), "getattr of other than an enum is called only for what is trusted"),
+        (datetime.datetime(2026, 1, 1, tzinfo=zoneinfo.ZoneInfo("UTC")), "getattr of other than an enum"),
+    ],
+    ids=["subclass", "matrix", "recarray", "ZoneInfo", "datetime with ZoneInfo"],
+)
+def test_what_only_trust_loads_is_told_so(value: Any, reason: str, protocol: int, legacy: bool) -> None:
+    data = record(value, protocol, legacy)
+    error = refused(data)
+    assert isinstance(error, UntrustedBytesError)
+    assert reason in error.reason
+    assert "trust_bytes=True" in error.reason
+    assert "add_safe_globals" not in error.reason
+    with torch.serialization.safe_globals([Grid, numpy.matrix, numpy.recarray, zoneinfo.ZoneInfo]):
+        refused(data)  # so that the advice would have been in vain
+
+
+def test_advice_for_masked_arrays_works() -> None:
+    """Their own function makes them, beside one of numpy's for plain arrays."""
+    value = [numpy.ma.masked_array([1, 2], [True, False]), numpy.arange(2)]
+    data = record(value)
+    advice = refused(data).reason.partition("add_safe_globals([")[2].partition("])")[0]
+    with torch.serialization.safe_globals(list(eval(f"({advice},)", {"numpy": numpy}))):
+        assert repr(load(data)) == repr(value)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_advice_for_what_has_no_name_of_its_own_works(protocol: int) -> None:
+    data = record([NotImplemented], protocol)
+    advice = refused(data).reason.partition("add_safe_globals([")[2].partition("])")[0]
+    with torch.serialization.safe_globals([eval(advice)]):
+        assert load(data) == [NotImplemented]
