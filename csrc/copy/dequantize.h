@@ -11,6 +11,7 @@
 
 #include "checkpoint/dtype.h"
 #include "copy/convert.h"
+#include "copy/scaled_steps.h"
 
 namespace dcp_fast::copy {
 
@@ -30,10 +31,13 @@ struct Dequantization {
   Quantization quantization = Quantization::kElements;
   Scales scales = Scales::kFloat32;
   int32_t from_bytes = 1;            // of a stored element, if it is one
+  int32_t target_bytes = 0;          // of an element of the target dtype
   int32_t to_bytes = 0;              // of an element of the destination
   std::optional<Conversion> decode;  // to float32; none if that is what is stored, and for MXFP4
   std::optional<Conversion> round;   // to the target dtype; none if that is float32
   std::optional<Conversion> place;   // to the dtype of the destination; none if that is the target dtype
+  ScaledStep step = nullptr;         // does the first two and the multiplication at once, if there is one
+  BlocksStep blocks_step = nullptr;  // the same for MXFP4
 };
 
 // nullopt if there is a dtype that find_conversion does not know in such a place. `stored` counts for kElements alone.
