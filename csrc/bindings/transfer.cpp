@@ -284,6 +284,7 @@ void bind_transfer(py::module_& module) {
            [](const Layouts& layouts, size_t record) {
              return layouts.parsed.at(record).status == checkpoint::ParsedRecord::Status::kTensor;
            })
+      .def("fallback_reason", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).reason; })
       .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
       .def("strides", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.strides; })
       .def("__len__", [](const Layouts& layouts) { return layouts.records.size(); });

@@ -40,7 +40,7 @@ class LoadReport:
             none were.
         requests: read calls that fetched them, and copies from mappings.
         records: how many records the plan needs.
-        fallback_records: how many of those torch.load had to read.
+        fallback_records: how many of those torch.load had to read; fallback_reasons: why, and how many for each reason.
         device_fallback_items: boxes for GPUs that torch's ``copy_`` brought there, from memory that is not pinned, as
             the driver refused what it takes to do better; device_fallback_reason: what that was.
         staged_items: boxes that were converted to another dtype, or that passed through staging to be placed by torch
@@ -79,6 +79,7 @@ class LoadReport:
     requests: int = 0
     records: int = 0
     fallback_records: int = 0
+    fallback_reasons: dict[str, int] = field(default_factory=dict)
     staged_items: int = 0
     dequantized_items: int = 0
     device_fallback_items: int = 0
@@ -200,6 +201,7 @@ class LoadReport:
         right = max(len(value) for _, value in rows)
         lines = [f"load of {self.path} by {self.reader or '?'} and {self.planner or '?'}"]
         lines += (f"  {name:<{left}}  {value:>{right}}" for name, value in rows)
+        lines += (f"  fallback, {count:,} records: {reason}" for reason, count in self.fallback_reasons.items())
         if self.mapping_fallback_reason:
             lines.append(f"  not mapped: {self.mapping_fallback_reason}")
         lines += (f"  not fast: {reason}" for reason in self._fallback_reasons())

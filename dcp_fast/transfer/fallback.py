@@ -42,9 +42,11 @@ def place_fallback(
     by_record = [(record, list(group)) for record, group in groupby(boxes, key=lambda box: box[1])]
 
     def take(index: int, content: _native.RecordBytes) -> None:
-        of_record = by_record[index][1]
+        record, of_record = by_record[index]
         tensor = records.load_tensor(of_record[0][0], content)
         report.fallback_records += 1
+        reason = layouts.fallback_reason(record) or "its elements share memory"
+        report.fallback_reasons[reason] = report.fallback_reasons.get(reason, 0) + 1
         for item, _, target in of_record:
             _place(item, tensor, target, records, report)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import partial
 from itertools import groupby
 
@@ -36,7 +37,10 @@ __all__ = ["PlanTransfer"]
 
 _MOST_DEVICES = 64  # of a process
 # Figures of a report that start again where an attempt ends because a driver refuses what it needs.
-_COUNTED_ANEW = ("bytes_needed", "staged_items", "dequantized_items", "fallback_records", "device_fallback_items")
+_COUNTED_ANEW = (
+    *("bytes_needed", "staged_items", "dequantized_items", "fallback_records", "fallback_reasons"),
+    "device_fallback_items",
+)
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 
@@ -197,7 +201,7 @@ class PlanTransfer:
         attempts_left = _MOST_DEVICES
         refused = True
         while refused:
-            before = {name: getattr(report, name) for name in _COUNTED_ANEW}
+            before = {name: copy(getattr(report, name)) for name in _COUNTED_ANEW}
             program = _native.Program(self.layouts, rows, destinations.column())
             report.bytes_needed += program.bytes_needed
             try:

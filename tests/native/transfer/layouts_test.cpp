@@ -255,3 +255,36 @@ TEST_CASE("no records and no files are nothing to read") {
   CHECK(files.layouts(options_of(), io::IoMode::kAuto).requests == 0);
   CHECK(CheckpointFiles(0).layouts(options_of(), io::IoMode::kAuto).parsed.empty());
 }
+
+TEST_CASE("layouts: payloads are taken as they are told, and nothing is read but the sizes of files") {
+  CheckpointFiles files(2);
+  const size_t first = files.add_bytes(0, std::string(24, 'a'));
+  const size_t second = files.add_bytes(1, std::string(8, 'b'));
+  files.write();
+  const std::vector<checkpoint::TensorLayout> payloads = {{0, 0, {2, 3}, {3, 1}}, {1, 0, {1}, {1}}};
+  const auto read = [&](const std::vector<transfer::Record>& records) {
+    io::ByteSources sources;
+    for (const std::string& path : files.paths) sources.push_back(std::make_unique<io::File>(path));
+    return transfer::read_layouts(std::move(sources), records, payloads, options_of(), never);
+  };
+
+  const Layouts layouts = read(files.records);
+  CHECK(layouts.are_payloads);
+  CHECK(layouts.requests == 0);
+  CHECK(layouts.bytes == 0);
+  CHECK(layouts.parsed[first].status == Status::kTensor);
+  CHECK(layouts.parsed[first].layout.sizes == Ints{2, 3});
+  CHECK(layouts.parsed[second].layout.dtype == 1);
+
+  files.records[second].offset = 1;
+  std::optional<Error> error;
+  try {
+    read(files.records);
+  } catch (const Error& caught) {
+    error = caught;
+  }
+  REQUIRE(error.has_value());
+  CHECK(error->kind == ErrorKind::kTruncated);
+  CHECK(error->record == static_cast<int64_t>(second));
+  CHECK(error->path == files.paths[1]);
+}

@@ -259,6 +259,24 @@ TEST_CASE("boxes of a destination that overlaps itself wait for each other") {
   }
 }
 
+TEST_CASE("program: no payload is narrowed to the box that is asked for") {
+  Layouts layouts = layouts_of({{4}});
+  std::string memory;
+  const std::vector<Destination> destinations = {destination_of(memory, {4}, {1})};
+  // As of an archive: torch narrows only what is larger than the box.
+  CHECK(Program(layouts, {item_of({2}, {0}, {4})}, destinations).transfers()[0].source == 5100);
+  layouts.are_payloads = true;
+  CHECK(Program(layouts, {item_of({0}, {0}, {4})}, destinations).transfers()[0].source == 5100);
+  std::optional<Error> error;
+  try {
+    Program(layouts, {item_of({2}, {0}, {4})}, destinations);
+  } catch (const Error& caught) {
+    error = caught;
+  }
+  REQUIRE(error.has_value());
+  CHECK(error->kind == ErrorKind::kSizeMismatch);
+}
+
 TEST_CASE("an empty box of a tensor with absurd strides is nothing to copy") {
   std::string memory;
   const Layouts layouts = layouts_of({{2, 0}}, {{int64_t{1} << 62, 1}});

@@ -68,6 +68,8 @@ def test_fallback_and_staged_items_count(tmp_path: Path) -> None:
     )
     report = load(tmp_path, {"old": torch.zeros(9), "half": torch.zeros(7)})
     assert report.fallback_records == 1
+    assert report.fallback_reasons == {"no zip directory as torch.save writes it": 1}
+    assert "fallback, 1 records: no zip directory" in str(report)
     assert report.staged_items == 1
     assert report.bytes_needed == 9 * 4 + 7 * 2
     assert report.bytes_read >= report.bytes_needed
@@ -79,6 +81,15 @@ def test_record_that_torch_reads_for_several_boxes_counts_once(tmp_path: Path) -
     report = load(tmp_path, {"t": ShardedBuffer.make((8,), [(0,), (3,)], shards)})
     assert report.records == report.fallback_records == 1
     assert report.bytes_needed == 7 * 4
+
+
+def test_reasons_of_fallback(tmp_path: Path) -> None:
+    quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    entries = {name: Entry.of(quantized) for name in ("q", "r")} | {"e": Entry.of(torch.ones(1).expand(5))}
+    write_checkpoint(tmp_path, entries)
+    report = load(tmp_path, {"q": quantized.clone(), "r": quantized.clone(), "e": torch.zeros(5)})
+    assert report.fallback_reasons == {"not the pickle of a plain tensor": 2, "its elements share memory": 1}
+    assert report.fallback_records == 3
 
 
 def test_load_of_nothing(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from helpers import Entry, ShardedBuffer, fill, write_checkpoint
 
 import dcp_fast
 from dcp_fast import _native
+from dcp_fast.observe import report as observe
 
 # A megabyte each: several blocks of the size below.
 STORED = {name: fill((512, 512), torch.float32, seed) for seed, name in enumerate(("a", "b", "c"))}
@@ -174,7 +175,9 @@ def _truncate(report_: Callable[[Any], None], path: str, order: str) -> None:
 
 
 @pytest.mark.parametrize("runs", [150, pytest.param(10_000, marks=pytest.mark.long)])
-def test_another_process_cuts_a_file_short(checkpoint: Path, tmp_path: Path, runs: int) -> None:
+def test_another_process_cuts_a_file_short(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int
+) -> None:
     """Every load ends with the right data or with an error that says where. Another load meanwhile is not disturbed."""
     path = checkpoint / "__0_0.distcp"
     whole = tmp_path / "whole"
@@ -184,6 +187,14 @@ def test_another_process_cuts_a_file_short(checkpoint: Path, tmp_path: Path, run
     order.write_text("")
     rng = random.Random(runs)
     stop = threading.Event()
+    reports: dict[int, dcp_fast.LoadReport] = {}  # the last one of each thread
+    publish = observe.publish
+
+    def published(report: dcp_fast.LoadReport) -> None:
+        reports[threading.get_ident()] = report
+        publish(report)
+
+    monkeypatch.setattr(observe, "publish", published)
     wrong: list[str] = []
 
     def load_the_other_one() -> None:
@@ -209,7 +220,7 @@ def test_another_process_cuts_a_file_short(checkpoint: Path, tmp_path: Path, run
                 with limited(60):
                     error = fast_error(checkpoint, state, **OPTIONS)
                 seconds = 0.9 * seconds + 0.1 * (time.perf_counter() - start)
-                vanished += report().mapping_fallback_reason != ""
+                vanished += reports[threading.get_ident()].mapping_fallback_reason != ""
                 if error is None:
                     assert is_right(state)
                 else:
@@ -225,7 +236,7 @@ def test_another_process_cuts_a_file_short(checkpoint: Path, tmp_path: Path, run
             thread.join()
     assert wrong == []
     assert errors > runs // 20
-    assert runs < 1000 or vanished > 10  # the rest was found out before anything was mapped
+    assert vanished >= runs // 1000  # the rest was found out before anything was mapped
     assert sigbus() == before
 
 
