@@ -60,6 +60,7 @@ _FUNCTIONS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
 # To look up a switch by the function whose place it takes, wherever a module has that by name; and back.
 _SWITCHES = {id(original): switch(original, fast) for original, fast in _FUNCTIONS}
 _ABSENT = object()
+_AT_IMPORT = {(cls, name): original_of(getattr(cls, name)) for cls, name, _ in _METHODS}
 
 _lock = threading.Lock()
 _replaced: list[tuple[object, str, Any, Any]] | None = None  # owner, name, ours, torch's; None: not installed
@@ -77,18 +78,17 @@ class _Stateful(metaclass=_CheckOfStateful):
 class Installation:
     """What :func:`install` returns. As a context manager it undoes, at the end, what that call did."""
 
-    def __init__(self, changed: bool) -> None:
-        self._changed = changed
-
     def __enter__(self) -> Installation:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._changed:
+        if self is _current:  # not if another call has installed since
             uninstall()
-            self._changed = False
+
+
+_current: Installation | None = None  # the last one, while it holds
 
 
 def install(
@@ -115,26 +115,30 @@ def install(
     Raises:
         TypeError: ``accelerate`` names something else than classes with a ``read_data``.
     """
-    global _replaced
+    global _replaced, _current
     classes = list(accelerate)
     for cls in classes:
         if not isinstance(cls, type) or not callable(getattr(cls, "read_data", None)):
             raise TypeError(f"accelerate takes classes of readers, got {cls!r}")
     with _lock:
         if _replaced is not None:
-            return Installation(changed=False)
+            return Installation()
         _replaced = []
         fast_filesystem.FileSystemReader.trust_metadata_by_default = trust_metadata
         fast_planner.DefaultLoadPlanner.trust_bytes_by_default = trust_bytes
         for cls, name, fast in [*_METHODS, *((cls, "read_data", accelerated_read_data) for cls in classes)]:
-            _replace(cls, name, method_switch(original_of(getattr(cls, name)), fast))
+            original = original_of(getattr(cls, name))
+            # What somebody has patched into torch's classes is left to do its work, but for what decides what is run.
+            if name == "load_bytes" or original is _AT_IMPORT.get((cls, name), original):
+                _replace(cls, name, method_switch(original, fast))
         _replace(state_dict_loader, "Stateful", _Stateful)
         for module, name, value in _names():
             ours = _SWITCHES.get(id(value))
             if ours is not None and original_of(ours) is value and not module.__name__.startswith("dcp_fast."):
                 _replace(module, name, ours)
         set_switches(True)
-    return Installation(changed=True)
+        _current = Installation()
+        return _current
 
 
 def uninstall() -> None:
@@ -142,12 +146,12 @@ def uninstall() -> None:
 
     What somebody else has replaced in between stays theirs.
     """
-    global _replaced
+    global _replaced, _current
     with _lock:
         if _replaced is None:
             return
         set_switches(False)
-        for owner, name, ours, original in _replaced:
+        for owner, name, ours, original in reversed(_replaced):
             if vars(owner).get(name) is not ours:
                 continue
             if original is _ABSENT:
@@ -160,7 +164,7 @@ def uninstall() -> None:
                 setattr(module, name, original_of(value))
         fast_filesystem.FileSystemReader.trust_metadata_by_default = False
         fast_planner.DefaultLoadPlanner.trust_bytes_by_default = False
-        _replaced = None
+        _replaced = _current = None
 
 
 def _replace(owner: Any, name: str, ours: Any) -> None:

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <string_view>
 
 #include "little_endian.h"
@@ -62,11 +61,10 @@ class Cursor {
     for (uint64_t wanted = 1;;) {
       require(wanted);
       const Window bytes = window(wanted);
-      const void* newline = std::memchr(bytes.begin, '\n', static_cast<size_t>(bytes.end - bytes.begin));
-      if (newline != nullptr) {
-        const auto count = static_cast<size_t>(static_cast<const uint8_t*>(newline) - bytes.begin);
-        return {reinterpret_cast<const char*>(take(count + 1)), count};
-      }
+      const std::string_view text(reinterpret_cast<const char*>(bytes.begin),
+                                  static_cast<size_t>(bytes.end - bytes.begin));
+      const size_t count = text.find('\n');
+      if (count != std::string_view::npos) return {reinterpret_cast<const char*>(take(count + 1)), count};
       // Twice as many: however long the line, it is not looked at more often than that takes.
       wanted = std::max<uint64_t>(available() + 1, std::min<uint64_t>(2 * available(), left()));
     }

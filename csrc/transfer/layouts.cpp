@@ -209,7 +209,8 @@ Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
   layouts.records = std::move(records);
   layouts.parsed.resize(layouts.records.size());
   for (size_t i = 0; i < layouts.records.size(); ++i) {
-    if (layouts.records[i].fallback) layouts.parsed[i].reason = "a transform was applied to it, or its bytes are to be swapped";
+    if (layouts.records[i].fallback)
+      layouts.parsed[i].reason = "a transform was applied to it, or its bytes are to be swapped";
   }
   layouts.are_payloads = !payloads.empty();
   for (size_t i = 0; i < payloads.size(); ++i) {

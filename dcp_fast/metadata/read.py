@@ -127,7 +127,8 @@ def make_metadata(columns: _native.MetadataColumns, read_again: Callable[[], byt
     )
     attributes = dict(columns.attributes)  # as of dicts, the last one of a name counts
     unmade = {name for name, pickled in attributes.items() if pickled is None}
-    vars(metadata).update((name, _unpickled_later(pickled)) for name, pickled in attributes.items() if pickled)
+    # Plain dicts and values: C code such as the encoder of json looks into them.
+    vars(metadata).update((name, pickle.loads(pickled)) for name, pickled in attributes.items() if pickled)
     if not unmade:
         return metadata
     save_id = None if storage_meta is None else storage_meta.save_id

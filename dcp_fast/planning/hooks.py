@@ -11,7 +11,14 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from dcp_fast.switches import original_of
 
-__all__ = ["STAND_FOR_TORCHS", "has_default_commit", "has_default_hooks", "has_default_resolve", "why_planner_is_slow"]
+__all__ = [
+    "STAND_FOR_TORCHS",
+    "has_default_bytes",
+    "has_default_commit",
+    "has_default_hooks",
+    "has_default_resolve",
+    "why_planner_is_slow",
+]
 
 # As they are at import: a hook that somebody patches into torch's class later counts as the planner's own.
 _DEFAULT_HOOKS = {
@@ -30,6 +37,11 @@ def has_default_hooks(planner: LoadPlanner) -> bool:
 def has_default_commit(planner: LoadPlanner) -> bool:
     """Whether ``commit_tensor`` is that of torch's DefaultLoadPlanner, which does nothing."""
     return isinstance(planner, DefaultLoadPlanner) and _is_default(planner, "commit_tensor")
+
+
+def has_default_bytes(planner: LoadPlanner) -> bool:
+    """Whether ``load_bytes`` is that of torch's DefaultLoadPlanner, which puts a value into the state dict."""
+    return isinstance(planner, DefaultLoadPlanner) and _is_default(planner, "load_bytes")
 
 
 def has_default_resolve(planner: LoadPlanner) -> bool:

@@ -1,23 +1,24 @@
 """Windows of items for planners with hooks: resolved in order, placed together, committed in order.
 
 torch resolves, places and commits each item before the next. A planner cannot tell the difference unless it goes by
-what became of the items before. So a window ends where it could: see :class:`Windows`.
+what became of the items before. So a window ends where it could: see :class:`Windows`. What a planner keeps is watched
+in planner_state.py.
 """
 
 from __future__ import annotations
 
 import sys
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import is_
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
-from dcp_fast.planning.hooks import has_default_commit
+from dcp_fast.planning.hooks import has_default_bytes, has_default_commit, has_default_resolve
 from dcp_fast.transfer.destinations import address_of
+from dcp_fast.transfer.planner_state import PlannerState, version_of
 
 __all__ = ["Placement", "Windows"]
 
@@ -35,11 +36,19 @@ class Placement:
     tensor: torch.Tensor
 
 
+@dataclass(slots=True)
+class _Entry:
+    """A placement, and how the world was for it: the value in the state dict, and the tensor's version when placed."""
+
+    placement: Placement
+    value: Any
+    version: int = 0
+
+
 @dataclass
 class _Window:
     # In torch's order: tensors to be placed and committed, and calls that load bytes entries.
-    entries: list[Placement | Callable[[], None]] = field(default_factory=list)
-    placements: list[Placement] = field(default_factory=list)
+    entries: list[_Entry | Callable[[], None]] = field(default_factory=list)
     bytes: int = 0
     fqns: set[str] = field(default_factory=set)
     spans: list[tuple[int, int]] = field(default_factory=list)  # addresses of the tensors, sorted
@@ -48,11 +57,14 @@ class _Window:
 class Windows:
     """Calls the hooks of a planner so that their result equals that under torch's loader.
 
-    Windows begin with one item, and grow as long as the planner keeps nothing of the calls: it sets no attribute anew,
-    and no container among its attributes grows or shrinks. Where a call of ``resolve_tensor`` does that, the
-    attributes are put back to what they were until the items before are committed. A planner whose ``commit_tensor``
-    does that gets one item after the other from then on. If a planner has a ``commit_tensor`` at all, no window has
-    two boxes of one tensor, or tensors that share memory.
+    Windows begin with one item, and grow as long as hooks leave the planner as it is (:class:`PlannerState`):
+
+    - If a call of ``resolve_tensor`` changes it, that is put back until the items before are committed.
+    - If a call of ``commit_tensor`` changes it, or the state dict, what was resolved too early is resolved again, and
+      items come one by one from then on.
+    - A tensor that an earlier commit wrote to is placed again.
+    - A bytes entry ends a window, unless all hooks but ``commit_tensor`` are torch's, which do not look at values.
+    - If a planner has a ``commit_tensor`` at all, no window has two boxes of one tensor, or tensors that share memory.
 
     Args:
         planner: the planner.
@@ -73,7 +85,9 @@ class Windows:
         self._place = place
         self._most_bytes = most_bytes
         self._has_commit = not has_default_commit(planner)
-        self._state = _State(planner)
+        self._own_resolve = not has_default_resolve(planner)
+        self._values_matter = self._own_resolve or not has_default_bytes(planner)
+        self._state = PlannerState(planner)
         self._window = _Window()
         self._most = 1
         self._quiet = 0
@@ -90,10 +104,12 @@ class Windows:
         except Exception:
             self.finish()
             raise
-        if self._state.has_changed():
-            change = self._state.take_back()
-            self.finish()
-            self._state.apply(change)
+        if self._own_resolve and self._state.has_changed():
+            if self._window.entries:
+                change = self._state.take_back()
+                self.finish()
+                self._state.apply(change)
+            self._state.keep()
             self._most, self._quiet = 1, 0
         tensor = placement.tensor
         size = tensor.numel() * tensor.element_size()
@@ -103,39 +119,56 @@ class Windows:
                 self.finish()
             insort(self._window.spans, span)
         window = self._window
-        window.placements.append(placement)
         window.fqns.add(fqn)
         window.bytes += size
-        self._add(placement)
+        self._add(_Entry(placement, self._value_of(fqn)))
 
     def add_bytes(self, load: Callable[[], None]) -> None:
         """A bytes entry, which is loaded when all before it is committed."""
         self._add(load)
+        if self._values_matter:
+            self.finish()
 
     def finish(self) -> None:
         """Place and commit what the window has."""
         window, self._window = self._window, _Window()
-        one_by_one = False
+        entries = [entry for entry in window.entries if isinstance(entry, _Entry)]
+        again = False  # whether what follows is resolved and placed again, one by one
         try:
-            if window.placements:
-                self._place(window.placements)
+            self._place_all(entries)
         except Exception:
             if len(window.entries) == 1:
                 raise
-            one_by_one = True  # so that all before the one that fails is committed
+            again = True  # so that all before the one that fails is committed
         for entry in window.entries:
-            if not isinstance(entry, Placement):
-                entry()
-            else:
-                if one_by_one:
-                    self._place([entry])
+            if isinstance(entry, _Entry):
+                fqn = entry.placement.item.dest_index.fqn
+                if again or self._value_of(fqn) is not entry.value:
+                    entry.placement = self._resolve(entry.placement.item, entry.placement.record)
+                    self._place_all([entry])
+                elif version_of(entry.placement.tensor) != entry.version:
+                    self._place_all([entry])
                 if self._has_commit:
-                    self._planner.commit_tensor(entry.item, entry.tensor)
+                    self._planner.commit_tensor(entry.placement.item, entry.placement.tensor)
+            else:
+                entry()
             if self._state.has_changed():
                 self._state.keep()
-                self._one_by_one, self._most = True, 1
+                self._one_by_one, self._most, again = True, 1, True
 
-    def _add(self, entry: Placement | Callable[[], None]) -> None:
+    def _place_all(self, entries: Sequence[_Entry]) -> None:
+        if not entries:
+            return
+        self._place([entry.placement for entry in entries])
+        for entry in entries:
+            entry.version = version_of(entry.placement.tensor)
+        self._state.keep_versions()
+
+    def _value_of(self, fqn: str) -> Any:
+        values = getattr(self._planner, "state_dict", None)
+        return values.get(fqn) if isinstance(values, dict) else None
+
+    def _add(self, entry: _Entry | Callable[[], None]) -> None:
         window = self._window
         window.entries.append(entry)
         self._quiet += 1
@@ -143,43 +176,6 @@ class Windows:
             self.finish()
             if not self._one_by_one and self._quiet >= _QUIET_ITEMS:
                 self._most = min(2 * self._most, _MOST_ITEMS)
-
-
-class _State:
-    """What a planner holds: its attributes, and how long those are that have a length."""
-
-    def __init__(self, planner: LoadPlanner) -> None:
-        self._now: dict[str, Any] = getattr(planner, "__dict__", {})
-        self.keep()
-
-    def keep(self) -> None:
-        """Changes are told from here on."""
-        self._before = dict(self._now)
-        self._names, self._values = list(self._before), list(self._before.values())
-        # A tensor of no dimensions has no length.
-        self._containers = [v for v in self._values if isinstance(v, Sized) and not isinstance(v, torch.Tensor)]
-        self._lengths = list(map(len, self._containers))
-
-    def has_changed(self) -> bool:
-        # Asked after each call of a hook, so that it may take no longer than the call.
-        now = self._now
-        return not (
-            list(now) == self._names
-            and all(map(is_, now.values(), self._values))
-            and list(map(len, self._containers)) == self._lengths
-        )
-
-    def take_back(self) -> dict[str, Any]:
-        """Put back the attributes. Returns those that were set anew; what a container has got stays there."""
-        change = {name: value for name, value in self._now.items() if self._before.get(name, self) is not value}
-        self._now.clear()
-        self._now.update(self._before)
-        self.keep()
-        return change
-
-    def apply(self, change: dict[str, Any]) -> None:
-        self._now.update(change)
-        self.keep()
 
 
 def _span(tensor: torch.Tensor, size: int) -> tuple[int, int]:

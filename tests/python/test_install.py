@@ -42,6 +42,9 @@ NAMES = [
 ]
 
 
+TORCHS_READ_DATA = filesystem.FileSystemReader.read_data
+
+
 def snapshot() -> dict[tuple[str, str], Any]:
     """Every attribute of every module of torch and of this one, by identity."""
     return {
@@ -253,3 +256,64 @@ def test_type_checks_keep_their_meaning(tmp_path: Path) -> None:
         assert issubclass(type("Protocolled", (dcp_fast.FileSystemReader, Stateful), {}), dcp.StorageReader)
         assert not issubclass(type("Other", (dcp.StorageReader,), {}), dcp.FileSystemReader)
         assert not isinstance(3, dcp.StorageReader)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (filesystem.FileSystemReader, "read_metadata"),
+        (filesystem.FileSystemReader, "read_data"),
+        (default_planner.DefaultLoadPlanner, "set_up_planner"),
+        (default_planner.DefaultLoadPlanner, "create_local_plan"),
+    ],
+)
+def test_what_somebody_patched_into_torch(
+    cls: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is called as often as without dcp_fast."""
+    save(tmp_path, {"t": fill((4, 3), torch.float32)})
+    original = getattr(cls, name)
+    calls: list[str] = []
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(cls, name, patched)
+
+    def count() -> int:
+        calls.clear()
+        state = {"t": torch.zeros(4, 3)}
+        planner = dcp.DefaultLoadPlanner()
+        dcp.load(state, storage_reader=filesystem.FileSystemReader(tmp_path), planner=planner)
+        assert image(state["t"]) == image(fill((4, 3), torch.float32))
+        return len(calls)
+
+    before = count()
+    with dcp_fast.install():
+        assert count() == before > 0
+    assert count() == before
+    assert getattr(cls, name) is patched
+
+
+def test_a_class_that_is_accelerated_twice() -> None:
+    class Reader(filesystem.FileSystemReader):
+        def read_data(self, *args: Any) -> Any:
+            raise NotImplementedError
+
+    before = dict(vars(Reader))
+    torchs = filesystem.FileSystemReader.read_data
+    dcp_fast.install(accelerate=[Reader, Reader, filesystem.FileSystemReader])
+    dcp_fast.uninstall()
+    assert dict(vars(Reader)) == before
+    assert filesystem.FileSystemReader.read_data is torchs
+
+
+def test_an_installation_ends_only_itself() -> None:
+    with dcp_fast.install():
+        dcp_fast.uninstall()
+        other = dcp_fast.install()
+    assert filesystem.FileSystemReader.read_data is not TORCHS_READ_DATA
+    with other:
+        pass
+    assert filesystem.FileSystemReader.read_data is TORCHS_READ_DATA

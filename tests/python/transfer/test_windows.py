@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import Entry, assert_same_load, fast_reader, fill, image, torch_load, torch_reader, write_checkpoint
+from hooked_planners import Doubling
 from tensor_subclasses import Negated
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
@@ -229,7 +232,98 @@ class Slotted(LoadPlanner):
         self.inner.load_bytes(item, value)
 
 
-@pytest.mark.parametrize("planner", [Rarely, Scratch, ScratchElsewhere, Replacing, Counting, Collecting, Slotted])
+class SameKey(dcp.DefaultLoadPlanner):
+    """Remembers the item at hand in places that no attribute tells: they are those of before."""
+
+    counted = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: dict[str, Any] = {"fqn": None, "list": [None]}
+        self.helper = SimpleNamespace(count=0)
+        self.count = torch.zeros(1)
+        self.without_length = numpy.array(2.0)  # len() of it raises
+        type(self).counted = 0
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        self.now["fqn"] = item.dest_index.fqn
+        self.now["list"][0] = item.dest_index
+        self.helper.count += 1
+        self.count += 1
+        type(self).counted += 1
+        return super().resolve_tensor(item)
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        tensor += self.helper.count + self.counted + float(self.count)
+        tensor += float(self.now["fqn"][1:]) + sum(self.now["list"][0].offset)
+
+
+class Forgetting(dcp.DefaultLoadPlanner):
+    """Deletes an attribute when it resolves its first item."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = True
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        tensor = super().resolve_tensor(item)
+        if not hasattr(self, "first"):
+            return tensor
+        del self.first
+        return tensor.new_zeros(tensor.shape)
+
+
+class Mirroring(dcp.DefaultLoadPlanner):
+    """Writes what has come into a tensor that comes later, too."""
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        self.state_dict[f"t{COUNT - 1:03}"].fill_(7)
+
+
+class Scaling(dcp.DefaultLoadPlanner):
+    """Goes by the values that have come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[int] = []
+
+    def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
+        super().load_bytes(item, value)
+        self.values.append(int(item.dest_index.fqn[1:4]))
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        tensor = super().resolve_tensor(item)
+        return tensor if len(self.values) % 2 else tensor.new_zeros(tensor.shape)
+
+
+class LookingAtValues(dcp.DefaultLoadPlanner):
+    """Looks at values in the state dict."""
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        tensor = super().resolve_tensor(item)
+        return tensor if self.original_state_dict["t010.value"] is None else tensor.new_zeros(tensor.shape)
+
+
+class Delegating(Slotted):
+    """Hands on to a planner that remembers the item at hand."""
+
+    def __init__(self) -> None:
+        self.inner: Any = Doubling()
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        return self.inner.resolve_tensor(item)  # type: ignore[no-any-return]
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        self.inner.commit_tensor(item, tensor)
+
+
+NOTICING = [
+    *(Rarely, Scratch, ScratchElsewhere, Replacing, Counting, Collecting, Slotted),
+    *(SameKey, Forgetting, Mirroring, Scaling, LookingAtValues, Delegating),
+]
+
+
+@pytest.mark.parametrize("planner", NOTICING)
 @pytest.mark.parametrize("options", [{}, {"staging_bytes": 200}])
 def test_planners_that_would_notice(stored: Path, planner: Callable[[], LoadPlanner], options: dict[str, Any]) -> None:
     outcome = assert_same_load(stored, state, planner=planner, options=options, fallback=None)

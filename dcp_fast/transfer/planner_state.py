@@ -1,0 +1,150 @@
+"""Watches what a planner with hooks keeps, to notice that one call of a hook may depend on another."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import chain
+from operator import is_
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.planner import LoadPlanner
+
+__all__ = ["Change", "PlannerState", "version_of"]
+
+# Contents of containers, to be put in place of what they hold.
+Change = list[tuple[Any, list[Any]]]
+
+_CONTAINERS = (dict, list, set, deque)
+_LEAVES = (type, ModuleType, FunctionType, str, bytes, int, float, complex, torch.dtype, torch.device, torch.Size)
+# Of a container with more elements only the number of them is watched: to look at thousands for each item would take
+# longer than all else. A planner that keeps something for each item has it under a key of its own.
+_MOST_ELEMENTS = 64
+_MOST_CONTAINERS = 64
+_DEPTH = 3
+# What torch's planner has: these change as the load goes on, and are looked at item by item.
+_OF_TORCH = ("state_dict", "original_state_dict", "mappings", "metadata")
+
+
+class PlannerState:
+    """The attributes of a planner and of its classes, and what these hold: containers, objects and tensors."""
+
+    def __init__(self, planner: LoadPlanner) -> None:
+        self._planner = planner
+        self.keep()
+
+    def keep(self) -> None:
+        """Changes are told from here on."""
+        self._seen: dict[int, Any] = {}
+        self._watched: list[tuple[Any, list[Any]]] = []  # containers and their elements
+        self._large: list[tuple[Any, int]] = []  # containers and how many elements they have
+        self._tensors: list[tuple[torch.Tensor, int]] = []
+        attributes: dict[str, Any] = getattr(self._planner, "__dict__", {})
+        self._watch(attributes, 0)
+        # Classes cannot be put back, but a planner that keeps something there is noticed at its first item.
+        self._classes: list[tuple[Any, list[Any]]] = []
+        for cls in type(self._planner).__mro__:
+            if cls.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "dcp_fast"):
+                self._classes.append((vars(cls), list(vars(cls).values())))
+                for value in vars(cls).values():
+                    self._walk(value, 1)
+
+    def keep_versions(self) -> None:
+        """Tensors were written to by the load itself."""
+        self._tensors = [(tensor, version_of(tensor)) for tensor, _ in self._tensors]
+
+    def has_changed(self) -> bool:
+        # Asked after each call of a hook, so that it may take no longer than the call.
+        for container, elements in self._watched:
+            if not _holds(container, elements):
+                return True
+        for container, size in self._large:
+            if len(container) != size:
+                return True
+        for tensor, version in self._tensors:
+            if version_of(tensor) != version:
+                return True
+        return any(
+            len(names) != len(values) or not all(map(is_, names.values(), values)) for names, values in self._classes
+        )
+
+    def take_back(self) -> Change:
+        """Put back what containers held. Returns what they hold now. Tensors stay as they are."""
+        change = [
+            (container, _elements(container))
+            for container, elements in self._watched
+            if not _holds(container, elements)
+        ]
+        for container, elements in self._watched:
+            if not _holds(container, elements):
+                _fill(container, elements)
+        return change
+
+    def apply(self, change: Change) -> None:
+        for container, elements in change:
+            _fill(container, elements)
+        self.keep()
+
+    def _walk(self, value: Any, depth: int) -> None:
+        if isinstance(value, _LEAVES) or value is None or id(value) in self._seen:
+            return
+        if isinstance(value, torch.Tensor):
+            self._seen[id(value)] = value
+            self._tensors.append((value, version_of(value)))
+        elif isinstance(value, _CONTAINERS):
+            self._watch(value, depth)
+        elif isinstance(value, tuple):
+            for element in value[:_MOST_ELEMENTS]:
+                self._walk(element, depth)
+        elif isinstance(attributes := getattr(value, "__dict__", None), dict):
+            self._watch(attributes, depth)
+
+    def _watch(self, container: Any, depth: int) -> None:
+        if id(container) in self._seen or len(self._watched) >= _MOST_CONTAINERS:
+            return
+        self._seen[id(container)] = container
+        if len(container) > _MOST_ELEMENTS:
+            self._large.append((container, len(container)))
+            return
+        self._watched.append((container, _elements(container)))
+        if depth >= _DEPTH:
+            return
+        if depth > 0:
+            values: Iterator[Any] = iter(container.values() if isinstance(container, dict) else container)
+        else:
+            values = iter([value for name, value in container.items() if name not in _OF_TORCH])
+            self._large += [
+                (value, len(value)) for name in _OF_TORCH if isinstance(value := container.get(name), _CONTAINERS)
+            ]
+        for value in list(values):
+            self._walk(value, depth + 1)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; always 0 where nobody counts."""
+    try:
+        return tensor._version
+    except RuntimeError:  # of inference mode
+        return 0
+
+
+def _elements(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def _holds(container: Any, elements: list[Any]) -> bool:
+    if isinstance(container, dict):
+        return 2 * len(container) == len(elements) and all(map(is_, chain(container, container.values()), elements))
+    return len(container) == len(elements) and all(map(is_, container, elements))
+
+
+def _fill(container: Any, elements: list[Any]) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        half = len(elements) // 2
+        container.update(zip(elements[:half], elements[half:], strict=True))
+    else:
+        add: Callable[[list[Any]], None] = container.update if isinstance(container, set) else container.extend
+        add(elements)
