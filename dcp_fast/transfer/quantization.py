@@ -24,7 +24,7 @@ __all__ = ["QuantizedPayloads", "with_dequantized_chunks", "with_dequantized_siz
 _SCALE_INV = "_scale_inv"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _EXPONENTS = CODES["float8_e8m0fnu"]
-# Bytes of a block of MXFP4 that are no more than a cache line or two. Models have 16.
+# The least bounce buffer has room for two blocks of MXFP4 of so many bytes. Models have 16.
 _MOST_BLOCK_BYTES = 256
 
 
