@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks import huggingface, optimizer_state, state_dicts
+from benchmarks import huggingface, optimizer_state, quantized_files, state_dicts
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -52,12 +52,16 @@ class CheckpointSpec:
         "values",
         "huggingface",
         "huggingface_many",
+        "huggingface_fp8",
+        "huggingface_mxfp4",
     ]
     ranks: int
     scale: float = 1.0
 
     def shapes(self) -> Shapes:
         """Of what is stored; of the parameters, where that is their optimizer state."""
+        if self.kind in quantized_files.KINDS:
+            return quantized_files.shapes(self.kind, self.scale)
         made_by = {"transformer": transformer_shapes, "small": small_shapes, "optimizer": linear_shapes}
         made_by |= {huggingface.KIND: transformer_shapes, huggingface.MANY: huggingface.many_shapes}
         return (made_by | state_dicts.SHAPES)[self.kind](self.scale)
@@ -67,6 +71,8 @@ class CheckpointSpec:
             return optimizer_state.payload_bytes(self.shapes())
         if self.kind in state_dicts.SHAPES:
             return state_dicts.payload_bytes(self.kind, self.shapes())
+        if self.kind in quantized_files.KINDS:
+            return quantized_files.payload_bytes(self.shapes())
         if self.kind == huggingface.MANY:
             return 0  # nobody reads any
         return sum(math.prod(shape) for shape in self.shapes().values()) * torch.float32.itemsize
@@ -130,6 +136,10 @@ def ensure(spec: CheckpointSpec, data: Path) -> Path:
         checkpoint = scratch / "checkpoint"
         if spec.kind in huggingface.FILES:
             huggingface.write(checkpoint, spec.kind, spec.shapes(), torch.Generator().manual_seed(1))
+            checkpoint.rename(directory)
+            return directory
+        if spec.kind in quantized_files.KINDS:
+            quantized_files.write(checkpoint, spec.shapes(), torch.Generator().manual_seed(1))
             checkpoint.rename(directory)
             return directory
         arguments = (spec, str(checkpoint), str(scratch / "rendezvous"))

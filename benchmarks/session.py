@@ -15,6 +15,8 @@ from benchmarks import (
     metadata,
     metadata_ranks,
     optimizer,
+    quantized,
+    quantized_files,
     state_dicts,
     whole_states,
 )
@@ -83,6 +85,8 @@ class Session:
             record.measurements.append(optimizer.run(workload, options, say))
         elif workload.checkpoint.kind == huggingface.MANY:
             record.measurements.append(headers.run(workload, options, say))
+        elif workload.checkpoint.kind in quantized_files.KINDS:
+            record.measurements.append(quantized.run(workload, options, share, say))
         elif workload.checkpoint.kind in state_dicts.SHAPES:
             record.measurements.append(whole_states.run(workload, options, share, say))
         else:

@@ -200,6 +200,15 @@ def _for_host(scale: float) -> dict[str, Workload]:
     return {workload.name: workload for workload in workloads}
 
 
+_TEN_TIMES = (Target(Metric.SPEEDUP, 10),)
+_Quantized = tuple[str, str, Literal["huggingface_fp8", "huggingface_mxfp4"], torch.dtype, tuple[Target, ...]]
+_QUANTIZED: tuple[_Quantized, ...] = (
+    ("fp8", "1 GB of FP8 with block scales, to bf16", "huggingface_fp8", torch.bfloat16, _TEN_TIMES),
+    ("fp8_fp32", "1 GB of FP8 with block scales, to fp32", "huggingface_fp8", torch.float32, _TEN_TIMES),
+    ("mxfp4", "1 GB of MXFP4, to bf16", "huggingface_mxfp4", torch.bfloat16, ()),
+)
+
+
 def _of_huggingface(scale: float) -> list[Workload]:
     """Directories of safetensors files. torch maps these, and copies with its own threads."""
     warm, cold = Temperature.WARM, Temperature.COLD
@@ -250,7 +259,20 @@ def _of_huggingface(scale: float) -> list[Workload]:
             ("hf_plan", "the plan of one rank of 64 for these", 20),
         )
     ]
-    return loads + headers
+    limit = Target(Metric.OF_CEILING, 0.60)
+    quantized = [
+        Workload(
+            f"hf_{name}",
+            title,
+            CheckpointSpec(kind, ranks=1, scale=scale),
+            Wanted(dtype=dtype),
+            {warm: (*speedup, limit)},
+            rounds=3,
+            fresh_rounds=0,
+        )
+        for name, title, kind, dtype, speedup in _QUANTIZED
+    ]
+    return loads + headers + quantized
 
 
 def _of_other_states(scale: float, small: CheckpointSpec, by_eight: CheckpointSpec) -> list[Workload]:

@@ -45,7 +45,7 @@ from dcp_fast.optimizer.load import load_sharded_optimizer_state_dict
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.planning.search import create_read_items_for_chunk_list
 from dcp_fast.readers.filesystem import FileSystemReader
-from dcp_fast.readers.huggingface import HuggingFaceStorageReader
+from dcp_fast.readers.huggingface import HuggingFaceStorageReader, QuantizedHuggingFaceStorageReader
 from dcp_fast.readers.others import accelerate
 from dcp_fast.transfer.gpu import prepare_staging, release_staging
 
@@ -74,6 +74,7 @@ __all__ = [
     "NotAFileError",
     "OptimizerStateError",
     "OutOfMemoryError",
+    "QuantizedHuggingFaceStorageReader",
     "SizeMismatchError",
     "TruncatedFileError",
     "UnknownTransformError",

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import (
     hf_storage,
     optimizer,
     planner_helpers,
+    quantized_hf_storage,
     state_dict_loader,
 )
 from torch.distributed.checkpoint.storage import StorageReader
@@ -30,7 +31,7 @@ from dcp_fast.optimizer import load as fast_optimizer
 from dcp_fast.planning import planner as fast_planner
 from dcp_fast.planning import search as fast_search
 from dcp_fast.readers import filesystem as fast_filesystem
-from dcp_fast.readers.huggingface import read_headers_of
+from dcp_fast.readers.huggingface import read_headers_of, read_quantized_headers_of
 from dcp_fast.readers.others import accelerated_read_data, read_data_like_torch
 from dcp_fast.switches import method_switch, original_of, set_switches, switch
 
@@ -42,6 +43,7 @@ _METHODS: list[tuple[type, str, Callable[..., Any]]] = [
     (filesystem.FileSystemReader, "read_data", read_data_like_torch),
     (hf_storage.HuggingFaceStorageReader, "read_metadata", read_headers_of),
     (hf_storage.HuggingFaceStorageReader, "read_data", read_data_like_torch),
+    (quantized_hf_storage.QuantizedHuggingFaceStorageReader, "read_metadata", read_quantized_headers_of),
     (default_planner.DefaultLoadPlanner, "set_up_planner", fast_planner.set_up_planner),
     (default_planner.DefaultLoadPlanner, "create_local_plan", fast_planner.create_local_plan),
     (default_planner.DefaultLoadPlanner, "load_bytes", fast_planner.load_bytes),

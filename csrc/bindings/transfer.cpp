@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/column.h"
 #include "bindings/plain_values.h"
 #include "bindings/python.h"
 #include "bindings/streams.h"
@@ -53,41 +54,6 @@ using transfer::Transfer;
 // The options of a load from local files.
 struct FileOptions : Options {
   io::IoMode mode = io::IoMode::kAuto;
-};
-
-// Walks a Python buffer of int64 with bounds checks.
-class Column {
- public:
-  explicit Column(const py::buffer& buffer) : info_(buffer.request()) {
-    if (info_.ndim != 1 || info_.itemsize != sizeof(int64_t) ||
-        (info_.size > 1 && info_.strides[0] != sizeof(int64_t))) {
-      throw py::value_error("expected a contiguous buffer of 64-bit integers");
-    }
-  }
-  bool done() const { return position_ == info_.size; }
-  int64_t next() {
-    if (done()) throw py::value_error("the column ends within a row");
-    return static_cast<const int64_t*>(info_.ptr)[position_++];
-  }
-  size_t next_index(size_t bound) {
-    const int64_t value = next();
-    if (value < 0 || static_cast<size_t>(value) >= bound) throw py::index_error("index out of range in a column");
-    return static_cast<size_t>(value);
-  }
-  std::vector<int64_t> next(size_t count) {
-    if (count > static_cast<size_t>(info_.size - position_)) throw py::value_error("the column ends within a row");
-    const auto* begin = static_cast<const int64_t*>(info_.ptr) + position_;
-    position_ += static_cast<py::ssize_t>(count);
-    return {begin, begin + count};
-  }
-  size_t next_dims() {
-    constexpr size_t kMaxDims = 64 + 1;  // torch's own limit is 64
-    return next_index(kMaxDims);
-  }
-
- private:
-  py::buffer_info info_;
-  py::ssize_t position_ = 0;
 };
 
 // A row for each record: its dtype, in codes of metadata, number of dimensions, sizes.

@@ -214,6 +214,7 @@ Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
   }
   layouts.are_payloads = !payloads.empty();
   for (size_t i = 0; i < payloads.size(); ++i) {
+    if (layouts.records[i].fallback) continue;
     layouts.parsed[i].status = ParsedRecord::Status::kTensor;
     layouts.parsed[i].layout = std::move(payloads[i]);
   }

@@ -17,7 +17,7 @@ struct Record {
   size_t file = 0;  // index into the sources
   int64_t offset = 0;
   int64_t length = 0;
-  bool fallback = false;  // not an archive (a transform was applied to it): only its range is checked
+  bool fallback = false;  // a transform was applied to it, or it is quantized: only its range is checked
 };
 
 struct Layouts {

@@ -45,6 +45,7 @@ class LoadReport:
             the driver refused what it takes to do better; device_fallback_reason: what that was.
         staged_items: boxes that were converted to another dtype, or that passed through staging to be placed by torch
             (another device, or a dtype that the engine does not convert).
+        dequantized_items: boxes of quantized tensors, which became numbers on their way.
         bytes_to_device: bytes that were copied from the host to GPUs, descriptors of boxes included.
         device_copies: how many copies brought them there.
         launches: of the kernel that places boxes on a GPU.
@@ -80,6 +81,7 @@ class LoadReport:
     fallback_records: int = 0
     fallback_reasons: dict[str, int] = field(default_factory=dict)
     staged_items: int = 0
+    dequantized_items: int = 0
     device_fallback_items: int = 0
     device_fallback_reason: str = ""
     bytes_to_device: int = 0
@@ -181,6 +183,8 @@ class LoadReport:
             *((f"waiting for {name} (s, all threads)", f"{self.wait_seconds[name]:.3f}") for name in WAITS),
             ("GB/s", f"{self.gigabytes_per_second:.2f}"),
         ]
+        if self.dequantized_items:
+            rows.append(("dequantized items", f"{self.dequantized_items:,}"))
         if self.device_fallback_items:
             rows.append(("device fallback items", f"{self.device_fallback_items:,}"))
         if self.device_copies:

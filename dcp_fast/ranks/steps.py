@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from torch.distributed.checkpoint.storage import StorageReader
 
 from dcp_fast._torch import DistWrapper, dcp_method_logger, get_failure_dict, wrap_exception
@@ -29,6 +30,7 @@ from dcp_fast.ranks.collectives import Outcome, largest
 from dcp_fast.ranks.shared_metadata import share_metadata
 from dcp_fast.readers.others import read_plan
 from dcp_fast.readers.proof import class_name
+from dcp_fast.transfer.quantization import with_dequantized_chunks
 
 __all__ = ["load_on_all_ranks", "sendable"]
 
@@ -202,6 +204,8 @@ def _read_metadata(reader: StorageReader, rank: int, shared: Callable[[], Metada
     try:
         metadata = reader.read_metadata() if shared is None else shared()
         if metadata:
+            if isinstance(reader, QuantizedHuggingFaceStorageReader):
+                with_dequantized_chunks(metadata)
             return metadata, True
     except Exception as error:
         errors.append(f"global metadata read failed: {error}")

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from torch.distributed.checkpoint import quantized_hf_storage as torch_quantized
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
@@ -19,7 +20,7 @@ from dcp_fast.observe.report import joined_report
 from dcp_fast.planning.hooks import why_planner_is_slow
 from dcp_fast.readers.engine_reader import EngineReader
 from dcp_fast.readers.filesystem import FileSystemReader
-from dcp_fast.readers.huggingface import HuggingFaceStorageReader
+from dcp_fast.readers.huggingface import TARGET_DTYPES, HuggingFaceStorageReader, QuantizedHuggingFaceStorageReader
 from dcp_fast.readers.proof import (
     class_name,
     has_torchs_payload_reads,
@@ -56,7 +57,15 @@ def fast_twin(reader: Any) -> EngineReader | str:
     if has_torchs_payload_reads(reader):
         if reason := why_no_payloads(reader):
             return reason
-        payloads = HuggingFaceStorageReader(getattr(reader, "path", ""), getattr(reader, "thread_count", 1))
+        path, threads = getattr(reader, "path", ""), getattr(reader, "thread_count", 1)
+        if isinstance(reader, torch_quantized.QuantizedHuggingFaceStorageReader):
+            if reader.target_dtype not in TARGET_DTYPES:
+                return f"it dequantizes to {reader.target_dtype}"
+            payloads: HuggingFaceStorageReader = QuantizedHuggingFaceStorageReader(
+                path, threads, reader.target_dtype, reader.block_size
+            )
+        else:
+            payloads = HuggingFaceStorageReader(path, threads)
         payloads.storage_data = reader.storage_data
         return payloads
     files = local_files(reader)

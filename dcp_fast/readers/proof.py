@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint import hf_storage as torch_huggingface
+from torch.distributed.checkpoint import quantized_hf_storage as torch_quantized
 
 from dcp_fast._torch import FsspecFiles, StorageReaderTransforms
 from dcp_fast.switches import original_of
@@ -40,6 +41,15 @@ _READ_PAYLOADS = torch_huggingface.HuggingFaceStorageReader.read_data
 _STEPS_OF_PAYLOADS: dict[str, Any] = {
     name: getattr(torch_huggingface.HuggingFaceStorageReader, name)
     for name in ("_process_read_request", "_read_files_from_queue")
+}
+# The same of the class derived from it.
+_STEPS_OF_QUANTIZED: dict[str, Any] = {
+    name: getattr(torch_quantized.QuantizedHuggingFaceStorageReader, name)
+    for name in (
+        *("_read_files_from_queue", "_process_read_request", "_is_tensor_quantized", "_build_weight_scale_mapping"),
+        *("_read_quantized_tensor_with_block_alignment", "_get_slice_to_block_mapping"),
+        *("_dequantize_tensor", "_dequantize_tensor_mxfp4"),
+    )
 }
 _TRANSFORM = StorageReaderTransforms.transform_load_stream
 # By class: the methods that tell which bytes are read, as they are at import.
@@ -108,14 +118,17 @@ def why_no_payloads(reader: Any) -> str:
     """Why the payloads of safetensors files may be something else to a reader than to torch's; empty if not.
 
     Args:
-        reader: whose ``read_data`` is that of torch's HuggingFaceStorageReader, or ours.
+        reader: whose ``read_data`` is that of torch's HuggingFaceStorageReader, or ours. If its class is derived from
+            torch's QuantizedHuggingFaceStorageReader, that is the one it is compared with.
     """
     if sys.byteorder != "little":
         return "payloads are little-endian, and this machine is not"
     cls: Any = type(reader)
     if cls.__getattribute__ is not object.__getattribute__:
         return "it has attributes of its own making"
-    own = [name for name, step in _STEPS_OF_PAYLOADS.items() if method_of(reader, name) is not step]
+    is_quantized = isinstance(reader, torch_quantized.QuantizedHuggingFaceStorageReader)
+    steps = _STEPS_OF_QUANTIZED if is_quantized else _STEPS_OF_PAYLOADS
+    own = [name for name, step in steps.items() if method_of(reader, name) is not step]
     return f"it has a {own[0]} of its own" if own else ""
 
 

