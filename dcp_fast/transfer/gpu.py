@@ -169,7 +169,7 @@ def _told_refusals(devices: Iterable[int]) -> Iterator[None]:
     try:
         yield
     except _native.NativeError as error:
-        kind, reason, *_, refusing = error.args
+        kind, reason, *_, refusing, _fqn = error.args
         if kind != "cuda_refused":
             raise
         # Pinned memory is for all devices, the kernel for one.
