@@ -25,7 +25,6 @@ from helpers import Entry, ShardedBuffer, fill, write_checkpoint
 
 import dcp_fast
 from dcp_fast import _native
-from dcp_fast.observe import report as observe
 
 # A megabyte each: several blocks of the size below.
 STORED = {name: fill((512, 512), torch.float32, seed) for seed, name in enumerate(("a", "b", "c"))}
@@ -175,9 +174,7 @@ def _truncate(report_: Callable[[Any], None], path: str, order: str) -> None:
 
 
 @pytest.mark.parametrize("runs", [150, pytest.param(10_000, marks=pytest.mark.long)])
-def test_another_process_cuts_a_file_short(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: int
-) -> None:
+def test_another_process_cuts_a_file_short(checkpoint: Path, tmp_path: Path, runs: int) -> None:
     """Every load ends with the right data or with an error that says where. Another load meanwhile is not disturbed."""
     path = checkpoint / "__0_0.distcp"
     whole = tmp_path / "whole"
@@ -187,14 +184,6 @@ def test_another_process_cuts_a_file_short(
     order.write_text("")
     rng = random.Random(runs)
     stop = threading.Event()
-    reports: dict[int, dcp_fast.LoadReport] = {}  # the last one of each thread
-    publish = observe.publish
-
-    def published(report: dcp_fast.LoadReport) -> None:
-        reports[threading.get_ident()] = report
-        publish(report)
-
-    monkeypatch.setattr(observe, "publish", published)
     wrong: list[str] = []
 
     def load_the_other_one() -> None:
@@ -206,7 +195,7 @@ def test_another_process_cuts_a_file_short(
 
     thread = threading.Thread(target=load_the_other_one)
     before = sigbus()
-    errors = vanished = 0
+    errors = 0
     with Child(_truncate, str(path), str(order)) as child:
         thread.start()
         try:
@@ -220,7 +209,6 @@ def test_another_process_cuts_a_file_short(
                 with limited(60):
                     error = fast_error(checkpoint, state, **OPTIONS)
                 seconds = 0.9 * seconds + 0.1 * (time.perf_counter() - start)
-                vanished += reports[threading.get_ident()].mapping_fallback_reason != ""
                 if error is None:
                     assert is_right(state)
                 else:
@@ -236,7 +224,6 @@ def test_another_process_cuts_a_file_short(
             thread.join()
     assert wrong == []
     assert errors > runs // 20
-    assert vanished >= runs // 1000  # the rest was found out before anything was mapped
     assert sigbus() == before
 
 
