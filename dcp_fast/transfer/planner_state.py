@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from operator import is_
 from types import FunctionType, ModuleType
@@ -14,8 +15,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 __all__ = ["Change", "PlannerState", "version_of"]
 
-# Contents of containers, to be put in place of what they hold.
-Change = list[tuple[Any, list[Any]]]
+# Each does to one container what a hook did.
+Change = list[Callable[[], None]]
 
 _CONTAINERS = (dict, list, set, deque)
 _LEAVES = (type, ModuleType, FunctionType, str, bytes, int, float, complex, torch.dtype, torch.device, torch.Size)
@@ -71,21 +72,13 @@ class PlannerState:
         )
 
     def take_back(self) -> Change:
-        """Put back what containers held. Returns what they hold now. Tensors stay as they are."""
-        change = [
-            (container, _elements(container))
-            for container, elements in self._watched
-            if not _holds(container, elements)
-        ]
+        """Put back what containers held. Returns what does again what was done to them. Tensors stay as they are."""
+        change = []
         for container, elements in self._watched:
             if not _holds(container, elements):
+                change.append(_change_of(container, elements))
                 _fill(container, elements)
         return change
-
-    def apply(self, change: Change) -> None:
-        for container, elements in change:
-            _fill(container, elements)
-        self.keep()
 
     def _walk(self, value: Any, depth: int) -> None:
         if isinstance(value, _LEAVES) or value is None or id(value) in self._seen:
@@ -138,6 +131,34 @@ def _holds(container: Any, elements: list[Any]) -> bool:
     if isinstance(container, dict):
         return 2 * len(container) == len(elements) and all(map(is_, chain(container, container.values()), elements))
     return len(container) == len(elements) and all(map(is_, container, elements))
+
+
+def _change_of(container: Any, before: list[Any]) -> Callable[[], None]:
+    """What was done to a container, to be done again to whatever it holds then: other hooks may change it meanwhile."""
+    if isinstance(container, dict):
+        half = len(before) // 2
+        old = dict(zip(before[:half], before[half:], strict=True))
+        new = {key: value for key, value in container.items() if key not in old or old[key] is not value}
+        gone = [key for key in old if key not in container]
+
+        def change_dict() -> None:
+            for key in gone:
+                container.pop(key, None)
+            container.update(new)
+
+        return change_dict
+    now = list(container)
+    if isinstance(container, set):
+        more, less = container.difference(before), set(before).difference(container)
+
+        def change_set() -> None:
+            container.difference_update(less)
+            container.update(more)
+
+        return change_set
+    if len(now) >= len(before) and all(map(is_, now, before)):
+        return partial(container.extend, now[len(before) :])
+    return partial(_fill, container, now)
 
 
 def _fill(container: Any, elements: list[Any]) -> None:

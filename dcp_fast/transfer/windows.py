@@ -108,7 +108,8 @@ class Windows:
             if self._window.entries:
                 change = self._state.take_back()
                 self.finish()
-                self._state.apply(change)
+                for again in change:
+                    again()
             self._state.keep()
             self._most, self._quiet = 1, 0
         tensor = placement.tensor

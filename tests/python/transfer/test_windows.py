@@ -258,6 +258,28 @@ class SameKey(dcp.DefaultLoadPlanner):
         tensor += float(self.now["fqn"][1:]) + sum(self.now["list"][0].offset)
 
 
+class Awaking(dcp.DefaultLoadPlanner):
+    """Keeps nothing at first. In the midst of a window both of its hooks begin to."""
+
+    committed = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[str] = []
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        if item.dest_index.fqn >= "t025":
+            self.resolving = item.dest_index.fqn
+            self.log.append("resolved")
+        return super().resolve_tensor(item)
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        if item.dest_index.fqn >= "t020":
+            self.committed += 1
+            self.log.append("committed")
+            tensor += self.committed + len(self.log) + self.log.count("resolved") / 2
+
+
 class Forgetting(dcp.DefaultLoadPlanner):
     """Deletes an attribute when it resolves its first item."""
 
@@ -319,7 +341,7 @@ class Delegating(Slotted):
 
 NOTICING = [
     *(Rarely, Scratch, ScratchElsewhere, Replacing, Counting, Collecting, Slotted),
-    *(SameKey, Forgetting, Mirroring, Scaling, LookingAtValues, Delegating),
+    *(SameKey, Awaking, Forgetting, Mirroring, Scaling, LookingAtValues, Delegating),
 ]
 
 
