@@ -36,6 +36,8 @@ bool ByteSource::copy_mapped(const MappedCopy& /*copy*/, MappedWindow& /*window*
   return false;
 }
 
+void ByteSource::read_ahead(size_t /*size*/, int64_t /*offset*/) const noexcept {}
+
 void ByteSource::check_range(size_t size, int64_t offset) const {
   if (offset >= 0 && offset <= size_ && size <= static_cast<uint64_t>(size_ - offset)) return;
   throw Error(ErrorKind::kTruncated, "the file is only " + std::to_string(size_) + " bytes long", path_, offset,

@@ -201,6 +201,10 @@ io::Access Layouts::access() const {
   return all;
 }
 
+int64_t Layouts::shared_files() const {
+  return std::count_if(sources.begin(), sources.end(), [](const auto& source) { return source->access().shared; });
+}
+
 Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
                      std::vector<checkpoint::TensorLayout> payloads, const Options& options,
                      const std::function<bool()>& interrupted) {

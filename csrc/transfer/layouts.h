@@ -31,6 +31,9 @@ struct Layouts {
   // How all sources together are best asked: as each of them wants at least.
   io::Access access() const;
 
+  // How many sources are read together with other ranks of the node.
+  int64_t shared_files() const;
+
   // Adds to an error which record it concerns, and where that is stored, unless the error tells.
   void attribute(Error& error, size_t record) const;
 };
