@@ -1,5 +1,6 @@
 #include "io/byte_source.h"
 
+#include <algorithm>
 #include <system_error>
 
 #include "error.h"
@@ -37,6 +38,16 @@ bool ByteSource::copy_mapped(const MappedCopy& /*copy*/, MappedWindow& /*window*
 }
 
 void ByteSource::read_ahead(size_t /*size*/, int64_t /*offset*/) const noexcept {}
+
+Access access_of(const ByteSources& sources) {
+  Access all;
+  for (const auto& source : sources) {
+    all.block_bytes = std::max(all.block_bytes, source->access().block_bytes);
+    all.requests_at_once = std::max(all.requests_at_once, source->access().requests_at_once);
+    all.shared = all.shared || source->access().shared;
+  }
+  return all;
+}
 
 void ByteSource::check_range(size_t size, int64_t offset) const {
   if (offset >= 0 && offset <= size_ && size <= static_cast<uint64_t>(size_ - offset)) return;

@@ -26,8 +26,8 @@ enum class Readers {
 // at once do, in requests of 2 MiB or more.
 inline constexpr Access kDirectAccess{256 << 10, 16 << 20, 4, true};
 
-// What access() asks for where a file is not in the page cache and other ranks of this machine need it too. They may not
-// read it at this moment, so that this rank alone has enough under way.
+// What access() asks for where a file is not in the page cache and other ranks of this machine need it too. They may
+// not read it at this moment, so that this rank alone has enough under way.
 inline constexpr Access kSharedAccess{8 << 10, 4 << 20, 4, false, true, true};
 
 // How much of a file is in the page cache, as far as one can tell.

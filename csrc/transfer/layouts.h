@@ -28,9 +28,6 @@ struct Layouts {
   int64_t requests = 0;
   int64_t bytes = 0;
 
-  // How all sources together are best asked: as each of them wants at least.
-  io::Access access() const;
-
   // How many sources are read together with other ranks of the node.
   int64_t shared_files() const;
 

@@ -178,7 +178,7 @@ void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
   const Piece* piece = &schedule.pieces[task.first];
   try {
     with_memory_errors([&] {
-      const io::ByteSource& source = worker.open(*layouts_.sources[task.range.file]);
+      const io::ByteSource& source = worker.open(*sources_[task.range.file]);
       const Policy& policy = policies_[task.range.file];
       if (policy.shared && lie_close(piece->loops, kMaxSharedGap)) {
         source.read_ahead(static_cast<size_t>(task.range.end - task.range.begin), task.range.begin);
@@ -195,11 +195,6 @@ void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
     attribute(error, piece->item);
     throw;
   }
-}
-
-void Reader::attribute(Error& error, size_t item) const {
-  error.item = static_cast<int64_t>(item);
-  layouts_.attribute(error, record_of_(item));
 }
 
 }  // namespace dcp_fast::transfer
