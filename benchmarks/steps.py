@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import checkpoints, metadata
+from benchmarks import checkpoints, metadata, node
 from benchmarks.workloads import Temperature, Workload
 
 # Of one round of first loads, by each of both loaders in a process of its own.
@@ -38,6 +38,7 @@ class Kind(enum.Enum):
     LOADS = "loads"
     FIRST_LOADS = "first loads"
     METADATA = "metadata"
+    NODE = "ranks of one machine"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def on_host(known: Mapping[str, Workload], chosen: Collection[str], fresh_rounds
     for name in chosen:
         if name == metadata.NAME:
             steps.append(Step(Kind.METADATA))
+            continue
+        if name == node.NAME:
+            steps.append(Step(Kind.NODE))
             continue
         workload = known[name]
         steps += [Step(Kind.LOADS, workload, temperature) for temperature in workload.targets]

@@ -95,11 +95,13 @@ class PlanTransfer:
                 self.quantized = self.records.quantized(rows.fqns)
                 for record in self.quantized:
                     rows.rows[4 * record + 3] = 1  # not for the engine alone
+                self._share_on_node()
                 paths = list(map(self.records.path, rows.files))
                 self.layouts = _native.open_files(paths, rows.rows, self.options, rows.payloads)
                 self._share_records()
                 self.layouts.read_headers(self.options)
             report.records = len(self.layouts)
+            report.files_shared_on_node = self.layouts.shared_files
             report.requests += self.layouts.requests
             report.bytes_read += self.layouts.bytes_read
             try:
@@ -109,6 +111,14 @@ class PlanTransfer:
             except BaseException:
                 self.cuda.abort()
                 raise
+
+    def _share_on_node(self) -> None:
+        """Find out whether other ranks of this node may need the same bytes, which then go through the page cache."""
+        if _native.ranks_of_node() == 1 or self._exchange is not None:
+            return
+        rows = self.items.record_rows
+        self.options = self.options.on_node(float(sum(rows.rows[2::4])), self.records.stored_bytes(rows.fqns))
+        self.half = self.options.share(2)
 
     # Placement
 
