@@ -17,12 +17,8 @@ constexpr int64_t kRun = 1024;  // elements: so many pass through buffers that s
 using Run = std::array<std::byte, kRun * 8>;
 using Floats = std::array<float, kRun>;
 
-// The numbers of MXFP4.
-constexpr std::array<float, 16> kE2M1 = {0.0F,  0.5F,  1.0F,  1.5F,  2.0F,  3.0F,  4.0F,  6.0F,
-                                         -0.0F, -0.5F, -1.0F, -1.5F, -2.0F, -3.0F, -4.0F, -6.0F};
-
 float scale_at(Scales scales, const std::byte* begin, int64_t index) {
-  if (scales == Scales::kE8M0) return scale_of_exponent(begin[index]);
+  if (scales == Scales::kE8M0) return float_of(Float8E8M0::to_float32(std::to_integer<uint8_t>(begin[index])));
   float scale = 0;
   std::memcpy(&scale, begin + index * static_cast<int64_t>(sizeof(scale)), sizeof(scale));
   return scale;
@@ -40,8 +36,8 @@ void apply(const Conversion& conversion, void* to, const void* from, int64_t cou
 void decode_blocks(const QuantizedBox& box, float* to, const std::byte* row, int64_t column, int64_t count) {
   const int64_t begin = box.first_column + column;
   for (int64_t at = begin; at < begin + count; ++at) {
-    const auto byte = std::to_integer<std::size_t>(row[at / 2]);
-    to[at - begin] = kE2M1[at % 2 == 0 ? byte & 15 : byte >> 4];
+    const auto byte = std::to_integer<uint8_t>(row[at / 2]);
+    to[at - begin] = float_of(Float4E2M1::to_float32(at % 2 == 0 ? byte & 15 : byte >> 4));
   }
 }
 

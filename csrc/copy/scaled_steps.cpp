@@ -13,14 +13,6 @@
 
 namespace dcp_fast::copy {
 
-float scale_of_exponent(std::byte exponent) {
-  constexpr uint32_t kNan = 0xff;
-  const auto bits = std::to_integer<uint32_t>(exponent);
-  // The least power of two is a subnormal float32.
-  const uint32_t number = select(bits == 0, 1U << (kFloat32Mantissa - 1), bits << kFloat32Mantissa);
-  return float_of(number | select(bits == kNan, 1U << (kFloat32Mantissa - 1), 0));
-}
-
 namespace {
 
 // What E4M3 is too small by, where its bits are taken for those of a float16.
@@ -95,7 +87,7 @@ DCP_FAST_SCALED void step_mxfp4(void* to, const std::byte* from, const std::byte
       _mm_setr_epi8(0, 0, -0x80, -0x40, 0, 0x40, -0x80, -0x40, 0, 0, -0x80, -0x40, 0, 0x40, -0x80, -0x40);
   const __m128i half = _mm_set1_epi8(15);
   for (int64_t i = 0; i < blocks; ++i) {
-    const __m256 factor = _mm256_set1_ps(scale_of_exponent(exponents[i]));
+    const __m256 factor = _mm256_set1_ps(float_of(Float8E8M0::to_float32(std::to_integer<uint8_t>(exponents[i]))));
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * kMxfp4Block / 2));
     const __m128i low = _mm_and_si128(bytes, half);
     const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), half);

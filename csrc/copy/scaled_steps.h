@@ -21,7 +21,4 @@ BlocksStep find_mxfp4_step(bool to_bfloat16);
 // Whether a scale is a number that a ScaledStep can multiply with, as all but extreme ones are.
 bool can_step(float scale);
 
-// A scale of MXFP4.
-float scale_of_exponent(std::byte exponent);
-
 }  // namespace dcp_fast::copy

@@ -103,11 +103,19 @@ TEST_CASE("MXFP4: whole blocks do as parts of them") {
 }
 
 TEST_CASE("scales of MXFP4 are powers of two, and a NaN") {
-  CHECK(copy::scale_of_exponent(std::byte{127}) == 1.0F);
-  CHECK(copy::scale_of_exponent(std::byte{254}) == 0x1p127F);
-  CHECK(copy::scale_of_exponent(std::byte{0}) == 0x1p-127F);
-  const float nan = copy::scale_of_exponent(std::byte{255});
-  CHECK(nan != nan);
+  const auto scale = [](uint8_t exponent) { return copy::float_of(copy::Float8E8M0::to_float32(exponent)); };
+  CHECK(scale(127) == 1.0F);
+  CHECK(scale(254) == 0x1p127F);
+  CHECK(scale(0) == 0x1p-127F);
+  CHECK(scale(255) != scale(255));
+}
+
+TEST_CASE("elements of MXFP4 are the numbers of the specification") {
+  const std::vector<float> numbers = {0.0F, 0.5F, 1.0F, 1.5F, 2.0F, 3.0F, 4.0F, 6.0F};
+  for (uint8_t code = 0; code < 8; ++code) {
+    CHECK(copy::float_of(copy::Float4E2M1::to_float32(code)) == numbers[code]);
+    CHECK(copy::Float4E2M1::to_float32(code | 8) == copy::bits_of(-numbers[code]));
+  }
 }
 
 TEST_CASE("dtypes that no conversion knows") {
