@@ -187,6 +187,12 @@ bool find(std::optional<Conversion>& conversion, checkpoint::DType from, checkpo
   return conversion.has_value();
 }
 
+std::optional<StepTarget> step_target_of(checkpoint::DType dtype) {
+  if (dtype == checkpoint::dtype_by_name("float32")) return StepTarget::kFloat32;
+  if (dtype == checkpoint::dtype_by_name("bfloat16")) return StepTarget::kBFloat16;
+  return dtype == checkpoint::dtype_by_name("float16") ? std::optional(StepTarget::kFloat16) : std::nullopt;
+}
+
 }  // namespace
 
 std::optional<Dequantization> find_dequantization(Quantization quantization, Scales scales, checkpoint::DType stored,
@@ -205,12 +211,11 @@ std::optional<Dequantization> find_dequantization(Quantization quantization, Sca
   if (!find(found.place, target, destination, inner_contiguous)) return std::nullopt;
   found.target_bytes = static_cast<int32_t>(checkpoint::info(target).itemsize);
   found.to_bytes = static_cast<int32_t>(checkpoint::info(destination).itemsize);
-  const bool to_bfloat16 = target == checkpoint::dtype_by_name("bfloat16");
-  if (to_bfloat16 || target == kFloat32) {
+  if (const auto step_target = step_target_of(target)) {
     if (quantization == Quantization::kMxfp4) {
-      found.blocks_step = find_mxfp4_step(to_bfloat16);
+      found.blocks_step = find_mxfp4_step(*step_target);
     } else if (stored == checkpoint::dtype_by_name("float8_e4m3fn")) {
-      found.step = find_e4m3_step(to_bfloat16);
+      found.step = find_e4m3_step(*step_target);
     }
   }
   return found;
