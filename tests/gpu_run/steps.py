@@ -28,7 +28,7 @@ REHEARSED_CORES = 16
 
 BENCHMARK = ("--gpu", "--seconds", "140")
 SWEEP = ("--gpu", "--sweep", "--seconds", "60")
-REHEARSED = ("--scale", "0.02", "--rounds", "1")
+REHEARSED = ("--scale", "0.005", "--rounds", "1")
 
 TARGETS = ("_native", "dcp_fast_cuda_tests", "dcp_fast_cuda_fault_tests", "dcp_fast_abi_check")
 # Straight copies, and the kernel; each is over in a moment.
