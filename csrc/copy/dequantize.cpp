@@ -214,8 +214,8 @@ std::optional<Dequantization> find_dequantization(Quantization quantization, Sca
   if (const auto step_target = step_target_of(target)) {
     if (quantization == Quantization::kMxfp4) {
       found.blocks_step = find_mxfp4_step(*step_target);
-    } else if (stored == checkpoint::dtype_by_name("float8_e4m3fn")) {
-      found.step = find_e4m3_step(*step_target);
+    } else {
+      found.step = find_scaled_step(stored, *step_target);
     }
   }
   return found;

@@ -18,8 +18,6 @@ namespace dcp_fast::copy {
 
 namespace {
 
-// What E4M3 is too small by, where its bits are taken for those of a float16.
-constexpr float kRebias = 256;
 constexpr float kMostScale = 1e30F;
 
 #if defined(__x86_64__)
@@ -39,43 +37,123 @@ DCP_FAST_SCALED inline __m256i round_upper(__m256 value) {
   return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 
-template <bool kToBFloat16>
-void step_e4m3_one(std::byte* to, std::byte from, float scale) {
-  const float value = float_of(Float8E4M3Fn::to_float32(std::to_integer<uint8_t>(from))) * scale;
-  if constexpr (kToBFloat16) {
-    const uint16_t bits = BFloat16::from_float32<0xffff>(bits_of(value));
-    std::memcpy(to, &bits, sizeof(bits));
-  } else {
+// FP8 as a float16: the sign stays where it is, and the rest goes some bits to the right. That makes the number too
+// small by a factor. Some bit patterns are no such float16.
+struct E4M3Fn {
+  using Number = Float8E4M3Fn;
+  static constexpr int kShift = 1;
+  static constexpr float kRebias = 256;
+  DCP_FAST_SCALED static __m128i find_special(__m128i bytes) {
+    return _mm_cmpeq_epi8(_mm_or_si128(bytes, _mm_set1_epi8(-0x80)), _mm_set1_epi8(-1));  // a NaN
+  }
+};
+
+struct E5M2 {
+  using Number = Float8E5M2;
+  static constexpr int kShift = 0;
+  static constexpr float kRebias = 1;
+  DCP_FAST_SCALED static __m128i find_special(__m128i bytes) {
+    const __m128i highest = _mm_set1_epi8(0x7c);
+    return _mm_cmpeq_epi8(_mm_and_si128(bytes, highest), highest);  // an infinity or a NaN
+  }
+};
+
+struct E4M3Fnuz {
+  using Number = Float8E4M3Fnuz;
+  static constexpr int kShift = 1;
+  static constexpr float kRebias = 128;
+  DCP_FAST_SCALED static __m128i find_special(__m128i bytes) {
+    return _mm_cmpeq_epi8(bytes, _mm_set1_epi8(-0x80));  // a NaN
+  }
+};
+
+struct E5M2Fnuz {
+  using Number = Float8E5M2Fnuz;
+  static constexpr int kShift = 0;
+  static constexpr float kRebias = 0.5;
+  DCP_FAST_SCALED static __m128i find_special(__m128i bytes) {
+    // A NaN, or one of the largest numbers.
+    return _mm_or_si128(E4M3Fnuz::find_special(bytes), E5M2::find_special(bytes));
+  }
+};
+
+constexpr int64_t bytes_of(StepTarget target) { return target == StepTarget::kFloat32 ? 4 : 2; }
+
+template <typename Stored, StepTarget kTarget>
+void step_one(std::byte* to, std::byte from, float scale) {
+  const float value = float_of(Stored::Number::to_float32(std::to_integer<uint8_t>(from))) * scale;
+  if constexpr (kTarget == StepTarget::kFloat32) {
     std::memcpy(to, &value, sizeof(value));
+  } else {
+    const uint16_t bits = kTarget == StepTarget::kBFloat16 ? BFloat16::from_float32<0xffff>(bits_of(value))
+                                                           : Float16::from_float32(bits_of(value));
+    std::memcpy(to, &bits, sizeof(bits));
   }
 }
 
-template <bool kToBFloat16>
-DCP_FAST_SCALED void step_e4m3(void* to, const std::byte* from, int64_t count, float scale) {
-  constexpr int64_t kTo = kToBFloat16 ? 2 : 4;
+// Stores 16 results.
+template <StepTarget kTarget>
+DCP_FAST_SCALED inline void store_rounded(std::byte* to, __m256 first, __m256 second) {
+  if constexpr (kTarget == StepTarget::kFloat32) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(to), first);
+    _mm256_storeu_ps(reinterpret_cast<float*>(to) + kVector, second);
+  } else if constexpr (kTarget == StepTarget::kBFloat16) {
+    store_upper(to, round_upper(first), round_upper(second));
+  } else {
+    auto* out = reinterpret_cast<__m128i*>(to);
+    _mm_storeu_si128(out, _mm256_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(out + 1, _mm256_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+}
+
+template <typename Stored>
+DCP_FAST_SCALED inline __m256i to_halves(__m128i bytes) {
+  const __m256i upper = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8);
+  if constexpr (Stored::kShift == 0) return upper;
+  return _mm256_and_si256(_mm256_srai_epi16(upper, 1), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+}
+
+// A scale that is made smaller might lose bits, but no number of FP8 does.
+template <typename Stored>
+constexpr bool kRebiasesNumbers = Stored::kRebias < 1;
+
+template <typename Stored>
+DCP_FAST_SCALED inline __m256 to_floats(__m128i halves) {
+  const __m256 numbers = _mm256_cvtph_ps(halves);
+  if constexpr (kRebiasesNumbers<Stored>) return _mm256_mul_ps(numbers, _mm256_set1_ps(Stored::kRebias));
+  return numbers;
+}
+
+template <typename Stored, StepTarget kTarget>
+DCP_FAST_SCALED void step_scaled(void* to, const std::byte* from, int64_t count, float scale) {
+  constexpr int64_t kTo = bytes_of(kTarget);
   auto* out = static_cast<std::byte*>(to);
-  const __m256 factor = _mm256_set1_ps(scale * kRebias);
-  const __m128i sign = _mm_set1_epi8(-0x80);
+  const __m256 factor = _mm256_set1_ps(kRebiasesNumbers<Stored> ? scale : scale * Stored::kRebias);
   int64_t i = 0;
   for (; i + 2 * kVector <= count; i += 2 * kVector) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    if (_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_or_si128(bytes, sign), _mm_set1_epi8(-1))) != 0) {  // a NaN
-      for (int64_t j = i; j < i + 2 * kVector; ++j) step_e4m3_one<kToBFloat16>(out + j * kTo, from[j], scale);
+    if (_mm_movemask_epi8(Stored::find_special(bytes)) != 0) {
+      for (int64_t j = i; j < i + 2 * kVector; ++j) step_one<Stored, kTarget>(out + j * kTo, from[j], scale);
       continue;
     }
-    // The sign stays where it is; the rest goes one bit to the right.
-    const __m256i shifted = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8), 1);
-    const __m256i halves = _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-    const __m256 first = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), factor);
-    const __m256 second = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)), factor);
-    if constexpr (kToBFloat16) {
-      store_upper(out + i * kTo, round_upper(first), round_upper(second));
-    } else {
-      _mm256_storeu_ps(reinterpret_cast<float*>(out + i * kTo), first);
-      _mm256_storeu_ps(reinterpret_cast<float*>(out + i * kTo) + kVector, second);
-    }
+    const __m256i halves = to_halves<Stored>(bytes);
+    const __m256 first = to_floats<Stored>(_mm256_castsi256_si128(halves));
+    const __m256 second = to_floats<Stored>(_mm256_extracti128_si256(halves, 1));
+    store_rounded<kTarget>(out + i * kTo, _mm256_mul_ps(first, factor), _mm256_mul_ps(second, factor));
   }
-  for (; i < count; ++i) step_e4m3_one<kToBFloat16>(out + i * kTo, from[i], scale);
+  for (; i < count; ++i) step_one<Stored, kTarget>(out + i * kTo, from[i], scale);
+}
+
+template <typename Stored>
+ScaledStep scaled_step(StepTarget target) {
+  switch (target) {
+    case StepTarget::kFloat32:
+      return step_scaled<Stored, StepTarget::kFloat32>;
+    case StepTarget::kBFloat16:
+      return step_scaled<Stored, StepTarget::kBFloat16>;
+    default:
+      return step_scaled<Stored, StepTarget::kFloat16>;
+  }
 }
 
 bool has_instructions() {
@@ -176,19 +254,16 @@ BlocksStep mxfp4_step() {
 }  // namespace
 
 #if defined(__x86_64__)
-ScaledStep find_e4m3_step(StepTarget target) {
+ScaledStep find_scaled_step(checkpoint::DType stored, StepTarget target) {
   if (!has_instructions()) return nullptr;
-  switch (target) {
-    case StepTarget::kFloat32:
-      return step_e4m3<false>;
-    case StepTarget::kBFloat16:
-      return step_e4m3<true>;
-    default:
-      return nullptr;
-  }
+  if (stored == checkpoint::dtype_by_name("float8_e4m3fn")) return scaled_step<E4M3Fn>(target);
+  if (stored == checkpoint::dtype_by_name("float8_e5m2")) return scaled_step<E5M2>(target);
+  if (stored == checkpoint::dtype_by_name("float8_e4m3fnuz")) return scaled_step<E4M3Fnuz>(target);
+  if (stored == checkpoint::dtype_by_name("float8_e5m2fnuz")) return scaled_step<E5M2Fnuz>(target);
+  return nullptr;
 }
 #else
-ScaledStep find_e4m3_step(StepTarget) { return nullptr; }
+ScaledStep find_scaled_step(checkpoint::DType, StepTarget) { return nullptr; }
 #endif
 
 BlocksStep find_mxfp4_step(StepTarget target) {
@@ -202,7 +277,7 @@ BlocksStep find_mxfp4_step(StepTarget target) {
   }
 }
 
-// With these the scale of E4M3 can be rebiased, and no product is a NaN but that of one.
+// With these the scale can be rebiased, and no product is a NaN but that of one.
 bool can_step(float scale) { return std::fabs(scale) < kMostScale; }
 
 }  // namespace dcp_fast::copy

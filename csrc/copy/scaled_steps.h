@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "checkpoint/dtype.h"
+
 namespace dcp_fast::copy {
 
 // Brings `count` elements of one block to their target, times a scale that can_step(scale) allows. Both sides may lie
@@ -16,8 +18,8 @@ inline constexpr int64_t kMxfp4Block = 32;
 
 enum class StepTarget : int8_t { kFloat32, kBFloat16, kFloat16 };
 
-// Null where the processor has no instructions for that.
-ScaledStep find_e4m3_step(StepTarget target);
+// Of FP8. Null for other dtypes, and where the processor has no instructions for that.
+ScaledStep find_scaled_step(checkpoint::DType stored, StepTarget target);
 BlocksStep find_mxfp4_step(StepTarget target);
 
 // Whether a scale is a number that a ScaledStep can multiply with, as all but extreme ones are.
