@@ -96,6 +96,49 @@ class PinnedRing:
     def take_stats(self) -> DeviceStats: ...
     def take_slot_seconds(self) -> float: ...
 
+EXCHANGE_HEADER_BYTES: int
+
+class Need:
+    """What this rank needs of the files, for other ranks."""
+
+    converted_items: int
+    def __init__(self, program: Program, names: Sequence[str]) -> None: ...
+    def encode(self) -> bytes: ...
+
+class RoundStats:
+    placed: Stats
+    requests: int
+    bytes_read: int
+
+class Exchange:
+    """Who reads what in which round, as all ranks come to it; and this rank's part in it."""
+
+    obstacle: str  # why nothing can be shared
+    rounds: int
+    read_bytes: list[int]  # by rank
+    def __init__(
+        self,
+        *,
+        needs: Sequence[tuple[int, int]],  # address and size
+        need_of_rank: Sequence[int],
+        node_of_rank: Sequence[int],
+        rank: int,
+        send_bytes: int,
+        receive_bytes: int,
+    ) -> None: ...
+    def bytes_to_send(self, round: int) -> list[int]: ...
+    def bytes_to_receive(self, round: int) -> list[int]: ...
+    def step(
+        self,
+        need: Need,
+        program: Program,
+        send: tuple[int, int, int] | None,  # round, address and size
+        receive: tuple[int, int, int] | None,
+        options: Options,
+        ring: PinnedRing | None = None,
+        streams: dict[int, int] = ...,
+    ) -> RoundStats: ...
+
 def require_not_capturing(streams: dict[int, int]) -> None: ...
 def most_reader_threads(wanted: int) -> int: ...
 def run_programs(
@@ -197,6 +240,16 @@ class FaultInjection:
     def __init__(
         self, function: str, nth: int, error_number: int = 0, repeat: int = 1, short_bytes: int = 1
     ) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+class SlowStorage:
+    bytes: int
+    requests: int
+    def __init__(self, path: str, *, bytes_per_second: float, latency_seconds: float = 0.0) -> None: ...
+    def take(self, bytes: int) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -30,6 +30,7 @@ from dcp_fast import load as fast_load
 from dcp_fast.optimizer import load as fast_optimizer
 from dcp_fast.planning import planner as fast_planner
 from dcp_fast.planning import search as fast_search
+from dcp_fast.ranks.exchange import Exchange
 from dcp_fast.readers import filesystem as fast_filesystem
 from dcp_fast.readers.huggingface import read_headers_of, read_quantized_headers_of
 from dcp_fast.readers.others import accelerated_read_data, read_data_like_torch
@@ -92,7 +93,10 @@ _current: Installation | None = None  # the last one, while it holds
 
 
 def install(
-    trust_metadata: bool = False, trust_bytes: bool = False, accelerate: Iterable[type[StorageReader]] = ()
+    trust_metadata: bool = False,
+    trust_bytes: bool = False,
+    accelerate: Iterable[type[StorageReader]] = (),
+    share_reads: bool = False,
 ) -> Installation:
     """Make ``torch.distributed.checkpoint`` itself use dcp_fast.
 
@@ -108,6 +112,7 @@ def install(
             as torch does, which runs whatever code the checkpoint names.
         accelerate: classes of readers that have a ``read_data`` of their own, to be treated as
             :func:`dcp_fast.accelerate` treats one reader. By naming a class you say what is said there.
+        share_reads: whether ranks share what they read, as of :func:`dcp_fast.load`. The same on all ranks.
 
     Returns:
         A context manager that uninstalls at its end, unless dcp_fast had been installed before.
@@ -126,6 +131,7 @@ def install(
         _replaced = []
         fast_filesystem.FileSystemReader.trust_metadata_by_default = trust_metadata
         fast_planner.DefaultLoadPlanner.trust_bytes_by_default = trust_bytes
+        Exchange.by_default = share_reads
         for cls, name, fast in [*_METHODS, *((cls, "read_data", accelerated_read_data) for cls in classes)]:
             original = original_of(getattr(cls, name))
             # What somebody has patched into torch's classes is left to do its work, but for what decides what is run.
@@ -164,6 +170,7 @@ def uninstall() -> None:
                 setattr(module, name, original_of(value))
         fast_filesystem.FileSystemReader.trust_metadata_by_default = False
         fast_planner.DefaultLoadPlanner.trust_bytes_by_default = False
+        Exchange.by_default = False
         _replaced = _current = None
 
 

@@ -20,6 +20,7 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.metadata.safetensors import holds_safetensors
 from dcp_fast.observe.report import reported
 from dcp_fast.planning.planner import DefaultLoadPlanner
+from dcp_fast.ranks.exchange import EXCHANGE_BYTES, MIN_EXCHANGE_BYTES
 from dcp_fast.ranks.steps import load_on_all_ranks
 from dcp_fast.readers.engine_reader import EngineReader
 from dcp_fast.readers.filesystem import FileSystemReader
@@ -46,6 +47,8 @@ def load(
     no_dist: bool = False,
     trace: str | os.PathLike[str] | None = None,
     share_metadata: bool = False,
+    share_reads: bool | None = None,
+    exchange_bytes: int = EXCHANGE_BYTES,
     trust_metadata: bool | None = None,
     trust_bytes: bool | None = None,
 ) -> None:
@@ -58,7 +61,7 @@ def load(
     data just as torch's of that name does, from local files, the native engine does it instead. The report of the load
     tells (:func:`dcp_fast.last_report`).
 
-    torch's function lacks the last four arguments. ``None`` means: as the reader or planner was told. The options of
+    torch's function lacks the last six arguments. ``None`` means: as the reader or planner was told. The options of
     this load change neither of these objects. So loads in several threads may share a reader, each with options of its
     own. A planner holds the state dict that it loads, so each load needs a planner of its own.
 
@@ -72,15 +75,23 @@ def load(
             it (docs/benchmarks.md). It costs one more collective call, of 56 bytes. Each rank reads the file itself, as
             without this option, if ranks see different files, if the file is smaller than 1 MiB, if the native parser
             does not know it, if a rank trusts metadata, or if a rank's reader is not ours.
+        share_reads: whether each byte is read by one of the ranks that need it, and sent to the others. Must be the
+            same on all ranks. None: as :func:`dcp_fast.install` was told, else False. It pays where storage that all
+            ranks share is slower than the network between them (docs/sharing.md). Where ranks cannot share, each reads
+            what it needs, and the report of the load tells why (``sharing_fallback_reason``).
+        exchange_bytes: memory for what this rank sends to others and receives from them, at least 1 MiB. The smallest
+            of all ranks holds.
         trust_metadata: unpickle ``.metadata`` as torch does, as of :class:`dcp_fast.FileSystemReader`.
         trust_bytes: unpickle bytes entries as torch does, as of :class:`dcp_fast.DefaultLoadPlanner`.
 
     Raises:
         ValueError: ``trace``, ``trust_metadata`` or ``trust_bytes`` was given, but the reader or planner that it is for
-            is not dcp_fast's.
+            is not dcp_fast's; ``exchange_bytes`` is too small; ``share_reads`` differs between ranks.
         CheckpointException: on every rank if any rank failed. ``failures`` maps ranks to their errors, which for
             damaged checkpoints are of the classes in :mod:`dcp_fast.errors`.
     """
+    if exchange_bytes < MIN_EXCHANGE_BYTES:
+        raise ValueError(f"exchange_bytes must be at least {MIN_EXCHANGE_BYTES}, got {exchange_bytes}")
     no_dist = no_dist or not dist.is_available() or not dist.is_initialized()
     if no_dist:
         warnings.warn(
@@ -115,7 +126,16 @@ def load(
                 loaded[key] = value.state_dict() if is_stateful(value) else value
         # Without a pause the collector would walk through metadata and plan, which are gone at the end of the load.
         with paused_collection():
-            load_on_all_ranks(loaded, reader, planner, process_group, no_dist=no_dist, share=share_metadata)
+            load_on_all_ranks(
+                loaded,
+                reader,
+                planner,
+                process_group,
+                no_dist=no_dist,
+                share=share_metadata,
+                share_reads=share_reads,
+                exchange_bytes=exchange_bytes,
+            )
         for key in keys:
             if key in state_dict:
                 value = state_dict[key]

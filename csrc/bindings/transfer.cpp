@@ -18,6 +18,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/column.h"
+#include "bindings/file_options.h"
 #include "bindings/plain_values.h"
 #include "bindings/python.h"
 #include "bindings/streams.h"
@@ -50,11 +51,6 @@ using transfer::Program;
 using transfer::Record;
 using transfer::RecordBytes;
 using transfer::Transfer;
-
-// The options of a load from local files.
-struct FileOptions : Options {
-  io::IoMode mode = io::IoMode::kAuto;
-};
 
 // A row for each record: its dtype, in codes of metadata, number of dimensions, sizes.
 std::vector<checkpoint::TensorLayout> payloads_of(const std::vector<Record>& records, const py::buffer& column,
@@ -278,8 +274,10 @@ void bind_transfer(py::module_& module) {
   py::class_<Layouts>(module, "Layouts")
       .def_readonly("requests", &Layouts::requests)
       .def_readonly("bytes_read", &Layouts::bytes)
-      .def("threads", [](const Layouts& layouts,
-                         const FileOptions& options) { return transfer::limits_of(options, layouts.access()).threads; })
+      .def("threads",
+           [](const Layouts& layouts, const FileOptions& options) {
+             return transfer::limits_of(options, io::access_of(layouts.sources)).threads;
+           })
       .def("is_tensor",
            [](const Layouts& layouts, size_t record) {
              return layouts.parsed.at(record).status == checkpoint::ParsedRecord::Status::kTensor;

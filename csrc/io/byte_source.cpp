@@ -1,5 +1,6 @@
 #include "io/byte_source.h"
 
+#include <algorithm>
 #include <system_error>
 
 #include "error.h"
@@ -36,6 +37,15 @@ void ByteSource::close() noexcept {
 
 bool ByteSource::copy_mapped(const MappedCopy& /*copy*/, MappedWindow& /*window*/, IoCounters& /*counters*/) const {
   return false;
+}
+
+Access access_of(const ByteSources& sources) {
+  Access all;
+  for (const auto& source : sources) {
+    all.block_bytes = std::max(all.block_bytes, source->access().block_bytes);
+    all.requests_at_once = std::max(all.requests_at_once, source->access().requests_at_once);
+  }
+  return all;
 }
 
 void ByteSource::check_range(size_t size, int64_t offset) const {

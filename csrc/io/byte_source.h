@@ -138,6 +138,9 @@ class ByteSource {
 // of them are open than there are threads that read.
 using ByteSources = std::vector<std::unique_ptr<ByteSource>>;
 
+// How all sources together are best asked: as each of them wants at least.
+Access access_of(const ByteSources& sources);
+
 // Keeps a source open.
 class OpenSource {
  public:

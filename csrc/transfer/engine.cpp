@@ -19,37 +19,37 @@ namespace dcp_fast::transfer {
 
 namespace {
 
-// The boxes of one wave, by where they go.
-struct Boxes {
-  std::vector<Piece> host;
-  std::map<int, std::vector<Piece>> devices;
-  int64_t bytes = 0;
-  int64_t converted = 0;
-};
-
 Boxes boxes_of(const Program& program, int32_t wave) {
   Boxes boxes;
   for (const size_t i : program.items_in_wave(wave)) {
     const Transfer& transfer = program.transfers()[i];
     if (transfer.kind != Transfer::Kind::kDirect) continue;
     const copy::Conversion* conversion = transfer.conversion ? &*transfer.conversion : nullptr;
-    if (conversion != nullptr) ++boxes.converted;
-    if (transfer.loops.empty()) continue;
+    if (transfer.loops.empty()) {
+      if (conversion != nullptr) ++boxes.converted;
+      continue;
+    }
     const size_t file = program.layouts().records[program.items()[i].record].file;
-    std::vector<Piece>& pieces = transfer.device == kHost ? boxes.host : boxes.devices[transfer.device];
-    pieces.push_back({file, transfer.source, transfer.destination, i, transfer.loops, conversion});
-    boxes.bytes += box::volume(transfer.loops);
+    boxes.add(transfer.device, {file, transfer.source, transfer.destination, i, transfer.loops, conversion});
   }
   return boxes;
 }
 
+Attribute attribution(const Program& program) {
+  return [&program](Error& error, size_t item) {
+    error.item = static_cast<int64_t>(item);
+    program.layouts().attribute(error, program.items()[item].record);
+  };
+}
+
 // What all waves of a run have in common.
 struct Run {
-  Run(const Layouts& layouts, const Options& options, const CudaTargets& targets)
-      : limits(limits_of(options, layouts.access())),
+  Run(const io::ByteSources& byte_sources, const Options& options, const CudaTargets& targets)
+      : sources(byte_sources),
+        limits(limits_of(options, io::access_of(sources))),
         cuda(targets),
         recorder(options.recorder.get()),
-        policies(policies_for(layouts.sources, limits, options.mapped)) {
+        policies(policies_for(sources, limits, options.mapped)) {
     if (cuda.ring == nullptr) return;
     const int64_t block = cuda.ring->block_bytes();
     slot_policies = policies;
@@ -60,6 +60,7 @@ struct Run {
     }
   }
 
+  const io::ByteSources& sources;
   const Limits limits;
   const CudaTargets& cuda;
   trace::Recorder* recorder;
@@ -67,15 +68,14 @@ struct Run {
   std::vector<Policy> slot_policies;  // for boxes on devices
 };
 
-// A wave of a program, as tasks: slots on their way to devices first, then boxes for the host.
+// Boxes that are placed in any order, as tasks: slots on their way to devices first, then boxes for the host.
 class Wave {
  public:
-  Wave(const Program& program, int32_t wave, Run& run)
+  Wave(Boxes boxes, Attribute attribute, Run& run)
       : run_(run),
-        reader_(program.layouts(), run.policies, [&program](size_t item) { return program.items()[item].record; }) {
-    Boxes boxes = boxes_of(program, wave);
-    bytes_ = boxes.bytes;
-    converted_ = boxes.converted;
+        reader_(run.sources, run.policies, std::move(attribute)),
+        bytes_(boxes.bytes),
+        converted_(boxes.converted) {
     host_ = join_pieces(split_boxes(std::move(boxes.host), run.policies), run.policies);
     if (boxes.devices.empty()) return;
     cuda::PinnedRing* ring = run.cuda.ring;
@@ -138,8 +138,8 @@ class Wave {
 
   Run& run_;
   Reader reader_;
-  int64_t bytes_ = 0;
-  int64_t converted_ = 0;
+  const int64_t bytes_;
+  const int64_t converted_;
   std::vector<SlotTask> slots_;
   std::map<int, cuda::Device*> devices_;
   Schedule host_;
@@ -182,25 +182,37 @@ Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const
 
 }  // namespace
 
+void Boxes::add(int device, Piece piece) {
+  bytes += box::volume(piece.loops);
+  if (piece.conversion != nullptr) ++converted;
+  (device == kHost ? host : devices[device]).push_back(std::move(piece));
+}
+
+Stats run_boxes(Boxes boxes, const io::ByteSources& sources, const Attribute& attribute, const Options& options,
+                const CudaTargets& cuda, const std::function<bool()>& interrupted) {
+  Run run(sources, options, cuda);
+  std::vector<std::unique_ptr<Wave>> waves;
+  waves.push_back(std::make_unique<Wave>(std::move(boxes), attribute, run));
+  return run_waves(waves, run, options, interrupted, {});
+}
+
 Stats run_wave(const Program& program, int32_t wave, const Options& options, const CudaTargets& cuda,
                const std::function<bool()>& interrupted) {
-  Run run(program.layouts(), options, cuda);
-  std::vector<std::unique_ptr<Wave>> waves;
-  waves.push_back(std::make_unique<Wave>(program, wave, run));
-  return run_waves(waves, run, options, interrupted, {});
+  return run_boxes(boxes_of(program, wave), program.layouts().sources, attribution(program), options, cuda,
+                   interrupted);
 }
 
 Stats run_programs(const std::vector<const Program*>& programs, const Options& options, const CudaTargets& cuda,
                    const std::function<bool()>& interrupted, const std::function<void(size_t)>& placed) {
   if (programs.empty()) return {};
   const Layouts& layouts = programs.front()->layouts();
-  Run run(layouts, options, cuda);
+  Run run(layouts.sources, options, cuda);
   std::vector<std::unique_ptr<Wave>> waves;
   for (const Program* program : programs) {
     if (&program->layouts() != &layouts || program->waves() != 1) {
       throw std::invalid_argument("programs that run together have one wave each, of the same layouts");
     }
-    waves.push_back(std::make_unique<Wave>(*program, 0, run));
+    waves.push_back(std::make_unique<Wave>(boxes_of(*program, 0), attribution(*program), run));
   }
   return run_waves(waves, run, options, interrupted, placed);
 }

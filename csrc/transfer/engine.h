@@ -7,8 +7,11 @@
 #include <vector>
 
 #include "cuda/pinned_ring.h"
+#include "io/byte_source.h"
 #include "transfer/options.h"
 #include "transfer/program.h"
+#include "transfer/reader.h"
+#include "transfer/schedule.h"
 
 namespace dcp_fast::transfer {
 
@@ -27,6 +30,21 @@ struct CudaTargets {
   // Torch's current stream on each device: our first write waits for it, and it waits for our last one.
   std::map<int, cuda::StreamHandle> torch_streams;
 };
+
+// Boxes by where they go, which may be placed in any order.
+struct Boxes {
+  std::vector<Piece> host;
+  std::map<int, std::vector<Piece>> devices;
+  int64_t bytes = 0;
+  int64_t converted = 0;  // how many have a conversion
+
+  void add(int device, Piece piece);
+};
+
+// Copies boxes out of sources whose access is chosen. What goes to GPUs may still be on its way when this returns.
+// Throws as run_wave does, with what `attribute` adds.
+Stats run_boxes(Boxes boxes, const io::ByteSources& sources, const Attribute& attribute, const Options& options,
+                const CudaTargets& cuda, const std::function<bool()>& interrupted);
 
 // Copies all direct items of one wave. What goes to GPUs may still be on its way when this returns. Throws Error with
 // `record` and `item` set where they are known, Interrupted, std::bad_alloc. Some destinations are then written and

@@ -192,15 +192,6 @@ void Layouts::attribute(Error& error, size_t record) const {
   error.length = where.length;
 }
 
-io::Access Layouts::access() const {
-  io::Access all;
-  for (const auto& source : sources) {
-    all.block_bytes = std::max(all.block_bytes, source->access().block_bytes);
-    all.requests_at_once = std::max(all.requests_at_once, source->access().requests_at_once);
-  }
-  return all;
-}
-
 Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
                      std::vector<checkpoint::TensorLayout> payloads, const Options& options,
                      const std::function<bool()>& interrupted) {
@@ -226,7 +217,7 @@ Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
     return std::tie(x.file, x.offset, x.length) < std::tie(y.file, y.offset, y.length);
   });
   probe_files(layouts, order, options, interrupted);
-  const Limits limits = limits_of(options, layouts.access());
+  const Limits limits = limits_of(options, io::access_of(layouts.sources));
   const std::vector<Policy> policies = policies_for(layouts.sources, limits, false);
   std::vector<Window> windows = make_windows(layouts, order, policies);
   std::vector<Task> tasks = join_windows(layouts, windows, policies);

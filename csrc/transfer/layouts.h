@@ -28,9 +28,6 @@ struct Layouts {
   int64_t requests = 0;
   int64_t bytes = 0;
 
-  // How all sources together are best asked: as each of them wants at least.
-  io::Access access() const;
-
   // Adds to an error which record it concerns, and where that is stored, unless the error tells.
   void attribute(Error& error, size_t record) const;
 };

@@ -178,7 +178,7 @@ void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
   const Piece* piece = &schedule.pieces[task.first];
   try {
     with_memory_errors([&] {
-      const io::ByteSource& source = worker.open(*layouts_.sources[task.range.file]);
+      const io::ByteSource& source = worker.open(*sources_[task.range.file]);
       const Policy& policy = policies_[task.range.file];
       if (task.count > 1 || policy.reads_through(piece->loops, 0)) {
         read_through(policy, source, worker, piece, task.count);
@@ -192,11 +192,6 @@ void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
     attribute(error, piece->item);
     throw;
   }
-}
-
-void Reader::attribute(Error& error, size_t item) const {
-  error.item = static_cast<int64_t>(item);
-  layouts_.attribute(error, record_of_(item));
 }
 
 }  // namespace dcp_fast::transfer

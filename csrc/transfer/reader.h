@@ -7,29 +7,30 @@
 #include <vector>
 
 #include "error.h"
-#include "transfer/layouts.h"
+#include "io/byte_source.h"
 #include "transfer/schedule.h"
 #include "transfer/workers.h"
 
 namespace dcp_fast::transfer {
 
+// Adds to an error which item it concerns, its record, and where that is stored.
+using Attribute = std::function<void(Error&, size_t)>;
+
 class Reader {
  public:
-  // `policies`: one for each file. `record_of(item)`: what an item of a piece is a part of. All must outlive the
-  // reader.
-  Reader(const Layouts& layouts, const std::vector<Policy>& policies, std::function<size_t(size_t)> record_of)
-      : layouts_(layouts), policies_(policies), record_of_(std::move(record_of)) {}
+  // `policies`: one for each source. `attribute` is called with an item of a piece. All must outlive the reader.
+  Reader(const io::ByteSources& sources, const std::vector<Policy>& policies, Attribute attribute)
+      : sources_(sources), policies_(policies), attribute_(std::move(attribute)) {}
 
   // Thread-safe. Throws Error with `record` and `item` set where they are known.
   void run(const Schedule& schedule, const Task& task, Worker& worker);
 
-  // Adds to an error which item it concerns, and what Layouts::attribute adds.
-  void attribute(Error& error, size_t item) const;
+  void attribute(Error& error, size_t item) const { attribute_(error, item); }
 
  private:
-  const Layouts& layouts_;
+  const io::ByteSources& sources_;
   const std::vector<Policy>& policies_;
-  const std::function<size_t(size_t)> record_of_;
+  const Attribute attribute_;
 };
 
 }  // namespace dcp_fast::transfer

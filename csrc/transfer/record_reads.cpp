@@ -100,7 +100,11 @@ class Reads {
       : layouts_(layouts),
         records_(records),
         policies_(policies_for(layouts.sources, limits, false)),
-        reader_(layouts, policies_, [&records](size_t item) { return records[item]; }),
+        reader_(layouts.sources, policies_,
+                [&layouts, &records](Error& error, size_t item) {
+                  error.item = static_cast<int64_t>(item);
+                  layouts.attribute(error, records[item]);
+                }),
         pool_(std::make_shared<MemoryPool>(static_cast<size_t>(most_bytes))) {
     const int64_t most = std::min(kMaxChunkBytes, most_bytes / kLeastChunks);
     for (size_t i = 0; i < records.size(); ++i) {
@@ -192,7 +196,7 @@ class Reads {
 Stats read_records(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
                    const Options& options, const std::function<bool()>& interrupted,
                    const std::function<void(size_t, RecordBytes)>& take) {
-  const Limits limits = limits_of(options, layouts.access());
+  const Limits limits = limits_of(options, io::access_of(layouts.sources));
   Reads reads(layouts, records, most_bytes, limits);
   Groups groups = reads.groups(static_cast<size_t>(most_bytes));
   groups.finish = [&](size_t chunk) { reads.give(chunk, take); };

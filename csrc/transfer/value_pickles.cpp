@@ -25,7 +25,7 @@ ValuePickles read_value_pickles(const Layouts& layouts, const std::vector<size_t
     const Record& y = layouts.records[records[b]];
     return std::tie(x.file, x.offset, a) < std::tie(y.file, y.offset, b);
   });
-  const Limits limits = limits_of(options, layouts.access());
+  const Limits limits = limits_of(options, io::access_of(layouts.sources));
   const std::vector<Policy> policies = policies_for(layouts.sources, limits, false);
   const std::vector<Task> tasks = join_neighbours(
       order.size(), policies,

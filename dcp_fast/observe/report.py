@@ -18,7 +18,7 @@ __all__ = ["LoadReport", "begin", "current_report", "joined_report", "last_repor
 logger = logging.getLogger("dcp_fast")
 
 STAGES = ("metadata", "planning", "ranks", "layout", "transfer", "commit")
-WAITS = ("disk", "slot", "device")
+WAITS = ("disk", "slot", "device", "ranks")
 
 
 @dataclass
@@ -33,6 +33,10 @@ class LoadReport:
         planner_fallback_reason: why planning took a slower way, or why items were read in windows, in the order of the
             plan, and not all at once; empty if neither is the case.
         metadata_received: whether another rank read the metadata and sent its bytes here (``share_metadata``).
+        sharing_fallback_reason: why this rank read what it needs alone, although it was told to share reads
+            (``share_reads``); empty if it did share.
+        bytes_read_by_job: bytes that all ranks together asked storage for in an exchange (``share_reads``); bytes_sent,
+            bytes_received: what this rank exchanged with others; exchange_rounds: in how many rounds. 0 without.
         bytes_needed: payload bytes of all boxes that this rank asked for, in their stored dtype, and of bytes entries.
         bytes_read: bytes that storage was asked for, headers and gaps included; the metadata file is left out.
         bytes_mapped: how many of those were copied from mappings of files in the page cache.
@@ -63,7 +67,8 @@ class LoadReport:
         reading_seconds: the time in which at least one read call was under way, in any thread; as with ``bytes_read``,
             without the metadata file.
         wait_seconds: what threads waited for, summed over threads, so that it may exceed the time of the load.
-            disk: read calls. slot: free pinned memory. device: copies and kernels. The last two are 0 on the CPU.
+            disk: read calls. slot: free pinned memory. device: copies and kernels. These two are 0 on the CPU.
+            ranks: rounds of an exchange that were not done when this rank was.
     """
 
     path: str = ""
@@ -72,6 +77,11 @@ class LoadReport:
     reader_fallback_reason: str = ""
     planner_fallback_reason: str = ""
     metadata_received: bool = False
+    sharing_fallback_reason: str = ""
+    bytes_read_by_job: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    exchange_rounds: int = 0
     bytes_needed: int = 0
     bytes_read: int = 0
     bytes_mapped: int = 0
@@ -197,11 +207,20 @@ class LoadReport:
                 ("copying (s)", f"{self.copying_seconds:.3f}"),
                 ("overlap efficiency", f"{self.overlap_efficiency:.2f}"),
             ]
+        if self.exchange_rounds:
+            rows += [
+                ("bytes read by all ranks", f"{self.bytes_read_by_job:,}"),
+                ("bytes sent", f"{self.bytes_sent:,}"),
+                ("bytes received", f"{self.bytes_received:,}"),
+                ("exchange rounds", f"{self.exchange_rounds:,}"),
+            ]
         left = max(len(name) for name, _ in rows)
         right = max(len(value) for _, value in rows)
         lines = [f"load of {self.path} by {self.reader or '?'} and {self.planner or '?'}"]
         lines += (f"  {name:<{left}}  {value:>{right}}" for name, value in rows)
         lines += (f"  fallback, {count:,} records: {reason}" for reason, count in self.fallback_reasons.items())
+        if self.sharing_fallback_reason:
+            lines.append(f"  reads not shared: {self.sharing_fallback_reason}")
         if self.mapping_fallback_reason:
             lines.append(f"  not mapped: {self.mapping_fallback_reason}")
         lines += (f"  not fast: {reason}" for reason in self._fallback_reasons())

@@ -44,6 +44,7 @@ def load_sharded_optimizer_state_dict(
     planner: LoadPlanner | None = None,
     *,
     like: Literal["model"] | None = None,
+    share_reads: bool | None = None,
 ) -> dict[str, Any]:
     """Drop-in for ``torch.distributed.checkpoint.load_sharded_optimizer_state_dict``.
 
@@ -72,6 +73,7 @@ def load_sharded_optimizer_state_dict(
             that the model lacks is an error that names it, or left out if the planner has ``allow_partial_load``. So
             is state that is neither of its parameter's size nor a single element (factored state, for one): how it was
             sharded is not stored. A nested ShardedTensor's state is sharded as without ``like``.
+        share_reads: as of :func:`dcp_fast.load`.
 
     Returns:
         ``{optimizer_key: the nested optimizer state dict}``. Without ``like``, tensors of one element are plain.
@@ -99,7 +101,14 @@ def load_sharded_optimizer_state_dict(
         return tensors.allocate(optimizer_entries(found.metadata, optimizer_key)), None
 
     state_dict, _ = _on_all_ranks("allocate", allocate)
-    load_on_all_ranks(state_dict, storage_reader, planner, no_dist=not dist.is_initialized(), metadata=found.metadata)
+    load_on_all_ranks(
+        state_dict,
+        storage_reader,
+        planner,
+        no_dist=not dist.is_initialized(),
+        metadata=found.metadata,
+        share_reads=share_reads,
+    )
     for key, value in state_dict.items():
         if isinstance(value, SlicedShardedTensor):
             state_dict[key] = value.sharded

@@ -44,8 +44,8 @@ def collective_device(ranks: DistWrapper) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
-def largest(ranks: DistWrapper, numbers: Sequence[int]) -> list[int]:
+def largest(ranks: DistWrapper, numbers: Sequence[int], dtype: torch.dtype = torch.int64) -> list[int]:
     """For each number the largest that any rank has. Collective: an all-reduce by maximum, which all backends have."""
-    tensor = torch.tensor(numbers, dtype=torch.int64, device=collective_device(ranks))
+    tensor = torch.tensor(numbers, dtype=dtype, device=collective_device(ranks))
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=ranks.group)
     return cast(list[int], tensor.tolist())

@@ -17,12 +17,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from types import FrameType
 from typing import TypeGuard, cast
 
 import torch
@@ -34,6 +30,7 @@ from dcp_fast._torch import DistWrapper
 from dcp_fast.errors import CorruptMetadataError
 from dcp_fast.metadata.read import make_metadata, parse_blocks
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
+from dcp_fast.ranks.interrupts import deferred_interrupt
 from dcp_fast.readers.engine_reader import owned_by
 from dcp_fast.readers.filesystem import FileSystemReader, file_content
 from dcp_fast.this_load import option
@@ -112,35 +109,6 @@ def _have_same(ranks: DistWrapper, identity: list[int] | None) -> bool:
     return not has_none and highest == lowest
 
 
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], None]]:
-    """Keep Ctrl-C from taking this rank away between two broadcasts, for which the others would wait.
-
-    Yields:
-        What is to be called afterwards: it raises what Ctrl-C would have raised. A second Ctrl-C is not deferred.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    struck: list[tuple[int, FrameType | None]] = []
-
-    def strike() -> None:
-        if struck and callable(handler):
-            handler(*struck[0])
-
-    def defer(number: int, frame: FrameType | None) -> None:
-        struck.append((number, frame))
-        if len(struck) > 1:
-            strike()
-
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield strike
-        return
-    signal.signal(signal.SIGINT, defer)
-    try:
-        yield strike
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
 class _Broadcast:
     """One rank's end of the broadcast of the file.
 
@@ -170,7 +138,7 @@ class _Broadcast:
 
     def _parse(self) -> Metadata | None:
         """None if only the file itself tells what the metadata is."""
-        with _deferred_interrupt() as interrupt:
+        with deferred_interrupt() as interrupt:
             parsed = Outcome(partial(parse_blocks, self._file_bytes, self._next_block, str(self._path)))
             while self._left:  # others may need the rest, or wait for a word that there is none
                 self._next_block(is_over=True)

@@ -10,8 +10,9 @@ import inspect
 import logging
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -27,10 +28,12 @@ from dcp_fast.observe.report import LoadReport, joined_report
 from dcp_fast.planning.hooks import why_planner_is_slow
 from dcp_fast.planning.planner import faster_method
 from dcp_fast.ranks.collectives import Outcome, largest
+from dcp_fast.ranks.exchange import EXCHANGE_BYTES, Exchange, GroupError, OtherRankError
 from dcp_fast.ranks.shared_metadata import share_metadata
-from dcp_fast.readers.others import read_plan
+from dcp_fast.readers.others import read_plan, why_alone
 from dcp_fast.readers.proof import class_name
 from dcp_fast.transfer.quantization import with_dequantized_chunks
+from dcp_fast.transfer.sharing import sharing
 
 __all__ = ["load_on_all_ranks", "sendable"]
 
@@ -38,6 +41,8 @@ logger = logging.getLogger("dcp_fast")
 
 # Bits of the flag of a rank: its planner or reader needs the plans of all ranks; something has failed on it.
 _GATHER_PLANS, _FAILED = 1, 2
+# What a rank says of sharing reads.
+_DOES_NOT_SHARE, _CANNOT_SHARE, _SHARES = 0, 1, 2
 
 # As they are at import: a step that somebody patches into torch's class later counts as the planner's or reader's own.
 _DEFAULT_STEPS: list[tuple[type, str, Any]] = [
@@ -56,18 +61,23 @@ def load_on_all_ranks(
     no_dist: bool = False,
     metadata: Metadata | None = None,
     share: bool = False,
+    share_reads: bool | None = None,
+    exchange_bytes: int = EXCHANGE_BYTES,
 ) -> None:
     """What ``torch.distributed.checkpoint`` does to load a state dict once reader and planner are there.
 
     Plans are only gathered if the planner or the reader of some rank does something in the global step. Otherwise a
-    successful load takes two collective calls, each of a few bytes, and those of ``share``.
+    successful load takes two collective calls, each of a few bytes, and those of ``share`` and ``share_reads``.
 
     Args:
         state_dict, storage_reader, planner, process_group, coordinator_rank, no_dist: as those of ``load_state_dict``.
         metadata: of the checkpoint, if the caller has read it already.
         share: whether one rank reads the metadata for all, where that is possible. The same on all ranks.
+        share_reads: whether each byte is read by one rank alone, where that is possible. None: as ``install`` was told.
+        exchange_bytes: memory of this rank for what it exchanges with others then.
 
     Raises:
+        ValueError: ``share_reads`` differs between ranks.
         CheckpointException: on every rank if any rank failed. A rank that has only metadata of its own raises its own
             error instead, as in torch. Flags and errors go through the host where the process group has a backend for
             that, and so even if a rank's GPU is lost.
@@ -76,7 +86,66 @@ def load_on_all_ranks(
         report.reader, report.planner = class_name(storage_reader), class_name(planner)
         report.path = str(getattr(storage_reader, "checkpoint_id", "") or "")
         ranks = DistWrapper(process_group, not no_dist, coordinator_rank)
-        _load(state_dict, storage_reader, planner, ranks, metadata, share, report)
+        wants = Exchange.by_default if share_reads is None else share_reads
+        sharing_reads = _ShareReads(exchange_bytes if wants else 0, ranks, report)
+        _load(state_dict, storage_reader, planner, ranks, metadata, share, sharing_reads, report)
+
+
+class _ShareReads:
+    """Whether ranks share reads: what this rank wants, and what all can.
+
+    Args:
+        exchange_bytes: memory for the exchange; 0 if this rank does not want to share.
+        ranks: of the load.
+        report: tells why nothing is shared.
+    """
+
+    def __init__(self, exchange_bytes: int, ranks: DistWrapper, report: LoadReport) -> None:
+        self._exchange_bytes = exchange_bytes
+        self._ranks = ranks
+        self._report = report
+        self._obstacle = ""
+        self._is_agreed = False
+        if exchange_bytes and not ranks.use_dist:
+            self._obstacle = "the load is one of a single process"
+        elif exchange_bytes and ranks.get_world_size() == 1:
+            self._obstacle = "the process group has one rank"
+        report.sharing_fallback_reason = self._obstacle
+
+    def look_at(self, reader: StorageReader, has_global_metadata: bool) -> None:
+        """Find out whether this rank can share."""
+        if self._exchange_bytes and not self._obstacle:
+            self._obstacle = why_alone(reader) if has_global_metadata else "this rank has metadata of its own"
+
+    @property
+    def word(self) -> int:
+        """What this rank tells the others."""
+        return _DOES_NOT_SHARE if not self._exchange_bytes else _CANNOT_SHARE if self._obstacle else _SHARES
+
+    def agree(self, lowest: int, highest: int) -> None:
+        """Take the lowest and the highest word of all ranks.
+
+        Raises:
+            ValueError: on all ranks, if not all have been told the same.
+        """
+        if lowest == _DOES_NOT_SHARE and highest != _DOES_NOT_SHARE:
+            raise ValueError("share_reads must be the same on all ranks")
+        self._is_agreed = lowest == _SHARES and self._ranks.use_dist
+        if lowest == _CANNOT_SHARE:
+            self._report.sharing_fallback_reason = self._obstacle or "another rank cannot share reads"
+
+    def read(self, read_data: Callable[[], None]) -> Outcome[None]:
+        """Read, with or without others."""
+        if not self._is_agreed:
+            return Outcome(read_data)
+        exchange = Exchange(self._ranks, self._exchange_bytes, self._report)
+        token = sharing.set(exchange)
+        try:
+            read = Outcome(read_data)
+        finally:
+            sharing.reset(token)
+        left = Outcome(lambda: exchange.leave(read.error))
+        return read if read.error is not None or left.error is None else left
 
 
 def _load(
@@ -86,6 +155,7 @@ def _load(
     ranks: DistWrapper,
     metadata: Metadata | None,
     share: bool,
+    share_reads: _ShareReads,
     report: LoadReport,
 ) -> None:
     arguments: dict[str, Any] = {}
@@ -118,8 +188,13 @@ def _load(
 
     local = Outcome(local_step)
     report.planner_fallback_reason = why_planner_is_slow(planner, report.planned_natively or local.error is not None)
+    if local.error is None:
+        share_reads.look_at(storage_reader, has_global_metadata)
     with report.stage("ranks"):
-        flag = _all_flags(ranks, "plan", local, 0 if _has_no_global_step(planner, storage_reader) else _GATHER_PLANS)
+        own_flag = 0 if _has_no_global_step(planner, storage_reader) else _GATHER_PLANS
+        flag, *words = _all_flags(ranks, "plan", local, own_flag, share_reads.word)
+        if not flag & _FAILED:
+            share_reads.agree(*words)
         if flag & _FAILED:
             _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
         plan = local.value
@@ -133,25 +208,32 @@ def _load(
         read_plan(storage_reader, planner.finish_plan(plan), planner).wait()
 
     report.enter("commit")
-    read = Outcome(read_data)
+    read = share_reads.read(read_data)
+    if isinstance(read.error, GroupError):  # the others know as well, or wait for what will never come
+        raise CheckpointException("read", {ranks.rank: wrap_exception(cast(Exception, read.error.__cause__))})
     with report.stage("ranks"):
-        if _all_flags(ranks, "read", read, 0) & _FAILED:
+        if _all_flags(ranks, "read", read)[0] & _FAILED:
             _raise_failures(ranks, "read", read, alone=not has_global_metadata)
 
 
-def _all_flags(ranks: DistWrapper, step: str, outcome: Outcome[Any], flag: int) -> int:
-    """The bits that any rank has set in its flag. Collective.
+def _all_flags(
+    ranks: DistWrapper, step: str, outcome: Outcome[Any], flag: int = 0, word: int = 0
+) -> tuple[int, int, int]:
+    """The bits that any rank has set in its flag, and the lowest and the highest word of all ranks. Collective.
 
     Args:
         flag: of this rank, but for ``_FAILED``, which the outcome tells.
+        word: of this rank.
     """
     if outcome.error is not None:
         flag |= _FAILED
     if not ranks.use_dist:
-        return flag
+        return flag, word, word
     try:
         # One number for each bit: the bitwise or is not what all backends have.
-        return sum(largest(ranks, [flag & _GATHER_PLANS, flag & _FAILED]))
+        numbers = [flag & _GATHER_PLANS, flag & _FAILED, -word, word]
+        gather, failed, lowest, highest = largest(ranks, numbers, torch.int32)
+        return gather | failed, -lowest, highest
     except Exception as error:
         if outcome.error is None:
             raise
@@ -166,7 +248,8 @@ def _raise_failures(ranks: DistWrapper, step: str, outcome: Outcome[Any], alone:
     Args:
         alone: whether this rank raises its own error as it is, and not within CheckpointException.
     """
-    error = outcome.error
+    # A rank that only could not go on without another one has no failure of its own.
+    error = None if isinstance(outcome.error, OtherRankError) else outcome.error
     failures = get_failure_dict(ranks.all_gather_object(None if error is None else wrap_exception(sendable(error))))
     if error is not None and alone:
         raise error

@@ -23,6 +23,7 @@ from dcp_fast.this_load import option
 from dcp_fast.transfer.gpu import CudaLoad, StagingLimits
 from dcp_fast.transfer.plan_transfer import PlanTransfer
 from dcp_fast.transfer.records import Records
+from dcp_fast.transfer.sharing import sharing
 
 __all__ = ["EngineReader", "IoName", "owned_by"]
 
@@ -142,7 +143,7 @@ class EngineReader(torch_filesystem.FileSystemReader):
         return StagingLimits.of(self.threads, self.block_bytes, self.pinned_bytes, self.device_staging_bytes)
 
     def _load(self, plan: LoadPlan, planner: LoadPlanner, report: LoadReport) -> Future[None]:
-        report.reader_fallback_reason = self._why_slow()
+        report.reader_fallback_reason = self.why_slow()
         if report.reader_fallback_reason:
             with report.stage("transfer"):
                 return super().read_data(plan, planner)
@@ -163,13 +164,13 @@ class EngineReader(torch_filesystem.FileSystemReader):
         records = self._records(options, report)
         cuda = CudaLoad(self.staging_limits, self.synchronize, report)
         try:
-            PlanTransfer(plan, planner, records, options, self.staging_bytes, cuda, report).run()
+            PlanTransfer(plan, planner, records, options, self.staging_bytes, cuda, report, sharing.get()).run()
         finally:
             report.reading_seconds += options.reading_seconds
             report.wait_seconds["disk"] += options.waiting_seconds
 
     @abstractmethod
-    def _why_slow(self) -> str:
+    def why_slow(self) -> str:
         """Why torch's reader must read the data itself; empty if the engine reads."""
 
     @abstractmethod

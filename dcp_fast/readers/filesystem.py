@@ -107,7 +107,7 @@ class FileSystemReader(EngineReader):
         with self.metadata_stage():
             return read_metadata_of(super().read_metadata, self, *args, **kwargs)
 
-    def _why_slow(self) -> str:
+    def why_slow(self) -> str:
         return local_files(self).reason
 
     def _records(self, options: _native.Options, report: LoadReport) -> Records:

@@ -86,7 +86,7 @@ class HuggingFaceStorageReader(EngineReader, torch_huggingface.HuggingFaceStorag
         with self.metadata_stage():
             return read_headers_of(super().read_metadata, self)
 
-    def _why_slow(self) -> str:
+    def why_slow(self) -> str:
         return why_no_payloads(self)
 
     def _records(self, options: _native.Options, report: LoadReport) -> Payloads:

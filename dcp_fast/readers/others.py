@@ -37,6 +37,7 @@ __all__ = [
     "fast_twin",
     "read_data_like_torch",
     "read_plan",
+    "why_alone",
 ]
 
 Reader = TypeVar("Reader", bound=StorageReader)
@@ -74,6 +75,16 @@ def fast_twin(reader: Any) -> EngineReader | str:
     twin = FileSystemReader(files.root)
     twin.storage_data, twin.transforms = reader.storage_data, reader.transforms
     return twin
+
+
+def why_alone(reader: StorageReader) -> str:
+    """Why a reader cannot share what it reads with other ranks; empty if it can."""
+    engine: EngineReader | str = "its read_data is not the engine's"
+    if has_torchs_read_data(reader) or has_torchs_payload_reads(reader):
+        engine = fast_twin(reader)
+    elif isinstance(reader, EngineReader) and method_of(reader, "read_data") is EngineReader.read_data:
+        engine = reader
+    return engine if isinstance(engine, str) else engine.why_slow()
 
 
 def read_plan(reader: StorageReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

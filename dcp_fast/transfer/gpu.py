@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger("dcp_fast")
+
+Result = TypeVar("Result")
 
 MIN_STAGING_BYTES = 1 << 20  # slots of the smallest size that still overlap reading and copying
 _BLOCK_BYTES = 4 << 20  # by default
@@ -231,6 +234,36 @@ class CudaLoad:
         """
         return self._run(lambda streams: program.run(wave, options, self._staging, streams), options, list(devices))
 
+    def prepare(self, devices: Iterable[int]) -> None:
+        """Have all that loads to the devices need, before ranks depend on each other.
+
+        Raises:
+            CudaRefusedError: a load can only be run with destinations elsewhere.
+            NativeError: see :func:`dcp_fast.errors.typed_errors`.
+        """
+
+        def work(streams: dict[int, int]) -> None:
+            assert self._staging is not None
+            for device in streams:
+                self._staging.prepare(device)
+
+        self._run(work, None, list(devices))
+
+    def run_step(
+        self,
+        step: Callable[[_native.PinnedRing | None, dict[int, int]], _native.RoundStats],
+        options: _native.Options,
+        devices: Iterable[int],
+    ) -> _native.RoundStats:
+        """Run a step of an exchange that has destinations on the devices. See :meth:`run`.
+
+        Args:
+            step: takes the staging and torch's current streams.
+            options: for reading.
+            devices: ordinals.
+        """
+        return self._run(lambda streams: step(self._staging, streams), options, list(devices))
+
     def run_in_turns(
         self,
         programs: Sequence[_native.Program],
@@ -258,14 +291,15 @@ class CudaLoad:
         return self._run(run, options, [device])
 
     def _run(
-        self, work: Callable[[dict[int, int]], _native.Stats], options: _native.Options, devices: list[int]
-    ) -> _native.Stats:
+        self, work: Callable[[dict[int, int]], Result], options: _native.Options | None, devices: list[int]
+    ) -> Result:
         # The staging is never an argument or a local variable: the traceback of an error would keep it after the load.
         streams = _current_streams(devices)
         # Before anything else: while a graph is captured, even a query of an event invalidates it.
         _native.require_not_capturing(streams)
         if self._staging is None:
             self._staging = _lease(self.limits)
+        if self._options is None and options is not None:
             self._options = options
             self._started = time.perf_counter()
             self._read_before = options.reading_seconds

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import copy
 from functools import partial
 from itertools import groupby
@@ -31,6 +32,7 @@ from dcp_fast.transfer.fallback import place_fallback
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import BytesEntries, box_of, find_items
 from dcp_fast.transfer.records import Records
+from dcp_fast.transfer.sharing import ExchangeStep, Part, Sharing
 from dcp_fast.transfer.windows import Placement, Windows
 
 __all__ = ["PlanTransfer"]
@@ -57,6 +59,7 @@ class PlanTransfer:
             boxes that it places in host memory, and half where torch places or reads, or a GPU is loaded to.
         cuda: brings bytes to destinations on GPUs.
         report: is filled in.
+        exchange: with the other ranks, if they share reads.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class PlanTransfer:
         staging_bytes: int,
         cuda: CudaLoad,
         report: LoadReport,
+        exchange: Sharing | None = None,
     ) -> None:
         self.planner = planner
         self.records = records
@@ -78,6 +82,7 @@ class PlanTransfer:
         self.cuda = cuda
         self.plan = plan
         self._dequantizer: Dequantizer | None = None
+        self._exchange = exchange  # until this rank has taken part in it
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
@@ -130,6 +135,9 @@ class PlanTransfer:
 
     def _place_in_order(self) -> None:
         """For planners with hooks: resolve and commit all items in torch's order."""
+        if self._exchange is not None:
+            exchange, self._exchange = self._exchange, None
+            exchange.decline("items are placed in the order of the plan, not in that of the bytes")
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()
         # Tensors of the state dict are there anyway; a planner with a way of its own may have allocated others.
@@ -229,11 +237,12 @@ class PlanTransfer:
     ) -> None:
         try:
             for wave in range(program.waves):
-                if destinations.devices:
-                    stats = self.cuda.run(program, wave, self.half, destinations.devices)
-                else:
-                    stats = program.run(wave, self.options)
-                self._count(stats)
+                if not self._share(program, destinations.devices):
+                    if destinations.devices:
+                        stats = self.cuda.run(program, wave, self.half, destinations.devices)
+                    else:
+                        stats = program.run(wave, self.options)
+                    self._count(stats)
                 converted = [
                     self._converted_box(item, records[i], *program.box(i), target(i, item))
                     for i, item in _pick(items, program.converted(wave))
@@ -246,6 +255,43 @@ class PlanTransfer:
             # As copy_ does, so that autograd notices that tensors that were saved for backward have changed. Also after
             # an error, when nobody knows which of them were written.
             increment_version(destinations.tensors)
+
+    def _share(self, program: _native.Program, devices: Collection[int]) -> bool:
+        """Place the boxes of the first wave together with other ranks, if there are any who share.
+
+        Returns:
+            Whether they are in place.
+        """
+        if self._exchange is None:
+            return False
+        if devices:
+            self.cuda.prepare(devices)
+        ranks, self._exchange = self._exchange, None
+        options = self.half if devices else self.options
+        need: _native.Need | None = None
+
+        def find() -> tuple[_native.Need, ExchangeStep]:
+            nonlocal need
+            need = _native.Need(program, _names_on_all_ranks(self.items.record_rows.files))
+            return need, step
+
+        def step(exchange: _native.Exchange, send: Part, receive: Part) -> _native.RoundStats:
+            assert need is not None
+            run = partial(exchange.step, need, program, _memory_of(send), _memory_of(receive), options)
+            try:
+                stats = self.cuda.run_step(run, options, devices) if devices else run(None, {})
+            except CudaRefusedError as error:  # too late for another way
+                raise CudaError(str(error)) from None
+            self._count(stats.placed)
+            self.report.requests += stats.requests
+            self.report.bytes_read += stats.bytes_read
+            return stats
+
+        if not ranks.share(find):
+            return False
+        assert need is not None
+        self.report.staged_items += need.converted_items
+        return True
 
     def _converted_box(
         self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
@@ -317,6 +363,17 @@ class PlanTransfer:
         self.report.bytes_mapped += stats.bytes_mapped
         self.report.mapping_fallback_reason = stats.why_unmapped or self.report.mapping_fallback_reason
         self.report.staged_items += stats.converted_items
+
+
+def _memory_of(part: Part) -> tuple[int, int, int] | None:
+    """A round, and address and size of its memory."""
+    return None if part is None else (part[0], part[1].data_ptr(), part[1].numel())
+
+
+def _names_on_all_ranks(files: Sequence[str]) -> list[str]:
+    """Names of files that do not depend on where a rank has mounted what they lie on."""
+    names = [os.path.basename(file) if os.path.isabs(file) else file for file in files]
+    return names if len(set(names)) == len(names) else list(files)
 
 
 def _pick(items: Sequence[ReadItem], indices: Sequence[int]) -> Iterator[tuple[int, ReadItem]]:

@@ -36,7 +36,7 @@ def caught(call: Any, *args: Any, **kwargs: Any) -> list[tuple[type[Warning], st
 
 
 OWN_ARGUMENTS = {
-    "load": ["trace", "share_metadata", "trust_metadata", "trust_bytes"],
+    "load": ["trace", "share_metadata", "share_reads", "exchange_bytes", "trust_metadata", "trust_bytes"],
     "DefaultLoadPlanner": ["trust_bytes"],
 }
 

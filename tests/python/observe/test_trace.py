@@ -129,8 +129,8 @@ def test_times_of_reading(tmp_path: Path) -> None:
     reading_stages = report.seconds["layout"] + report.seconds["transfer"] + report.seconds["commit"]
     assert 0 < report.reading_seconds <= reading_stages
     assert report.reading_seconds <= report.wait_seconds["disk"]
-    assert report.wait_seconds.keys() == {"disk", "slot", "device"}
-    assert report.wait_seconds["slot"] == report.wait_seconds["device"] == 0
+    assert report.wait_seconds.keys() == {"disk", "slot", "device", "ranks"}
+    assert report.wait_seconds["slot"] == report.wait_seconds["device"] == report.wait_seconds["ranks"] == 0
     assert f"{report.wait_seconds['disk']:.3f}" in str(report)
 
 

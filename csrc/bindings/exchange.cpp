@@ -1,0 +1,132 @@
+// The exchange between ranks for Python, which calls the collectives.
+
+#include "exchange/exchange.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "bindings/file_options.h"
+#include "bindings/python.h"
+#include "bindings/streams.h"
+#include "cuda/pinned_ring.h"
+#include "transfer/program.h"
+
+namespace py = pybind11;
+
+namespace dcp_fast {
+namespace {
+
+using exchange::Exchange;
+using exchange::LocalNeed;
+using exchange::Need;
+using exchange::RoundStats;
+using transfer::Program;
+
+using Memory = std::pair<uint64_t, uint64_t>;  // address and size in bytes, of a tensor
+
+std::unique_ptr<Exchange> make_exchange(const std::vector<Memory>& encoded, std::vector<uint32_t> need_of_rank,
+                                        std::vector<int64_t> node_of_rank, uint32_t rank, int64_t send_bytes,
+                                        int64_t receive_bytes) {
+  if (need_of_rank.size() != node_of_rank.size() || rank >= need_of_rank.size()) {
+    throw py::value_error("each rank has a need and a node");
+  }
+  for (const uint32_t need : need_of_rank) {
+    if (need >= encoded.size()) throw py::index_error("no such need");
+  }
+  if (send_bytes < 1 || receive_bytes < 1) throw py::value_error("a round needs memory");
+  const py::gil_scoped_release release;
+  std::vector<Need> needs;
+  std::vector<int64_t> words;
+  for (const auto& [address, size] : encoded) {
+    words.resize(size / sizeof(int64_t));
+    // NOLINTNEXTLINE(performance-no-int-to-ptr)
+    if (!words.empty()) std::memcpy(words.data(), reinterpret_cast<void*>(address), words.size() * sizeof(int64_t));
+    needs.push_back(Need::decode(words.data(), words.size()));
+  }
+  return std::make_unique<Exchange>(std::move(needs), exchange::Ranks{std::move(need_of_rank), std::move(node_of_rank)},
+                                    rank, exchange::RoundLimits{send_bytes, receive_bytes});
+}
+
+// A round and its memory.
+using Part = std::tuple<uint32_t, uint64_t, uint64_t>;
+
+// The memory of a round that takes so many bytes.
+std::byte* memory_of(const Part& part, const std::vector<int64_t>& bytes) {
+  const int64_t needed = std::accumulate(bytes.begin(), bytes.end(), int64_t{0});
+  if (static_cast<int64_t>(std::get<2>(part)) < needed) throw py::value_error("the memory of a round is too small");
+  return reinterpret_cast<std::byte*>(std::get<1>(part));  // NOLINT(performance-no-int-to-ptr)
+}
+
+RoundStats step(const Exchange& exchange, const LocalNeed& local, const Program& program,
+                const std::optional<Part>& send, const std::optional<Part>& receive, const FileOptions& options,
+                cuda::PinnedRing* ring, const StreamsByDevice& streams) {
+  for (const auto* part : {&send, &receive}) {
+    if (*part && std::get<0>(**part) >= exchange.rounds()) throw py::index_error("no such round");
+  }
+  std::optional<exchange::Send> to_send;
+  std::optional<exchange::Receive> to_place;
+  if (send) {
+    const uint32_t round = std::get<0>(*send);
+    to_send = exchange::Send{round, memory_of(*send, exchange.bytes_to_send(round))};
+  }
+  if (receive) {
+    const uint32_t round = std::get<0>(*receive);
+    to_place = exchange::Receive{round, memory_of(*receive, exchange.bytes_to_receive(round))};
+  }
+  const transfer::CudaTargets targets{ring, stream_handles(streams)};
+  return without_gil(
+      [&] { return exchange::step(exchange, to_send, to_place, program, local.items, options, targets, interrupted); });
+}
+
+}  // namespace
+
+void bind_exchange(py::module_& module) {
+  module.attr("EXCHANGE_HEADER_BYTES") = exchange::kHeaderBytes;
+
+  py::class_<LocalNeed>(module, "Need", "What this rank needs of a load from the storage.")
+      .def(py::init([](const Program& program, const std::vector<py::str>& names) {
+             std::vector<std::string> texts;
+             texts.reserve(names.size());
+             for (const py::str& name : names) texts.push_back(system_path(name));
+             const py::gil_scoped_release release;
+             return exchange::need_of(program, texts);
+           }),
+           py::arg("program"), py::arg("names"))
+      .def_readonly("converted_items", &LocalNeed::converted_items)
+      .def("encode", [](const LocalNeed& local) {
+        const std::vector<int64_t> words = local.need.encode();
+        return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
+      });
+
+  py::class_<RoundStats>(module, "RoundStats")
+      .def_readonly("placed", &RoundStats::placed)
+      .def_readonly("requests", &RoundStats::requests)
+      .def_readonly("bytes_read", &RoundStats::bytes_read);
+
+  py::class_<Exchange>(module, "Exchange")
+      .def(py::init(&make_exchange), py::kw_only(), py::arg("needs"), py::arg("need_of_rank"), py::arg("node_of_rank"),
+           py::arg("rank"), py::arg("send_bytes"), py::arg("receive_bytes"))
+      .def_property_readonly("obstacle", &Exchange::obstacle)
+      .def_property_readonly("rounds", &Exchange::rounds)
+      .def_property_readonly("read_bytes", [](const Exchange& exchange) { return exchange.assignment().read_bytes(); })
+      .def("bytes_to_send", &Exchange::bytes_to_send, py::arg("round"))
+      .def("bytes_to_receive", &Exchange::bytes_to_receive, py::arg("round"))
+      .def("step", &step, py::arg("need"), py::arg("program"), py::arg("send"), py::arg("receive"), py::arg("options"),
+           py::arg("ring") = nullptr, py::arg("streams") = StreamsByDevice(),
+           "Reads what is sent in one round into memory, while what was received in another one is placed. Both are "
+           "a round, and address and size of its memory; or None.");
+}
+
+}  // namespace dcp_fast

@@ -1,0 +1,316 @@
+#include "exchange/assignment.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <tuple>
+#include <unordered_map>
+
+namespace dcp_fast::exchange {
+
+namespace {
+
+// Units are what is read and sent at once.
+constexpr int64_t kMostUnit = 4 << 20;
+constexpr int64_t kLeastUnit = 256 << 10;  // unless a round has no room for it
+// Smaller pieces join their neighbours, whoever needs them: to send a few bytes to a rank costs less than a request.
+constexpr int64_t kSmallPiece = 64 << 10;
+// What lies between the payloads of neighbouring records is read through.
+constexpr int64_t kGap = 8 << 10;
+// Blocks are long stretches for storage that reads ahead, and small enough that ranks read equally much.
+constexpr int64_t kMostBlock = 64 << 20;
+constexpr int64_t kBlocksPerRank = 16;
+
+uint64_t mixed(uint64_t number) {
+  number = (number + 1) * 0x9e3779b97f4a7c15U;
+  number = (number ^ number >> 32) * 0xd6e8feb86659fd93U;
+  return number ^ number >> 32;
+}
+
+struct Event {
+  uint32_t file;
+  bool begins;
+  uint32_t need;
+  uint32_t box;
+  int64_t position;
+};
+
+}  // namespace
+
+// Walks through all files, over the borders of all boxes, and makes units of what lies between.
+class Assignment::Sweep {
+ public:
+  Sweep(const std::vector<Need>& needs, const std::vector<std::vector<uint32_t>>& ranks_of_need, int64_t send_bytes)
+      : needs_(needs), ranks_of_need_(ranks_of_need), send_bytes_(send_bytes), active_(needs.size(), 0) {}
+
+  void run() {
+    std::vector<Event> events;
+    size_t boxes = 0;
+    for (const Need& need : needs_) boxes += need.boxes().size();
+    events.reserve(2 * boxes);
+    for (size_t need = 0; need < needs_.size(); ++need) {
+      const std::vector<NeededBox>& of_need = needs_[need].boxes();
+      for (size_t i = 0; i < of_need.size(); ++i) {
+        const auto [n, b] = std::pair(static_cast<uint32_t>(need), static_cast<uint32_t>(i));
+        events.push_back({of_need[i].file, true, n, b, of_need[i].begin});
+        events.push_back({of_need[i].file, false, n, b, of_need[i].end});
+      }
+    }
+    std::sort(events.begin(), events.end(), [](const Event& a, const Event& b) {
+      return std::tie(a.file, a.position, a.begins, a.need, a.box) <
+             std::tie(b.file, b.position, b.begins, b.need, b.box);
+    });
+    int64_t position = 0;
+    for (const Event& event : events) {
+      if (boxes_here_ > 0) add_interval(event.file, position, event.position);
+      position = event.position;
+      take(event);
+      if (!obstacle.empty()) return;
+    }
+    close();
+  }
+
+  std::vector<Unit> units;
+  std::vector<uint64_t> signatures;  // of the needs of each unit
+  std::string obstacle;
+
+ private:
+  void take(const Event& event) {
+    const Need& need = needs_[event.need];
+    const NeededBox& box = need.boxes()[event.box];
+    const auto ranks = static_cast<double>(ranks_of_need_[event.need].size());
+    const double share = ranks * static_cast<double>(need.bytes_within(box, box.begin, box.end)) /
+                         static_cast<double>(box.end - box.begin);
+    if (event.begins) {
+      if (boxes_here_ == 0 || box.grain > grain_) {
+        if (boxes_here_ > 0) check_grain(box.begin, grain_);
+        std::tie(grain_begin_, grain_) = std::pair(box.begin, box.grain);
+      } else {
+        check_grain(box.begin, box.grain);
+      }
+      ++boxes_here_;
+      density_ += share;
+      if (active_[event.need]++ == 0) signature_ ^= mixed(event.need);
+    } else {
+      --boxes_here_;
+      density_ = boxes_here_ == 0 ? 0 : density_ - share;
+      if (--active_[event.need] == 0) signature_ ^= mixed(event.need);
+    }
+  }
+
+  // Elements of boxes that share bytes must be cut in the same places.
+  void check_grain(int64_t begin, int64_t grain) {
+    if ((begin - grain_begin_) % grain != 0) obstacle = "records of the checkpoint overlap";
+  }
+
+  void add_interval(uint32_t file, int64_t begin, int64_t end) {
+    if (begin == end) return;
+    const auto room = static_cast<double>(send_bytes_);
+    const double copies = std::max(density_, 1e-3);  // of a byte that are sent
+    const double wanted = std::max(room / (2 * copies), std::min(double{kLeastUnit}, room / copies));
+    const auto most = static_cast<int64_t>(std::clamp(wanted, 16.0, double{kMostUnit}));
+    const int64_t size = end - begin;
+    const bool joins =
+        !units.empty() && is_open_ && units.back().file == file && begin - units.back().end <= kGap &&
+        end - units.back().begin <= std::min(most, most_) &&
+        (signature_ == signatures.back() || size < kSmallPiece || units.back().end - units.back().begin < kSmallPiece);
+    if (joins) {
+      units.back().end = end;
+      return;
+    }
+    // Pieces of about the same size, cut where elements end.
+    const int64_t pieces = (size + most - 1) / most;
+    int64_t from = begin;
+    for (int64_t i = 1; i <= pieces; ++i) {
+      int64_t to = i == pieces ? end : begin + size / pieces * i;
+      if (i < pieces) to -= ((to - grain_begin_) % grain_ + grain_) % grain_;
+      if (to <= from) continue;
+      units.push_back({file, 0, from, to, 0});
+      signatures.push_back(signature_);
+      from = to;
+    }
+    is_open_ = true;
+    most_ = most;
+  }
+
+  void close() { is_open_ = false; }
+
+  const std::vector<Need>& needs_;
+  const std::vector<std::vector<uint32_t>>& ranks_of_need_;
+  const int64_t send_bytes_;
+  std::vector<uint32_t> active_;  // boxes of each need at this position
+  int64_t boxes_here_ = 0;
+  uint64_t signature_ = 0;  // of the needs that have a box here
+  double density_ = 0;      // how many ranks need a byte here, on average
+  int64_t grain_begin_ = 0;
+  int32_t grain_ = 1;
+  bool is_open_ = false;  // whether the last unit may grow
+  int64_t most_ = 0;
+};
+
+Assignment::Assignment(const std::vector<Need>& needs, Ranks ranks, const RoundLimits& limits)
+    : ranks_(std::move(ranks)), ranks_of_need_(needs.size()), first_in_round_{0} {
+  for (size_t rank = 0; rank < ranks_.needs.size(); ++rank) {
+    ranks_of_need_.at(ranks_.needs[rank]).push_back(static_cast<uint32_t>(rank));
+  }
+  Sweep sweep(needs, ranks_of_need_, limits.send_bytes);
+  sweep.run();
+  obstacle_ = sweep.obstacle;
+  if (!obstacle_.empty()) return;
+  units_ = std::move(sweep.units);
+  find_shares(needs, sweep.signatures);
+  choose_owners(sweep.signatures, kMostUnit);
+  choose_rounds(limits);
+}
+
+void Assignment::find_shares(const std::vector<Need>& needs, std::vector<uint64_t>& signatures) {
+  // Twice through all needs: to count, and to fill in.
+  first_share_.assign(units_.size() + 1, 0);
+  std::vector<int64_t> bytes(units_.size(), 0);
+  std::vector<size_t> touched;
+  for (const bool counts : {true, false}) {
+    if (!counts) {
+      std::partial_sum(first_share_.begin(), first_share_.end(), first_share_.begin());
+      shares_.resize(first_share_.back());
+    }
+    for (size_t index = 0; index < needs.size(); ++index) {
+      const Need& need = needs[index];
+      touched.clear();
+      auto unit = units_.begin();
+      for (const NeededBox& box : need.boxes()) {
+        // The first unit that ends behind the box's first byte. Boxes begin in ascending order.
+        unit = std::lower_bound(unit, units_.end(), box, [](const Unit& a, const NeededBox& b) {
+          return a.file < b.file || (a.file == b.file && a.end <= b.begin);
+        });
+        int64_t found = 0;
+        for (auto next = unit; next != units_.end() && next->file == box.file && next->begin < box.end; ++next) {
+          const int64_t of_box = need.bytes_within(box, next->begin, next->end);
+          if (of_box == 0) continue;
+          found += of_box;
+          const auto number = static_cast<size_t>(next - units_.begin());
+          if (bytes[number] == 0) touched.push_back(number);
+          bytes[number] += of_box;
+        }
+        if (found != need.bytes_within(box, box.begin, box.end)) throw std::logic_error("units leave out needed bytes");
+      }
+      for (const size_t number : touched) {
+        if (counts) {
+          ++first_share_[number + 1];
+        } else {
+          // The first share of a unit moves on while they are filled in, and is set back below.
+          shares_[first_share_[number]++] = {static_cast<uint32_t>(index), static_cast<uint32_t>(bytes[number])};
+        }
+        bytes[number] = 0;
+      }
+    }
+  }
+  for (size_t i = units_.size(); i > 0; --i) first_share_[i] = first_share_[i - 1];
+  first_share_[0] = 0;
+  drop_gaps(signatures);
+}
+
+void Assignment::drop_gaps(std::vector<uint64_t>& signatures) {
+  size_t kept = 0;
+  for (size_t i = 0; i < units_.size(); ++i) {
+    if (first_share_[i] == first_share_[i + 1]) continue;
+    units_[kept] = units_[i];
+    signatures[kept] = signatures[i];
+    first_share_[kept++] = first_share_[i];
+  }
+  first_share_[kept] = first_share_[units_.size()];
+  first_share_.resize(kept + 1);
+  units_.resize(kept);
+  signatures.resize(kept);
+}
+
+int64_t Assignment::bytes_to_read(size_t unit) const {
+  const auto [begin, end] = shares(unit);
+  int64_t bytes = 0;
+  for (const Share* share = begin; share != end; ++share) bytes += share->bytes;
+  return std::min(bytes, units_[unit].end - units_[unit].begin);
+}
+
+void Assignment::choose_owners(const std::vector<uint64_t>& signatures, int64_t most_unit) {
+  read_bytes_.assign(ranks_.needs.size(), 0);
+  std::unordered_map<int64_t, int64_t> node_bytes;
+  int64_t total = 0;
+  for (size_t i = 0; i < units_.size(); ++i) total += bytes_to_read(i);
+  const auto ranks = static_cast<int64_t>(ranks_.needs.size());
+  const int64_t most_block = std::clamp(total / (kBlocksPerRank * ranks), std::min(most_unit, kLeastUnit), kMostBlock);
+  for (size_t begin = 0; begin < units_.size();) {
+    size_t end = begin;
+    int64_t bytes = 0;
+    while (end < units_.size() && units_[end].file == units_[begin].file && signatures[end] == signatures[begin] &&
+           (end == begin || bytes + bytes_to_read(end) <= most_block)) {
+      bytes += bytes_to_read(end++);
+    }
+    bool found = false;
+    uint32_t owner = 0;
+    // All units of a block have the needs of the first one, but for small pieces.
+    const auto [first, last] = shares(begin);
+    for (const Share* share = first; share != last; ++share) {
+      for (const uint32_t rank : ranks_of_need_[share->need]) {
+        const auto load = [&](uint32_t of) { return std::tuple(node_bytes[ranks_.nodes[of]], read_bytes_[of], of); };
+        if (!found || load(rank) < load(owner)) owner = rank;
+        found = true;
+      }
+    }
+    read_bytes_[owner] += bytes;
+    node_bytes[ranks_.nodes[owner]] += bytes;
+    for (; begin < end; ++begin) units_[begin].owner = owner;
+  }
+}
+
+void Assignment::choose_rounds(const RoundLimits& limits) {
+  const size_t ranks = ranks_.needs.size();
+  std::vector<std::vector<uint32_t>> queues(ranks);
+  for (size_t i = 0; i < units_.size(); ++i) queues[units_[i].owner].push_back(static_cast<uint32_t>(i));
+  std::vector<size_t> next(ranks, 0);
+  for (size_t left = units_.size(); left > 0;) {
+    const uint32_t round = rounds();
+    std::vector<int64_t> sent(ranks, 0);
+    std::vector<int64_t> read(ranks, 0);
+    std::vector<int64_t> received(ranks, 0);
+    std::vector<bool> is_full(ranks, false);
+    const size_t before = order_.size();
+    // Each pass takes one unit of each owner that has room. The first owner changes, as it finds most room.
+    for (bool takes = true; takes;) {
+      takes = false;
+      for (size_t i = 0; i < ranks; ++i) {
+        const size_t owner = (i + round) % ranks;
+        if (is_full[owner] || next[owner] == queues[owner].size()) continue;
+        const uint32_t unit = queues[owner][next[owner]];
+        const auto [first, last] = shares(unit);
+        int64_t all = 0;
+        int64_t most = 0;  // that a rank has received, with this unit
+        for (const Share* share = first; share != last; ++share) {
+          for (const uint32_t rank : ranks_of_need_[share->need]) {
+            all += share->bytes;
+            most = std::max(most, received[rank] + share->bytes);
+          }
+        }
+        const int64_t to_read = read[owner] + bytes_to_read(unit);
+        const bool fits = std::max(sent[owner] + all, to_read) <= limits.send_bytes && most <= limits.receive_bytes;
+        if (!fits && order_.size() > before) {
+          is_full[owner] = true;
+          continue;
+        }
+        sent[owner] += all;
+        read[owner] = to_read;
+        for (const Share* share = first; share != last; ++share) {
+          for (const uint32_t rank : ranks_of_need_[share->need]) received[rank] += share->bytes;
+        }
+        units_[unit].round = round;
+        order_.push_back(unit);
+        ++next[owner];
+        --left;
+        takes = true;
+      }
+    }
+    std::sort(order_.begin() + static_cast<std::ptrdiff_t>(before), order_.end(),
+              [this](uint32_t a, uint32_t b) { return std::tie(units_[a].owner, a) < std::tie(units_[b].owner, b); });
+    first_in_round_.push_back(order_.size());
+  }
+}
+
+}  // namespace dcp_fast::exchange

@@ -1,0 +1,89 @@
+// Who reads what, and when: the decision that all ranks of a job come to from the same needs.
+//
+//   1. The files' bytes that any rank needs are cut into units, at the borders of what ranks need and of their boxes.
+//   2. Neighbouring units that the same ranks need make up a block. Its owner, which reads it, is one of these ranks:
+//      on the node that has least to read as yet, the rank that has least to read.
+//   3. Units are sent in rounds. Each round takes the next units of every owner, as many as fit into the memory that
+//      each rank has for what it sends and receives in a round.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "exchange/need.h"
+
+namespace dcp_fast::exchange {
+
+struct Ranks {
+  std::vector<uint32_t> needs;  // of each rank the index of its need
+  std::vector<int64_t> nodes;   // of each rank what tells its node from others
+};
+
+// Memory of each rank for one round.
+struct RoundLimits {
+  int64_t send_bytes = 0;
+  int64_t receive_bytes = 0;
+};
+
+struct Unit {
+  uint32_t file = 0;
+  uint32_t owner = 0;  // a rank
+  int64_t begin = 0;
+  int64_t end = 0;
+  uint32_t round = 0;
+};
+
+// Of a unit: how many of its bytes a need has.
+struct Share {
+  uint32_t need = 0;
+  uint32_t bytes = 0;
+};
+
+class Assignment {
+ public:
+  // `needs`: all different ones, whose files have the numbers that all ranks have for them. Throws std::bad_alloc.
+  Assignment(const std::vector<Need>& needs, Ranks ranks, const RoundLimits& limits);
+
+  // Why nothing can be shared; empty if it can.
+  const std::string& obstacle() const { return obstacle_; }
+
+  // Ascending by file and position.
+  const std::vector<Unit>& units() const { return units_; }
+  std::pair<const Share*, const Share*> shares(size_t unit) const {
+    return {shares_.data() + first_share_[unit], shares_.data() + first_share_[unit + 1]};
+  }
+  const Ranks& ranks() const { return ranks_; }
+  uint32_t rounds() const { return static_cast<uint32_t>(first_in_round_.size()) - 1; }
+  // The units of a round, by owner, and ascending for each.
+  std::pair<const uint32_t*, const uint32_t*> units_of_round(uint32_t round) const {
+    return {order_.data() + first_in_round_[round], order_.data() + first_in_round_[round + 1]};
+  }
+  // How many bytes each rank reads, as far as that can be told without the storage's own costs.
+  const std::vector<int64_t>& read_bytes() const { return read_bytes_; }
+
+ private:
+  class Sweep;
+
+  void find_shares(const std::vector<Need>& needs, std::vector<uint64_t>& signatures);
+  // Removes units that lie between the rows of boxes, of which nobody needs anything.
+  void drop_gaps(std::vector<uint64_t>& signatures);
+  void choose_owners(const std::vector<uint64_t>& signatures, int64_t most_unit);
+  void choose_rounds(const RoundLimits& limits);
+  // Of a unit's bytes, those that any rank needs, and no fewer.
+  int64_t bytes_to_read(size_t unit) const;
+
+  Ranks ranks_;
+  std::vector<std::vector<uint32_t>> ranks_of_need_;
+  std::string obstacle_;
+  std::vector<Unit> units_;
+  std::vector<Share> shares_;
+  std::vector<size_t> first_share_;  // of each unit, and an end
+  std::vector<int64_t> read_bytes_;
+  std::vector<uint32_t> order_;
+  std::vector<size_t> first_in_round_;
+};
+
+}  // namespace dcp_fast::exchange

@@ -1,0 +1,104 @@
+// One rank's part in an exchange: it reads the units that it owns, packs them for the ranks that need them, and places
+// what it receives.
+//
+// In a round each rank has a segment for each rank, which begins with a header and is padded to a multiple of the
+// header's size. The header is for those who call the collectives. After it come the sender's units of that round, of
+// each unit the receiver's boxes in the order of its need, and of each box the bytes that lie in the unit, in ascending
+// order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "exchange/assignment.h"
+#include "exchange/need.h"
+#include "transfer/engine.h"
+#include "transfer/layouts.h"
+#include "transfer/options.h"
+#include "transfer/program.h"
+
+namespace dcp_fast::exchange {
+
+inline constexpr int64_t kHeaderBytes = 64;
+
+// What a rank needs of a load: the boxes of the first wave that the engine places.
+struct LocalNeed {
+  Need need;
+  std::vector<size_t> items;  // of the program, one for each box in the order of its number
+  int64_t converted_items = 0;
+};
+
+// `names`: of the files of the program's sources, the same on all ranks. The sources are opened for their sizes.
+LocalNeed need_of(const transfer::Program& program, const std::vector<std::string>& names);
+
+// What one round came to on this rank.
+struct RoundStats {
+  transfer::Stats placed;
+  int64_t requests = 0;
+  int64_t bytes_read = 0;
+};
+
+class Exchange {
+ public:
+  // `needs`: all different ones, as they were decoded, on all ranks in the same order. `ranks.needs[rank]` is the own
+  // one. Throws std::invalid_argument, std::bad_alloc.
+  Exchange(std::vector<Need> needs, Ranks ranks, uint32_t rank, const RoundLimits& limits);
+
+  const std::string& obstacle() const { return obstacle_; }
+  const Assignment& assignment() const { return *assignment_; }
+  uint32_t rounds() const { return obstacle_.empty() ? assignment_->rounds() : 0; }
+  // By rank, headers included.
+  std::vector<int64_t> bytes_to_send(uint32_t round) const;
+  std::vector<int64_t> bytes_to_receive(uint32_t round) const;
+
+  // Reads the units of a round that this rank owns into `memory`, which has bytes_to_send() in the order of ranks.
+  // Headers are left as they are. Throws as transfer::run_wave does.
+  void pack(uint32_t round, std::byte* memory, const transfer::Layouts& layouts, const transfer::Options& options,
+            const std::function<bool()>& interrupted, RoundStats& stats) const;
+
+  // Places what was received in a round. `program` and `items`: as need_of() had them.
+  transfer::Stats place(uint32_t round, const std::byte* memory, const transfer::Program& program,
+                        const std::vector<size_t>& items, const transfer::Options& options,
+                        const transfer::CudaTargets& cuda, const std::function<bool()>& interrupted) const;
+
+ private:
+  struct Span;
+
+  const Need& own_need() const { return needs_[ranks_of_job_.needs[rank_]]; }
+  // The units of an owner in a round.
+  std::pair<const uint32_t*, const uint32_t*> units_of(uint32_t round, uint32_t owner) const;
+  int64_t share_of(size_t unit, uint32_t need) const;
+  std::vector<Span> spans_to_read(uint32_t round, const transfer::Layouts& layouts,
+                                  const transfer::Limits& limits) const;
+
+  std::vector<Need> needs_;
+  Ranks ranks_of_job_;
+  const uint32_t rank_;
+  std::string obstacle_;
+  std::vector<size_t> sources_;  // of this rank by the number that all ranks have for a file
+  std::vector<std::vector<uint32_t>> ranks_of_need_;
+  std::unique_ptr<Assignment> assignment_;
+};
+
+// What another rank's or this one's round is about.
+struct Send {
+  uint32_t round = 0;
+  std::byte* memory = nullptr;
+};
+struct Receive {
+  uint32_t round = 0;
+  const std::byte* memory = nullptr;
+};
+
+// Reads and packs one round while another one is placed. If both fail, the error of the placement is thrown.
+RoundStats step(const Exchange& exchange, std::optional<Send> send, std::optional<Receive> receive,
+                const transfer::Program& program, const std::vector<size_t>& items, const transfer::Options& options,
+                const transfer::CudaTargets& cuda, const std::function<bool()>& interrupted);
+
+}  // namespace dcp_fast::exchange

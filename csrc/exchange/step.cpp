@@ -1,0 +1,94 @@
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#include "error.h"
+#include "exchange/exchange.h"
+
+namespace dcp_fast::exchange {
+
+namespace {
+
+constexpr std::chrono::milliseconds kPollInterval(100);
+
+// Work on a thread of its own, which is asked to stop and waited for when the object goes.
+class Aside {
+ public:
+  // Throws std::system_error if there is no thread.
+  explicit Aside(const std::function<void(const std::function<bool()>&)>& work)
+      : thread_([this, work] { run(work); }) {}
+  ~Aside() {
+    stop_ = true;
+    thread_.join();
+  }
+  Aside(const Aside&) = delete;
+  Aside& operator=(const Aside&) = delete;
+
+  // Throws what the work threw, and Interrupted.
+  void wait(const std::function<bool()>& interrupted) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (!ended_.wait_for(lock, kPollInterval, [this] { return has_ended_; })) {
+      lock.unlock();
+      const bool stop = interrupted();
+      lock.lock();
+      if (stop) throw Interrupted();
+    }
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  void run(const std::function<void(const std::function<bool()>&)>& work) {
+    std::exception_ptr error;
+    try {
+      work([this] { return stop_.load(); });
+    } catch (...) {
+      error = std::current_exception();
+    }
+    const std::scoped_lock lock(mutex_);
+    error_ = error;
+    has_ended_ = true;
+    ended_.notify_all();
+  }
+
+  std::atomic<bool> stop_{false};
+  std::mutex mutex_;
+  std::condition_variable ended_;
+  bool has_ended_ = false;
+  std::exception_ptr error_;
+  std::thread thread_;
+};
+
+}  // namespace
+
+RoundStats step(const Exchange& exchange, std::optional<Send> send, std::optional<Receive> receive,
+                const transfer::Program& program, const std::vector<size_t>& items, const transfer::Options& options,
+                const transfer::CudaTargets& cuda, const std::function<bool()>& interrupted) {
+  RoundStats stats;
+  const auto pack = [&](const std::function<bool()>& stops) {
+    exchange.pack(send->round, send->memory, program.layouts(), options, stops, stats);
+  };
+  const auto place = [&] {
+    stats.placed = exchange.place(receive->round, receive->memory, program, items, options, cuda, interrupted);
+  };
+  std::optional<Aside> packing;
+  if (send && receive) {
+    try {
+      packing.emplace(pack);
+    } catch (const std::system_error&) {
+      packing.reset();  // the system has no thread to give
+    }
+  }
+  if (receive) place();
+  if (packing) {
+    packing->wait(interrupted);
+  } else if (send) {
+    pack(interrupted);
+  }
+  return stats;
+}
+
+}  // namespace dcp_fast::exchange

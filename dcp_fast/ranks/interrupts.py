@@ -1,0 +1,41 @@
+"""Ctrl-C during collective calls, which no rank may leave while others wait for it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["deferred_interrupt"]
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], None]]:
+    """Keep Ctrl-C from taking this rank away between two collective calls, for which the others would wait.
+
+    Yields:
+        What is to be called when the rank may go: it raises what Ctrl-C would have raised, if it came. A second Ctrl-C
+        is not deferred.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    struck: list[tuple[int, FrameType | None]] = []
+
+    def strike() -> None:
+        if struck and callable(handler):
+            handler(*struck[0])
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        struck.append((number, frame))
+        if len(struck) > 1:
+            strike()
+
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield strike
+        return
+    signal.signal(signal.SIGINT, defer)
+    try:
+        yield strike
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,48 @@
+"""The seam between a transfer and the exchange with other ranks (``ranks/exchange.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+
+from dcp_fast import _native
+
+__all__ = ["ExchangeStep", "Part", "Sharing", "sharing"]
+
+# A round and its memory; None: there is nothing to do.
+Part = tuple[int, torch.Tensor] | None
+
+
+class ExchangeStep(Protocol):
+    """Reads what this rank sends in one round, while it places what it received in another one."""
+
+    def __call__(self, exchange: _native.Exchange, send: Part, receive: Part) -> _native.RoundStats: ...
+
+
+class Sharing(Protocol):
+    """What a load gives a transfer if its ranks share reads."""
+
+    def share(self, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
+        """Read what this rank needs together with all other ranks, and place it.
+
+        Collective: the transfer calls this, or :meth:`decline`, once on each rank.
+
+        Args:
+            find: what this rank needs, and the step of a round.
+
+        Returns:
+            Whether that was done. If not, this rank reads what it needs alone, as all others do.
+
+        Raises:
+            OtherRankError: another rank failed. Some destinations are written, and others are not.
+            Exception: what ``find`` or a step raised, or the process group.
+        """
+
+    def decline(self, reason: str) -> None:
+        """Take part in the exchange of all other ranks, but read what this rank needs alone."""
+
+
+sharing: ContextVar[Sharing | None] = ContextVar("dcp_fast_sharing", default=None)

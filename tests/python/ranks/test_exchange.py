@@ -1,0 +1,240 @@
+"""Ranks that share what they read get what torch gives them, and the job reads each byte once."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from helpers import torch_load, torch_planner, torch_reader
+from hooked_planners import Doubling
+from ranks import CollectiveCounter, Ranks
+from shared_reads import LAYOUTS, failure_of, load_shared, save_by_rows, state_dict, values_of
+
+import dcp_fast
+from dcp_fast.readers.filesystem import FileSystemReader
+
+HEADERS = 4096  # bytes that a rank may read of a record beyond its payload
+
+
+@pytest.fixture(scope="module")
+def checkpoint(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shared") / "checkpoint"
+    ranks.run(4, save_by_rows, path)
+    return path
+
+
+def compare(path: Path, layouts: list[str], **options: Any) -> list[tuple[int, int, int, int, str]]:
+    """Load in each layout with torch and with sharing; what the reports say."""
+    said = []
+    for layout in layouts:
+        expected, state = state_dict(layout), state_dict(layout)
+        torch_load(expected, storage_reader=torch_reader(path))
+        report = load_shared(state, path, **options)
+        assert values_of(state) == values_of(expected), layout
+        alone = state_dict(layout)
+        dcp_fast.load(alone, checkpoint_id=path)
+        assert values_of(alone) == values_of(expected), layout
+        assert report.exchange_rounds > 0
+        said.append((report.bytes_read_by_job, report.bytes_sent, report.bytes_received, report.records, layout))
+    return said
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_every_layout(ranks: Ranks, checkpoint: Path, world_size: int) -> None:
+    layouts = [name for name, (dims, _) in LAYOUTS.items() if dims == 1 or world_size > 2]
+    results = ranks.run(world_size, compare, checkpoint, layouts, timeout=180)
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
+    for number in range(len(layouts)):
+        of_ranks = [result[number] for result in results]
+        by_job, *_ = of_ranks[0]
+        assert all(said[0] == by_job for said in of_ranks)
+        assert by_job <= stored
+        assert sum(said[1] for said in of_ranks) == sum(said[2] for said in of_ranks)
+
+
+def compare_options(path: Path) -> None:
+    for layout, options in [
+        ("columns", {"exchange_bytes": 128 << 20}),
+        ("HSDP", {"storage_reader": dcp_fast.FileSystemReader(path, threads=1, io="direct")}),
+        ("rows", {"storage_reader": dcp_fast.FileSystemReader(path, block_bytes=1 << 16, io="mapped")}),
+        ("replicas", {"storage_reader": dcp_fast.FileSystemReader(path, staging_bytes=1 << 17, threads=5)}),
+    ]:
+        expected, state = state_dict(layout), state_dict(layout)
+        torch_load(expected, storage_reader=torch_reader(path))
+        report = load_shared(state, path, **options)
+        assert report.exchange_rounds > 0
+        assert values_of(state) == values_of(expected), options
+
+
+def test_options_of_readers(ranks: Ranks, checkpoint: Path) -> None:
+    ranks.run(4, compare_options, checkpoint)
+
+
+def convert(path: Path) -> int:
+    expected, state = (state_dict("columns", dtype=torch.float16) for _ in range(2))
+    torch_load(expected, storage_reader=torch_reader(path))
+    report = load_shared(state, path)
+    assert values_of(state) == values_of(expected)
+    assert report.exchange_rounds > 0
+    return report.staged_items
+
+
+def test_boxes_are_converted_as_they_arrive(ranks: Ranks, checkpoint: Path) -> None:
+    assert all(items >= 3 for items in ranks.run(4, convert, checkpoint))
+
+
+def load_different(path: Path) -> tuple[int, int]:
+    """Each rank wants something else, and one wants nothing."""
+    rank = dist.get_rank()
+    whole = torch.zeros(701, 301)
+    state: dict[str, Any] = [{}, {"model": {"wide": whole}}, {"plain": torch.zeros(51, 9)}, {"step": 0}][rank]
+    expected: dict[str, Any] = [{}, {"model": {"wide": whole.clone()}}, {"plain": torch.zeros(51, 9)}, {"step": 0}][
+        rank
+    ]
+    torch_load(expected, storage_reader=torch_reader(path))
+    report = load_shared(state, path)
+    assert values_of(state) == values_of(expected)
+    return report.bytes_received, report.bytes_read
+
+
+def test_ranks_that_need_nothing_take_part(ranks: Ranks, checkpoint: Path) -> None:
+    results = ranks.run(4, load_different, checkpoint)
+    assert results[0][1] == 0
+    assert results[3][0] <= 4096  # headers of rounds
+
+
+def load_with_hooks(path: Path) -> None:
+    for hooked in (range(4), [1]):  # the ranks whose planner has hooks
+        planner = [torch_planner, dcp_fast.DefaultLoadPlanner]
+        expected, state = state_dict("HSDP"), state_dict("HSDP")
+        if dist.get_rank() in hooked:
+            torch_load(expected, storage_reader=torch_reader(path), planner=Doubling())
+            report = load_shared(state, path, planner=Doubling())
+            assert "order of the plan" in report.sharing_fallback_reason
+        else:
+            torch_load(expected, storage_reader=torch_reader(path), planner=planner[0]())
+            report = load_shared(state, path, planner=planner[1]())
+            assert not report.sharing_fallback_reason
+        assert values_of(state) == values_of(expected)
+
+
+def test_planners_with_hooks(ranks: Ranks, checkpoint: Path) -> None:
+    ranks.run(4, load_with_hooks, checkpoint)
+
+
+def load_in_groups(path: Path) -> None:
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = halves[dist.get_rank() // 2]
+    for _ in range(2):
+        expected, state = {"plain": torch.zeros(51, 9)}, {"plain": torch.zeros(51, 9)}
+        torch_load(expected, storage_reader=torch_reader(path), process_group=group)
+        report = load_shared(state, path, process_group=group)
+        assert values_of(state) == values_of(expected)
+        assert report.exchange_rounds == 1
+    for part in halves:
+        dist.destroy_process_group(part) if part is group else None
+
+
+def test_two_loads_in_two_groups(ranks: Ranks, checkpoint: Path) -> None:
+    ranks.run(4, load_in_groups, checkpoint)
+
+
+class NotTheEngines(FileSystemReader):
+    def read_data(self, *args: Any) -> Any:
+        return super().read_data(*args)
+
+
+def reasons(path: Path) -> list[str]:
+    found = []
+    for reader in (FileSystemReader(path), NotTheEngines(path) if dist.get_rank() == 1 else FileSystemReader(path)):
+        state = state_dict("rows")
+        report = load_shared(state, path, storage_reader=reader)
+        found.append(report.sharing_fallback_reason)
+    state = {"plain": torch.zeros(51, 9)}
+    found.append(load_shared(state, path, no_dist=True).sharing_fallback_reason)
+    one = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    found.append(load_shared(state, path, process_group=one).sharing_fallback_reason)
+    return found
+
+
+def test_a_load_that_cannot_share_says_why(ranks: Ranks, checkpoint: Path) -> None:
+    for rank, found in enumerate(ranks.run(2, reasons, checkpoint)):
+        own = ["another rank cannot share reads", "its read_data is not the engine's"][rank]
+        assert found == ["", own, "the load is one of a single process", "the process group has one rank"]
+
+
+def load_not_alike(path: Path) -> dict[int, str] | str:
+    state = {"plain": torch.zeros(51, 9)}
+    return failure_of(partial(load_shared, state, path, share_reads=dist.get_rank() != 1))
+
+
+def test_ranks_that_are_told_differently_fail_at_once(ranks: Ranks, checkpoint: Path) -> None:
+    assert ranks.run(3, load_not_alike, checkpoint) == ["ValueError"] * 3
+
+
+def load_two_copies(path: Path) -> tuple[str, int]:
+    """One rank sees a file that is longer than those of the others."""
+    mine = path.parent / f"of rank {dist.get_rank()}"
+    mine.mkdir(exist_ok=True)
+    for file in path.iterdir():
+        content = file.read_bytes()
+        longer = dist.get_rank() == 1 and file.name == "__0_0.distcp"
+        (mine / file.name).write_bytes(content + b"more" if longer else content)
+    expected, state = state_dict("replicas"), state_dict("replicas")
+    torch_load(expected, storage_reader=torch_reader(mine))
+    report = load_shared(state, mine)
+    assert values_of(state) == values_of(expected)
+    return report.sharing_fallback_reason, report.exchange_rounds
+
+
+def test_copies_are_shared_only_if_they_are_alike(ranks: Ranks, checkpoint: Path) -> None:
+    for reason, rounds in ranks.run(2, load_two_copies, checkpoint):
+        assert reason.startswith("ranks see different files: __0_0.distcp has ")
+        assert rounds == 0
+
+
+def load_installed(path: Path) -> int:
+    expected, state = state_dict("HSDP"), state_dict("HSDP")
+    torch_load(expected, storage_reader=torch_reader(path))
+    with dcp_fast.install(share_reads=True):
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert values_of(state) == values_of(expected)
+    return report.exchange_rounds
+
+
+def test_install_shares(ranks: Ranks, checkpoint: Path) -> None:
+    assert all(rounds > 0 for rounds in ranks.run(4, load_installed, checkpoint))
+
+
+def count_calls(path: Path) -> tuple[list[str], int]:
+    with CollectiveCounter() as counter:
+        dcp_fast.load({"plain": torch.zeros(51, 9)}, checkpoint_id=path)
+    return counter.calls, counter.bytes
+
+
+def test_without_sharing_a_load_takes_two_small_calls(ranks: Ranks, checkpoint: Path) -> None:
+    assert ranks.run(2, count_calls, checkpoint) == [(["all_reduce"] * 2, 32)] * 2
+
+
+def trace(path: Path) -> str:
+    load_shared(state_dict("replicas"), path, trace=path.parent / "trace {rank}.json")
+    return (path.parent / f"trace {dist.get_rank()}.json").read_text()
+
+
+def test_report_and_trace_tell_of_the_exchange(ranks: Ranks, checkpoint: Path) -> None:
+    for text in ranks.run(2, trace, checkpoint):
+        assert '"exchange"' in text
+    report = dcp_fast.LoadReport(exchange_rounds=3, bytes_read_by_job=1000, bytes_sent=5, bytes_received=6)
+    assert "bytes read by all ranks" in str(report)
+
+
+def test_too_little_memory_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="exchange_bytes"):
+        dcp_fast.load({}, checkpoint_id=checkpoint, exchange_bytes=4096)

@@ -1,0 +1,206 @@
+"""A rank fails in an exchange, at any point: no other one waits for it, and the process group can be used again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+from helpers import torch_load, torch_planner, torch_reader
+from ranks import RankError, Ranks
+from shared_reads import failure_of, load_shared, save_by_rows, state_dict, values_of
+
+import dcp_fast
+from dcp_fast import _native
+from dcp_fast.ranks.exchange import Exchange
+
+WORLD = 4
+FAILING = 2
+EIO = 5
+LAYOUT = "replicas"  # most rounds
+
+Fault = Callable[[ExitStack], None]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("faults") / "checkpoint"
+    ranks.run(WORLD, save_by_rows, path)
+    return path
+
+
+def load_with(fault: Fault, path: Path) -> dict[int, str] | str:
+    """Load with a fault on one rank, then without. What the first load failed with."""
+    reader = dcp_fast.FileSystemReader(path, io="cached", threads=2)
+    began = time.monotonic()
+    with ExitStack() as faults:
+        if dist.get_rank() == FAILING:
+            fault(faults)
+        failure = failure_of(partial(load_shared, state_dict(LAYOUT), path, storage_reader=reader))
+    assert time.monotonic() - began < 20
+    expected, state = state_dict(LAYOUT), state_dict(LAYOUT)
+    torch_load(expected, storage_reader=torch_reader(path))
+    report = load_shared(state, path, storage_reader=reader)
+    assert report.exchange_rounds > 4
+    assert values_of(state) == values_of(expected)
+    return failure
+
+
+def inject(nth: int, faults: ExitStack) -> None:
+    faults.enter_context(_native.FaultInjection("pread", nth, EIO, repeat=1 << 30))
+
+
+def sweep_reads(path: Path, step: int) -> list[dict[int, str] | str]:
+    found = []
+    for nth in range(0, 10_000, step):
+        found.append(load_with(partial(inject, nth), path))
+        if found[-1] == "nothing":
+            break
+    return found
+
+
+def test_reads_that_fail(ranks: Ranks, checkpoint: Path) -> None:
+    results = ranks.run(WORLD, sweep_reads, checkpoint, 2, timeout=300)
+    assert all(result == results[0] for result in results)
+    *failures, last = results[0]
+    assert last == "nothing"
+    assert len(failures) > 8
+    assert all(failure in ({FAILING: "MetadataAccessError"}, {FAILING: "FileAccessError"}) for failure in failures)
+    assert failures[-1] == {FAILING: "FileAccessError"}
+
+
+@contextmanager
+def at_step(nth: int, action: Callable[[], None]) -> Iterator[None]:
+    """Do something before one of the steps of rounds."""
+    original = Exchange.share
+    calls = 0
+
+    def share(self: Exchange, find: Any) -> bool:
+        def found() -> Any:
+            need, step = find()
+
+            def acting(*args: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == nth + 1:
+                    action()
+                return step(*args)
+
+            return need, acting
+
+        return original(self, found)
+
+    with mock.patch.object(Exchange, "share", share):
+        yield
+
+
+def fail() -> None:
+    raise RuntimeError("a placement that fails")
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def act(nth: int, action: Callable[[], None], faults: ExitStack) -> None:
+    faults.enter_context(at_step(nth, action))
+
+
+def sweep_steps(path: Path, action: Callable[[], None]) -> list[dict[int, str] | str]:
+    found = []
+    for nth in range(1000):
+        found.append(load_with(partial(act, nth, action), path))
+        if found[-1] == "nothing":
+            break
+    return found
+
+
+@pytest.mark.parametrize(("action", "error"), [(fail, "RuntimeError"), (interrupt, "KeyboardInterrupt")])
+def test_every_round(ranks: Ranks, checkpoint: Path, action: Callable[[], None], error: str) -> None:
+    results = ranks.run(WORLD, sweep_steps, checkpoint, action, timeout=300)
+    *failures, last = results[0]
+    assert last == "nothing"
+    assert len(failures) > 4
+    for rank, (*of_rank, _) in enumerate(results):
+        assert all(failure == {FAILING: error} for failure in of_rank), rank
+
+
+class Raises(dcp_fast.DefaultLoadPlanner):
+    """Fails before anything is exchanged, or after."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        setattr(self, method, self._fail)
+
+    def _fail(self, *args: Any) -> Any:
+        raise ArithmeticError("a planner that fails")
+
+
+def load_with_planner(path: Path, method: str) -> dict[int, str] | str:
+    planner = Raises(method) if dist.get_rank() == FAILING else torch_planner()
+    return failure_of(partial(load_shared, state_dict(LAYOUT), path, planner=planner))
+
+
+@pytest.mark.parametrize(
+    "method", ["create_local_plan", "finish_plan", "resolve_tensor", "commit_tensor", "load_bytes"]
+)
+def test_planners_that_fail(ranks: Ranks, checkpoint: Path, method: str) -> None:
+    assert ranks.run(WORLD, load_with_planner, checkpoint, method) == [{FAILING: "ArithmeticError"}] * WORLD
+
+
+def no_memory(*args: Any, **kwargs: Any) -> Any:
+    raise MemoryError
+
+
+def lack_memory(name: str, faults: ExitStack) -> None:
+    owner = Exchange if name == "_allocate" else _native
+    faults.enter_context(mock.patch.object(owner, name, no_memory))
+
+
+@pytest.mark.parametrize("name", ["_allocate", "Exchange", "Need", "Program"])
+def test_memory_that_is_short(ranks: Ranks, checkpoint: Path, name: str) -> None:
+    results = ranks.run(WORLD, load_with, partial(lack_memory, name), checkpoint)
+    assert all(set(result) == {FAILING} for result in results)
+    assert all(result[FAILING] in ("MemoryError", "OutOfMemoryError") for result in results)
+
+
+def cut_file_short(path: Path) -> dict[int, str] | str:
+    mine = path.parent / f"short {dist.get_rank()}"
+    mine.mkdir()
+    for file in path.iterdir():
+        content = file.read_bytes()
+        cut = dist.get_rank() == FAILING and file.name == "__1_0.distcp"
+        (mine / file.name).write_bytes(content[: len(content) // 2] if cut else content)
+    return failure_of(partial(load_shared, state_dict(LAYOUT), mine))
+
+
+def test_a_truncated_file(ranks: Ranks, checkpoint: Path) -> None:
+    assert ranks.run(WORLD, cut_file_short, checkpoint) == [{FAILING: "TruncatedFileError"}] * WORLD
+
+
+def die_in_round(path: Path, nth: int) -> None:
+    with ExitStack() as faults:
+        if dist.get_rank() == FAILING:
+            act(nth, partial(os._exit, 3), faults)
+        began = time.monotonic()
+        failure = failure_of(partial(load_shared, state_dict(LAYOUT), path))
+        (path.parent / f"died {nth} {dist.get_rank()}").write_text(f"{time.monotonic() - began} {failure}")
+    time.sleep(2)  # so that all get that far
+
+
+@pytest.mark.parametrize("nth", [0, 3])
+def test_a_rank_that_dies(fresh_ranks: Ranks, checkpoint: Path, nth: int) -> None:
+    with pytest.raises(RankError):
+        fresh_ranks.run(WORLD, die_in_round, checkpoint, nth, timeout=30)
+    for rank in {*range(WORLD)} - {FAILING}:
+        seconds, _, failure = (checkpoint.parent / f"died {nth} {rank}").read_text().partition(" ")
+        assert float(seconds) < 10
+        assert "RuntimeError" in failure or "DistBackendError" in failure
