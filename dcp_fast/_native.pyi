@@ -8,7 +8,18 @@ DTYPES: tuple[str, ...]
 METADATA_DTYPES: tuple[str, ...]
 METADATA_LAYOUTS: tuple[str, ...]
 
-class NativeError(Exception): ...
+class NativeError(Exception):
+    """What failed, and where: see csrc/error.h. Numbers are -1 and texts empty where nothing is known."""
+
+    kind: str
+    reason: str
+    error_number: int
+    record: int
+    path: str
+    offset: int
+    length: int
+    device: int
+    fqn: str
 
 class IoMode:
     AUTO: IoMode

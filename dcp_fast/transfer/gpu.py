@@ -176,15 +176,14 @@ def _told_refusals(devices: Iterable[int]) -> Iterator[None]:
     try:
         yield
     except _native.NativeError as error:
-        kind, reason, *_, refusing, _fqn = error.args
-        if kind != "cuda_refused":
+        if error.kind != "cuda_refused":
             raise
         # Pinned memory is for all devices, the kernel for one.
-        for device in devices if refusing < 0 else [refusing]:
+        for device in devices if error.device < 0 else [error.device]:
             if device not in refusals:
-                refusals[device] = reason
-                logger.warning("Loads to cuda:%d go through torch's copy_, which is slower: %s", device, reason)
-        raise CudaRefusedError(reason) from None
+                refusals[device] = error.reason
+                logger.warning("Loads to cuda:%d go through torch's copy_, which is slower: %s", device, error.reason)
+        raise CudaRefusedError(error.reason) from None
 
 
 class CudaLoad:
@@ -313,8 +312,7 @@ class CudaLoad:
             try:
                 return work(streams)
             except _native.NativeError as error:
-                kind, _, _, record, *_ = error.args
-                if kind != "cuda_out_of_memory" or record >= 0:
+                if error.kind != "cuda_out_of_memory" or error.record >= 0:
                     raise
             # Nothing is written yet. torch may hold memory on the device that it does not use: try again without it.
             torch.cuda.empty_cache()
