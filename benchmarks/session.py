@@ -18,6 +18,7 @@ from benchmarks import (
     optimizer,
     quantized,
     quantized_files,
+    sharing,
     state_dicts,
     whole_states,
 )
@@ -73,6 +74,10 @@ class Session:
         workload = step.workload
         if step.kind is Kind.NODE:
             record.of_node = node.run(options.data, self._scale, options.rounds, options.with_dcp_fast, say)
+            return
+        if step.kind is Kind.SHARING:
+            if options.with_dcp_fast:
+                record.of_shared_reads = sharing.run(options.data, self._scale, options.rounds, say)
             return
         if workload is None:
             record.of_metadata = metadata.run(options.data, self._scale, options.rounds, self._entrants, say)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import checkpoints, metadata, node
+from benchmarks import checkpoints, metadata, node, sharing
 from benchmarks.workloads import Temperature, Workload
 
 # Of one round of first loads, by each of both loaders in a process of its own.
@@ -42,6 +42,7 @@ class Kind(enum.Enum):
     FIRST_LOADS = "first loads"
     METADATA = "metadata"
     NODE = "ranks of one machine"
+    SHARING = "ranks that share reads"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def on_host(known: Mapping[str, Workload], chosen: Collection[str], fresh_rounds
             continue
         if name == node.NAME:
             steps.append(Step(Kind.NODE))
+            continue
+        if name == sharing.NAME:
+            steps.append(Step(Kind.SHARING))
             continue
         workload = known[name]
         steps += [Step(Kind.LOADS, workload, temperature) for temperature in workload.targets]
