@@ -8,7 +8,18 @@ DTYPES: tuple[str, ...]
 METADATA_DTYPES: tuple[str, ...]
 METADATA_LAYOUTS: tuple[str, ...]
 
-class NativeError(Exception): ...
+class NativeError(Exception):
+    """What failed, and where: see csrc/error.h. Numbers are -1 and texts empty where nothing is known."""
+
+    kind: str
+    reason: str
+    error_number: int
+    record: int
+    path: str
+    offset: int
+    length: int
+    device: int
+    fqn: str
 
 class IoMode:
     AUTO: IoMode
@@ -40,6 +51,7 @@ class Options:
 class Layouts:
     requests: int
     bytes_read: int
+    def read_headers(self, options: Options) -> None: ...
     shared_files: int
     def threads(self, options: Options) -> int: ...
     def is_tensor(self, record: int) -> bool: ...
@@ -48,9 +60,9 @@ class Layouts:
     def strides(self, record: int) -> list[int]: ...
     def __len__(self) -> int: ...
 
-def read_layouts(
+def open_files(
     paths: Sequence[str], records: Buffer, options: Options, payloads: Buffer | None = None
-) -> Layouts: ...
+) -> Layouts: ...  # whose headers are yet to be read
 
 class Stats:
     requests: int
@@ -90,11 +102,18 @@ class PinnedRing:
 EXCHANGE_HEADER_BYTES: int
 
 class Need:
-    """What this rank needs of the files, for other ranks."""
+    """What this rank needs of the files, and where it goes."""
 
     converted_items: int
-    def __init__(self, program: Program, names: Sequence[str]) -> None: ...
+    @staticmethod
+    def of_program(program: Program, names: Sequence[str]) -> Need: ...
+    @staticmethod
+    def of_records(
+        layouts: Layouts, records: Sequence[int], most_bytes: int, names: Sequence[str], options: Options
+    ) -> Need: ...
     def encode(self) -> bytes: ...
+
+def keep(layouts: Layouts, need: Need) -> None: ...
 
 class RoundStats:
     placed: Stats
@@ -122,7 +141,7 @@ class Exchange:
     def step(
         self,
         need: Need,
-        program: Program,
+        layouts: Layouts,
         send: tuple[int, int, int] | None,  # round, address and size
         receive: tuple[int, int, int] | None,
         options: Options,
@@ -145,6 +164,8 @@ class RecordBytes(Buffer): ...
 
 def can_dequantize(stored: int, exponents: bool, target: int, destination: int) -> bool: ...
 def dequantize(rows: Buffer) -> None: ...
+def can_dequantize_on_device(stored: int, target: int, destination: int) -> bool: ...
+def dequantize_on_device(ring: PinnedRing, device: int, stream: int, rows: Buffer) -> None: ...
 def read_records(
     layouts: Layouts,
     records: Sequence[int],
@@ -157,7 +178,9 @@ def read_plain_values(
     layouts: Layouts, records: Sequence[int], options: Options
 ) -> tuple[list[Any], int, int]: ...  # an Ellipsis for what is no plain value; requests, bytes
 def parse_plain_value(record: Buffer) -> Any: ...
-def read_range(path: str, offset: int, length: int, options: Options) -> tuple[bytes, int]: ...
+def read_record(
+    layouts: Layouts, record: int, options: Options
+) -> tuple[bytes, int, int]: ...  # and how many requests and bytes brought it
 
 class MetadataColumns:
     """Metadata of a checkpoint. An entry is the number of a key of state_dict_metadata, a row one of storage_data."""

@@ -17,6 +17,8 @@ std::string why_unmapped(int reason) {
       return "another library took over SIGBUS during a load";
     case kPagesVanished:
       return "a mapped file changed or could not be read";
+    case kSmallBlocks:
+      return "blocks of less than 256 KiB are read";
     default:
       return "a file could not be mapped: " + std::generic_category().message(reason);
   }

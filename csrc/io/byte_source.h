@@ -42,6 +42,7 @@ struct IoCounters {
 inline constexpr int kSignalBlocked = -1;
 inline constexpr int kSignalTaken = -2;
 inline constexpr int kPagesVanished = -3;
+inline constexpr int kSmallBlocks = -4;
 
 // The reason in words; empty for 0.
 std::string why_unmapped(int reason);

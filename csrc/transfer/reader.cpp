@@ -97,7 +97,12 @@ bool copy_mapped(const Policy& policy, const io::ByteSource& source, Worker& wor
   const Piece* end = pieces + count;
   const int64_t begin = pieces->source;
   const int64_t size = (end - 1)->source + box::source_span((end - 1)->loops) - begin;
-  if (!policy.mapped || size < kMinMapped) return false;
+  if (!policy.mapped) return false;
+  if (size < kMinMapped) {
+    const bool never = policy.block_bytes < kMinMapped && policy.run_bytes < kMinMapped;
+    if (never) worker.counters->unmapped.store(io::kSmallBlocks, std::memory_order_relaxed);
+    return false;
+  }
   int64_t needed = 0;
   int64_t written = 0;
   for (const Piece* piece = pieces; piece != end; ++piece) {

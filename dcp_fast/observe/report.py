@@ -54,7 +54,7 @@ class LoadReport:
         dequantized_items: boxes of quantized tensors, which became numbers on their way.
         bytes_to_device: bytes that were copied from the host to GPUs, descriptors of boxes included.
         device_copies: how many copies brought them there.
-        launches: of the kernel that places boxes on a GPU.
+        launches: of the kernels that place boxes on a GPU, and dequantize there.
         pinned_bytes, device_staging_bytes: memory that these copies went through, on the host and on the GPU that held
             most; it is kept for the next load.
         copying_seconds: that the copies took on the GPU where they took longest. Without ``synchronize`` the last few
