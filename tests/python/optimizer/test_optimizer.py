@@ -125,6 +125,17 @@ def same_for_other_keys(path: Path) -> None:
         assert assert_same_result(path / "sharded", dict, key=key).keys() == {key}
 
 
+def same_if_reads_are_shared(path: Path) -> None:
+    for form in FORMS:
+        model = {"even": by_rows(torch.zeros(12, 2))}
+        expected = load_fast(dict(model), KEY, fast_reader(path / form))
+        shared = load_fast(dict(model), KEY, fast_reader(path / form), share_reads=True)
+        report = dcp_fast.last_report()
+        assert report is not None
+        assert report.exchange_rounds > 0
+        assert result_image(shared) == result_image(expected)
+
+
 def same_for_any_model(path: Path) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     full = torch.zeros(12, 2)
@@ -160,7 +171,7 @@ def hooks_are_called_as_by_torch(path: Path) -> None:
 def test_same_result_as_torch(ranks: Ranks, shared: Path, world_size: int) -> None:
     scenarios = [same_for_every_form, same_for_other_keys, same_for_any_model]
     if world_size > 1:
-        scenarios += [same_for_any_planner_and_reader, hooks_are_called_as_by_torch]
+        scenarios += [same_for_any_planner_and_reader, hooks_are_called_as_by_torch, same_if_reads_are_shared]
     check(ranks, world_size, scenarios, shared)
 
 
