@@ -13,9 +13,11 @@ from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh, zeros
+from torch.distributed.checkpoint.state_dict_loader import load as torch_load
+from torch.distributed.checkpoint.state_dict_saver import save as torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
 from torch.multiprocessing.spawn import spawn
 
 __all__ = ["LAYOUTS", "RANKS", "WAYS", "Case", "Load", "run_ranks", "save"]
@@ -113,7 +115,7 @@ def _save(_: str, path: Path, tensors: int, rows: int, columns: int) -> None:
     for number in range(tensors):
         torch.manual_seed(number * RANKS + dist.get_rank())
         state[f"layers.{number}.weight"] = DTensor.from_local(torch.rand(part, columns), mesh, [Shard(0)])
-    dcp.save({"model": state, "sizes": [tensors, rows, columns]}, checkpoint_id=path)
+    torch_save({"model": state, "sizes": [tensors, rows, columns]}, checkpoint_id=path)
 
 
 def _state_dict(path: Path, layout: str) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def _load(way: str, path: Path, state: dict[str, Any], case: Case, storage_file:
         )
     start = time.perf_counter()
     if way == "torch":
-        dcp.load(state, storage_reader=FileSystemReader(path) if storage is None else _SlowReader(path, storage))
+        torch_load(state, storage_reader=FileSystemReader(path) if storage is None else _SlowReader(path, storage))
     elif storage is None:
         dcp_fast.load(state, checkpoint_id=path, share_reads=way == "shared")
     else:

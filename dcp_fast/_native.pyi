@@ -39,6 +39,7 @@ class Options:
 class Layouts:
     requests: int
     bytes_read: int
+    def read_headers(self, options: Options) -> None: ...
     def threads(self, options: Options) -> int: ...
     def is_tensor(self, record: int) -> bool: ...
     def fallback_reason(self, record: int) -> str: ...
@@ -46,9 +47,9 @@ class Layouts:
     def strides(self, record: int) -> list[int]: ...
     def __len__(self) -> int: ...
 
-def read_layouts(
+def open_files(
     paths: Sequence[str], records: Buffer, options: Options, payloads: Buffer | None = None
-) -> Layouts: ...
+) -> Layouts: ...  # whose headers are yet to be read
 
 class Stats:
     requests: int
@@ -89,11 +90,18 @@ class PinnedRing:
 EXCHANGE_HEADER_BYTES: int
 
 class Need:
-    """What this rank needs of the files, for other ranks."""
+    """What this rank needs of the files, and where it goes."""
 
     converted_items: int
-    def __init__(self, program: Program, names: Sequence[str]) -> None: ...
+    @staticmethod
+    def of_program(program: Program, names: Sequence[str]) -> Need: ...
+    @staticmethod
+    def of_records(
+        layouts: Layouts, records: Sequence[int], most_bytes: int, names: Sequence[str], options: Options
+    ) -> Need: ...
     def encode(self) -> bytes: ...
+
+def keep(layouts: Layouts, need: Need) -> None: ...
 
 class RoundStats:
     placed: Stats
@@ -123,7 +131,7 @@ class Exchange:
     def step(
         self,
         need: Need,
-        program: Program,
+        layouts: Layouts,
         send: tuple[int, int, int] | None,  # round, address and size
         receive: tuple[int, int, int] | None,
         options: Options,
@@ -157,7 +165,9 @@ def read_plain_values(
     layouts: Layouts, records: Sequence[int], options: Options
 ) -> tuple[list[Any], int, int]: ...  # an Ellipsis for what is no plain value; requests, bytes
 def parse_plain_value(record: Buffer) -> Any: ...
-def read_range(path: str, offset: int, length: int, options: Options) -> tuple[bytes, int]: ...
+def read_record(
+    layouts: Layouts, record: int, options: Options
+) -> tuple[bytes, int, int]: ...  # and how many requests and bytes brought it
 
 class MetadataColumns:
     """Metadata of a checkpoint. An entry is the number of a key of state_dict_metadata, a row one of storage_data."""

@@ -88,8 +88,8 @@ std::vector<checkpoint::TensorLayout> payloads_of(const std::vector<Record>& rec
   return payloads;
 }
 
-std::unique_ptr<Layouts> read_layouts(const std::vector<py::str>& python_paths, const py::buffer& record_column,
-                                      const FileOptions& options, const std::optional<py::buffer>& payload_column) {
+std::unique_ptr<Layouts> open_files(const std::vector<py::str>& python_paths, const py::buffer& record_column,
+                                    const FileOptions& options, const std::optional<py::buffer>& payload_column) {
   io::ByteSources sources;
   sources.reserve(python_paths.size());
   for (const py::str& path : python_paths) {
@@ -109,7 +109,7 @@ std::unique_ptr<Layouts> read_layouts(const std::vector<py::str>& python_paths, 
   if (payload_column) payloads = payloads_of(records, *payload_column, sources);
   return without_gil([&] {
     return std::make_unique<Layouts>(
-        transfer::read_layouts(std::move(sources), std::move(records), std::move(payloads), options, interrupted));
+        transfer::open_files(std::move(sources), std::move(records), std::move(payloads), options, interrupted));
   });
 }
 
@@ -159,30 +159,40 @@ std::vector<size_t> items_of_kind(const Program& program, Transfer::Kind kind, i
   return indices;
 }
 
-py::tuple read_range(const py::str& python_path, int64_t offset, int64_t length, const FileOptions& options) {
-  if (offset < 0 || length < 0) throw py::value_error("negative offset or length");
-  io::File file(system_path(python_path));
-  const io::OpenSource open = [&file] {
+py::tuple read_record(const Layouts& layouts, size_t index, const FileOptions& options) {
+  const Record& record = layouts.records.at(index);
+  io::ByteSource& source = *layouts.sources[record.file];
+  const auto attributed = [&](const auto& work) {
+    try {
+      return work();
+    } catch (Error& error) {
+      layouts.attribute(error, index);
+      throw;
+    }
+  };
+  const io::OpenSource open = attributed([&] {
     const py::gil_scoped_release release;
-    return io::OpenSource(file);
-  }();
-  file.check_range(static_cast<size_t>(length), offset);
-  const auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, length));
+    return io::OpenSource(source);
+  });
+  attributed([&] { source.check_range(static_cast<size_t>(record.length), record.offset); });
+  const auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, record.length));
   if (!bytes) throw py::error_already_set();  // MemoryError
   char* data = PyBytes_AS_STRING(bytes.ptr());
   // In blocks, so that Ctrl-C need not wait for all of a large entry.
   constexpr int64_t kBlock = 256 << 10;
-  const auto blocks = static_cast<size_t>((length + kBlock - 1) / kBlock);
+  const auto blocks = static_cast<size_t>((record.length + kBlock - 1) / kBlock);
   io::IoCounters counters = options.counters();
   without_gil([&] {
-    transfer::run_parallel(blocks, 1, counters, interrupted, [&](size_t block, const transfer::Worker&) {
-      const int64_t begin = static_cast<int64_t>(block) * kBlock;
-      const auto size = static_cast<size_t>(std::min(kBlock, length - begin));
-      file.read_exactly(data + begin, size, offset + begin, counters);
+    return attributed([&] {
+      transfer::run_parallel(blocks, 1, counters, interrupted, [&](size_t block, const transfer::Worker&) {
+        const int64_t begin = static_cast<int64_t>(block) * kBlock;
+        const auto size = static_cast<size_t>(std::min(kBlock, record.length - begin));
+        source.read_exactly(data + begin, size, record.offset + begin, counters);
+      });
+      return 0;
     });
-    return 0;
   });
-  return py::make_tuple(bytes, counters.requests.load());
+  return py::make_tuple(bytes, counters.requests.load(), counters.bytes.load());
 }
 
 py::tuple read_plain_values(const Layouts& layouts, const std::vector<size_t>& records, const FileOptions& options) {
@@ -274,6 +284,15 @@ void bind_transfer(py::module_& module) {
   py::class_<Layouts>(module, "Layouts")
       .def_readonly("requests", &Layouts::requests)
       .def_readonly("bytes_read", &Layouts::bytes)
+      .def(
+          "read_headers",
+          [](Layouts& layouts, const FileOptions& options) {
+            without_gil([&] {
+              transfer::read_headers(layouts, options, interrupted);
+              return 0;
+            });
+          },
+          py::arg("options"))
       .def("threads",
            [](const Layouts& layouts, const FileOptions& options) {
              return transfer::limits_of(options, io::access_of(layouts.sources)).threads;
@@ -286,8 +305,8 @@ void bind_transfer(py::module_& module) {
       .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
       .def("strides", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.strides; })
       .def("__len__", [](const Layouts& layouts) { return layouts.records.size(); });
-  module.def("read_layouts", &read_layouts, py::arg("paths"), py::arg("records"), py::arg("options"),
-             py::arg("payloads") = py::none());
+  module.def("open_files", &open_files, py::arg("paths"), py::arg("records"), py::arg("options"),
+             py::arg("payloads") = py::none(), "Layouts whose headers are yet to be read.");
 
   py::class_<transfer::Stats>(module, "Stats")
       .def_readonly("requests", &transfer::Stats::requests)
@@ -360,8 +379,8 @@ void bind_transfer(py::module_& module) {
              "The values of bytes entries, with an Ellipsis for each that is more than a plain value, and how many "
              "requests and bytes brought them. Equal values that cannot change are one object.");
   module.def("parse_plain_value", &parse_plain_value, py::arg("record"), "The same of one entry that is in memory.");
-  module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"), py::arg("options"),
-             "Exactly `length` bytes of a file, and how many requests brought them. Nothing is allocated before the "
+  module.def("read_record", &read_record, py::arg("layouts"), py::arg("record"), py::arg("options"),
+             "All bytes of a record, and how many requests and bytes brought them. Nothing is allocated before the "
              "file's size is checked.");
 }
 

@@ -169,7 +169,7 @@ class Dequantizer:
                 payloads.extend((stored.code, len(stored.sizes), *stored.sizes))
         self._fqns = [stored.fqn for stored in self._records]
         with typed_errors(self._fqns):
-            self._layouts = _native.read_layouts(list(files), rows, options, payloads)
+            self._layouts = _native.open_files(list(files), rows, options, payloads)
 
     def place(self, boxes: Sequence[QuantizedBox], buffer_bytes: int) -> list[_native.Stats]:
         """Read boxes, dequantize them and bring them to their targets, no two of which may share memory.

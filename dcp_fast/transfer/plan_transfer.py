@@ -96,7 +96,9 @@ class PlanTransfer:
                 for record in self.quantized:
                     rows.rows[4 * record + 3] = 1  # not for the engine alone
                 paths = list(map(self.records.path, rows.files))
-                self.layouts = _native.read_layouts(paths, rows.rows, self.options, rows.payloads)
+                self.layouts = _native.open_files(paths, rows.rows, self.options, rows.payloads)
+                self._share_records()
+                self.layouts.read_headers(self.options)
             report.records = len(self.layouts)
             report.requests += self.layouts.requests
             report.bytes_read += self.layouts.bytes_read
@@ -148,7 +150,7 @@ class PlanTransfer:
         with self.report.stage("commit"):
             for item, record in items:
                 if item.type is _BYTE_IO:
-                    windows.add_bytes(partial(self._load_bytes, item))
+                    windows.add_bytes(partial(self._load_bytes, item, record))
                 else:
                     windows.add(item, record)
             windows.finish()
@@ -237,7 +239,7 @@ class PlanTransfer:
     ) -> None:
         try:
             for wave in range(program.waves):
-                if not self._share(program, destinations.devices):
+                if not self._share_boxes(program, destinations.devices):
                     if destinations.devices:
                         stats = self.cuda.run(program, wave, self.half, destinations.devices)
                     else:
@@ -256,7 +258,19 @@ class PlanTransfer:
             # an error, when nobody knows which of them were written.
             increment_version(destinations.tensors)
 
-    def _share(self, program: _native.Program, devices: Collection[int]) -> bool:
+    def _share_records(self) -> None:
+        """Get headers, bytes entries and records that torch reads together with other ranks, if there are any."""
+        if self._exchange is None:
+            return
+        rows = self.items.record_rows
+        whole = [i for i, is_whole in enumerate(rows.rows[3::4]) if is_whole and i not in self.quantized]
+        most_bytes = self._exchange.most_bytes
+        names = _names_on_all_ranks(rows.files)
+        need = self._share(lambda: _native.Need.of_records(self.layouts, whole, most_bytes, names, self.options), ())
+        if need is not None:
+            _native.keep(self.layouts, need)
+
+    def _share_boxes(self, program: _native.Program, devices: Collection[int]) -> bool:
         """Place the boxes of the first wave together with other ranks, if there are any who share.
 
         Returns:
@@ -266,18 +280,27 @@ class PlanTransfer:
             return False
         if devices:
             self.cuda.prepare(devices)
-        ranks, self._exchange = self._exchange, None
+        names = _names_on_all_ranks(self.items.record_rows.files)
+        need = self._share(lambda: _native.Need.of_program(program, names), devices)
+        self._exchange = None
+        if need is None:
+            return False
+        self.report.staged_items += need.converted_items
+        return True
+
+    def _share(self, find: Callable[[], _native.Need], devices: Collection[int]) -> _native.Need | None:
+        """Read what this rank needs together with other ranks. Returns it, or None if each reads alone."""
         options = self.half if devices else self.options
         need: _native.Need | None = None
 
-        def find() -> tuple[_native.Need, ExchangeStep]:
+        def found() -> tuple[_native.Need, ExchangeStep]:
             nonlocal need
-            need = _native.Need(program, _names_on_all_ranks(self.items.record_rows.files))
+            need = find()
             return need, step
 
         def step(exchange: _native.Exchange, send: Part, receive: Part) -> _native.RoundStats:
             assert need is not None
-            run = partial(exchange.step, need, program, _memory_of(send), _memory_of(receive), options)
+            run = partial(exchange.step, need, self.layouts, _memory_of(send), _memory_of(receive), options)
             try:
                 stats = self.cuda.run_step(run, options, devices) if devices else run(None, {})
             except CudaRefusedError as error:  # too late for another way
@@ -287,11 +310,8 @@ class PlanTransfer:
             self.report.bytes_read += stats.bytes_read
             return stats
 
-        if not ranks.share(find):
-            return False
-        assert need is not None
-        self.report.staged_items += need.converted_items
-        return True
+        assert self._exchange is not None
+        return need if self._exchange.share(found) else None
 
     def _converted_box(
         self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
@@ -341,13 +361,13 @@ class PlanTransfer:
         for i, (fqn, record) in enumerate(zip(entries.fqns, entries.records, strict=True)):
             value = plain.get(record, ...)
             if value is ...:
-                self._load_bytes(entries.items[i])
+                self._load_bytes(entries.items[i], record)
             else:
                 put_value(self.planner, fqn, value)  # type: ignore[arg-type]
                 self.report.bytes_needed += lengths[record]
 
-    def _load_bytes(self, item: ReadItem) -> None:
-        value = self.records.read(item)
+    def _load_bytes(self, item: ReadItem, record: int) -> None:
+        value = self.records.read(item, self.layouts, record)
         self.report.bytes_needed += value.getbuffer().nbytes
         try:
             self.planner.load_bytes(item, value)

@@ -24,7 +24,6 @@ from dcp_fast.errors import (
     OutOfMemoryError,
     UnknownTransformError,
     torch_load_error,
-    typed_errors,
 )
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
@@ -95,24 +94,19 @@ class Records:
         """
         return {}
 
-    def read(self, item: ReadItem) -> io.BytesIO:
+    def read(self, item: ReadItem, layouts: _native.Layouts, record: int) -> io.BytesIO:
         """The bytes of an item's record, as they were before any transform.
+
+        Args:
+            item: of the record.
+            layouts, record: where it lies.
 
         Raises:
             LoadError: they cannot be read, or a transform cannot be undone.
         """
-        file, offset, length, *_ = self.place(item)
-        path = self.path(file)
-        try:
-            with typed_errors():
-                raw, requests = _native.read_range(path, offset, length, self._options)
-        except LoadError as error:
-            where = (offset, length) if error.offset is None else (error.offset, error.length)
-            raise type(error)(
-                error.reason, error.path or path, item.storage_index.fqn, *where, error.error_number
-            ) from None
+        raw, requests, bytes_read = _native.read_record(layouts, record, self._options)
         self._report.requests += requests
-        self._report.bytes_read += length
+        self._report.bytes_read += bytes_read
         return self._undo_transforms(item, io.BytesIO(raw))
 
     def _undo_transforms(self, item: ReadItem, raw: io.BytesIO) -> io.BytesIO:
