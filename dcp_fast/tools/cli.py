@@ -57,11 +57,12 @@ the document of --json; sizes are in bytes:
                          the engine places
   sent_bytes, between_nodes_bytes
                          what goes from rank to rank, and how much of it to another node
-  own_bytes              what ranks read by themselves in any case: bytes entries, records that only torch can read
+  other_bytes            of bytes entries and records that only torch can read, in none of the figures above; nor are
+                         headers of records
   alone_seconds, shared_seconds
-                         what is read, own_bytes included, divided by --bandwidth; null without that
+                         alone_bytes and shared_bytes, divided by --bandwidth; null without that
   of_ranks               a list; each has: rank, node, needed_bytes, alone_bytes, shared_bytes, sent_bytes,
-                         received_bytes, own_bytes
+                         received_bytes, other_bytes
 """
 
 
@@ -118,8 +119,7 @@ def _plan(options: argparse.Namespace) -> str:
     )
     seconds: tuple[float | None, float | None] = (None, None)
     if options.bandwidth is not None:
-        bytes_read = plan.alone_bytes, plan.shared_bytes
-        seconds = tuple((count + plan.own_bytes) / (1e9 * options.bandwidth) for count in bytes_read)
+        seconds = tuple(count / (1e9 * options.bandwidth) for count in (plan.alone_bytes, plan.shared_bytes))
     if options.json:
         return _as_json({**vars(plan), "alone_seconds": seconds[0], "shared_seconds": seconds[1]})
     return "\n".join(_plan_summary(plan, *seconds))
@@ -251,7 +251,7 @@ def _plan_summary(plan: ReadPlan, alone_seconds: float | None, shared_seconds: f
             ("read shared", plan.obstacle or times(plan.shared_bytes)),
             ("  sent", f"{_size(plan.sent_bytes)} in {_count(plan.rounds, 'round')}"),
             ("  between nodes", _size(plan.between_nodes_bytes) if plan.nodes > 1 else None),
-            ("never shared", f"{_size(plan.own_bytes)}, not in these figures" if plan.own_bytes else None),
+            ("others", f"{_size(plan.other_bytes)}, not in these figures" if plan.other_bytes else None),
             ("time alone", time(alone_seconds)),
             ("time shared", time(shared_seconds)),
         ]

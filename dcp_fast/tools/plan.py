@@ -102,11 +102,12 @@ class RankReads:
 
     Attributes:
         rank, node: their numbers.
-        needed_bytes: of tensors that the engine places. All that follows is about these, but for ``own_bytes``.
+        needed_bytes: of tensors that the engine places. All that follows is about these, but for ``other_bytes``.
+            Headers of records are nowhere counted.
         alone_bytes: read by a rank that does not share, gaps included that cost less than a request.
         shared_bytes: read by a rank that does.
         sent_bytes, received_bytes: to and from other ranks.
-        own_bytes: what each rank reads by itself in any case: bytes entries, and records that only torch can read.
+        other_bytes: of bytes entries, and of records that only torch can read, as the rank needs them.
     """
 
     rank: int
@@ -116,7 +117,7 @@ class RankReads:
     shared_bytes: int
     sent_bytes: int
     received_bytes: int
-    own_bytes: int
+    other_bytes: int
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ class ReadPlan:
         path: the metadata file, or for safetensors files their folder or the one file.
         sharding, ranks, nodes: of the job.
         obstacle: why the ranks could not share; empty if they can.
-        rounds: of the exchange.
+        rounds: of the exchange of boxes.
         needed_once_bytes: of all that any rank needs, each byte once.
-        needed_bytes, alone_bytes, shared_bytes, sent_bytes, own_bytes: of all ranks together, as in :class:`RankReads`.
+        needed_bytes, alone_bytes, shared_bytes, sent_bytes, other_bytes: of all ranks, as in :class:`RankReads`.
         between_nodes_bytes: of what is sent.
         of_ranks: each of them.
     """
@@ -146,7 +147,7 @@ class ReadPlan:
     shared_bytes: int
     sent_bytes: int
     between_nodes_bytes: int
-    own_bytes: int
+    other_bytes: int
     of_ranks: list[RankReads]
 
 
@@ -204,7 +205,7 @@ def plan_reads(
             shared_bytes=shared[rank],
             sent_bytes=sent[rank],
             received_bytes=received[rank],
-            own_bytes=parts[part].own_bytes,
+            other_bytes=parts[part].other_bytes,
         )
         for rank, (node, part) in enumerate(zip(nodes, part_of_rank, strict=True))
     ]
@@ -221,7 +222,7 @@ def plan_reads(
         shared_bytes=sum(shared),
         sent_bytes=sum(sent),
         between_nodes_bytes=between_nodes,
-        own_bytes=sum(reads.own_bytes for reads in of_ranks),
+        other_bytes=sum(reads.other_bytes for reads in of_ranks),
         of_ranks=of_ranks,
     )
 
@@ -257,7 +258,7 @@ class _Part:
 
     needed_bytes: int
     alone_bytes: int
-    own_bytes: int
+    other_bytes: int
     need: bytes
 
 
@@ -292,14 +293,15 @@ class _Checkpoint:
         records = boxes.find_records()
         if records.missing is not None:
             raise self._no_record(self._fqn_of(boxes.box(records.missing)[0]))
-        own_bytes = self._bytes_of_entries()
+        other_bytes = self._bytes_of_entries()
         names, _ = records.files
         root = "" if self._columns.has_payloads else self._file.parent
         fqns = list(map(self._fqn_of, records.requests))
         with typed_errors(fqns, self._file):
             paths = [os.path.join(root, name) for name in names]
             rows = records.rows(all_fallback=False)
-            self.layouts = _native.read_layouts(paths, rows, self.options, records.payloads())
+            self.layouts = _native.open_files(paths, rows, self.options, records.payloads())
+            self.layouts.read_headers(self.options)
             lengths = memoryview(rows).cast("B").cast("q")[2::4].tolist()
             parts = []
             for box_records, program in self._programs(boxes, records, len(holders)):
@@ -308,8 +310,8 @@ class _Checkpoint:
                     _Part(
                         needed_bytes=program.bytes_needed,
                         alone_bytes=program.bytes_to_read(self.options),
-                        own_bytes=own_bytes + sum(lengths[record] for record in left_to_torch),
-                        need=_native.Need(program, names).encode(),
+                        other_bytes=other_bytes + sum(lengths[record] for record in left_to_torch),
+                        need=_native.Need.of_program(program, names).encode(),
                     )
                 )
         return parts

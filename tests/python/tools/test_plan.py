@@ -112,18 +112,21 @@ def compare_with_loads(ranks: Ranks, path: Path, shardings: list[str], is_torchs
                 wanted = placed.chunk(SIZES[name][0], placed.place_of(rank))
                 assert tuple(wanted[1]) == tuple(sizes), (sharding, rank, name)
                 assert tuple(wanted[0]) == tuple(offsets) or 0 in sizes, (sharding, rank, name)
-            own = foretold.own_bytes
-            assert foretold.needed_bytes == alone.bytes_needed - own == shared.bytes_needed - own
-            # Beyond what was foretold, only the headers of records were read.
-            headers = alone.bytes_read - own - foretold.alone_bytes
-            assert headers == 0 if not is_torchs else 0 < headers <= 8192 * alone.records, (sharding, rank)
-            assert shared.exchange_rounds == plan.rounds
-            assert shared.bytes_read_by_job == plan.shared_bytes
+            others = foretold.other_bytes
+            assert foretold.needed_bytes == alone.bytes_needed - others == shared.bytes_needed - others
+            # What was not foretold, because of bytes entries and headers of records.
+            headers = 8192 * alone.records if is_torchs else 0
+            most_others = others + headers
+            assert 0 <= alone.bytes_read - foretold.alone_bytes - others <= headers, (sharding, rank)
+            assert 0 <= shared.bytes_read_by_job - plan.shared_bytes <= 2 * most_others, (sharding, rank)
+            rounds = shared.exchange_rounds
+            assert is_torchs <= rounds - plan.rounds <= 2 * is_torchs
             for real, expected in (
                 (shared.bytes_received, foretold.received_bytes),
                 (shared.bytes_sent, foretold.sent_bytes),
             ):
-                assert 0 <= real - expected <= plan.rounds * (world_size - 1) * HEADERS, (sharding, rank)
+                most = rounds * (world_size - 1) * HEADERS + world_size * most_others
+                assert 0 <= real - expected <= most, (sharding, rank)
         assert plan.sent_bytes == sum(reads.received_bytes for reads in plan.of_ranks)
         assert plan.needed_once_bytes == sum(tensor.nbytes for tensor in tensors().values())
 
@@ -133,7 +136,7 @@ def test_loads_read_what_was_foretold(ranks: Ranks, checkpoint: Path) -> None:
 
 
 def test_loads_of_safetensors_read_what_was_foretold(ranks: Ranks, safetensors: Path) -> None:
-    compare_with_loads(ranks, safetensors, ["columns", "hsdp:2x4"], is_torchs=False)
+    compare_with_loads(ranks, safetensors, list(SHARDINGS), is_torchs=False)
 
 
 def planned(path: Path, sharding: str = "replicate", ranks: int = 4, **options: Any) -> ReadPlan:
@@ -165,7 +168,7 @@ def test_what_is_not_shared_is_told_apart(tmp_path: Path) -> None:
     (entry,) = dcp_fast.inspect(tmp_path, "sparse").entries
     (step,) = dcp_fast.inspect(tmp_path, "step").entries
     assert plan.needed_once_bytes == 400
-    assert [reads.own_bytes for reads in plan.of_ranks] == [entry.record_bytes + step.record_bytes] * 3
+    assert [reads.other_bytes for reads in plan.of_ranks] == [entry.record_bytes + step.record_bytes] * 3
 
 
 def test_metadata_that_only_the_unpickler_reads(checkpoint: Path, tmp_path: Path) -> None:
@@ -268,7 +271,7 @@ def test_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"({plan.shared_bytes:,} bytes), 1" in lines["read shared"]
     assert lines["sent"].endswith(" in 1 round")
     assert f"({plan.between_nodes_bytes:,} bytes)" in lines["between nodes"]
-    assert lines["time shared"].startswith(f"{(plan.shared_bytes + plan.own_bytes) / 5e8:.3g} s")
+    assert lines["time shared"].startswith(f"{plan.shared_bytes / 5e8:.3g} s")
     heading, *rows = table.splitlines()
     assert heading.split() == ["rank", "node", "needed", "alone", "shared", "sent", "received"]
     assert [int(number.replace(",", "")) for number in rows[5].split()] == list(vars(plan.of_ranks[5]).values())[:7]
@@ -281,8 +284,8 @@ def test_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(checkpoint, "columns", 4, exchange_bytes=EXCHANGE_BYTES)
     assert main([*arguments, "--exchange-bytes", str(EXCHANGE_BYTES), "--bandwidth", "2"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document.pop("alone_seconds") == (plan.alone_bytes + plan.own_bytes) / 2e9
-    assert document.pop("shared_seconds") == (plan.shared_bytes + plan.own_bytes) / 2e9
+    assert document.pop("alone_seconds") == plan.alone_bytes / 2e9
+    assert document.pop("shared_seconds") == plan.shared_bytes / 2e9
     assert document == {**vars(plan), "of_ranks": list(map(vars, plan.of_ranks))}
     assert main(arguments) == 0
     assert json.loads(capsys.readouterr().out)["alone_seconds"] is None
