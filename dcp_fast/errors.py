@@ -265,15 +265,14 @@ def typed_errors(fqns: Sequence[str] = (), checkpoint: str | os.PathLike[str] = 
     try:
         yield
     except _native.NativeError as error:
-        kind, reason, error_number, record, _item, path, offset, length, _device, fqn = error.args
-        cls = _BY_ERRNO.get(error_number, FileAccessError) if kind == "io" else _BY_KIND[kind]
+        cls = _BY_ERRNO.get(error.error_number, FileAccessError) if error.kind == "io" else _BY_KIND[error.kind]
         raise cls(
-            reason,
-            path,
-            fqns[record] if 0 <= record < len(fqns) else fqn,
-            offset if offset >= 0 else None,
-            length if length >= 0 else None,
-            error_number,
+            error.reason,
+            error.path,
+            fqns[error.record] if 0 <= error.record < len(fqns) else error.fqn,
+            error.offset if error.offset >= 0 else None,
+            error.length if error.length >= 0 else None,
+            error.error_number,
         ) from None
     except MemoryError as error:
         if isinstance(error, LoadError):

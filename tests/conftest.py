@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Before torch is imported: its threads wait in loops for each other, which takes a processor from whoever runs beside,
+# and the tensors of tests are small. Processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch.distributed as dist

@@ -49,18 +49,24 @@ PYBIND11_MODULE(_native, module) {
   using namespace dcp_fast;  // NOLINT(google-build-using-namespace)
   module.doc() = "Native engine of dcp_fast: finds payloads in checkpoint files and places boxes of them in memory.";
 
-  // args: kind, message, errno, record, item, path, offset, length, device, FQN; -1 and "" where unknown.
   static py::handle native_error = py::exception<Error>(module, "NativeError").release();
   py::register_exception_translator(
       [](std::exception_ptr pointer) {  // NOLINT(performance-unnecessary-value-param): pybind11's signature
         try {
           if (pointer) std::rethrow_exception(pointer);
         } catch (const Error& error) {
-          const py::tuple arguments =
-              py::make_tuple(kind_name(error.kind), error.what(), error.error_number, error.record, error.item,
-                             py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(error.path.c_str())),
-                             error.offset, error.length, error.device, to_python(error.fqn));
-          PyErr_SetObject(native_error.ptr(), arguments.ptr());
+          // The facts are attributes, with the names that they have in _native.pyi.
+          const py::object raised = native_error(error.what());
+          raised.attr("kind") = kind_name(error.kind);
+          raised.attr("reason") = error.what();
+          raised.attr("error_number") = error.error_number;
+          raised.attr("record") = error.record;
+          raised.attr("path") = py::reinterpret_steal<py::str>(PyUnicode_DecodeFSDefault(error.path.c_str()));
+          raised.attr("offset") = error.offset;
+          raised.attr("length") = error.length;
+          raised.attr("device") = error.device;
+          raised.attr("fqn") = to_python(error.fqn);
+          PyErr_SetObject(native_error.ptr(), raised.ptr());
         }
       });
 

@@ -32,6 +32,7 @@
 #include "trace/recorder.h"
 #include "transfer/engine.h"
 #include "transfer/layouts.h"
+#include "transfer/node.h"
 #include "transfer/options.h"
 #include "transfer/program.h"
 #include "transfer/record_reads.h"
@@ -93,7 +94,7 @@ std::unique_ptr<Layouts> open_files(const std::vector<py::str>& python_paths, co
   io::ByteSources sources;
   sources.reserve(python_paths.size());
   for (const py::str& path : python_paths) {
-    sources.push_back(std::make_unique<io::File>(system_path(path), options.mode));
+    sources.push_back(std::make_unique<io::File>(system_path(path), options.mode, options.readers));
   }
   Column column(record_column);
   std::vector<Record> records;
@@ -279,7 +280,19 @@ void bind_transfer(py::module_& module) {
           },
           py::arg("parts"), py::kw_only(), py::arg("threads") = 0, py::arg("mapped") = true,
           "The same options for one of several users of the staging memory, with another number of threads if it is "
-          "given. Not `mapped`: what is read is used soon, and should stay in the cache.");
+          "given. Not `mapped`: what is read is used soon, and should stay in the cache.")
+      .def(
+          "on_node",
+          [](FileOptions options, double bytes, double bytes_stored) {
+            const transfer::Node node = transfer::node_of_this_process();
+            const bool shares = transfer::shares_page_cache(node, bytes, bytes_stored, transfer::room_for_page_cache());
+            options.readers = shares ? io::Readers::kRanksOfNode : io::Readers::kThisRank;
+            return options;
+          },
+          py::arg("bytes"), py::arg("bytes_stored"),
+          "The same options where ranks of the node leave what they read in the page cache for each other, if they "
+          "are better off so. `bytes`: of the records that this rank needs; `bytes_stored`: of all records of the same "
+          "tensors.");
 
   py::class_<Layouts>(module, "Layouts")
       .def_readonly("requests", &Layouts::requests)
@@ -293,6 +306,7 @@ void bind_transfer(py::module_& module) {
             });
           },
           py::arg("options"))
+      .def_property_readonly("shared_files", &Layouts::shared_files)
       .def("threads",
            [](const Layouts& layouts, const FileOptions& options) {
              return transfer::limits_of(options, io::access_of(layouts.sources)).threads;
@@ -346,6 +360,9 @@ void bind_transfer(py::module_& module) {
           },
           py::arg("wave"), py::arg("options"), py::arg("ring") = nullptr, py::arg("streams") = StreamsByDevice());
 
+  module.def(
+      "ranks_of_node", [] { return transfer::node_of_this_process().ranks; },
+      "How many ranks of this machine load at the same time, as far as the launcher tells.");
   module.def(
       "most_reader_threads",
       [](int wanted) { return transfer::reader_threads(wanted, io::kDirectAccess.requests_at_once); },

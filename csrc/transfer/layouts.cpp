@@ -207,6 +207,10 @@ void Layouts::attribute(Error& error, size_t record) const {
   error.length = where.length;
 }
 
+int64_t Layouts::shared_files() const {
+  return std::count_if(sources.begin(), sources.end(), [](const auto& source) { return source->access().shared; });
+}
+
 Layouts open_files(io::ByteSources sources, std::vector<Record> records, std::vector<checkpoint::TensorLayout> payloads,
                    const Options& options, const std::function<bool()>& interrupted) {
   Layouts layouts;

@@ -29,6 +29,9 @@ struct Layouts {
   int64_t requests = 0;
   int64_t bytes = 0;
 
+  // How many sources are read together with other ranks of the node.
+  int64_t shared_files() const;
+
   // Adds to an error which record it concerns, and where that is stored, unless the error tells.
   void attribute(Error& error, size_t record) const;
 };

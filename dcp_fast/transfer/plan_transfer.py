@@ -25,12 +25,13 @@ from dcp_fast.planning.planner import put_value
 from dcp_fast.planning.values import is_whole
 from dcp_fast.transfer.batches import ConvertedBox
 from dcp_fast.transfer.conversion import place_converted
-from dcp_fast.transfer.dequantization import Dequantizer, QuantizedBox
+from dcp_fast.transfer.dequantization import Dequantizer
 from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.fallback import place_fallback
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import BytesEntries, box_of, find_items
+from dcp_fast.transfer.quantized_parts import QuantizedBox
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.sharing import ExchangeStep, Part, Sharing
 from dcp_fast.transfer.windows import Placement, Windows
@@ -95,11 +96,13 @@ class PlanTransfer:
                 self.quantized = self.records.quantized(rows.fqns)
                 for record in self.quantized:
                     rows.rows[4 * record + 3] = 1  # not for the engine alone
+                self._share_on_node()
                 paths = list(map(self.records.path, rows.files))
                 self.layouts = _native.open_files(paths, rows.rows, self.options, rows.payloads)
                 self._share_records()
                 self.layouts.read_headers(self.options)
             report.records = len(self.layouts)
+            report.files_shared_on_node = self.layouts.shared_files
             report.requests += self.layouts.requests
             report.bytes_read += self.layouts.bytes_read
             try:
@@ -109,6 +112,14 @@ class PlanTransfer:
             except BaseException:
                 self.cuda.abort()
                 raise
+
+    def _share_on_node(self) -> None:
+        """Find out whether other ranks of this node may need the same bytes, which then go through the page cache."""
+        if _native.ranks_of_node() == 1 or self._exchange is not None:
+            return
+        rows = self.items.record_rows
+        self.options = self.options.on_node(float(sum(rows.rows[2::4])), self.records.stored_bytes(rows.fqns))
+        self.half = self.options.share(2)
 
     # Placement
 
@@ -324,10 +335,7 @@ class PlanTransfer:
 
     def _place_converted(self, boxes: list[ConvertedBox]) -> None:
         self.report.staged_items += len(boxes)
-        for box in boxes:
-            if (device := device_of(box.target)) is not None and served_device(box.target) is None:
-                self.report.device_fallback_items += 1
-                self.report.device_fallback_reason = refusals[device]
+        self._count_refused([box.target for box in boxes])
         for stats in place_converted(boxes, self.layouts, self.half, self.staging_bytes // 2, self.cuda):
             self._count(stats)
 
@@ -346,7 +354,8 @@ class PlanTransfer:
         if self._dequantizer is None:
             self._dequantizer = Dequantizer(self.quantized.values(), self.half)
         self.report.dequantized_items += len(boxes)
-        for stats in self._dequantizer.place(boxes, self.staging_bytes // 2):
+        self._count_refused([box.target for box in boxes])
+        for stats in self._dequantizer.place(boxes, self.staging_bytes // 2, self.cuda):
             self.report.bytes_needed += stats.bytes_placed
             self._count(stats)
 
@@ -376,6 +385,13 @@ class PlanTransfer:
                 raise
             # The planner knows the FQN, but neither file nor byte range.
             raise self.records.error(type(error), error.reason, item) from error.__cause__
+
+    def _count_refused(self, targets: Sequence[torch.Tensor]) -> None:
+        """Count those that torch brings to their device, as its driver refuses what the engine needs."""
+        for target in targets:
+            if (device := device_of(target)) is not None and served_device(target) is None:
+                self.report.device_fallback_items += 1
+                self.report.device_fallback_reason = refusals[device]
 
     def _count(self, stats: _native.Stats) -> None:
         self.report.requests += stats.requests

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, NamedTuple, cast
 
 import torch
@@ -25,6 +25,7 @@ from dcp_fast.errors import (
     UnknownTransformError,
     torch_load_error,
 )
+from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
 from dcp_fast.transfer.archives import load_record
@@ -77,6 +78,13 @@ class Records:
 
     def path(self, file: str) -> str:
         return os.path.join(self.root, file)
+
+    def stored_bytes(self, fqns: Iterable[str]) -> float:
+        """How many bytes the records of some tensors and values take, those that this rank does not need included."""
+        data, wanted = self.storage_data, set(fqns)
+        if isinstance(data, LazyDict) and data.source is not None and data.source.columns is not None:
+            return data.source.columns.stored_bytes(list(wanted))
+        return float(sum(info.length for index, info in data.items() if index.fqn in wanted))
 
     def place(self, item: ReadItem) -> Place:
         """Where the record of an item lies."""

@@ -26,6 +26,8 @@ _LEGACY_PICKLES = 4
 _TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _MEMO_WRITERS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 _MEMO_READERS = ("GET", "BINGET", "LONG_BINGET")
+# Functions that make an object whose state is set afterwards, which asks for its class; no opcode names that.
+_CLASSES_SET_LATER = {"numpy.random._pickle.__randomstate_ctor": "numpy.random.mtrand.RandomState"}
 _TRUST = (
     "if you trust the checkpoint, trust_bytes=True of dcp_fast.load or DefaultLoadPlanner (where a framework makes the "
     "planner: dcp_fast.install(trust_bytes=True)) unpickles all entries as torch's planner does, which runs whatever "
@@ -109,6 +111,7 @@ def _refusal(error: RefusedError, entry: io.BytesIO) -> str | None:
         return None
     users = users_globals()
     names = [name for name in asked if not _is_allowed(name)]
+    names += [cls for maker, cls in _CLASSES_SET_LATER.items() if maker in asked and not _is_allowed(cls)]
     names = list(dict.fromkeys([*names, *(name for name in error.globals if name not in users)]))
     blocked = [name for name in names if _is_blocked(name) or _is_blocked(_own_name(name) or "")]
     if blocked:

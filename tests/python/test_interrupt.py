@@ -29,13 +29,14 @@ from helpers import Entry, fill, write_checkpoint
 
 from dcp_fast import _native
 
-COUNT = 32 << 20  # elements of the large tensor
+COUNT = 16 << 20  # elements of the large tensor
+BLOCK = 1 << 18  # a thread finishes the block that it is at
 
 CASES: dict[str, dict[str, Any]] = {
-    "direct": {"threads": 4, "io": "cached"},
-    "one thread": {"threads": 1, "io": "cached"},
-    "past the page cache": {"threads": 4, "io": "direct"},
-    "converted": {"threads": 4, "io": "cached"},
+    "direct": {"threads": 4, "io": "cached", "block_bytes": BLOCK},
+    "one thread": {"threads": 1, "io": "cached", "block_bytes": BLOCK},
+    "past the page cache": {"threads": 4, "io": "direct", "block_bytes": BLOCK},
+    "converted": {"threads": 4, "io": "cached", "block_bytes": BLOCK},
     "bytes": {},
     "legacy": {},
     "many records": {"threads": 1, "io": "cached"},

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import faulthandler
 import io
-import multiprocessing
 import os
 import pickle
 import resource
@@ -23,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from forks import FORKS
 from helpers import fast_reader, fill, load_with, save, torch_load, torch_planner, torch_reader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -34,10 +34,6 @@ from torch.distributed.checkpoint.metadata import (
 import dcp_fast
 from dcp_fast import _native
 from dcp_fast.errors import LoadError
-
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch.distributed.checkpoint", "dcp_fast"])
-
 
 # The errors of a load
 
@@ -338,8 +334,8 @@ class Child:
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self._connection, theirs = _SERVER.Pipe(duplex=False)
-        self.process = _SERVER.Process(target=_call, args=(theirs, function, arguments), daemon=True)
+        self._connection, theirs = FORKS.Pipe(duplex=False)
+        self.process = FORKS.Process(target=_call, args=(theirs, function, arguments), daemon=True)
         self.process.start()
         theirs.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
-import multiprocessing
 import os
 import tempfile
 import time
@@ -18,19 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import FORKS
 
 __all__ = ["CollectiveCounter", "RankError", "Ranks"]
-
-# Forked from a process that has torch and no threads: a rank that imports torch itself takes seconds to start.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "torch.distributed.checkpoint.state_dict",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-    ]
-)
 
 _COLLECTIVES = (
     "all_reduce",
@@ -57,8 +46,8 @@ class Ranks:
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 90.0) -> list[Any]:
         """What ``function(*args)`` returns on each rank of a new process group of ``world_size`` ranks."""
         while len(self._workers) < world_size:
-            ours, theirs = _FORKS.Pipe()
-            process = _FORKS.Process(target=_serve, args=(theirs, self._crashes.name), daemon=True)
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=_serve, args=(theirs, self._crashes.name), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))

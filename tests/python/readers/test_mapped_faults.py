@@ -69,6 +69,14 @@ def test_what_is_cached_is_mapped(checkpoint: Path) -> None:
         assert report().bytes_mapped == 0
 
 
+def test_small_blocks_are_told_to_be_why_nothing_is_mapped(checkpoint: Path) -> None:
+    state = wanted()
+    assert fast_error(checkpoint, state, io="mapped", block_bytes=100_000) is None
+    assert is_right(state)
+    assert report().bytes_mapped == 0
+    assert report().mapping_fallback_reason == "blocks of less than 256 KiB are read"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gap", [9 << 10, 31 << 10, 33 << 10])
 def test_gaps_that_no_request_reads_through(tmp_path: Path, gap: int, dtype: torch.dtype) -> None:

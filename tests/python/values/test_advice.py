@@ -86,6 +86,17 @@ def test_what_only_trust_loads_is_told_so(value: Any, reason: str, protocol: int
         refused(data)  # so that the advice would have been in vain
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_advice_for_random_states_works(protocol: int, legacy: bool) -> None:
+    """A function makes them, and their state is set afterwards: that asks for the class, which no opcode names."""
+    value = numpy.random.RandomState(3)
+    data = record([value, NotImplemented], protocol, legacy)
+    advice = refused(data).reason.partition("add_safe_globals([")[2].partition("])")[0]
+    with torch.serialization.safe_globals(list(eval(f"({advice},)", {"numpy": numpy}))):
+        assert load(data)[0].randint(1 << 30) == value.randint(1 << 30)
+
+
 def test_advice_for_masked_arrays_works() -> None:
     """Their own function makes them, beside one of numpy's for plain arrays."""
     value = [numpy.ma.masked_array([1, 2], [True, False]), numpy.arange(2)]

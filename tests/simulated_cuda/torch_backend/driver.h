@@ -14,6 +14,8 @@ constexpr int kSuccess = 0;
 constexpr int kOutOfMemory = 2;
 constexpr int kNotReady = 600;
 
+constexpr unsigned kDisableTiming = 2;  // CU_EVENT_DISABLE_TIMING
+
 constexpr size_t kMaxDevices = 64;
 
 using Handle = void*;            // CUcontext, CUstream or CUevent

@@ -8,8 +8,6 @@ namespace torch_backend {
 
 namespace {
 
-constexpr unsigned kDisableTiming = 2;  // CU_EVENT_DISABLE_TIMING
-
 c10::Device device_of(c10::DeviceIndex index) { return {c10::DeviceType::CUDA, index}; }
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {

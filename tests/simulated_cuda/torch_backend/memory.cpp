@@ -19,10 +19,9 @@ namespace torch_backend {
 
 namespace {
 
-constexpr unsigned kPortable = 1;       // CU_MEMHOSTALLOC_PORTABLE: pinned for every context
-constexpr unsigned kDisableTiming = 2;  // CU_EVENT_DISABLE_TIMING
-constexpr int kMemoryType = 2;          // CU_POINTER_ATTRIBUTE_MEMORY_TYPE
-constexpr unsigned kHostMemory = 1;     // CU_MEMORYTYPE_HOST
+constexpr unsigned kPortable = 1;    // CU_MEMHOSTALLOC_PORTABLE: pinned for every context
+constexpr int kMemoryType = 2;       // CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+constexpr unsigned kHostMemory = 1;  // CU_MEMORYTYPE_HOST
 constexpr size_t kMostKept = size_t{256} << 20;
 
 enum class Kind { kDevice, kPinned };
