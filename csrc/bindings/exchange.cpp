@@ -142,6 +142,18 @@ void bind_exchange(py::module_& module) {
       .def_property_readonly("obstacle", &Exchange::obstacle)
       .def_property_readonly("rounds", &Exchange::rounds)
       .def_property_readonly("read_bytes", [](const Exchange& exchange) { return exchange.assignment().read_bytes(); })
+      .def(
+          "bytes_to_read",
+          [](const Exchange& exchange, const transfer::Layouts& layouts, const FileOptions& options) {
+            return without_gil([&] { return exchange.bytes_to_read(layouts, options); });
+          },
+          py::arg("layouts"), py::arg("options"),
+          "How many bytes each rank would read, gaps included, if its files were those of the layouts.")
+      .def("traffic",
+           [](const Exchange& exchange) {
+             const exchange::Traffic traffic = exchange.assignment().traffic();
+             return py::make_tuple(traffic.sent, traffic.received, traffic.between_nodes);
+           })
       .def("bytes_to_send", &Exchange::bytes_to_send, py::arg("round"))
       .def("bytes_to_receive", &Exchange::bytes_to_receive, py::arg("round"))
       .def("step", &step, py::arg("need"), py::arg("layouts"), py::arg("send"), py::arg("receive"), py::arg("options"),

@@ -341,6 +341,12 @@ void bind_transfer(py::module_& module) {
              const Item& item = program.items().at(index);
              return py::make_tuple(item.storage_offsets, item.lengths);
            })
+      .def(
+          "bytes_to_read",
+          [](const Program& program, const FileOptions& options) {
+            return without_gil([&] { return transfer::bytes_to_read(program, options); });
+          },
+          py::arg("options"))
       .def("converted", [](const Program& program,
                            int32_t wave) { return items_of_kind(program, Transfer::Kind::kConverted, wave); })
       .def("fallback",

@@ -261,6 +261,24 @@ void Assignment::choose_owners(const std::vector<uint64_t>& signatures, int64_t 
   }
 }
 
+Traffic Assignment::traffic() const {
+  const size_t ranks = ranks_.needs.size();
+  Traffic traffic{std::vector<int64_t>(ranks, 0), std::vector<int64_t>(ranks, 0), 0};
+  for (size_t i = 0; i < units_.size(); ++i) {
+    const uint32_t owner = units_[i].owner;
+    const auto [first, last] = shares(i);
+    for (const Share* share = first; share != last; ++share) {
+      for (const uint32_t rank : ranks_of_need_[share->need]) {
+        if (rank == owner) continue;
+        traffic.sent[owner] += share->bytes;
+        traffic.received[rank] += share->bytes;
+        if (ranks_.nodes[rank] != ranks_.nodes[owner]) traffic.between_nodes += share->bytes;
+      }
+    }
+  }
+  return traffic;
+}
+
 void Assignment::choose_rounds(const RoundLimits& limits) {
   const size_t ranks = ranks_.needs.size();
   std::vector<std::vector<uint32_t>> queues(ranks);

@@ -42,6 +42,13 @@ struct Share {
   uint32_t bytes = 0;
 };
 
+// Payload bytes that go over the network; what a rank keeps for itself does not.
+struct Traffic {
+  std::vector<int64_t> sent;      // by rank
+  std::vector<int64_t> received;  // by rank
+  int64_t between_nodes = 0;      // of all that is sent
+};
+
 class Assignment {
  public:
   // `needs`: all different ones, whose files have the numbers that all ranks have for them. Throws std::bad_alloc.
@@ -63,6 +70,8 @@ class Assignment {
   }
   // How many bytes each rank reads, as far as that can be told without the storage's own costs.
   const std::vector<int64_t>& read_bytes() const { return read_bytes_; }
+  // Of all rounds together.
+  Traffic traffic() const;
 
  private:
   class Sweep;

@@ -67,16 +67,6 @@ std::optional<size_t> record_at(const Layouts& layouts, size_t source, int64_t o
   return std::nullopt;
 }
 
-// What is read of a part of a box: all of it at once, or each step of a loop whose gaps cost more than requests.
-template <typename Add>
-void add_spans(const transfer::Policy& policy, const box::Dim* loops, size_t depth, int64_t begin, const Add& add) {
-  const box::Loops all(loops, loops + depth);
-  if (depth == 1 || policy.reads_through(all, 0)) return add(begin, begin + box::source_span(all));
-  for (int64_t i = 0; i < loops[0].size; ++i) {
-    add_spans(policy, loops + 1, depth - 1, begin + i * loops[0].source_stride, add);
-  }
-}
-
 }  // namespace
 
 // Bytes that are read at once, of units of this rank.
@@ -149,10 +139,10 @@ std::vector<int64_t> Exchange::bytes_to_receive(uint32_t round) const {
   return bytes;
 }
 
-std::vector<Exchange::Span> Exchange::spans_to_read(uint32_t round, const Layouts& layouts,
+std::vector<Exchange::Span> Exchange::spans_to_read(uint32_t round, uint32_t owner, const Layouts& layouts,
                                                     const transfer::Limits& limits) const {
   const std::vector<transfer::Policy> policies = transfer::policies_for(layouts.sources, limits, false);
-  const auto [begin, end] = units_of(round, rank_);
+  const auto [begin, end] = units_of(round, owner);
   std::vector<Span> spans;
   std::vector<std::pair<int64_t, int64_t>> ranges;  // of one unit
   for (const uint32_t* at = begin; at != end; ++at) {
@@ -165,8 +155,8 @@ std::vector<Exchange::Span> Exchange::spans_to_read(uint32_t round, const Layout
       need.each_within(unit.file, unit.begin, unit.end, [&](const NeededBox& box) {
         const box::Dim* loops = need.loops(box);
         for (const box::Part& part : box::cut(loops, box.depth, unit.begin - box.begin, unit.end - box.begin)) {
-          add_spans(policy, part.loops.data(), part.loops.size(), box.begin + part.source,
-                    [&](int64_t from, int64_t to) { ranges.emplace_back(from, to); });
+          transfer::each_request(policy, part.loops, 0, box.begin + part.source,
+                                 [&](int64_t from, int64_t to) { ranges.emplace_back(from, to); });
         }
       });
     }
@@ -191,6 +181,26 @@ std::vector<Exchange::Span> Exchange::spans_to_read(uint32_t round, const Layout
     }
   }
   return spans;
+}
+
+std::vector<int64_t> Exchange::bytes_to_read(const Layouts& layouts, const Options& options) const {
+  std::vector<int64_t> sizes;
+  for (const size_t source : sources_) {
+    if (source >= layouts.sources.size()) throw std::invalid_argument("the layouts lack a file that is needed");
+    const io::OpenSource open(*layouts.sources[source]);
+    sizes.push_back(open.get()->size());
+  }
+  const transfer::Limits limits = transfer::limits_of(options, io::access_of(layouts.sources));
+  const std::vector<transfer::Policy> policies = transfer::policies_for(layouts.sources, limits, false);
+  std::vector<int64_t> bytes(ranks_of_job_.needs.size(), 0);
+  for (uint32_t rank = 0; rank < bytes.size(); ++rank) {
+    for (uint32_t round = 0; round < rounds(); ++round) {
+      for (const Span& span : spans_to_read(round, rank, layouts, limits)) {
+        bytes[rank] += policies[sources_[span.file]].bytes_of_request(span.begin, span.end, sizes[span.file]);
+      }
+    }
+  }
+  return bytes;
 }
 
 void Exchange::pack(uint32_t round, std::byte* memory, const Layouts& layouts, const Options& options,
@@ -237,7 +247,7 @@ void Exchange::pack(uint32_t round, std::byte* memory, const Layouts& layouts, c
     }
   };
 
-  const std::vector<Span> spans = spans_to_read(round, layouts, limits);
+  const std::vector<Span> spans = spans_to_read(round, rank_, layouts, limits);
   io::IoCounters counters = options.counters();
   transfer::run_parallel(
       spans.size(), limits.threads, counters, interrupted, [&](size_t task, transfer::Worker& worker) {

@@ -81,6 +81,10 @@ class Exchange {
   std::vector<int64_t> bytes_to_send(uint32_t round) const;
   std::vector<int64_t> bytes_to_receive(uint32_t round) const;
 
+  // What each rank would read in all rounds together, gaps that are read through included, if its files were those of
+  // `layouts`. Opens files for their sizes. Throws Error(kIo), std::invalid_argument if `layouts` lack a file.
+  std::vector<int64_t> bytes_to_read(const transfer::Layouts& layouts, const transfer::Options& options) const;
+
   // Reads the units of a round that this rank owns into `memory`, which has bytes_to_send() in the order of ranks.
   // Headers are left as they are. Throws as transfer::run_wave does.
   void pack(uint32_t round, std::byte* memory, const transfer::Layouts& layouts, const transfer::Options& options,
@@ -98,7 +102,7 @@ class Exchange {
   // The units of an owner in a round.
   std::pair<const uint32_t*, const uint32_t*> units_of(uint32_t round, uint32_t owner) const;
   int64_t share_of(size_t unit, uint32_t need) const;
-  std::vector<Span> spans_to_read(uint32_t round, const transfer::Layouts& layouts,
+  std::vector<Span> spans_to_read(uint32_t round, uint32_t owner, const transfer::Layouts& layouts,
                                   const transfer::Limits& limits) const;
 
   std::vector<Need> needs_;

@@ -216,6 +216,31 @@ Stats run_wave(const Program& program, int32_t wave, const Options& options, con
                    interrupted);
 }
 
+int64_t bytes_to_read(const Program& program, const Options& options) {
+  const io::ByteSources& sources = program.layouts().sources;
+  const CudaTargets no_devices;
+  const Run run(sources, options, no_devices);
+  const Schedule schedule = join_pieces(split_boxes(boxes_of(program, 0).host, run.policies), run.policies);
+  int64_t bytes = 0;
+  io::OpenSource open;
+  const Task* before = nullptr;
+  for (const Task& task : schedule.tasks) {
+    const size_t file = task.range.file;
+    if (before == nullptr || before->range.file != file) open = io::OpenSource(*sources[file]);
+    before = &task;
+    const auto add = [&](int64_t begin, int64_t end) {
+      bytes += run.policies[file].bytes_of_request(begin, end, open.get()->size());
+    };
+    if (task.count > 1) {
+      add(task.range.begin, task.range.end);
+    } else {
+      const Piece& piece = schedule.pieces[task.first];
+      each_request(run.policies[file], piece.loops, 0, piece.source, add);
+    }
+  }
+  return bytes;
+}
+
 Stats run_programs(const std::vector<const Program*>& programs, const Options& options, const CudaTargets& cuda,
                    const std::function<bool()>& interrupted, const std::function<void(size_t)>& placed) {
   if (programs.empty()) return {};

@@ -46,6 +46,10 @@ struct Boxes {
 Stats run_boxes(Boxes boxes, const io::ByteSources& sources, const Attribute& attribute, const Options& options,
                 const CudaTargets& cuda, const std::function<bool()>& interrupted);
 
+// How many bytes run_wave reads for boxes of the first wave on the host, gaps included, if it copies none from
+// mappings. Opens files for their sizes. Throws Error(kIo), std::bad_alloc.
+int64_t bytes_to_read(const Program& program, const Options& options);
+
 // Copies all direct items of one wave. What goes to GPUs may still be on its way when this returns. Throws Error with
 // `record` and `item` set where they are known, Interrupted, std::bad_alloc. Some destinations are then written and
 // others are not, and no device writes any more.

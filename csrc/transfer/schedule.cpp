@@ -102,6 +102,12 @@ bool Policy::reads_through(const Loops& loops, size_t level) const {
   return true;
 }
 
+int64_t Policy::bytes_of_request(int64_t begin, int64_t end, int64_t file_size) const {
+  if (!whole_pages) return end - begin;
+  constexpr auto kPage = static_cast<int64_t>(io::kPageBytes);
+  return std::min((end + kPage - 1) / kPage * kPage, file_size) - begin / kPage * kPage;
+}
+
 std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& limits, bool mapped) {
   std::vector<Policy> policies;
   policies.reserve(sources.size());

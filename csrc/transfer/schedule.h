@@ -64,7 +64,22 @@ struct Policy {
 
   // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;
+
+  // How many bytes a request for [begin, end) brings from a file of this size.
+  int64_t bytes_of_request(int64_t begin, int64_t end, int64_t file_size) const;
 };
+
+// Calls `add(begin, end)` for what is read of loops[level..]: all of it at once, or each step of a loop whose gaps cost
+// more than requests.
+template <typename Add>
+void each_request(const Policy& policy, const box::Loops& loops, size_t level, int64_t begin, const Add& add) {
+  if (level + 1 == loops.size() || policy.reads_through(loops, level)) {
+    return add(begin, begin + box::source_span(loops, level));
+  }
+  for (int64_t i = 0; i < loops[level].size; ++i) {
+    each_request(policy, loops, level + 1, begin + i * loops[level].source_stride, add);
+  }
+}
 
 // Not `mapped`: what is read is used soon, and should stay in the processor's cache.
 std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& limits, bool mapped);

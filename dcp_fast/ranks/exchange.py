@@ -32,12 +32,12 @@ from dcp_fast.ranks.collectives import Outcome, collective_device, largest
 from dcp_fast.ranks.interrupts import deferred_interrupt
 from dcp_fast.transfer.sharing import ExchangeStep, Part
 
-__all__ = ["EXCHANGE_BYTES", "MIN_EXCHANGE_BYTES", "Exchange", "GroupError", "OtherRankError"]
+__all__ = ["EXCHANGE_BYTES", "MIN_EXCHANGE_BYTES", "ROUND_PARTS", "Exchange", "GroupError", "OtherRankError"]
 
 EXCHANGE_BYTES = 128 << 20  # by default
 MIN_EXCHANGE_BYTES = 1 << 20
 _EXCHANGES = 2  # of a load, see Sharing
-_BUFFERS = 4  # two for what is sent, and two for what is received
+ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
 _HEADER_BYTES = _native.EXCHANGE_HEADER_BYTES
 _VERSION = 1  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
@@ -134,7 +134,7 @@ class Exchange:
             senders.setdefault((size, *hashes), rank)
             need_of_rank.append(list(senders).index((size, *hashes)))
         needs = self._send_needs(need, {rank: key[0] for key, rank in senders.items()})
-        most_bytes = min(most for _, _, _, most, *_ in of_ranks) // _BUFFERS
+        most_bytes = min(most for _, _, _, most, *_ in of_ranks) // ROUND_PARTS
         made = Outcome(
             partial(
                 _native.Exchange,

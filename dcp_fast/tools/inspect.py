@@ -23,7 +23,7 @@ from dcp_fast.metadata.lazy import columns_of
 from dcp_fast.metadata.read import read_metadata
 from dcp_fast.metadata.safetensors import SUFFIX, holds_safetensors, read_headers
 
-__all__ = ["Chunk", "Entry", "Inspection", "inspect"]
+__all__ = ["Chunk", "Entry", "Inspection", "find_metadata_file", "inspect", "read_metadata_file"]
 
 _INT64 = range(-(1 << 63), 1 << 63)
 
@@ -117,11 +117,9 @@ def inspect(path: str | os.PathLike[str], fqn: str | None = None, *, trust_metad
         CorruptMetadataError: the file is damaged; CorruptHeaderError: a safetensors file is.
         UntrustedMetadataError: it asks for what could run code.
     """
-    file = Path(path)
-    if file.is_dir() and not holds_safetensors(file):
-        file /= ".metadata"
+    file = find_metadata_file(path)
     with paused_collection():
-        metadata = _read(file, trust_metadata)
+        metadata = read_metadata_file(file, trust_metadata)
         columns = columns_of(metadata)
         source: _Source = _Objects(metadata, str(file)) if columns is None else _Columns(columns)
         entries = list(source.entries())
@@ -153,7 +151,14 @@ def inspect(path: str | os.PathLike[str], fqn: str | None = None, *, trust_metad
     )
 
 
-def _read(file: Path, trust_metadata: bool) -> Metadata:
+def find_metadata_file(path: str | os.PathLike[str]) -> Path:
+    """The metadata file of a checkpoint's folder; anything else, such as safetensors files, is returned as it is."""
+    file = Path(path)
+    return file / ".metadata" if file.is_dir() and not holds_safetensors(file) else file
+
+
+def read_metadata_file(file: Path, trust_metadata: bool) -> Metadata:
+    """The metadata of what :func:`find_metadata_file` found. Arguments and errors are those of :func:`inspect`."""
     if file.is_dir():
         return read_headers([str(path) for path in file.iterdir()])
     if file.suffix == SUFFIX:

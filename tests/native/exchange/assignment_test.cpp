@@ -183,6 +183,19 @@ TEST_CASE("replicas read equal parts, each byte once") {
   CHECK(imbalance(assignment) <= 1.1);
 }
 
+TEST_CASE("a rank gets over the network what it needs and does not read") {
+  Job job = job_of(1, 40, 10 * kMiB, [](Need& need, size_t, int64_t at) { need.add(0, at, rows(10 * kMiB), 4); });
+  job.each_its_own();
+  job.ranks = {{0, 0, 0, 0}, {1, 1, 2, 2}};
+  const Assignment assignment(job.needs, job.ranks, kLimits);
+  const exchange::Traffic traffic = assignment.traffic();
+  for (size_t rank = 0; rank < 4; ++rank) {
+    CHECK(traffic.received[rank] == 400 * kMiB - assignment.read_bytes()[rank]);
+    CHECK(traffic.sent[rank] == 3 * assignment.read_bytes()[rank]);
+  }
+  CHECK(traffic.between_nodes == 2 * 400 * kMiB);
+}
+
 TEST_CASE("columns of rows that others read are read once, and sent sliced") {
   Job job = job_of(8, 20, 16 * kMiB, [](Need& need, size_t rank, int64_t at) {
     need.add(0, at + static_cast<int64_t>(rank) * 1024, columns(2048, 8192, 1024), 4);

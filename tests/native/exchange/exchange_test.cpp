@@ -133,17 +133,40 @@ TEST_CASE("ranks that share reads get what each would get alone, and read every 
     agree(ranks, {memory, memory}, random.between(1, 3));
     const uint32_t last = ranks[0]->exchange->rounds();
     rounds += last;
+    std::vector<int64_t> read(ranks.size(), 0);
     for (uint32_t round = 0; round <= last + 1; ++round) {
-      for (auto& rank : ranks) {
+      for (size_t number = 0; number < ranks.size(); ++number) {
+        auto& rank = ranks[number];
         const std::optional<uint32_t> send = round < last ? std::optional(round) : std::nullopt;
         const std::optional<uint32_t> receive = round >= 2 ? std::optional(round - 2) : std::nullopt;
         const RoundStats stats = step(*rank, send, receive);
         moved += static_cast<size_t>(stats.placed.bytes_placed);
+        read[number] += stats.bytes_read;
       }
       // The round that was packed just now: what is received in it is placed two steps later.
       if (round < last) all_to_all(ranks, round);
     }
-    for (size_t rank = 0; rank < ranks.size(); ++rank) REQUIRE(ranks[rank]->memory == expected[rank]);
+    for (size_t rank = 0; rank < ranks.size(); ++rank) {
+      REQUIRE(ranks[rank]->memory == expected[rank]);
+      const Exchange& exchange = *ranks[rank]->exchange;
+      if (!exchange.obstacle().empty()) continue;
+      REQUIRE(exchange.bytes_to_read(ranks[rank]->layouts, options)[rank] == read[rank]);
+      const exchange::Traffic traffic = exchange.assignment().traffic();
+      const auto beyond = [&](std::vector<int64_t> (Exchange::*bytes)(uint32_t) const, int64_t foretold) {
+        int64_t exchanged = 0;
+        for (uint32_t round = 0; round < last; ++round) {
+          const std::vector<int64_t> of_round = (exchange.*bytes)(round);
+          exchanged += sum(of_round) - of_round[rank];
+        }
+        return exchanged - foretold;
+      };
+      // A header for each other rank, and what fills up the last one.
+      const int64_t headers = last * (count - 1) * exchange::kHeaderBytes;
+      for (const int64_t more : {beyond(&Exchange::bytes_to_send, traffic.sent[rank]),
+                                 beyond(&Exchange::bytes_to_receive, traffic.received[rank])}) {
+        REQUIRE((more >= headers && more <= 2 * headers));
+      }
+    }
   }
   CHECK(rounds > 2000);
   CHECK(moved > 1000000);

@@ -79,6 +79,7 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
   size_t direct = 0;
   size_t waves = 0;
   int64_t converted = 0;
+  size_t foretold = 0;
   for (int i = 0; i < 600; ++i) {
     CAPTURE(i);
     RandomLoad load(random, 1, i >= 300);
@@ -91,6 +92,10 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
     for (int32_t wave = 0; wave < program.waves(); ++wave) {
       const transfer::Stats stats = transfer::run_wave(program, wave, options, {}, never);
       REQUIRE(stats.bytes_read >= stats.bytes_placed);
+      if (wave == 0 && stats.bytes_mapped == 0) {
+        REQUIRE(stats.bytes_read == transfer::bytes_to_read(program, options));
+        foretold += stats.bytes_read > stats.bytes_placed ? 1 : 0;
+      }
       placed += stats.bytes_placed;
       converted += stats.converted_items;
       for (size_t item = 0; item < load.items.size(); ++item) {
@@ -109,6 +114,7 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
   CHECK(direct > 800);
   CHECK(waves > 500);
   CHECK(converted > 100);
+  CHECK(foretold > 50);
 }
 
 TEST_CASE("ranks of a node that read together load what each would load alone") {
