@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpus, measure, metadata, metadata_plot, peers, plot, steps, sweep
+from benchmarks import gpus, measure, metadata, metadata_plot, node, peers, plot, sharing, steps, sweep
 from benchmarks.budget import Budget
 from benchmarks.contenders import why_dcp_fast_is_missing
 from benchmarks.record import Record
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         _list(workloads, place)
         return 0
-    known = [*workloads, metadata.NAME] if place is Place.HOST else list(workloads)
+    known = [*workloads, metadata.NAME, node.NAME, sharing.NAME] if place is Place.HOST else list(workloads)
     chosen = options.workloads.split(",") if options.workloads else known
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"unknown workloads: {', '.join(unknown)}; known are {', '.join(known)}")
@@ -118,6 +118,8 @@ def _list(workloads: Mapping[str, Workload], place: Place) -> None:
         print(f"{workload.name:16}{workload.title} ({temperatures})")
     if place is Place.HOST:
         print(f"{metadata.NAME:16}{metadata.TITLE} ({Temperature.WARM.value})")
+        print(f"{node.NAME:16}{node.TITLE} ({Temperature.COLD.value})")
+        print(f"{sharing.NAME:16}{sharing.TITLE} ({Temperature.WARM.value})")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,8 +32,11 @@ READ_SIZES = ((4 * MIB, 1 * MIB), (8 * MIB, 2 * MIB), (8 * MIB, 8 * MIB))
 def pinned_read_ceiling(checkpoint: Path, destinations: Destinations, budget: Budget) -> TunedCeiling | None:
     """None where what is wanted is not contiguous in the files, so that no plain read can fetch just that."""
     segments = payload_segments(checkpoint, destinations)
-    if segments is None:
-        return None
+    return None if segments is None else read_ceiling(segments, budget)
+
+
+def read_ceiling(segments: list[Segment], budget: Budget) -> TunedCeiling:
+    """Reads of these ranges, wherever they belong."""
     settings = read_settings()
     largest = max(setting.buffer_bytes or 0 for setting in settings)
     memory = [_pinned(largest) for _ in range(max(setting.threads for setting in settings))]

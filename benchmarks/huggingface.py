@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.storage import StorageReader
 
+from benchmarks import gpus
 from benchmarks.contenders import Contender, Sample
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -120,14 +121,17 @@ def why_missing() -> str | None:
 
 
 def load_file_contender(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> Contender:
-    """safetensors' own loader, which hands out tensors of its own, copied into ours."""
-    load_file: Callable[[Path], dict[str, torch.Tensor]] = importlib.import_module("safetensors.torch").load_file
+    """safetensors' own loader, which hands out tensors of its own on the same device, copied into ours."""
+    load_file: Callable[..., dict[str, torch.Tensor]] = importlib.import_module("safetensors.torch").load_file
+    devices = gpus.of(tensors.values())
+    device = str(next(iter(devices), "cpu"))
 
     def run() -> Sample:
         start = time.perf_counter()
         for path in sorted(checkpoint.glob("*.safetensors")):
-            for name, tensor in load_file(path).items():
+            for name, tensor in load_file(path, device=device).items():
                 tensors[name].copy_(tensor)
+        gpus.wait_for(devices)
         return Sample(time.perf_counter() - start)
 
     return Contender(LOAD_FILE, run)

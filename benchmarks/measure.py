@@ -27,7 +27,7 @@ from benchmarks import (
 from benchmarks.budget import Budget
 from benchmarks.contenders import Contender, Sample
 from benchmarks.verify import Expected
-from benchmarks.workloads import Temperature, Workload
+from benchmarks.workloads import Place, Temperature, Workload
 
 Say = Callable[[str], None]
 # More than stray pages left in the cache means that the file system ignores the request to drop them.
@@ -46,6 +46,8 @@ class Measurement:
     samples: dict[str, list[Sample]]
     ceilings: list[ceilings.Ceiling] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    # Peers that were not measured, and why.
+    absent: dict[str, str] = field(default_factory=dict)
 
     def lowest_ceiling(self) -> str | None:
         """The slowest of the ceilings: a load whose stages overlap perfectly takes as long as that.
@@ -108,10 +110,11 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
 
     # Peers and the limit of the memory are a matter of the warm load; a cold one is held against the disk.
     notes: list[str] = []
+    absent: dict[str, str] = {}
     tuning = budget.share(budget.left() * TUNING)
     if temperature is Temperature.WARM:
         if workload.peers:
-            entrants += _verified_peers(workload, options, expected, wanted, notes)
+            entrants += _verified_peers(workload, checkpoint, options, expected, wanted, absent)
         page_cache.populate(paths)
         found = [
             _pread_ceiling(workload, checkpoint, wanted, expected, tuning),
@@ -128,12 +131,12 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
     check = expected if wanted.gpus else None
     rounds = options.rounds or workload.rounds
     samples = interleave(entrants, temperature, paths, rounds, check, budget)
-    measurement = Measurement(workload, temperature, samples, [*limits], notes)
+    measurement = Measurement(workload, temperature, samples, [*limits], notes, absent)
     if (done := len(samples[oracle.name])) < rounds:
         notes.append(f"no time for more than {done} of {rounds} rounds")
     for limit in limits:
         say(f"  {limit}: {workload.bytes_needed() / 1e9 / (measurement.median(limit.name) or math.inf):.1f} GB/s")
-    for line in notes:
+    for line in [*notes, *(f"{name} left out: {reason}" for name, reason in absent.items())]:
         say(f"  {line}")
     times = (f"{name} {measurement.median(name):.3f} s" for name in samples)
     say(f"  {', '.join(times)}")
@@ -189,22 +192,32 @@ def _disk_ceiling(paths: list[Path], notes: list[str], budget: Budget) -> ceilin
 
 
 def _verified_peers(
-    workload: Workload, options: Options, expected: Expected, wanted: destinations.Destinations, notes: list[str]
+    workload: Workload,
+    checkpoint: Path,
+    options: Options,
+    expected: Expected,
+    wanted: destinations.Destinations,
+    absent: dict[str, str],
 ) -> list[Contender]:
     """Peers that load what torch loads. One that does not is left out: it is not what is tested here."""
+    names = peers.names_for(Place.GPU if wanted.gpus else Place.HOST)
+    absent |= {name: "not installed" for name in names if name not in options.peers}
     if not options.peers:
         return []
-    path = options.data / f"{workload.checkpoint.directory_name()}.safetensors"
-    if not path.exists():
-        peers.write_safetensors(path, wanted.local)
-    page_cache.populate([path])
+    if workload.checkpoint.kind == huggingface.KIND:
+        paths = sorted(checkpoint.glob("*.safetensors"))
+    else:
+        paths = [options.data / f"{workload.checkpoint.directory_name()}.safetensors"]
+        if not paths[0].exists():
+            peers.write_safetensors(paths[0], wanted.local)
+    page_cache.populate(paths)
     verified = []
     for name in options.peers:
-        candidate = peers.peer(name, path, wanted)
+        candidate = peers.peer(name, paths, wanted)
         try:
             candidate.verify(expected)
         except Exception as error:
-            notes.append(f"{name} left out: {type(error).__name__}: {error}")
+            absent[name] = f"{type(error).__name__}: {error}"
         else:
             verified.append(candidate.contender)
     return verified

@@ -1,4 +1,4 @@
-"""Other loaders on the same tensors, written as one .safetensors file. Each runs only where it is installed.
+"""Other loaders on the same tensors, in .safetensors files. Each runs only where it is installed.
 
 They hand out tensors of their own. On the host each of those is copied into the destination, as a state dict load would
 do. On a GPU the peer is safetensors' ``load_file``, and its own tensors are what it is asked for.
@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,29 +49,31 @@ def write_safetensors(path: Path, tensors: Tensors) -> None:
         unfinished.replace(path)
 
 
-def load_with_safetensors(path: Path, tensors: Tensors) -> None:
+def load_with_safetensors(paths: Sequence[Path], tensors: Tensors) -> None:
     safetensors = importlib.import_module("safetensors")
-    with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-        for name in file.keys():  # noqa: SIM118 - the handle is no mapping
-            tensors[name].copy_(file.get_tensor(name))
+    for path in paths:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118 - the handle is no mapping
+                tensors[name].copy_(file.get_tensor(name))
 
 
-def load_with_runai_streamer(path: Path, tensors: Tensors) -> None:
+def load_with_runai_streamer(paths: Sequence[Path], tensors: Tensors) -> None:
     streaming = importlib.import_module("runai_model_streamer")
     with streaming.SafetensorsStreamer() as streamer:
-        streamer.stream_file(str(path))
+        streamer.stream_files([str(path) for path in paths])
         for name, tensor in streamer.get_tensors():
             tensors[name].copy_(tensor)
 
 
-def load_with_fastsafetensors(path: Path, tensors: Tensors) -> None:
+def load_with_fastsafetensors(paths: Sequence[Path], tensors: Tensors) -> None:
     fastsafetensors = importlib.import_module("fastsafetensors")
-    with fastsafetensors.fastsafe_open(filenames=[str(path)], nogds=True, device="cpu") as file:
+    filenames = [str(path) for path in paths]
+    with fastsafetensors.fastsafe_open(filenames=filenames, nogds=True, device="cpu") as file:
         for name in file.keys():  # noqa: SIM118 - the handle is no mapping
             tensors[name].copy_(file.get_tensor(name))
 
 
-PEERS: dict[str, Callable[[Path, Tensors], None]] = {
+PEERS: dict[str, Callable[[Sequence[Path], Tensors], None]] = {
     "safetensors": load_with_safetensors,
     "runai_model_streamer": load_with_runai_streamer,
     "fastsafetensors": load_with_fastsafetensors,
@@ -79,9 +81,11 @@ PEERS: dict[str, Callable[[Path, Tensors], None]] = {
 ON_GPU = "safetensors"
 
 
-def load_file(path: Path, device: str) -> Tensors:
+def load_file(paths: Sequence[Path], device: str) -> Tensors:
     """As safetensors loads to a GPU, waiting until all is there."""
-    loaded: Tensors = importlib.import_module("safetensors.torch").load_file(path, device=device)
+    loaded: Tensors = {}
+    for path in paths:
+        loaded |= importlib.import_module("safetensors.torch").load_file(path, device=device)
     gpus.wait_for(gpus.of(loaded.values()))
     return loaded
 
@@ -93,11 +97,15 @@ class Peer:
     verify: Callable[[Expected], object]
 
 
+def names_for(place: Place) -> tuple[str, ...]:
+    return tuple(PEERS) if place is Place.HOST else (ON_GPU,)
+
+
 def importable(place: Place) -> tuple[list[str], list[str]]:
     """The peers that can be used here, and a line for each one that cannot."""
     found: list[str] = []
     skipped: list[str] = []
-    for name in PEERS if place is Place.HOST else (ON_GPU,):
+    for name in names_for(place):
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -107,14 +115,14 @@ def importable(place: Place) -> tuple[list[str], list[str]]:
     return found, skipped
 
 
-def peer(name: str, path: Path, wanted: Destinations) -> Peer:
+def peer(name: str, paths: Sequence[Path], wanted: Destinations) -> Peer:
     """For tensors on the host, or all on one GPU."""
     if wanted.gpus:
         (device,) = wanted.gpus
-        run = _timed(lambda: load_file(path, str(device)))
+        run = _timed(lambda: load_file(paths, str(device)))
         contender = Contender(name, run, fills_destinations=False)
-        return Peer(contender, lambda expected: expected.compare(name, load_file(path, str(device))))
-    contender = Contender(name, _timed(lambda: PEERS[name](path, wanted.local)))
+        return Peer(contender, lambda expected: expected.compare(name, load_file(paths, str(device))))
+    contender = Contender(name, _timed(lambda: PEERS[name](paths, wanted.local)))
     return Peer(contender, lambda expected: expected.run(contender))
 
 

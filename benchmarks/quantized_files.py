@@ -17,22 +17,26 @@ BLOCK = 128
 ROWS, COLUMNS = 2048, 7168  # of one projection of an expert
 EXPERTS, OUTER, GROUPS, BYTES = 4, 2880, 90, 16  # of some experts of gpt-oss
 TENSORS = {FP8: 68, MXFP4: 60}  # about 1 GB
+FEW = 4
 FILE = "model.safetensors"
 # Of the scales of MXFP4, as E8M0 has them.
 LEAST_EXPONENT, MOST_EXPONENT = 110, 130
 
 
 def shapes(kind: str, scale: float) -> dict[str, tuple[int, ...]]:
-    """Of what is stored. At scale 1 it is 1 GB."""
+    """Of what is stored. At scale 1 it is 1 GB. Where only a few tensors would be left, these have fewer rows."""
     found: dict[str, tuple[int, ...]] = {}
-    for number in range(max(1, round(TENSORS[kind] * scale))):
+    tensors = TENSORS[kind] * scale
+    part = min(1.0, tensors / FEW)
+    rows, outer = max(1, round(ROWS // BLOCK * part)) * BLOCK, max(1, round(OUTER * part))
+    for number in range(max(FEW, round(tensors))):
         if kind == FP8:
             name = f"model.layers.{number}.mlp.gate_proj.weight"
-            found[name] = (ROWS, COLUMNS)
-            found[f"{name}_scale_inv"] = (ROWS // BLOCK, COLUMNS // BLOCK)
+            found[name] = (rows, COLUMNS)
+            found[f"{name}_scale_inv"] = (rows // BLOCK, COLUMNS // BLOCK)
         else:
-            found[f"block.{number}.mlp.mlp1_weight_blocks"] = (EXPERTS, OUTER, GROUPS, BYTES)
-            found[f"block.{number}.mlp.mlp1_weight_scales"] = (EXPERTS, OUTER, GROUPS)
+            found[f"block.{number}.mlp.mlp1_weight_blocks"] = (EXPERTS, outer, GROUPS, BYTES)
+            found[f"block.{number}.mlp.mlp1_weight_scales"] = (EXPERTS, outer, GROUPS)
     return found
 
 
@@ -81,8 +85,9 @@ def _values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 
 def dequantized_blocks(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What MXFP4 means, by torch."""
+    """What MXFP4 means, by torch, on the device of the blocks. The scales are on the host, whose powers are exact."""
     magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     numbers = torch.tensor(magnitudes + [-magnitude for magnitude in magnitudes])
     nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
-    return (numbers[nibbles] * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).to(dtype)
+    factors = torch.exp2(scales.float() - 127)[..., None].to(blocks.device)
+    return (numbers.to(blocks.device)[nibbles] * factors).flatten(-2).to(dtype)

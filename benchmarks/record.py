@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import metadata, metadata_ranks, results
+from benchmarks import metadata, metadata_ranks, node, results, sharing
 from benchmarks.fresh import FirstLoads
 from benchmarks.measure import Measurement
 
@@ -28,6 +28,8 @@ class Record:
     first_loads: list[FirstLoads] = field(default_factory=list)
     of_metadata: list[metadata.Measurement] = field(default_factory=list)
     of_sharing: list[metadata_ranks.Measurement] = field(default_factory=list)
+    of_node: list[node.Measurement] = field(default_factory=list)
+    of_shared_reads: list[sharing.Measurement] = field(default_factory=list)
     # Steps that there was no time for, and those that failed, with the reason.
     left_out: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -48,6 +50,10 @@ class Record:
             results.table(metadata_ranks.HEADINGS, metadata_ranks.table_lines(self.of_sharing))
             if self.of_sharing
             else None,
+            results.table(node.HEADINGS, node.table_lines(self.of_node)) if self.of_node else None,
+            results.table(sharing.HEADINGS, sharing.table_lines(self.of_shared_reads))
+            if self.of_shared_reads
+            else None,
         ]
         return [text for text in tables if text is not None]
 
@@ -65,6 +71,8 @@ class Record:
             ],
             "metadata": [asdict(measurement) for measurement in self.of_metadata],
             "shared_metadata": [asdict(measurement) for measurement in self.of_sharing],
+            "node": [asdict(measurement) for measurement in self.of_node],
+            "shared_reads": [asdict(measurement) for measurement in self.of_shared_reads],
         }
         write_json(path, document)
 

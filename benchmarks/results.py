@@ -162,6 +162,8 @@ def peer_table(measurements: Sequence[Measurement]) -> str | None:
         ours = measurement.median("dcp_fast")
         for name in (*PEERS, LOAD_FILE, TORCH_THREADS):
             if (median := measurement.median(name)) is None:
+                if name in measurement.absent:
+                    lines.append([measurement.workload.name, name, measurement.absent[name], NONE, NONE])
                 continue
             speed = measurement.workload.bytes_needed() / 1e9 / median
             ratio = median / ours if ours else None

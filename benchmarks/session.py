@@ -14,9 +14,11 @@ from benchmarks import (
     measure,
     metadata,
     metadata_ranks,
+    node,
     optimizer,
     quantized,
     quantized_files,
+    sharing,
     state_dicts,
     whole_states,
 )
@@ -70,6 +72,13 @@ class Session:
     def _take(self, step: Step, share: Budget) -> None:
         record, options, say = self._record, self._options, self._say
         workload = step.workload
+        if step.kind is Kind.NODE:
+            record.of_node = node.run(options.data, self._scale, options.rounds, options.with_dcp_fast, say)
+            return
+        if step.kind is Kind.SHARING:
+            if options.with_dcp_fast:
+                record.of_shared_reads = sharing.run(options.data, self._scale, options.rounds, say)
+            return
         if workload is None:
             record.of_metadata = metadata.run(options.data, self._scale, options.rounds, self._entrants, say)
             if options.with_dcp_fast:

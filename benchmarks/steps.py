@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import checkpoints, metadata
+from benchmarks import checkpoints, metadata, node, sharing
 from benchmarks.workloads import Temperature, Workload
 
 # Of one round of first loads, by each of both loaders in a process of its own.
@@ -19,6 +19,9 @@ _GPU_STEPS: tuple[tuple[str, Temperature | None, float], ...] = (
     ("rows8", Temperature.WARM, 10),
     ("whole8", Temperature.WARM, 15),
     ("convert", Temperature.WARM, 15),
+    ("hf", Temperature.WARM, 15),
+    ("hf_fp8", Temperature.WARM, 30),
+    ("hf_mxfp4", Temperature.WARM, 15),
     ("cols8", Temperature.WARM, 15),
     ("same", Temperature.COLD, 30),
     ("same", None, _FIRST_LOADS_SECONDS),
@@ -38,6 +41,8 @@ class Kind(enum.Enum):
     LOADS = "loads"
     FIRST_LOADS = "first loads"
     METADATA = "metadata"
+    NODE = "ranks of one machine"
+    SHARING = "ranks that share reads"
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,12 @@ def on_host(known: Mapping[str, Workload], chosen: Collection[str], fresh_rounds
     for name in chosen:
         if name == metadata.NAME:
             steps.append(Step(Kind.METADATA))
+            continue
+        if name == node.NAME:
+            steps.append(Step(Kind.NODE))
+            continue
+        if name == sharing.NAME:
+            steps.append(Step(Kind.SHARING))
             continue
         workload = known[name]
         steps += [Step(Kind.LOADS, workload, temperature) for temperature in workload.targets]

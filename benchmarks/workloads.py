@@ -99,11 +99,19 @@ def _for_gpus(scale: float, gpus: Sequence[str]) -> dict[str, Workload]:
         "whole8": {warm: (whole, limit)},
         "small": {warm: ()},
         "convert": {warm: ()},
+        "hf": {warm: (whole, limit)},
+        "hf_fp8": {warm: (sliced, Target(Metric.SPEEDUP, 10))},
+        "hf_mxfp4": {warm: (sliced,)},
     }
     on_host = _for_host(scale)
     first = tuple(gpus[:1])
     workloads = {
-        name: replace(on_host[name], targets=bounds, wanted=replace(on_host[name].wanted, devices=first))
+        name: replace(
+            on_host[name],
+            targets=bounds,
+            wanted=replace(on_host[name].wanted, devices=first),
+            peers=name == "same",  # with safetensors files, load_file takes part anyway
+        )
         for name, bounds in targets.items()
     }
     if len(gpus) > 1:
@@ -225,6 +233,7 @@ def _of_huggingface(scale: float) -> list[Workload]:
                 warm: (Target(Metric.SPEEDUP, 1.4), limit),
                 cold: (Target(Metric.SPEEDUP, 1), Target(Metric.OF_CEILING, 0.95)),
             },
+            peers=True,
         ),
         Workload(
             "hf_rows8",

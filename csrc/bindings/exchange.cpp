@@ -21,6 +21,7 @@
 #include "bindings/python.h"
 #include "bindings/streams.h"
 #include "cuda/pinned_ring.h"
+#include "transfer/layouts.h"
 #include "transfer/program.h"
 
 namespace py = pybind11;
@@ -32,9 +33,17 @@ using exchange::Exchange;
 using exchange::LocalNeed;
 using exchange::Need;
 using exchange::RoundStats;
+using transfer::Layouts;
 using transfer::Program;
 
 using Memory = std::pair<uint64_t, uint64_t>;  // address and size in bytes, of a tensor
+
+std::vector<std::string> system_paths(const std::vector<py::str>& names) {
+  std::vector<std::string> texts;
+  texts.reserve(names.size());
+  for (const py::str& name : names) texts.push_back(system_path(name));
+  return texts;
+}
 
 std::unique_ptr<Exchange> make_exchange(const std::vector<Memory>& encoded, std::vector<uint32_t> need_of_rank,
                                         std::vector<int64_t> node_of_rank, uint32_t rank, int64_t send_bytes,
@@ -69,7 +78,7 @@ std::byte* memory_of(const Part& part, const std::vector<int64_t>& bytes) {
   return reinterpret_cast<std::byte*>(std::get<1>(part));  // NOLINT(performance-no-int-to-ptr)
 }
 
-RoundStats step(const Exchange& exchange, const LocalNeed& local, const Program& program,
+RoundStats step(const Exchange& exchange, const LocalNeed& local, const Layouts& layouts,
                 const std::optional<Part>& send, const std::optional<Part>& receive, const FileOptions& options,
                 cuda::PinnedRing* ring, const StreamsByDevice& streams) {
   for (const auto* part : {&send, &receive}) {
@@ -87,7 +96,7 @@ RoundStats step(const Exchange& exchange, const LocalNeed& local, const Program&
   }
   const transfer::CudaTargets targets{ring, stream_handles(streams)};
   return without_gil(
-      [&] { return exchange::step(exchange, to_send, to_place, program, local.items, options, targets, interrupted); });
+      [&] { return exchange::step(exchange, to_send, to_place, layouts, local, options, targets, interrupted); });
 }
 
 }  // namespace
@@ -95,20 +104,32 @@ RoundStats step(const Exchange& exchange, const LocalNeed& local, const Program&
 void bind_exchange(py::module_& module) {
   module.attr("EXCHANGE_HEADER_BYTES") = exchange::kHeaderBytes;
 
-  py::class_<LocalNeed>(module, "Need", "What this rank needs of a load from the storage.")
-      .def(py::init([](const Program& program, const std::vector<py::str>& names) {
-             std::vector<std::string> texts;
-             texts.reserve(names.size());
-             for (const py::str& name : names) texts.push_back(system_path(name));
-             const py::gil_scoped_release release;
-             return exchange::need_of(program, texts);
-           }),
-           py::arg("program"), py::arg("names"))
+  py::class_<LocalNeed>(module, "Need", "What this rank needs of the files, and where it goes.")
+      .def_static(
+          "of_program",
+          [](const Program& program, const std::vector<py::str>& names) {
+            const std::vector<std::string> texts = system_paths(names);
+            return without_gil([&] { return exchange::need_of(program, texts); });
+          },
+          py::arg("program"), py::arg("names"), "The boxes of the first wave that the engine places.")
+      .def_static(
+          "of_records",
+          [](const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
+             const std::vector<py::str>& names, const FileOptions& options) {
+            const std::vector<std::string> texts = system_paths(names);
+            return without_gil([&] { return exchange::need_of_records(layouts, records, most_bytes, texts, options); });
+          },
+          py::arg("layouts"), py::arg("records"), py::arg("most_bytes"), py::arg("names"), py::arg("options"),
+          "The headers of all records, and some from beginning to end, as far as memory for them goes.")
       .def_readonly("converted_items", &LocalNeed::converted_items)
       .def("encode", [](const LocalNeed& local) {
         const std::vector<int64_t> words = local.need.encode();
         return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
       });
+
+  module.def(
+      "keep", [](Layouts& layouts, LocalNeed& need) { exchange::keep(layouts, need); }, py::arg("layouts"),
+      py::arg("need"), "Has layouts take from memory what was received of Need.of_records.");
 
   py::class_<RoundStats>(module, "RoundStats")
       .def_readonly("placed", &RoundStats::placed)
@@ -123,7 +144,7 @@ void bind_exchange(py::module_& module) {
       .def_property_readonly("read_bytes", [](const Exchange& exchange) { return exchange.assignment().read_bytes(); })
       .def("bytes_to_send", &Exchange::bytes_to_send, py::arg("round"))
       .def("bytes_to_receive", &Exchange::bytes_to_receive, py::arg("round"))
-      .def("step", &step, py::arg("need"), py::arg("program"), py::arg("send"), py::arg("receive"), py::arg("options"),
+      .def("step", &step, py::arg("need"), py::arg("layouts"), py::arg("send"), py::arg("receive"), py::arg("options"),
            py::arg("ring") = nullptr, py::arg("streams") = StreamsByDevice(),
            "Reads what is sent in one round into memory, while what was received in another one is placed. Both are "
            "a round, and address and size of its memory; or None.");

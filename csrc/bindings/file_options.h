@@ -8,6 +8,7 @@ namespace dcp_fast {
 
 struct FileOptions : transfer::Options {
   io::IoMode mode = io::IoMode::kAuto;
+  io::Readers readers = io::Readers::kThisRank;
 };
 
 }  // namespace dcp_fast

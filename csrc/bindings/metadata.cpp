@@ -138,6 +138,21 @@ int64_t find_row(const Columns& columns, const py::str& fqn, const std::optional
   return found(columns.find_row(index, offset->data(), static_cast<uint32_t>(offset->size())));
 }
 
+// How many bytes the records of some tensors and values take. Roughly: a damaged file may say anything.
+double stored_bytes(const Columns& columns, const std::vector<py::str>& fqns) {
+  std::vector<bool> wanted(columns.fqns.size());
+  for (const py::str& fqn : fqns) {
+    const uint32_t index = columns.fqns.find(Utf8(fqn).view());
+    if (index != metadata::TextTable::kNone) wanted[index] = true;
+  }
+  double bytes = 0;
+  const StorageRows& rows = columns.rows;
+  for (size_t row = 0; row < rows.size(); ++row) {
+    if (wanted[rows.fqn[row]]) bytes += static_cast<double>(rows.length[row]);
+  }
+  return bytes;
+}
+
 int64_t row_of_chunk(const Columns& columns, size_t entry, size_t chunk) {
   const Entry& tensor = tensor_entry(columns, entry);
   if (chunk >= tensor.chunk_count) throw py::index_error("no such chunk");
@@ -303,6 +318,7 @@ void bind_metadata(py::module_& module) {
       .def("find_row", &find_row, py::arg("fqn"), py::arg("offset"))
       .def("row_of_chunk", &row_of_chunk, py::arg("entry"), py::arg("chunk"))
       .def("row", &row, py::arg("index"))
+      .def("stored_bytes", &stored_bytes, py::arg("fqns"))
       .def("files", [](const Columns& columns) { return texts(columns.files, columns.files.size()); })
       .def("payload", &payload, py::arg("row"))
       .def_property_readonly("has_payloads", [](const Columns& columns) { return !columns.rows.dtypes.empty(); })

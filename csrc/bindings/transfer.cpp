@@ -32,6 +32,7 @@
 #include "trace/recorder.h"
 #include "transfer/engine.h"
 #include "transfer/layouts.h"
+#include "transfer/node.h"
 #include "transfer/options.h"
 #include "transfer/program.h"
 #include "transfer/record_reads.h"
@@ -88,12 +89,12 @@ std::vector<checkpoint::TensorLayout> payloads_of(const std::vector<Record>& rec
   return payloads;
 }
 
-std::unique_ptr<Layouts> read_layouts(const std::vector<py::str>& python_paths, const py::buffer& record_column,
-                                      const FileOptions& options, const std::optional<py::buffer>& payload_column) {
+std::unique_ptr<Layouts> open_files(const std::vector<py::str>& python_paths, const py::buffer& record_column,
+                                    const FileOptions& options, const std::optional<py::buffer>& payload_column) {
   io::ByteSources sources;
   sources.reserve(python_paths.size());
   for (const py::str& path : python_paths) {
-    sources.push_back(std::make_unique<io::File>(system_path(path), options.mode));
+    sources.push_back(std::make_unique<io::File>(system_path(path), options.mode, options.readers));
   }
   Column column(record_column);
   std::vector<Record> records;
@@ -109,7 +110,7 @@ std::unique_ptr<Layouts> read_layouts(const std::vector<py::str>& python_paths, 
   if (payload_column) payloads = payloads_of(records, *payload_column, sources);
   return without_gil([&] {
     return std::make_unique<Layouts>(
-        transfer::read_layouts(std::move(sources), std::move(records), std::move(payloads), options, interrupted));
+        transfer::open_files(std::move(sources), std::move(records), std::move(payloads), options, interrupted));
   });
 }
 
@@ -159,30 +160,40 @@ std::vector<size_t> items_of_kind(const Program& program, Transfer::Kind kind, i
   return indices;
 }
 
-py::tuple read_range(const py::str& python_path, int64_t offset, int64_t length, const FileOptions& options) {
-  if (offset < 0 || length < 0) throw py::value_error("negative offset or length");
-  io::File file(system_path(python_path));
-  const io::OpenSource open = [&file] {
+py::tuple read_record(const Layouts& layouts, size_t index, const FileOptions& options) {
+  const Record& record = layouts.records.at(index);
+  io::ByteSource& source = *layouts.sources[record.file];
+  const auto attributed = [&](const auto& work) {
+    try {
+      return work();
+    } catch (Error& error) {
+      layouts.attribute(error, index);
+      throw;
+    }
+  };
+  const io::OpenSource open = attributed([&] {
     const py::gil_scoped_release release;
-    return io::OpenSource(file);
-  }();
-  file.check_range(static_cast<size_t>(length), offset);
-  const auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, length));
+    return io::OpenSource(source);
+  });
+  attributed([&] { source.check_range(static_cast<size_t>(record.length), record.offset); });
+  const auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, record.length));
   if (!bytes) throw py::error_already_set();  // MemoryError
   char* data = PyBytes_AS_STRING(bytes.ptr());
   // In blocks, so that Ctrl-C need not wait for all of a large entry.
   constexpr int64_t kBlock = 256 << 10;
-  const auto blocks = static_cast<size_t>((length + kBlock - 1) / kBlock);
+  const auto blocks = static_cast<size_t>((record.length + kBlock - 1) / kBlock);
   io::IoCounters counters = options.counters();
   without_gil([&] {
-    transfer::run_parallel(blocks, 1, counters, interrupted, [&](size_t block, const transfer::Worker&) {
-      const int64_t begin = static_cast<int64_t>(block) * kBlock;
-      const auto size = static_cast<size_t>(std::min(kBlock, length - begin));
-      file.read_exactly(data + begin, size, offset + begin, counters);
+    return attributed([&] {
+      transfer::run_parallel(blocks, 1, counters, interrupted, [&](size_t block, const transfer::Worker&) {
+        const int64_t begin = static_cast<int64_t>(block) * kBlock;
+        const auto size = static_cast<size_t>(std::min(kBlock, record.length - begin));
+        source.read_exactly(data + begin, size, record.offset + begin, counters);
+      });
+      return 0;
     });
-    return 0;
   });
-  return py::make_tuple(bytes, counters.requests.load());
+  return py::make_tuple(bytes, counters.requests.load(), counters.bytes.load());
 }
 
 py::tuple read_plain_values(const Layouts& layouts, const std::vector<size_t>& records, const FileOptions& options) {
@@ -269,11 +280,33 @@ void bind_transfer(py::module_& module) {
           },
           py::arg("parts"), py::kw_only(), py::arg("threads") = 0, py::arg("mapped") = true,
           "The same options for one of several users of the staging memory, with another number of threads if it is "
-          "given. Not `mapped`: what is read is used soon, and should stay in the cache.");
+          "given. Not `mapped`: what is read is used soon, and should stay in the cache.")
+      .def(
+          "on_node",
+          [](FileOptions options, double bytes, double bytes_stored) {
+            const transfer::Node node = transfer::node_of_this_process();
+            const bool shares = transfer::shares_page_cache(node, bytes, bytes_stored, transfer::room_for_page_cache());
+            options.readers = shares ? io::Readers::kRanksOfNode : io::Readers::kThisRank;
+            return options;
+          },
+          py::arg("bytes"), py::arg("bytes_stored"),
+          "The same options where ranks of the node leave what they read in the page cache for each other, if they "
+          "are better off so. `bytes`: of the records that this rank needs; `bytes_stored`: of all records of the same "
+          "tensors.");
 
   py::class_<Layouts>(module, "Layouts")
       .def_readonly("requests", &Layouts::requests)
       .def_readonly("bytes_read", &Layouts::bytes)
+      .def(
+          "read_headers",
+          [](Layouts& layouts, const FileOptions& options) {
+            without_gil([&] {
+              transfer::read_headers(layouts, options, interrupted);
+              return 0;
+            });
+          },
+          py::arg("options"))
+      .def_property_readonly("shared_files", &Layouts::shared_files)
       .def("threads",
            [](const Layouts& layouts, const FileOptions& options) {
              return transfer::limits_of(options, io::access_of(layouts.sources)).threads;
@@ -286,8 +319,8 @@ void bind_transfer(py::module_& module) {
       .def("dtype", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.dtype; })
       .def("strides", [](const Layouts& layouts, size_t record) { return layouts.parsed.at(record).layout.strides; })
       .def("__len__", [](const Layouts& layouts) { return layouts.records.size(); });
-  module.def("read_layouts", &read_layouts, py::arg("paths"), py::arg("records"), py::arg("options"),
-             py::arg("payloads") = py::none());
+  module.def("open_files", &open_files, py::arg("paths"), py::arg("records"), py::arg("options"),
+             py::arg("payloads") = py::none(), "Layouts whose headers are yet to be read.");
 
   py::class_<transfer::Stats>(module, "Stats")
       .def_readonly("requests", &transfer::Stats::requests)
@@ -322,6 +355,9 @@ void bind_transfer(py::module_& module) {
           py::arg("wave"), py::arg("options"), py::arg("ring") = nullptr, py::arg("streams") = StreamsByDevice());
 
   module.def(
+      "ranks_of_node", [] { return transfer::node_of_this_process().ranks; },
+      "How many ranks of this machine load at the same time, as far as the launcher tells.");
+  module.def(
       "most_reader_threads",
       [](int wanted) { return transfer::reader_threads(wanted, io::kDirectAccess.requests_at_once); },
       py::arg("wanted"), "How many threads read at the most; `wanted` is 0 for the default of this machine.");
@@ -354,8 +390,8 @@ void bind_transfer(py::module_& module) {
              "The values of bytes entries, with an Ellipsis for each that is more than a plain value, and how many "
              "requests and bytes brought them. Equal values that cannot change are one object.");
   module.def("parse_plain_value", &parse_plain_value, py::arg("record"), "The same of one entry that is in memory.");
-  module.def("read_range", &read_range, py::arg("path"), py::arg("offset"), py::arg("length"), py::arg("options"),
-             "Exactly `length` bytes of a file, and how many requests brought them. Nothing is allocated before the "
+  module.def("read_record", &read_record, py::arg("layouts"), py::arg("record"), py::arg("options"),
+             "All bytes of a record, and how many requests and bytes brought them. Nothing is allocated before the "
              "file's size is checked.");
 }
 

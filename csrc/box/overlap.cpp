@@ -80,6 +80,11 @@ void append(Overlaps& overlaps, const Chunks& wanted, size_t w, const Chunks& st
 Overlaps find_overlaps(const Chunks& wanted, const Chunks& stored) {
   Overlaps overlaps;
   if (wanted.count == 0 || stored.count == 0) return overlaps;
+  if (wanted.count == 1 && stored.count == 1) {  // as most tensors have it: nothing to sort
+    overlaps.rows.reserve(2 + 3 * wanted.dims);
+    if (overlap(wanted, 0, stored, 0)) append(overlaps, wanted, 0, stored, 0);
+    return overlaps;
+  }
   const size_t dim = longest_dim(wanted, stored);
   const auto bounds = [dim](const Chunks& chunks, size_t i) {
     if (chunks.dims == 0) return std::pair<int64_t, int64_t>(0, 1);

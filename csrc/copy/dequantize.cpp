@@ -17,12 +17,8 @@ constexpr int64_t kRun = 1024;  // elements: so many pass through buffers that s
 using Run = std::array<std::byte, kRun * 8>;
 using Floats = std::array<float, kRun>;
 
-// The numbers of MXFP4.
-constexpr std::array<float, 16> kE2M1 = {0.0F,  0.5F,  1.0F,  1.5F,  2.0F,  3.0F,  4.0F,  6.0F,
-                                         -0.0F, -0.5F, -1.0F, -1.5F, -2.0F, -3.0F, -4.0F, -6.0F};
-
 float scale_at(Scales scales, const std::byte* begin, int64_t index) {
-  if (scales == Scales::kE8M0) return scale_of_exponent(begin[index]);
+  if (scales == Scales::kE8M0) return float_of(Float8E8M0::to_float32(std::to_integer<uint8_t>(begin[index])));
   float scale = 0;
   std::memcpy(&scale, begin + index * static_cast<int64_t>(sizeof(scale)), sizeof(scale));
   return scale;
@@ -40,8 +36,8 @@ void apply(const Conversion& conversion, void* to, const void* from, int64_t cou
 void decode_blocks(const QuantizedBox& box, float* to, const std::byte* row, int64_t column, int64_t count) {
   const int64_t begin = box.first_column + column;
   for (int64_t at = begin; at < begin + count; ++at) {
-    const auto byte = std::to_integer<std::size_t>(row[at / 2]);
-    to[at - begin] = kE2M1[at % 2 == 0 ? byte & 15 : byte >> 4];
+    const auto byte = std::to_integer<uint8_t>(row[at / 2]);
+    to[at - begin] = float_of(Float4E2M1::to_float32(at % 2 == 0 ? byte & 15 : byte >> 4));
   }
 }
 
@@ -191,6 +187,12 @@ bool find(std::optional<Conversion>& conversion, checkpoint::DType from, checkpo
   return conversion.has_value();
 }
 
+std::optional<StepTarget> step_target_of(checkpoint::DType dtype) {
+  if (dtype == checkpoint::dtype_by_name("float32")) return StepTarget::kFloat32;
+  if (dtype == checkpoint::dtype_by_name("bfloat16")) return StepTarget::kBFloat16;
+  return dtype == checkpoint::dtype_by_name("float16") ? std::optional(StepTarget::kFloat16) : std::nullopt;
+}
+
 }  // namespace
 
 std::optional<Dequantization> find_dequantization(Quantization quantization, Scales scales, checkpoint::DType stored,
@@ -209,12 +211,11 @@ std::optional<Dequantization> find_dequantization(Quantization quantization, Sca
   if (!find(found.place, target, destination, inner_contiguous)) return std::nullopt;
   found.target_bytes = static_cast<int32_t>(checkpoint::info(target).itemsize);
   found.to_bytes = static_cast<int32_t>(checkpoint::info(destination).itemsize);
-  const bool to_bfloat16 = target == checkpoint::dtype_by_name("bfloat16");
-  if (to_bfloat16 || target == kFloat32) {
+  if (const auto step_target = step_target_of(target)) {
     if (quantization == Quantization::kMxfp4) {
-      found.blocks_step = find_mxfp4_step(to_bfloat16);
-    } else if (stored == checkpoint::dtype_by_name("float8_e4m3fn")) {
-      found.step = find_e4m3_step(to_bfloat16);
+      found.blocks_step = find_mxfp4_step(*step_target);
+    } else {
+      found.step = find_scaled_step(stored, *step_target);
     }
   }
   return found;

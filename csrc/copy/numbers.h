@@ -7,14 +7,21 @@
 #include <cstdint>
 #include <cstring>
 
+// nvcc compiles these functions for GPUs too, so that they do the same there.
+#ifdef __CUDACC__
+#define DCP_FAST_ANYWHERE __host__ __device__
+#else
+#define DCP_FAST_ANYWHERE
+#endif
+
 namespace dcp_fast::copy {
 
-inline uint32_t bits_of(float value) {
+DCP_FAST_ANYWHERE inline uint32_t bits_of(float value) {
   uint32_t bits = 0;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
-inline float float_of(uint32_t bits) {
+DCP_FAST_ANYWHERE inline float float_of(uint32_t bits) {
   float value = 0;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
@@ -25,19 +32,19 @@ inline constexpr uint32_t kFloat32Infinity = 0x7f800000;
 inline constexpr int kFloat32Mantissa = 23;
 inline constexpr int kFloat32Bias = 127;
 
-constexpr uint32_t exponent_of_float32(int exponent) {
+DCP_FAST_ANYWHERE constexpr uint32_t exponent_of_float32(int exponent) {
   return static_cast<uint32_t>(exponent + kFloat32Bias) << kFloat32Mantissa;
 }
 
 // `condition ? yes : no`, which compilers would rather make a branch of, and no vector code then.
-constexpr uint32_t select(bool condition, uint32_t yes, uint32_t no) {
+DCP_FAST_ANYWHERE constexpr uint32_t select(bool condition, uint32_t yes, uint32_t no) {
   const uint32_t mask = 0 - static_cast<uint32_t>(condition);
   return (yes & mask) | (no & ~mask);
 }
 
 // Rounds away the lower bits, to nearest, ties to even.
 template <int kBits>
-constexpr uint32_t round_off(uint32_t bits) {
+DCP_FAST_ANYWHERE constexpr uint32_t round_off(uint32_t bits) {
   return (bits + ((1U << (kBits - 1)) - 1) + ((bits >> kBits) & 1)) >> kBits;
 }
 
@@ -46,10 +53,10 @@ struct BFloat16 {
   using Bits = uint16_t;
   static constexpr uint16_t kNan = 0x7fc0;  // of either sign
 
-  static uint32_t to_float32(Bits bits) { return static_cast<uint32_t>(bits) << 16; }
+  DCP_FAST_ANYWHERE static uint32_t to_float32(Bits bits) { return static_cast<uint32_t>(bits) << 16; }
 
   template <uint16_t kNanBits = kNan>
-  static Bits from_float32(uint32_t bits) {
+  DCP_FAST_ANYWHERE static Bits from_float32(uint32_t bits) {
     const bool is_nan = (bits & ~kFloat32Sign) > kFloat32Infinity;
     return static_cast<Bits>(is_nan ? kNanBits : round_off<16>(bits));
   }
@@ -57,9 +64,10 @@ struct BFloat16 {
 
 // Which bit patterns are no finite numbers.
 enum class Specials {
-  kIeee,         // the highest exponent: infinities and NaNs
-  kNan,          // all bits but the sign
-  kNegativeZero  // that of negative zero is a NaN
+  kIeee,          // the highest exponent: infinities and NaNs
+  kNan,           // all bits but the sign
+  kNegativeZero,  // that of negative zero is a NaN
+  kNone
 };
 
 // A float of a sign, an exponent and a mantissa, in this order, with subnormal numbers.
@@ -74,7 +82,7 @@ struct SmallFloat {
   static constexpr uint32_t kLeastNormal = exponent_of_float32(1 - kBias);
   static constexpr int kLeastExponent = 1 - kBias - kMantissa;  // of the smallest subnormal number
 
-  static uint32_t to_float32(Bits bits) {
+  DCP_FAST_ANYWHERE static uint32_t to_float32(Bits bits) {
     const uint32_t sign = static_cast<uint32_t>(bits & kSign) << (31 - kExponent - kMantissa);
     const uint32_t magnitude = bits & (kSign - 1);
     // A subnormal number is an integer, times the smallest one.
@@ -87,13 +95,15 @@ struct SmallFloat {
       return magnitude >= kHighestExponent ? sign | kFloat32Infinity | ((magnitude | quiet) << kShift) : finite;
     } else if constexpr (kSpecials == Specials::kNan) {
       return magnitude == kSign - 1 ? sign | kFloat32Infinity | (magnitude << kShift) : finite;
-    } else {
+    } else if constexpr (kSpecials == Specials::kNegativeZero) {
       return bits == kSign ? kFloat32Infinity + 1 : finite;
+    } else {
+      return finite;
     }
   }
 
   // Not for kNan: what becomes of numbers that are too large depends on the version of torch.
-  static Bits from_float32(uint32_t bits) {
+  DCP_FAST_ANYWHERE static Bits from_float32(uint32_t bits) {
     static_assert(kSpecials != Specials::kNan);
     constexpr uint32_t kTooLarge =
         kSpecials == Specials::kIeee ? exponent_of_float32(kBias + 1) : exponent_of_float32((1 << kExponent) - kBias);
@@ -122,5 +132,19 @@ using Float8E5M2 = SmallFloat<uint8_t, 5, 2, 15, Specials::kIeee>;
 using Float8E4M3Fn = SmallFloat<uint8_t, 4, 3, 7, Specials::kNan>;
 using Float8E5M2Fnuz = SmallFloat<uint8_t, 5, 2, 16, Specials::kNegativeZero>;
 using Float8E4M3Fnuz = SmallFloat<uint8_t, 4, 3, 8, Specials::kNegativeZero>;
+using Float4E2M1 = SmallFloat<uint8_t, 2, 1, 1, Specials::kNone>;  // in the lower half of a byte
+
+// A power of two, by its exponent. It has no sign and no zero.
+struct Float8E8M0 {
+  using Bits = uint8_t;
+  static constexpr uint32_t kNan = 0xff;
+
+  DCP_FAST_ANYWHERE static uint32_t to_float32(Bits bits) {
+    constexpr uint32_t kHalf = 1U << (kFloat32Mantissa - 1);
+    // The least one is a subnormal float32.
+    const uint32_t number = select(bits == 0, kHalf, static_cast<uint32_t>(bits) << kFloat32Mantissa);
+    return number | select(bits == kNan, kHalf, 0);
+  }
+};
 
 }  // namespace dcp_fast::copy

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "checkpoint/dtype.h"
+
 namespace dcp_fast::copy {
 
 // Brings `count` elements of one block to their target, times a scale that can_step(scale) allows. Both sides may lie
@@ -14,14 +16,13 @@ using ScaledStep = void (*)(void* to, const std::byte* from, int64_t count, floa
 using BlocksStep = void (*)(void* to, const std::byte* from, const std::byte* exponents, int64_t blocks);
 inline constexpr int64_t kMxfp4Block = 32;
 
-// Of E4M3, and of MXFP4, to float32 or bfloat16. Null where the processor has no instructions for that.
-ScaledStep find_e4m3_step(bool to_bfloat16);
-BlocksStep find_mxfp4_step(bool to_bfloat16);
+enum class StepTarget : int8_t { kFloat32, kBFloat16, kFloat16 };
+
+// Of FP8. Null for other dtypes, and where the processor has no instructions for that.
+ScaledStep find_scaled_step(checkpoint::DType stored, StepTarget target);
+BlocksStep find_mxfp4_step(StepTarget target);
 
 // Whether a scale is a number that a ScaledStep can multiply with, as all but extreme ones are.
 bool can_step(float scale);
-
-// A scale of MXFP4.
-float scale_of_exponent(std::byte exponent);
 
 }  // namespace dcp_fast::copy

@@ -6,6 +6,7 @@
 #include <thread>
 #include <utility>
 
+#include "cuda/dequantize_launch.h"
 #include "cuda/numa.h"
 #include "error.h"
 
@@ -79,7 +80,8 @@ Device::Device(int ordinal, size_t slots, size_t slot_bytes)
     : ordinal_(ordinal),
       slot_bytes_(slot_bytes),
       context_(naming(ordinal, [=] { return PrimaryContext(ordinal); })),
-      launcher_(context_.device(), [this](const auto& work) { in_context(work); }) {
+      launcher_(kBoxCopyImages, context_.device(), [this](const auto& work) { in_context(work); }),
+      dequantizer_(kDequantizeImages, context_.device(), [this](const auto& work) { in_context(work); }) {
   try {
     in_context([&] {
       std::array<char, 32> bus_id{};
@@ -109,6 +111,7 @@ Device::~Device() {
 void Device::release() noexcept {
   in_context_if_possible([&] {
     launcher_.release();
+    dequantizer_.release();
     slots_.clear();
     for (Event* event : {&began_, &torch_before_, &torch_after_, &copies_done_, &kernels_done_}) event->reset();
     staging_.reset();
@@ -187,6 +190,20 @@ void Device::launch(FunctionHandle function, const Slot& slot, DeviceAddress sta
   DCP_FAST_CUDA(cuEventRecord, slot.placed.get(), kernel_stream_.get());
 }
 
+void Device::dequantize(StreamHandle torch_stream, const std::vector<BoxDequantization>& boxes) {
+  dequantizer_.prepare();
+  dequantizer_.wait_for_all();
+  dequantizer_.submit(0, [&](FunctionHandle function) {
+    for (BoxDequantization box : boxes) {
+      void* arguments[] = {&box};
+      require("cuLaunchKernel", driver().cuLaunchKernel(function, thread_blocks(box), 1, 1, kDequantizeThreads, 1, 1, 0,
+                                                        torch_stream, arguments, nullptr));
+    }
+  });
+  const std::scoped_lock lock(counting_);
+  stats_.launches += static_cast<int64_t>(boxes.size());
+}
+
 bool Device::is_done(size_t index) {
   const Slot& slot = slots_[index];
   if (slot.launched && !launcher_.is_settled(index)) return false;
@@ -254,6 +271,7 @@ void Device::synchronize(StreamHandle torch_stream, const std::function<bool()>&
 
 void Device::drain() noexcept {
   launcher_.join();
+  dequantizer_.join();
   in_context_if_possible([&] {
     // If one of the streams fails, the other one must be waited for all the same. Events are used because a thread that
     // waits for a stream may spin.

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/dequantize.h"
 #include "cuda/launcher.h"
 #include "cuda/resources.h"
 #include "cuda/slot.h"
@@ -68,6 +69,10 @@ class Device {
   // Waits until the last work of a slot is done. Throws Error(kCuda) if it failed.
   void wait(size_t slot);
 
+  // Enqueues the dequantization of boxes, one after another, on torch's stream. Loads the kernel for it when it is
+  // first needed, which may take some tenths of a second. Throws Error(kCuda, kCudaRefused).
+  void dequantize(StreamHandle torch_stream, const std::vector<BoxDequantization>& boxes);
+
   // Torch's stream waits for all that was submitted.
   void end(StreamHandle torch_stream);
 
@@ -116,7 +121,9 @@ class Device {
   DeviceStats stats_;
   trace::Recorder* recorder_ = nullptr;
   int64_t began_at_ = 0;
-  Launcher launcher_;  // last: its thread uses all of the above
+  // Last: their threads use all of the above.
+  Launcher launcher_;
+  Launcher dequantizer_;
 };
 
 }  // namespace dcp_fast::cuda

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Compiles box_copy.cu to what ships: box_copy.ptx, and from that box_copy.sm_*.cubin. With --check compares instead.
+"""Compiles each kernel to what ships: box_copy.cu to box_copy.ptx, and that to box_copy.sm_*.cubin. --check compares.
 
 Drivers refuse PTX of a version that is newer than they are, and nvcc always writes its own version: text from nvcc 13
-would not load under a driver for CUDA 12. The kernel needs nothing beyond PTX 6.0 and compute capability 5.0, so
-this is what the text is declared to be. Every driver since CUDA 9 takes it, and ptxas holds it to this declaration, as
+would not load under a driver for CUDA 12. The kernels need nothing beyond PTX 6.0 and compute capability 5.0, so
+their text is declared to be that. Every driver since CUDA 9 takes it, and ptxas holds it to this declaration, as
 tests/python/transfer/test_kernel_ptx.py makes sure. What differs between two runs or machines is left out.
 
 The cubins spare common devices the compiling: the driver takes one for every device of the same major version that is
@@ -23,8 +23,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCE = HERE / "box_copy.cu"
-SHIPPED = HERE / "box_copy.ptx"
+KERNELS = ("box_copy", "dequantize")
 
 # The lowest that nvcc 13 compiles for. From compute_100 on it writes text of another shape.
 ARCHITECTURE = "compute_75"
@@ -50,44 +49,65 @@ def nvcc_version(nvcc: Path) -> str:
     return match[1]
 
 
-def compile_kernel(nvcc: Path) -> str:
-    options = ["-ptx", f"-arch={ARCHITECTURE}", "-std=c++17", "-O3", f"-I{HERE.parent}"]
-    command = [str(nvcc), *options, str(SOURCE), "-o", "/dev/stdout"]
+def source(kernel: str) -> Path:
+    return HERE / f"{kernel}.cu"
+
+
+def shipped(kernel: str) -> Path:
+    """Where the text of a kernel lies."""
+    return HERE / f"{kernel}.ptx"
+
+
+def compile_kernel(nvcc: Path, kernel: str) -> str:
+    # Products are rounded before anything is added to them, as on the host.
+    options = ["-ptx", f"-arch={ARCHITECTURE}", "-std=c++17", "-O3", "-fmad=false", f"-I{HERE.parent}"]
+    command = [str(nvcc), *options, str(source(kernel)), "-o", "/dev/stdout"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def normalize(ptx: str, version: str) -> str:
+def normalize(ptx: str, kernel: str, version: str) -> str:
     """Declares the oldest version and target that do, and leaves out comments: they name the compiler's build."""
     ptx = re.sub(r"//.*", "", ptx)
     ptx = re.sub(r"^\.version .*", f".version {PTX_VERSION}", ptx, flags=re.MULTILINE)
     ptx = re.sub(r"^\.target .*", f".target {PTX_TARGET}", ptx, flags=re.MULTILINE)
     lines = [line.rstrip() for line in ptx.splitlines()]
-    header = f"// {SOURCE.name} as compiled by nvcc {version}. Made by {Path(__file__).name}; not to be edited.\n"
+    header = (
+        f"// {source(kernel).name} as compiled by nvcc {version}. Made by {Path(__file__).name}; not to be edited.\n"
+    )
     return header + "\n".join(line for line in lines if line) + "\n"
 
 
-def binary(architecture: str) -> Path:
+def binary(kernel: str, architecture: str) -> Path:
     """Where the cubin for an architecture lies."""
-    return SHIPPED.with_suffix(f".{architecture}.cubin")
+    return shipped(kernel).with_suffix(f".{architecture}.cubin")
 
 
-def assemble(ptxas: Path, architecture: str) -> bytes:
+def assemble(ptxas: Path, kernel: str, architecture: str) -> bytes:
     """The cubin that the shipped text assembles to. It names its own command, which is the same wherever it runs."""
-    name = binary(architecture).name
+    text, name = shipped(kernel), binary(kernel, architecture).name
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(SHIPPED, folder)
-        subprocess.run([ptxas, "-O3", f"-arch={architecture}", SHIPPED.name, "-o", name], check=True, cwd=folder)
+        shutil.copy(text, folder)
+        subprocess.run([ptxas, "-O3", f"-arch={architecture}", text.name, "-o", name], check=True, cwd=folder)
         return (Path(folder) / name).read_bytes()
 
 
-def check(shipped: str, generated: str) -> int:
-    header, made_anew = shipped.partition("\n")[0], generated.partition("\n")[0]
+def check_text(kernel: str, text: str, generated: str) -> int:
+    header, made_anew = text.partition("\n")[0], generated.partition("\n")[0]
     if header != made_anew:
         print(f"another compiler made the shipped text\n  shipped: {header}\n  here:    {made_anew}")
         return OTHER_COMPILER
-    diff = list(difflib.unified_diff(shipped.splitlines(), generated.splitlines(), "shipped", "generated", lineterm=""))
-    print("\n".join(diff) if diff else f"{SHIPPED.name} is what {SOURCE.name} compiles to")
+    diff = list(difflib.unified_diff(text.splitlines(), generated.splitlines(), "shipped", "generated", lineterm=""))
+    print("\n".join(diff) if diff else f"{shipped(kernel).name} is what {source(kernel).name} compiles to")
     return 1 if diff else 0
+
+
+def check(kernel: str, generated: str, ptxas: Path) -> int:
+    status = check_text(kernel, shipped(kernel).read_text(), generated)
+    for architecture in BINARY_ARCHITECTURES if status == 0 else ():
+        if binary(kernel, architecture).read_bytes() != assemble(ptxas, kernel, architecture):
+            print(f"{binary(kernel, architecture).name} is not what {shipped(kernel).name} assembles to")
+            status = 1
+    return status
 
 
 def main() -> int:
@@ -97,19 +117,17 @@ def main() -> int:
     nvcc = find_nvcc()
     if nvcc is None:
         parser.error("no nvcc in PATH or under CUDA_HOME")
-    generated = normalize(compile_kernel(nvcc), nvcc_version(nvcc))
     ptxas = nvcc.resolve().with_name("ptxas")
-    if arguments.check:
-        status = check(SHIPPED.read_text(), generated)
-        for architecture in BINARY_ARCHITECTURES if status == 0 else ():
-            if binary(architecture).read_bytes() != assemble(ptxas, architecture):
-                print(f"{binary(architecture).name} is not what {SHIPPED.name} assembles to")
-                status = 1
-        return status
-    SHIPPED.write_text(generated)
-    for architecture in BINARY_ARCHITECTURES:
-        binary(architecture).write_bytes(assemble(ptxas, architecture))
-    return 0
+    worst = 0
+    for kernel in KERNELS:
+        generated = normalize(compile_kernel(nvcc, kernel), kernel, nvcc_version(nvcc))
+        if arguments.check:
+            worst = max(worst, check(kernel, generated, ptxas))
+            continue
+        shipped(kernel).write_text(generated)
+        for architecture in BINARY_ARCHITECTURES:
+            binary(kernel, architecture).write_bytes(assemble(ptxas, kernel, architecture))
+    return worst
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-// The kernel of box_copy.cu, loaded for one device. All of this needs the device's context to be current.
+// A kernel, loaded for one device. All of this needs the device's context to be current.
 #pragma once
 
 #include <optional>
 
+#include "cuda/kernel_images.h"
 #include "cuda/resources.h"
 
 namespace dcp_fast::cuda {
@@ -14,9 +15,9 @@ struct Kernel {
 
 // Takes milliseconds. None if no compiled form ships for this device, or the driver is too old for it.
 // Throws Error(kCuda).
-std::optional<Kernel> load_compiled_kernel(Ordinal device);
+std::optional<Kernel> load_compiled_kernel(const KernelImages& images, Ordinal device);
 
 // Takes some tenths of a second: the driver compiles the text. Throws Error(kCudaRefused) if it cannot, Error(kCuda).
-Kernel compile_kernel();
+Kernel compile_kernel(const KernelImages& images);
 
 }  // namespace dcp_fast::cuda

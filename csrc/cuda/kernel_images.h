@@ -1,4 +1,4 @@
-// The kernel of box_copy.cu as it ships: compiled for common devices, and as text for all others.
+// The kernels as they ship: compiled for common devices, and as text for all others.
 #pragma once
 
 #include <cstddef>
@@ -12,9 +12,15 @@ struct KernelBinary {
   const void* image;
 };
 
-extern const KernelBinary kBoxCopyBinaries[];
-extern const size_t kBoxCopyBinaryCount;
-// PTX, which the driver compiles for the device that it finds. Ends with a zero.
-extern const char* const kBoxCopyPtx;
+struct KernelImages {
+  const char* name;  // of the function
+  const KernelBinary* binaries;
+  size_t binary_count;
+  // PTX, which the driver compiles for the device that it finds. Ends with a zero.
+  const char* ptx;
+};
+
+extern const KernelImages kBoxCopyImages;     // of box_copy.cu
+extern const KernelImages kDequantizeImages;  // of dequantize.cu
 
 }  // namespace dcp_fast::cuda

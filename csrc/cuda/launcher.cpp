@@ -12,7 +12,7 @@ void Launcher::prepare() {
     throw_if_failed();
     if (state_ != State::kUnprepared) return;
     in_context_([this] {
-      if (auto compiled = load_compiled_kernel(device_)) {
+      if (auto compiled = load_compiled_kernel(images_, device_)) {
         kernel_ = std::move(*compiled);
         state_ = State::kReady;
       }
@@ -36,7 +36,7 @@ void Launcher::compile() noexcept {
   };
   try {
     in_context_([this] {
-      Kernel kernel = compile_kernel();
+      Kernel kernel = compile_kernel(images_);
       const std::scoped_lock lock(mutex_);
       kernel_ = std::move(kernel);
       for (const auto& [slot, launch] : waiting_) launch(kernel_.function);

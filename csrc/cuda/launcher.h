@@ -1,4 +1,5 @@
-// Launches of one device's kernel. While the driver still compiles it they wait here, and reading and copying go on.
+// Launches of one kernel on one device. While the driver still compiles it they wait here, and reading and copying go
+// on.
 #pragma once
 
 #include <condition_variable>
@@ -23,7 +24,8 @@ class Launcher {
   using Launch = std::function<void(FunctionHandle)>;
 
   // `in_context` must be good for as long as anything here goes on.
-  Launcher(Ordinal device, InContext in_context) : device_(device), in_context_(std::move(in_context)) {}
+  Launcher(const KernelImages& images, Ordinal device, InContext in_context)
+      : images_(images), device_(device), in_context_(std::move(in_context)) {}
   ~Launcher() { join(); }
   Launcher(const Launcher&) = delete;
   Launcher& operator=(const Launcher&) = delete;
@@ -55,6 +57,7 @@ class Launcher {
   bool waits(size_t slot) const;
   void throw_if_failed() const;
 
+  const KernelImages& images_;
   const Ordinal device_;
   const InContext in_context_;
   std::thread compiler_;

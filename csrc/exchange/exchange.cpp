@@ -9,7 +9,6 @@
 
 #include "box/box.h"
 #include "box/cut.h"
-#include "checkpoint/dtype.h"
 #include "error.h"
 #include "io/memory_source.h"
 #include "transfer/schedule.h"
@@ -21,8 +20,6 @@ namespace {
 
 using transfer::Layouts;
 using transfer::Options;
-using transfer::Program;
-using transfer::Transfer;
 
 // Gives each file the number that all ranks have for it. Returns what hinders that; empty if nothing does.
 std::string number_files(std::vector<Need>& needs) {
@@ -81,26 +78,6 @@ void add_spans(const transfer::Policy& policy, const box::Dim* loops, size_t dep
 }
 
 }  // namespace
-
-LocalNeed need_of(const Program& program, const std::vector<std::string>& names) {
-  const Layouts& layouts = program.layouts();
-  std::vector<NeededFile> files;
-  for (size_t i = 0; i < layouts.sources.size(); ++i) {
-    const io::OpenSource open(*layouts.sources[i]);
-    files.push_back({names.at(i), open.get()->size()});
-  }
-  LocalNeed local{Need(std::move(files)), {}, 0};
-  for (const size_t item : program.items_in_wave(0)) {
-    const Transfer& transfer = program.transfers()[item];
-    if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
-    const size_t record = program.items()[item].record;
-    const auto grain = static_cast<int32_t>(checkpoint::info(layouts.parsed[record].layout.dtype).itemsize);
-    local.need.add(static_cast<uint32_t>(layouts.records[record].file), transfer.source, transfer.loops, grain);
-    local.items.push_back(item);
-    if (transfer.conversion) ++local.converted_items;
-  }
-  return local;
-}
 
 // Bytes that are read at once, of units of this rank.
 struct Exchange::Span {
@@ -283,9 +260,9 @@ void Exchange::pack(uint32_t round, std::byte* memory, const Layouts& layouts, c
   stats.bytes_read = counters.bytes;
 }
 
-transfer::Stats Exchange::place(uint32_t round, const std::byte* memory, const Program& program,
-                                const std::vector<size_t>& items, const Options& options,
-                                const transfer::CudaTargets& cuda, const std::function<bool()>& interrupted) const {
+transfer::Stats Exchange::place(uint32_t round, const std::byte* memory, const Layouts& layouts, const LocalNeed& local,
+                                const Options& options, const transfer::CudaTargets& cuda,
+                                const std::function<bool()>& interrupted) const {
   const Need& need = own_need();
   const uint32_t own = ranks_of_job_.needs[rank_];
   const std::vector<int64_t> sizes = bytes_to_receive(round);
@@ -298,14 +275,13 @@ transfer::Stats Exchange::place(uint32_t round, const std::byte* memory, const P
       const Unit& unit = assignment_->units()[*at];
       if (share_of(*at, own) == 0) continue;
       need.each_within(unit.file, unit.begin, unit.end, [&](const NeededBox& box) {
-        const size_t item = items[box.number];
-        const Transfer& transfer = program.transfers()[item];
-        const copy::Conversion* conversion = transfer.conversion ? &*transfer.conversion : nullptr;
+        const LocalBox& to = local.boxes[box.number];
+        const copy::Conversion* conversion = to.conversion ? &*to.conversion : nullptr;
         for (box::Part& part :
-             box::cut(transfer.loops.data(), transfer.loops.size(), unit.begin - box.begin, unit.end - box.begin)) {
+             box::cut(to.loops.data(), to.loops.size(), unit.begin - box.begin, unit.end - box.begin)) {
           pack_side(part.loops, &box::Dim::source_stride);
-          boxes.add(transfer.device, {0, position + part.packed, transfer.destination + part.destination, item,
-                                      std::move(part.loops), conversion});
+          boxes.add(to.device, {0, position + part.packed, to.destination + part.destination, box.number,
+                                std::move(part.loops), conversion});
         }
         position += need.bytes_within(box, unit.begin, unit.end);
       });
@@ -316,11 +292,10 @@ transfer::Stats Exchange::place(uint32_t round, const std::byte* memory, const P
   boxes.converted = 0;
   io::ByteSources sources;
   sources.push_back(std::make_unique<io::MemorySource>("what other ranks read", memory, static_cast<size_t>(segment)));
-  const auto attribute = [&program](Error& error, size_t item) {
-    error.item = static_cast<int64_t>(item);
+  const auto attribute = [&](Error& error, size_t box) {
     error.path.clear();
     error.offset = -1;
-    program.layouts().attribute(error, program.items()[item].record);
+    layouts.attribute(error, local.boxes[box].record);
   };
   return transfer::run_boxes(std::move(boxes), sources, attribute, options, cuda, interrupted);
 }

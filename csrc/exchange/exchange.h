@@ -16,8 +16,11 @@
 #include <utility>
 #include <vector>
 
+#include "box/box.h"
+#include "copy/convert.h"
 #include "exchange/assignment.h"
 #include "exchange/need.h"
+#include "io/kept_source.h"
 #include "transfer/engine.h"
 #include "transfer/layouts.h"
 #include "transfer/options.h"
@@ -27,15 +30,36 @@ namespace dcp_fast::exchange {
 
 inline constexpr int64_t kHeaderBytes = 64;
 
-// What a rank needs of a load: the boxes of the first wave that the engine places.
-struct LocalNeed {
-  Need need;
-  std::vector<size_t> items;  // of the program, one for each box in the order of its number
-  int64_t converted_items = 0;
+// Where a box of the need goes on this rank.
+struct LocalBox {
+  int device = transfer::kHost;
+  std::byte* destination = nullptr;
+  box::Loops loops;
+  std::optional<copy::Conversion> conversion;
+  size_t record = 0;  // of the layouts
 };
 
-// `names`: of the files of the program's sources, the same on all ranks. The sources are opened for their sizes.
+// What a rank needs, and where it goes.
+struct LocalNeed {
+  Need need;
+  std::vector<LocalBox> boxes;  // by the numbers of the need's boxes
+  int64_t converted_items = 0;
+
+  // What was received is kept here, if it is for nobody else.
+  std::shared_ptr<std::byte> memory;
+  std::vector<std::vector<io::KeptRange>> kept;  // by source
+};
+
+// The boxes of a program's first wave that the engine places. `names`: of the files of the program's sources, the same
+// on all ranks. The sources are opened for their sizes.
 LocalNeed need_of(const transfer::Program& program, const std::vector<std::string>& names);
+
+// The headers of all records, and `records` from beginning to end, as far as they all fit into `most_bytes` of memory.
+LocalNeed need_of_records(const transfer::Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
+                          const std::vector<std::string>& names, const transfer::Options& options);
+
+// Has the layouts' sources take from memory what was kept.
+void keep(transfer::Layouts& layouts, LocalNeed& local);
 
 // What one round came to on this rank.
 struct RoundStats {
@@ -62,10 +86,10 @@ class Exchange {
   void pack(uint32_t round, std::byte* memory, const transfer::Layouts& layouts, const transfer::Options& options,
             const std::function<bool()>& interrupted, RoundStats& stats) const;
 
-  // Places what was received in a round. `program` and `items`: as need_of() had them.
-  transfer::Stats place(uint32_t round, const std::byte* memory, const transfer::Program& program,
-                        const std::vector<size_t>& items, const transfer::Options& options,
-                        const transfer::CudaTargets& cuda, const std::function<bool()>& interrupted) const;
+  // Places what was received in a round.
+  transfer::Stats place(uint32_t round, const std::byte* memory, const transfer::Layouts& layouts,
+                        const LocalNeed& local, const transfer::Options& options, const transfer::CudaTargets& cuda,
+                        const std::function<bool()>& interrupted) const;
 
  private:
   struct Span;
@@ -98,7 +122,7 @@ struct Receive {
 
 // Reads and packs one round while another one is placed. If both fail, the error of the placement is thrown.
 RoundStats step(const Exchange& exchange, std::optional<Send> send, std::optional<Receive> receive,
-                const transfer::Program& program, const std::vector<size_t>& items, const transfer::Options& options,
+                const transfer::Layouts& layouts, const LocalNeed& local, const transfer::Options& options,
                 const transfer::CudaTargets& cuda, const std::function<bool()>& interrupted);
 
 }  // namespace dcp_fast::exchange

@@ -65,14 +65,14 @@ class Aside {
 }  // namespace
 
 RoundStats step(const Exchange& exchange, std::optional<Send> send, std::optional<Receive> receive,
-                const transfer::Program& program, const std::vector<size_t>& items, const transfer::Options& options,
+                const transfer::Layouts& layouts, const LocalNeed& local, const transfer::Options& options,
                 const transfer::CudaTargets& cuda, const std::function<bool()>& interrupted) {
   RoundStats stats;
   const auto pack = [&](const std::function<bool()>& stops) {
-    exchange.pack(send->round, send->memory, program.layouts(), options, stops, stats);
+    exchange.pack(send->round, send->memory, layouts, options, stops, stats);
   };
   const auto place = [&] {
-    stats.placed = exchange.place(receive->round, receive->memory, program, items, options, cuda, interrupted);
+    stats.placed = exchange.place(receive->round, receive->memory, layouts, local, options, cuda, interrupted);
   };
   std::optional<Aside> packing;
   if (send && receive) {

@@ -39,11 +39,14 @@ bool ByteSource::copy_mapped(const MappedCopy& /*copy*/, MappedWindow& /*window*
   return false;
 }
 
+void ByteSource::read_ahead(size_t /*size*/, int64_t /*offset*/) const noexcept {}
+
 Access access_of(const ByteSources& sources) {
   Access all;
   for (const auto& source : sources) {
     all.block_bytes = std::max(all.block_bytes, source->access().block_bytes);
     all.requests_at_once = std::max(all.requests_at_once, source->access().requests_at_once);
+    all.shared = all.shared || source->access().shared;
   }
   return all;
 }

@@ -60,6 +60,9 @@ struct Access {
   bool whole_pages = false;
   // copy_mapped() is faster than reading where it is much.
   bool mapped = false;
+  // Other ranks of this machine may read the same bytes at the same time, and each finds in memory what another one has
+  // brought there. read_ahead() brings it for all of them.
+  bool shared = false;
 };
 
 // What is copied from memory where a source has its bytes.
@@ -119,6 +122,9 @@ class ByteSource {
   // which tells what is wrong if that lasts. Throws Error(kTruncated) if the source lacks the range, and
   // std::bad_alloc.
   virtual bool copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters& counters) const;
+
+  // Says that [offset, offset + size) will be read soon, by this rank or others. Nothing is lost where that has no use.
+  virtual void read_ahead(size_t size, int64_t offset) const noexcept;
 
  protected:
   // Returns the size. Throws Error(kIo), with nothing left open.

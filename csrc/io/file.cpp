@@ -139,7 +139,10 @@ int reason_of(GuardedCopy result) {
 
 }  // namespace
 
-File::File(std::string path, IoMode mode) : ByteSource(std::move(path)), mode_(mode) { access_ = kCachedAccess; }
+File::File(std::string path, IoMode mode, Readers readers)
+    : ByteSource(std::move(path)), mode_(mode), readers_(readers) {
+  access_ = kCachedAccess;
+}
 
 int64_t File::do_open() {
   // O_NONBLOCK: a pipe in place of a file must be an error, not a hang. It changes nothing for regular files.
@@ -211,6 +214,8 @@ void File::choose_access(int64_t begin, int64_t end) {
   const Cached cached = mode_ == IoMode::kAuto ? probe(begin, end) : Cached::kUnknown;
   if (mode_ == IoMode::kMapped || (cached == Cached::kAll && is_local())) {
     access_ = kMappedAccess;
+  } else if (readers_ == Readers::kRanksOfNode && cached != Cached::kUnknown && is_local()) {
+    access_ = kSharedAccess;
   } else if (mode_ == IoMode::kDirect || cached == Cached::kLittle) {
     open_direct();
     if (direct_fd_ >= 0) access_ = kDirectAccess;
@@ -299,6 +304,16 @@ bool File::copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters&
   request.count(static_cast<ssize_t>(copy.needed));
   counters.mapped_bytes.fetch_add(static_cast<int64_t>(copy.needed), std::memory_order_relaxed);
   return true;
+}
+
+void File::read_ahead(size_t size, int64_t offset) const noexcept {
+  // One call brings no more than the device's read-ahead, or its largest request. This is the least that both are by
+  // default. What is there already costs a look.
+  constexpr int64_t kStep = 128 << 10;
+  const int64_t end = std::min(offset + static_cast<int64_t>(size), this->size());
+  for (int64_t position = offset; position < end; position += kStep) {
+    if (system_calls().read_ahead(fd_, position, static_cast<size_t>(std::min(kStep, end - position))) != 0) return;
+  }
 }
 
 }  // namespace dcp_fast::io

@@ -17,16 +17,26 @@ enum class IoMode {
   kMapped,  // copied from a mapping where that is faster and the system allows it, else cached
 };
 
+enum class Readers {
+  kThisRank,
+  kRanksOfNode,  // what one of them reads should be in the page cache for the others
+};
+
 // What access() asks for past the page cache, where requests that are under way at once keep a disk busy. Some 32 MiB
 // at once do, in requests of 2 MiB or more.
 inline constexpr Access kDirectAccess{256 << 10, 16 << 20, 4, true};
+
+// What access() asks for where a file is not in the page cache and other ranks of this machine need it too. They may
+// not read it at this moment, so that this rank alone has enough under way.
+inline constexpr Access kSharedAccess{8 << 10, 4 << 20, 4, false, true, true};
 
 // How much of a file is in the page cache, as far as one can tell.
 enum class Cached { kUnknown, kLittle, kMost, kAll };
 
 class File : public ByteSource {
  public:
-  explicit File(std::string path, IoMode mode = IoMode::kCached);
+  // `readers`: who may read the file at the same time.
+  explicit File(std::string path, IoMode mode = IoMode::kCached, Readers readers = Readers::kThisRank);
 
   // Finds out for kAuto, by asking for a few bytes of the range, whether the page cache holds it.
   void choose_access(int64_t begin, int64_t end) override;
@@ -36,6 +46,7 @@ class File : public ByteSource {
   void read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const override;
   const std::byte* view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const override;
   bool copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters& counters) const override;
+  void read_ahead(size_t size, int64_t offset) const noexcept override;
 
  private:
   // Opens a regular file, and nothing else: no directory and no pipe.
@@ -46,6 +57,7 @@ class File : public ByteSource {
   bool is_local() const;
 
   const IoMode mode_;
+  const Readers readers_;
   int fd_ = -1;
   int direct_fd_ = -1;
 };

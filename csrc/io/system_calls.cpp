@@ -40,6 +40,15 @@ void* SystemCalls::map(int fd, size_t size, off_t offset) {
   return ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, offset);
 }
 
+int SystemCalls::read_ahead(int fd, off_t offset, size_t size) {
+#ifdef POSIX_FADV_WILLNEED
+  return ::posix_fadvise(fd, offset, static_cast<off_t>(size), POSIX_FADV_WILLNEED);
+#else
+  static_cast<void>(fd), static_cast<void>(offset), static_cast<void>(size);
+  return EOPNOTSUPP;
+#endif
+}
+
 namespace {
 SystemCalls real_calls;
 std::atomic<SystemCalls*> current_calls{&real_calls};

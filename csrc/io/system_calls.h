@@ -26,6 +26,8 @@ class SystemCalls {
   virtual int fstatfs(int fd, struct statfs* status);
   // mmap of pages that are read and shared with the page cache. ::munmap undoes it, which cannot fail.
   virtual void* map(int fd, size_t size, off_t offset);
+  // posix_fadvise with POSIX_FADV_WILLNEED: begins to bring bytes into the page cache. Returns the error.
+  virtual int read_ahead(int fd, off_t offset, size_t size);
 };
 
 SystemCalls& system_calls();

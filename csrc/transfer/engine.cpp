@@ -10,6 +10,7 @@
 
 #include "error.h"
 #include "trace/recorder.h"
+#include "transfer/node.h"
 #include "transfer/reader.h"
 #include "transfer/schedule.h"
 #include "transfer/slot_tasks.h"
@@ -49,7 +50,8 @@ struct Run {
         limits(limits_of(options, io::access_of(sources))),
         cuda(targets),
         recorder(options.recorder.get()),
-        policies(policies_for(sources, limits, options.mapped)) {
+        policies(policies_for(sources, limits, options.mapped)),
+        shared(io::access_of(sources).shared) {
     if (cuda.ring == nullptr) return;
     const int64_t block = cuda.ring->block_bytes();
     slot_policies = policies;
@@ -66,7 +68,11 @@ struct Run {
   trace::Recorder* recorder;
   std::vector<Policy> policies;       // for boxes on the host
   std::vector<Policy> slot_policies;  // for boxes on devices
+  const bool shared;                  // with other ranks of the node
+  const Node node = node_of_this_process();
 };
+
+int64_t bytes_of(const Task& task) { return task.range.end - task.range.begin; }
 
 // Boxes that are placed in any order, as tasks: slots on their way to devices first, then boxes for the host.
 class Wave {
@@ -77,10 +83,18 @@ class Wave {
         bytes_(boxes.bytes),
         converted_(boxes.converted) {
     host_ = join_pieces(split_boxes(std::move(boxes.host), run.policies), run.policies);
+    if (run.shared) begin_at_own_place(host_.tasks, run.node, bytes_of);
     if (boxes.devices.empty()) return;
     cuda::PinnedRing* ring = run.cuda.ring;
     if (ring == nullptr) throw std::invalid_argument("boxes for a GPU need a pinned ring");
     slots_ = make_slot_tasks(boxes.devices, run.slot_policies, ring->slot_bytes());
+    if (run.shared) {
+      begin_at_own_place(slots_, run.node, [](const SlotTask& slot) {
+        int64_t bytes = 0;
+        for (const Task& task : slot.schedule.tasks) bytes += bytes_of(task);
+        return bytes;
+      });
+    }
     for (const auto& [ordinal, pieces] : boxes.devices) devices_.emplace(ordinal, &ring->device(ordinal));
     // This comes before the first byte is written, so that a load that runs out of device memory can be tried again.
     std::set<int> launching;

@@ -181,6 +181,21 @@ class LayoutReader {
   std::mutex ends_mutex_;
 };
 
+std::vector<size_t> ascending(const Layouts& layouts) {
+  std::vector<size_t> order(layouts.records.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(), [&layouts](size_t a, size_t b) {
+    const Record& x = layouts.records[a];
+    const Record& y = layouts.records[b];
+    return std::tie(x.file, x.offset, x.length) < std::tie(y.file, y.offset, y.length);
+  });
+  return order;
+}
+
+std::vector<Policy> header_policies(const Layouts& layouts, const Options& options) {
+  return policies_for(layouts.sources, limits_of(options, io::access_of(layouts.sources)), false);
+}
+
 }  // namespace
 
 void Layouts::attribute(Error& error, size_t record) const {
@@ -192,9 +207,12 @@ void Layouts::attribute(Error& error, size_t record) const {
   error.length = where.length;
 }
 
-Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
-                     std::vector<checkpoint::TensorLayout> payloads, const Options& options,
-                     const std::function<bool()>& interrupted) {
+int64_t Layouts::shared_files() const {
+  return std::count_if(sources.begin(), sources.end(), [](const auto& source) { return source->access().shared; });
+}
+
+Layouts open_files(io::ByteSources sources, std::vector<Record> records, std::vector<checkpoint::TensorLayout> payloads,
+                   const Options& options, const std::function<bool()>& interrupted) {
   Layouts layouts;
   layouts.sources = std::move(sources);
   layouts.records = std::move(records);
@@ -209,24 +227,37 @@ Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
     layouts.parsed[i].status = ParsedRecord::Status::kTensor;
     layouts.parsed[i].layout = std::move(payloads[i]);
   }
-  std::vector<size_t> order(layouts.records.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::sort(order.begin(), order.end(), [&layouts](size_t a, size_t b) {
-    const Record& x = layouts.records[a];
-    const Record& y = layouts.records[b];
-    return std::tie(x.file, x.offset, x.length) < std::tie(y.file, y.offset, y.length);
-  });
-  probe_files(layouts, order, options, interrupted);
-  const Limits limits = limits_of(options, io::access_of(layouts.sources));
-  const std::vector<Policy> policies = policies_for(layouts.sources, limits, false);
-  std::vector<Window> windows = make_windows(layouts, order, policies);
+  probe_files(layouts, ascending(layouts), options, interrupted);
+  return layouts;
+}
+
+std::vector<Range> header_ranges(const Layouts& layouts, const Options& options) {
+  const std::vector<Policy> policies = header_policies(layouts, options);
+  std::vector<Range> ranges;
+  for (const Task& task : join_windows(layouts, make_windows(layouts, ascending(layouts), policies), policies)) {
+    ranges.push_back(task.range);
+  }
+  return ranges;
+}
+
+void read_headers(Layouts& layouts, const Options& options, const std::function<bool()>& interrupted) {
+  const std::vector<Policy> policies = header_policies(layouts, options);
+  std::vector<Window> windows = make_windows(layouts, ascending(layouts), policies);
   std::vector<Task> tasks = join_windows(layouts, windows, policies);
   LayoutReader reader(layouts, std::move(windows), std::move(tasks));
   io::IoCounters counters = options.counters();
-  run_parallel(reader.tasks(), limits.threads, counters, interrupted,
+  const int threads = limits_of(options, io::access_of(layouts.sources)).threads;
+  run_parallel(reader.tasks(), threads, counters, interrupted,
                [&reader](size_t task, Worker& worker) { reader.read(task, worker); });
   layouts.requests = counters.requests;
   layouts.bytes = counters.bytes;
+}
+
+Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
+                     std::vector<checkpoint::TensorLayout> payloads, const Options& options,
+                     const std::function<bool()>& interrupted) {
+  Layouts layouts = open_files(std::move(sources), std::move(records), std::move(payloads), options, interrupted);
+  read_headers(layouts, options, interrupted);
   return layouts;
 }
 

@@ -10,6 +10,7 @@
 #include "error.h"
 #include "io/byte_source.h"
 #include "transfer/options.h"
+#include "transfer/schedule.h"
 
 namespace dcp_fast::transfer {
 
@@ -28,13 +29,27 @@ struct Layouts {
   int64_t requests = 0;
   int64_t bytes = 0;
 
+  // How many sources are read together with other ranks of the node.
+  int64_t shared_files() const;
+
   // Adds to an error which record it concerns, and where that is stored, unless the error tells.
   void attribute(Error& error, size_t record) const;
 };
 
-// `payloads`: what each record holds if it is a mere payload, as in a safetensors file; empty if records are archives.
-// Of payloads nothing is read, but that their files have them is checked. Throws Error with `record` set (kTruncated,
-// kCorrupt, kIo), Interrupted, std::bad_alloc.
+// Opens every file once: chooses how to access it, and checks that it has the records. `payloads`: what each record
+// holds if it is a mere payload, as in a safetensors file; empty if records are archives. Throws Error with `record`
+// set (kTruncated, kIo), Interrupted, std::bad_alloc.
+Layouts open_files(io::ByteSources sources, std::vector<Record> records, std::vector<checkpoint::TensorLayout> payloads,
+                   const Options& options, const std::function<bool()>& interrupted);
+
+// What is read of the files to find where payloads lie, in ascending order.
+std::vector<Range> header_ranges(const Layouts& layouts, const Options& options);
+
+// Finds where payloads lie. Of records that are mere payloads nothing is read. Throws Error with `record` set
+// (kTruncated, kCorrupt, kIo), Interrupted, std::bad_alloc.
+void read_headers(Layouts& layouts, const Options& options, const std::function<bool()>& interrupted);
+
+// Both.
 Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
                      std::vector<checkpoint::TensorLayout> payloads, const Options& options,
                      const std::function<bool()>& interrupted);

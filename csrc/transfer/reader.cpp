@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "io/file.h"
 #include "trace/recorder.h"
 
 namespace dcp_fast::transfer {
@@ -67,9 +68,13 @@ constexpr int64_t kMinMapped = 256 << 10;
 // each.
 constexpr int64_t kMaxMappedGap = 32 << 10;
 
-bool lie_close(const box::Loops& loops) {
+// What ranks of a node read together is brought into the page cache across gaps that are cheaper for a disk than
+// another request. There are ranks that want what lies in these gaps, or neighbours of it.
+constexpr int64_t kMaxSharedGap = io::kDirectAccess.request_cost;
+
+bool lie_close(const box::Loops& loops, int64_t max_gap) {
   for (size_t i = 0; i + 1 < loops.size(); ++i) {
-    if (loops[i].source_stride - box::source_span(loops, i + 1) > kMaxMappedGap) return false;
+    if (loops[i].source_stride - box::source_span(loops, i + 1) > max_gap) return false;
   }
   return true;
 }
@@ -156,7 +161,7 @@ void read_runs(const Policy& policy, const io::ByteSource& source, Worker& worke
     source.read_exactly(piece.destination, static_cast<size_t>(outer.size), piece.source, *worker.counters);
     return;
   }
-  if (lie_close(piece.loops) && copy_mapped(policy, source, worker, &piece, 1)) return;
+  if (lie_close(piece.loops, kMaxMappedGap) && copy_mapped(policy, source, worker, &piece, 1)) return;
   Piece inner = piece;
   inner.loops.erase(inner.loops.begin());
   const bool through = policy.reads_through(inner.loops, 0);
@@ -180,6 +185,9 @@ void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
     with_memory_errors([&] {
       const io::ByteSource& source = worker.open(*sources_[task.range.file]);
       const Policy& policy = policies_[task.range.file];
+      if (policy.shared && lie_close(piece->loops, kMaxSharedGap)) {
+        source.read_ahead(static_cast<size_t>(task.range.end - task.range.begin), task.range.begin);
+      }
       if (task.count > 1 || policy.reads_through(piece->loops, 0)) {
         read_through(policy, source, worker, piece, task.count);
       } else {

@@ -111,7 +111,7 @@ std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& l
     // Where bytes come from the page cache, they are converted before they leave the processor's own cache.
     const int64_t converted = access.whole_pages ? block : std::min(block, kConvertedBytes);
     policies.push_back({access.request_cost, block, access.whole_pages, block, access.whole_pages, converted,
-                        mapped && access.mapped});
+                        mapped && access.mapped, access.shared});
   }
   return policies;
 }

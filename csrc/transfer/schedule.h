@@ -9,6 +9,7 @@
 #include "box/box.h"
 #include "copy/convert.h"
 #include "io/byte_source.h"
+#include "transfer/node.h"
 #include "transfer/options.h"
 
 namespace dcp_fast::transfer {
@@ -59,6 +60,7 @@ struct Policy {
   // The most that one request reads of a box that is converted.
   int64_t converted_bytes = 0;
   bool mapped = false;  // of io::Access: what lies close together is copied from a mapping, if it is much
+  bool shared = false;  // of io::Access
 
   // Whether loops[level..] are read as one span, gaps included.
   bool reads_through(const box::Loops& loops, size_t level) const;
@@ -90,6 +92,23 @@ std::vector<Task> join_neighbours(size_t items, const std::vector<Policy>& polic
     tasks.push_back({range, i, 1});
   }
   return tasks;
+}
+
+// Turns tasks around so that each rank of a node begins at a place of its own, and goes on from the end to the
+// beginning. `bytes_of`: how much of the files a task covers. Ranks that want the same divide it evenly: when each has
+// come to where the next one began, all of it is in the page cache.
+template <typename AnyTask, typename BytesOf>
+void begin_at_own_place(std::vector<AnyTask>& tasks, const Node& node, const BytesOf& bytes_of) {
+  int64_t all = 0;
+  for (const AnyTask& task : tasks) all += bytes_of(task);
+  const double place = static_cast<double>(all) * node.rank / node.ranks;
+  const auto begin = std::find_if(tasks.begin(), tasks.end(), [&, passed = 0.0](const AnyTask& task) mutable {
+    const auto bytes = static_cast<double>(bytes_of(task));
+    const bool is_behind = passed + bytes / 2 >= place;  // its middle is, so that it begins near there
+    passed += bytes;
+    return is_behind;
+  });
+  std::rotate(tasks.begin(), begin, tasks.end());
 }
 
 // Splits boxes into pieces of at most a block, which ascend by file and offset.

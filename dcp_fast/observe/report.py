@@ -42,6 +42,8 @@ class LoadReport:
         bytes_mapped: how many of those were copied from mappings of files in the page cache.
         mapping_fallback_reason: why some were read instead, although they were to be copied from a mapping; empty if
             none were.
+        files_shared_on_node: how many files were not in the page cache and were read through it, of which each rank of
+            this node began another part, as the ranks need the same bytes.
         requests: read calls that fetched them, and copies from mappings.
         records: how many records the plan needs.
         fallback_records: how many of those torch.load had to read; fallback_reasons: why, and how many for each reason.
@@ -52,7 +54,7 @@ class LoadReport:
         dequantized_items: boxes of quantized tensors, which became numbers on their way.
         bytes_to_device: bytes that were copied from the host to GPUs, descriptors of boxes included.
         device_copies: how many copies brought them there.
-        launches: of the kernel that places boxes on a GPU.
+        launches: of the kernels that place boxes on a GPU, and dequantize there.
         pinned_bytes, device_staging_bytes: memory that these copies went through, on the host and on the GPU that held
             most; it is kept for the next load.
         copying_seconds: that the copies took on the GPU where they took longest. Without ``synchronize`` the last few
@@ -86,6 +88,7 @@ class LoadReport:
     bytes_read: int = 0
     bytes_mapped: int = 0
     mapping_fallback_reason: str = ""
+    files_shared_on_node: int = 0
     requests: int = 0
     records: int = 0
     fallback_records: int = 0
@@ -193,6 +196,8 @@ class LoadReport:
             *((f"waiting for {name} (s, all threads)", f"{self.wait_seconds[name]:.3f}") for name in WAITS),
             ("GB/s", f"{self.gigabytes_per_second:.2f}"),
         ]
+        if self.files_shared_on_node:
+            rows.append(("files shared on the node", f"{self.files_shared_on_node:,}"))
         if self.dequantized_items:
             rows.append(("dequantized items", f"{self.dequantized_items:,}"))
         if self.device_fallback_items:

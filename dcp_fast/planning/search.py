@@ -116,11 +116,11 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
             continue
         number, stored_size = entry
         if number is not None and stored_size is not None:
-            if is_whole(value):
-                if value.shape == stored_size:
-                    add_whole(fqn, number)
+            if type(value) is DTensor:
+                if add_like_before(fqn, number, stored_size, value):
                     continue
-            elif add_like_before(fqn, number, stored_size, value):
+            elif is_whole(value) and value.shape == stored_size:
+                add_whole(fqn, number)
                 continue
         if stored_size is not None and getattr(value, "size", None) is not None:
             size = global_size(value)
@@ -183,7 +183,7 @@ class _Search:
         self.wanted: list[Sequence[ChunkStorageMetadata] | None] = []
         self.made: list[tuple[int, ReadItem | str]] = []  # of bytes entries: the FQN
         self.incomplete: set[str] = set()
-        self.dtensor_chunks: dict[Any, tuple[list[ChunkStorageMetadata], tuple[int, ...]]] = {}
+        self.dtensor_chunks: dict[Any, tuple[list[ChunkStorageMetadata], tuple[int, ...], torch.Size]] = {}
 
     def finder(self) -> Callable[[str], tuple[int | None, Sequence[int] | None] | None]:
         """A function of a key. It returns None if the checkpoint lacks the key, else two facts about its entry.
@@ -210,21 +210,21 @@ class _Search:
             geometry = _geometry(value)
             values = _flatten(chunks, len(geometry[2]))
             if values is not None:
-                self.dtensor_chunks[geometry] = chunks, (len(chunks), *values)
+                self.dtensor_chunks[geometry] = chunks, (len(chunks), *values), geometry[2]
         return chunks
 
-    def add_like_before(self, fqn: str, number: int, stored_size: Sequence[int], value: Any) -> bool:
+    def add_like_before(self, fqn: str, number: int, stored_size: Sequence[int], value: DTensor) -> bool:
         """Add a DTensor like one before, on a mesh that this rank belongs to. False if there was none."""
-        if plain_local_tensor(value) is None:
+        # plain_local_tensor, without a call: a load may have 100,000 of them.
+        local = value._local_tensor
+        if type(local) is not torch.Tensor or local.__dict__:
             return False
-        geometry = _geometry(value)
-        known = self.dtensor_chunks.get(geometry)
-        if known is None or geometry[2] != stored_size:
+        known = self.dtensor_chunks.get(_geometry(value))
+        if known is None or known[2] != stored_size:
             return False
-        chunks, request = known
+        chunks, request, _ = known
         if chunks:
-            self.requests.append(number)
-            self.requests += request
+            self.requests += (number, *request)
             self.fqns.append(fqn)
             self.wanted.append(chunks)
         return True

@@ -36,6 +36,7 @@ __all__ = ["EXCHANGE_BYTES", "MIN_EXCHANGE_BYTES", "Exchange", "GroupError", "Ot
 
 EXCHANGE_BYTES = 128 << 20  # by default
 MIN_EXCHANGE_BYTES = 1 << 20
+_EXCHANGES = 2  # of a load, see Sharing
 _BUFFERS = 4  # two for what is sent, and two for what is received
 _HEADER_BYTES = _native.EXCHANGE_HEADER_BYTES
 _VERSION = 1  # of what ranks send each other
@@ -76,10 +77,10 @@ class Exchange:
 
     def __init__(self, ranks: DistWrapper, most_bytes: int, report: LoadReport) -> None:
         self._ranks = ranks
-        self._most_bytes = most_bytes
+        self.most_bytes = most_bytes
         self._report = report
         self._device = collective_device(ranks)
-        self._has_joined = False
+        self._left = _EXCHANGES
 
     def share(self, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
@@ -93,20 +94,23 @@ class Exchange:
         self._take_part(None, None, None)
 
     def leave(self, error: BaseException | None) -> None:
-        """Tell the other ranks of an error that came before the exchange. Later ones they know."""
-        if not self._has_joined:
-            with suppress(OtherRankError):
-                self._take_part(None, None, error)  # which raises the error again, if nobody else has one
+        """Take part in what exchanges are left, and tell the other ranks of an error that came before them."""
+        while self._left:
+            self._take_part(None, None, error)  # which raises the error
 
     def _take_part(self, need: _native.Need | None, step: ExchangeStep | None, error: BaseException | None) -> bool:
-        self._has_joined = True
+        left, self._left = self._left - 1, 0  # nobody goes on after a failure that all know of
         encoded = Outcome(lambda: _EMPTY_NEED if need is None else need.encode())
+        last: BaseException | None = None
         with deferred_interrupt() as interrupt:
             exchange = self._agree(encoded.value or _EMPTY_NEED, error or encoded.error)
             if exchange.obstacle:
                 self._report.sharing_fallback_reason = exchange.obstacle
             else:
-                self._run(exchange, step, interrupt)
+                last = self._run(exchange, step, interrupt)
+        self._left = left
+        if last is not None:
+            raise last  # of which others learn in the next exchange, or at the end of the load
         return not exchange.obstacle
 
     # Agreement
@@ -116,7 +120,7 @@ class Exchange:
         digest = hashlib.sha256(need).digest()
         # 63 bits each, as the numbers of a tensor have signs.
         hashes = [int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8)]
-        mine = [_VERSION, error is not None, len(need), self._most_bytes, _node(), *hashes]
+        mine = [_VERSION, error is not None, len(need), self.most_bytes, _node(), *hashes]
         of_ranks = self._all_gather(mine)
         if error is not None:
             raise error
@@ -186,10 +190,13 @@ class Exchange:
 
     # Rounds
 
-    def _run(self, exchange: _native.Exchange, step: ExchangeStep | None, interrupt: Callable[[], None]) -> None:
+    def _run(
+        self, exchange: _native.Exchange, step: ExchangeStep | None, interrupt: Callable[[], None]
+    ) -> BaseException | None:
+        """Exchange all rounds. Returns an error of this rank that came after the last one, when nobody is told."""
         report, rounds = self._report, exchange.rounds
         error: BaseException | None = None
-        bytes_read = 0
+        bytes_read, read_before = 0, report.bytes_read_by_job
 
         def work(to_send: int, to_place: int) -> None:
             nonlocal error, bytes_read
@@ -219,12 +226,11 @@ class Exchange:
             report.bytes_sent += sum(sizes[0]) - sizes[0][self._ranks.rank]
             report.bytes_received += sum(sizes[1]) - sizes[1][self._ranks.rank]
             headers = self._headers(round, sizes[1])
-            report.bytes_read_by_job = sum(of_rank for _, of_rank in headers)
+            report.bytes_read_by_job = read_before + sum(of_rank for _, of_rank in headers)
             if any(failed for failed, _ in headers):
                 raise error or OtherRankError
         work(rounds, rounds - 1)
-        if error is not None:
-            raise error
+        return error
 
     def _begin_round(
         self, round: int, sizes: tuple[list[int], list[int]], failed: bool, bytes_read: int

@@ -230,7 +230,8 @@ def _unknown_tensor(root: str, tensors: Sequence[tuple[str, StorageInfo]], plann
     options = _native.Options(threads=0, block_bytes=_BLOCK, staging_bytes=_BLOCK, mode=_native.IoMode.AUTO)
     try:
         with typed_errors():
-            layouts = _native.read_layouts(paths, rows, options)
+            layouts = _native.open_files(paths, rows, options)
+            layouts.read_headers(options)
     except LoadError as error:
         return f"a record cannot be read: {type(error).__name__}"
     metadata = getattr(getattr(planner, "metadata", None), "state_dict_metadata", {})

@@ -21,7 +21,7 @@ import torch
 from dcp_fast import _native
 from dcp_fast.observe.trace import span
 from dcp_fast.transfer.batches import ALIGNMENT, Batch, ConvertedBox, Part, batches_of, bytes_of
-from dcp_fast.transfer.bounce import allocate, check_internal_overlap, copy_on_host, is_on_host, place_in_threads
+from dcp_fast.transfer.bounce import check_internal_overlap, copy_on_host, is_on_host, place_in_threads
 from dcp_fast.transfer.destinations import HOST
 from dcp_fast.transfer.devices import served_device
 from dcp_fast.transfer.gpu import CudaLoad
@@ -95,13 +95,9 @@ def _place_batch(batch: Batch, layouts: _native.Layouts, options: _native.Option
 def _place_through_device(
     device: int, boxes: list[ConvertedBox], layouts: _native.Layouts, options: _native.Options, cuda: CudaLoad
 ) -> _native.Stats:
-    # Half of the limit is for slots of the pinned ring; each half of this memory gets half of the rest.
-    most = cuda.limits.device_staging_bytes // 4 // ALIGNMENT * ALIGNMENT
-    capacity = min(most, sum(map(bytes_of, boxes)) + ALIGNMENT)
-    memory = allocate(2 * capacity, torch.device("cuda", device))
-    halves = memory[:capacity], memory[capacity:]
-    cuda.conversion_bytes = max(cuda.conversion_bytes, 2 * capacity)
-    batches = [Batch(parts, halves[i % 2], device) for i, parts in enumerate(batches_of(boxes, capacity))]
+    halves = cuda.halves(device, sum(map(bytes_of, boxes)) + ALIGNMENT)
+    parts_of_batches = batches_of(boxes, halves[0].numel())
+    batches = [Batch(parts, halves[i % 2], device) for i, parts in enumerate(parts_of_batches)]
 
     def convert(i: int) -> None:
         # torch's allocator may give the memory away after this. Its streams see to it that this copy is done before.

@@ -1,146 +1,47 @@
 """Dequantization: boxes of quantized tensors become numbers on their way to their targets.
 
-A box is cut into parts along the edges of blocks. Each reader thread reads a batch of parts and their scales into its
-bounce buffer (bounce.py), and multiplies them into their targets while they are in the cache. So each scale is read
-once, unless a block is larger than the buffer, or two boxes share it, and no memory is needed for the scales of whole
-tensors.
+A box is cut into parts along the edges of blocks (quantized_parts.py). A batch of parts and their scales is read into a
+buffer, and multiplied from there into the targets. So each scale is read once, unless a block is larger than the
+buffer, or two boxes share it, and no memory is needed for the scales of whole tensors.
+
+- For targets in host memory, and on devices that the engine cannot write to, the buffer is a bounce buffer of each
+  reader thread (bounce.py). The thread reads a batch and dequantizes it at once, while it is still in the cache.
+- For targets on a CUDA device, the buffer is staging memory on that device, and a kernel dequantizes. It has two
+  halves: one batch arrives in one of them while the batch before is dequantized, which lies in the other.
 """
 
 from __future__ import annotations
 
-import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
+from math import prod
+from operator import mul
 
 import torch
 
 from dcp_fast import _native
 from dcp_fast._torch import narrow_tensor_by_index
-from dcp_fast.errors import SizeMismatchError, typed_errors
+from dcp_fast.errors import typed_errors
 from dcp_fast.observe.trace import span
-from dcp_fast.transfer.batches import ALIGNMENT
 from dcp_fast.transfer.bounce import check_internal_overlap, copy_on_host, is_on_host, place_in_threads
-from dcp_fast.transfer.destinations import HOST, is_plain
-from dcp_fast.transfer.quantized_tensors import CODES, MXFP4, QuantizedTensor, StoredTensor, code_of
+from dcp_fast.transfer.destinations import DTYPES, HOST
+from dcp_fast.transfer.gpu import CudaLoad
+from dcp_fast.transfer.quantized_parts import (
+    Areas,
+    CutBox,
+    Part,
+    QuantizedBox,
+    batches_of_parts,
+    itemsize_of,
+    may_overlap,
+)
+from dcp_fast.transfer.quantized_tensors import MXFP4, QuantizedTensor, StoredTensor
 
-__all__ = ["Dequantizer", "QuantizedBox"]
+__all__ = ["Dequantizer"]
 
-_FLOAT32 = CODES["float32"]
-
-
-@dataclass
-class QuantizedBox:
-    """A box on its way from a quantized tensor to a target, which has its sizes.
-
-    ``offsets`` are those of the box in the dequantized tensor.
-    """
-
-    tensor: QuantizedTensor
-    offsets: Sequence[int]
-    target: torch.Tensor
-
-    def check(self) -> None:
-        """Raise SizeMismatchError where the box does not lie in the tensor."""
-        sizes, lengths = self.tensor.sizes, self.target.size()
-        if len(sizes) != len(lengths) or any(
-            offset < 0 or offset + length > size
-            for offset, length, size in zip(self.offsets, lengths, sizes, strict=False)
-        ):
-            reason = (
-                f"the box at {list(self.offsets)} of lengths {list(lengths)} exceeds the dequantized tensor of sizes "
-                f"{list(sizes)}"
-            )
-            raise self.tensor.stored.error(SizeMismatchError, reason)
-
-
-@dataclass(slots=True)
-class _Part:
-    """A part of a box, in its last two dimensions: rows and columns of the dequantized tensor.
-
-    Attributes:
-        leading: where it lies in the dimensions before those, from where the box begins.
-        row, rows, column, columns: where it begins, from where the tensor begins, and how many it has.
-        size: what it takes of a buffer, in bytes.
-    """
-
-    box: _Box
-    leading: tuple[int, ...]
-    row: int
-    rows: int
-    column: int
-    columns: int
-    size: int
-
-
-class _Box:
-    """A box, and how its parts are cut and placed.
-
-    Attributes:
-        is_staged: whether torch places what the engine has dequantized into the buffer.
-    """
-
-    def __init__(self, box: QuantizedBox) -> None:
-        self.tensor = tensor = box.tensor
-        self.target = box.target
-        self.dims = len(tensor.sizes)
-        self.offsets = tuple(box.offsets)
-        self.lengths = tuple(box.target.size())
-        self.code = code_of(box.target.dtype)
-        self.target_code = code_of(tensor.target_dtype)
-        self.is_staged = not (
-            is_plain(self.target)
-            and self.target.is_cpu
-            and _native.can_dequantize(tensor.code, tensor.has_exponents, self.target_code, self.code)
-        )
-        self._staged_bytes = tensor.target_dtype.itemsize if self.is_staged else 0
-        self.scale_bytes = 1 if tensor.has_exponents else 4
-        self.itemsize = 1 if tensor.code == MXFP4 else _itemsize(tensor.code)
-
-    def areas(self, rows: int, columns: int) -> tuple[int, int, int]:
-        """Bytes of a buffer for a part, at the most: stored elements, scales, and what is staged."""
-        block_rows, block_columns = self.tensor.block
-        across = columns // block_columns + 2
-        if self.tensor.code == MXFP4:
-            stored = rows * across * self.tensor.block_bytes
-        else:
-            stored = rows * columns * self.itemsize
-        down = rows if block_rows == 1 else rows // block_rows + 2
-        return (
-            _aligned(stored),
-            _aligned(down * across * self.scale_bytes),
-            _aligned(rows * columns * self._staged_bytes),
-        )
-
-    def parts(self, capacity: int) -> Iterator[_Part]:
-        """Cut the box into parts, each of which a buffer of so many bytes has room for."""
-        if 0 in self.lengths:
-            return
-        rows, columns = (1, *self.lengths)[-2:]
-        row, column = (0, *self.offsets)[-2:]
-        block_rows, block_columns = self.tensor.block
-
-        def most(limit: int, area: Callable[[int], tuple[int, int, int]]) -> int:
-            """The largest number up to a limit whose area fits into the buffer, and 1 at least."""
-            low, high = 1, limit
-            while low < high:
-                middle = (low + high + 1) // 2
-                low, high = (middle, high) if sum(area(middle)) <= capacity else (low, middle - 1)
-            return low
-
-        across = columns
-        down = most(rows, lambda number: self.areas(number, across))
-        if down < min(block_rows, rows) or sum(self.areas(down, across)) > capacity:
-            down = min(block_rows, rows)
-            across = most(columns, lambda number: self.areas(down, number))
-            if across < min(block_columns, columns) or sum(self.areas(down, across)) > capacity:
-                across = min(block_columns, most(columns, lambda number: self.areas(1, number)))
-                down = most(down, lambda number: self.areas(number, across))
-        for leading in itertools.product(*map(range, self.lengths[:-2])):
-            for at, height in _pieces(row, rows, block_rows, down):
-                for start, width in _pieces(column, columns, block_columns, across):
-                    yield _Part(self, leading, at, height, start, width, sum(self.areas(height, width)))
+_Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Dequantizer:
@@ -169,14 +70,15 @@ class Dequantizer:
                 payloads.extend((stored.code, len(stored.sizes), *stored.sizes))
         self._fqns = [stored.fqn for stored in self._records]
         with typed_errors(self._fqns):
-            self._layouts = _native.read_layouts(list(files), rows, options, payloads)
+            self._layouts = _native.open_files(list(files), rows, options, payloads)
 
-    def place(self, boxes: Sequence[QuantizedBox], buffer_bytes: int) -> list[_native.Stats]:
+    def place(self, boxes: Sequence[QuantizedBox], buffer_bytes: int, cuda: CudaLoad) -> list[_native.Stats]:
         """Read boxes, dequantize them and bring them to their targets, no two of which may share memory.
 
         Args:
             boxes: in the order in which they are read.
             buffer_bytes: host memory for the bounce buffers of all threads together.
+            cuda: brings boxes to GPUs.
 
         Returns:
             What was read, batch by batch; ``bytes_placed`` are those of stored elements and scales.
@@ -184,65 +86,106 @@ class Dequantizer:
         Raises:
             LoadError: a file cannot be read, or a box does not fit.
             RuntimeError: several elements of a target share memory, as ``copy_`` raises.
+            CudaRefusedError, NativeError: as ``CudaLoad.run``.
         """
-        cut = []
+        by_device: dict[int | None, list[CutBox]] = {}
         for box in boxes:
             box.check()
             check_internal_overlap(box.target)
-            cut.append(_Box(box))
-        at_once = all(is_on_host(box.target) and not _may_overlap(box.target) for box in boxes)
-        threads = self._layouts.threads(self._options) if at_once else 1
+            cut = CutBox(box)
+            by_device.setdefault(cut.device, []).append(cut)
+        stats: list[_native.Stats] = []
         with typed_errors(self._fqns):
-            return place_in_threads(partial(_batches, cut), self._place_batch, threads, self._options, buffer_bytes)
+            for device, of_device in by_device.items():
+                if device is None:
+                    stats += self._place_through_host(of_device, buffer_bytes)
+                else:
+                    stats.append(self._place_through_device(device, of_device, cuda))
+        return stats
 
-    def _place_batch(self, parts: Sequence[_Part], buffer: torch.Tensor, options: _native.Options) -> _native.Stats:
-        items, destinations, rows = array("q"), array("q"), array("q")
-        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def _place_through_host(self, boxes: Sequence[CutBox], buffer_bytes: int) -> list[_native.Stats]:
+        at_once = all(is_on_host(box.target) and not may_overlap(box.target) for box in boxes)
+        threads = self._layouts.threads(self._options) if at_once else 1
+        batches_of = partial(batches_of_parts, boxes)
+        return place_in_threads(batches_of, self._place_batch, threads, self._options, buffer_bytes)
+
+    def _place_batch(self, parts: Sequence[Part], buffer: torch.Tensor, options: _native.Options) -> _native.Stats:
+        batch = _Batch(parts, self._records, buffer, HOST)
+        stats = batch.program(self._layouts).run(0, options)
+        with span(options.recorder, "dequantize", stats.bytes_placed):
+            _native.dequantize(batch.rows)
+            copy_on_host(batch.copies)
+        return stats
+
+    def _place_through_device(self, device: int, boxes: Sequence[CutBox], cuda: CudaLoad) -> _native.Stats:
+        halves = cuda.halves(device, sum(box.most_bytes() for box in boxes))
+        parts = batches_of_parts(boxes, halves[0].numel())
+        batches = [_Batch(batch, self._records, halves[i % 2], device) for i, batch in enumerate(parts)]
+
+        def place(i: int) -> None:
+            for target, source in batches[i].widenings:
+                target.copy_(source)
+            cuda.dequantize(device, batches[i].rows)
+            for target, source in batches[i].copies:
+                target.copy_(source)
+
+        programs = [batch.program(self._layouts) for batch in batches]
+        return cuda.run_in_turns(programs, self._options, device, place)
+
+
+class _Batch:
+    """A batch in a buffer: the transfer program that fills it, and what is done with it then.
+
+    Args:
+        parts: what it consists of.
+        records: the number of each stored tensor in the layouts.
+        buffer: bytes that have room for it.
+        device: where the buffer lies, as in destinations.py.
+
+    Attributes:
+        widenings: targets and sources in the buffer that torch copies before anything is dequantized.
+        rows: for ``_native.dequantize``.
+        copies: targets, and sources in the buffer, that torch copies after that.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], records: Mapping[StoredTensor, int], buffer: torch.Tensor, device: int
+    ) -> None:
+        self.widenings: _Copies = []
+        self.rows = array("q")
+        self.copies: _Copies = []
+        self._records = records
+        self._device = device
+        self._items, self._destinations = array("q"), array("q")  # rows for _native.Program
+        self._reads = 0
         begin = 0
-        for number, part in enumerate(parts):
-            self._add(part, 2 * number, buffer[begin : begin + part.size], items, destinations, rows, copies)
+        for part in parts:
+            self._add(part, buffer[begin : begin + part.size])
             begin += part.size
-        program = _native.Program(self._layouts, items, destinations)
-        stats = program.run(0, options)
+
+    def program(self, layouts: _native.Layouts) -> _native.Program:
+        program = _native.Program(layouts, self._items, self._destinations)
         # What was left out would be dequantized from memory that nobody filled.
         assert not program.converted(0)
         assert not program.fallback(0)
-        with span(options.recorder, "dequantize", stats.bytes_placed):
-            _native.dequantize(rows)
-            copy_on_host(copies)
-        return stats
+        return program
 
-    def _add(
-        self,
-        part: _Part,
-        destination: int,
-        memory: torch.Tensor,
-        items: array[int],
-        destinations: array[int],
-        rows: array[int],
-        copies: list[tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:
-        """Add a part to the items and destinations of a program, to what is dequantized then, and to what torch copies.
-
-        Args:
-            part: what is added.
-            destination: the number of the next one.
-            memory: the part's piece of the buffer.
-        """
+    def _add(self, part: Part, memory: torch.Tensor) -> None:
+        """Add a part. ``memory`` is its piece of the buffer."""
         box, tensor = part.box, part.box.tensor
+        areas = box.areas(part.rows, part.columns)
+        starts = Areas(*accumulate(areas[:-1], initial=0))
         address = memory.data_ptr()
-        stored_size, scales_size, _ = box.areas(part.rows, part.columns)
-        scales_at = address + stored_size
         block_rows, block_columns = tensor.block
-        first_block, first_row = part.column // block_columns, part.row % block_rows
+        first_block, row_block = part.column // block_columns, part.row // block_rows
         blocks = -(-(part.column + part.columns) // block_columns) - first_block
-        scale_rows = -(-(part.row + part.rows) // block_rows) - part.row // block_rows
+        rows_of_blocks = -(-(part.row + part.rows) // block_rows) - row_block
         leading = tuple(map(sum, zip(box.offsets, part.leading, strict=False)))
         ones = (1,) * len(leading)
         # Of tensors with one dimension there is only one row, which no offset names.
         has_rows = box.dims > 1
-        row, row_block = ((part.row,), (part.row // block_rows,)) if has_rows else ((), ())
-        height, scale_height = ((part.rows,), (scale_rows,)) if has_rows else ((), ())
+        row, height = ((part.row,), (part.rows,)) if has_rows else ((), ())
+
         if tensor.code == MXFP4:
             row_bytes = blocks * tensor.block_bytes
             offsets: tuple[int, ...] = (*leading, *row, first_block, 0)
@@ -250,87 +193,45 @@ class Dequantizer:
         else:
             row_bytes = part.columns * box.itemsize
             offsets, lengths = (*leading, *row, part.column), (*ones, *height, part.columns)
-        _add_read(items, self._records[tensor.stored], destination, offsets, lengths)
-        _add_memory(destinations, address, tensor.stored.code, box.itemsize, lengths)
-        offsets, lengths = (*leading, *row_block, first_block), (*ones, *scale_height, blocks)
-        _add_read(items, self._records[tensor.scales], destination + 1, offsets, lengths)
-        code = tensor.scales.code if tensor.has_exponents else _FLOAT32
-        _add_memory(destinations, scales_at, code, box.scale_bytes, lengths)
+        self._read(tensor.stored, tensor.stored.code, offsets, lengths, address + starts.elements)
+        elements_at, scales_at = starts.elements, starts.scales
+        if box.widens_elements:
+            elements_at = starts.wide_elements
+            row_bytes = part.columns * torch.float32.itemsize
+            self._widen(tensor.stored.code, prod(lengths), memory[starts.elements :], memory[elements_at:])
+        offsets = (*leading, row_block, first_block) if has_rows else (first_block,)
+        lengths = (*ones, rows_of_blocks, blocks) if has_rows else (blocks,)
+        self._read(tensor.scales, box.scale_code, offsets, lengths, address + starts.scales)
+        if box.widens_scales:
+            scales_at = starts.wide_scales
+            self._widen(box.scale_code, prod(lengths), memory[starts.scales :], memory[scales_at:])
 
         begin = (*part.leading, *((part.row - box.offsets[-2],) if has_rows else ()), part.column - box.offsets[-1])
-        target_code = box.code
         if box.is_staged:
-            lengths = (*ones, *height, part.columns)
-            at, dtype = stored_size + scales_size, tensor.target_dtype
-            staged = memory[at : at + part.rows * part.columns * dtype.itemsize].view(dtype).view(lengths)
-            copies.append((narrow_tensor_by_index(box.target, begin, lengths), staged))
-            to, itemsize, target_code = staged.data_ptr(), dtype.itemsize, box.target_code
-            row_stride, column_stride = part.columns, 1
+            lengths, dtype = (*ones, *height, part.columns), tensor.target_dtype
+            staged = memory[starts.staged :][: prod(lengths) * dtype.itemsize].view(dtype).view(lengths)
+            self.copies.append((narrow_tensor_by_index(box.target, begin, lengths), staged))
+            to, itemsize, row_stride, column_stride = address + starts.staged, dtype.itemsize, part.columns, 1
         else:
             strides, itemsize = box.target.stride(), box.target.dtype.itemsize
             to = box.target.data_ptr() + itemsize * sum(map(int.__mul__, begin, strides))
             row_stride, column_stride = (0, *strides)[-2:]
-        rows.extend((tensor.code, tensor.has_exponents, box.target_code, target_code, part.rows, part.columns))
-        rows.extend((address, row_bytes, scales_at, blocks, block_rows, block_columns, first_row))
-        rows.extend((part.column % block_columns, to, row_stride * itemsize, column_stride * itemsize))
+        self.rows.extend((box.code, tensor.has_exponents, box.target_code, box.result_code, part.rows, part.columns))
+        self.rows.extend((address + elements_at, row_bytes, address + scales_at, blocks, block_rows, block_columns))
+        self.rows.extend((part.row % block_rows, part.column % block_columns, to))
+        self.rows.extend((row_stride * itemsize, column_stride * itemsize))
 
+    def _read(self, stored: StoredTensor, code: int, offsets: Sequence[int], lengths: Sequence[int], to: int) -> None:
+        """Have a box of a stored tensor read to an address, in the dtype of that code."""
+        dims = len(lengths)
+        self._items.extend((self._records[stored], self._reads, dims, *offsets, *(0,) * dims, *lengths))
+        strides = [*accumulate(lengths[:0:-1], mul, initial=1)][::-1]
+        self._destinations.extend((to, self._device, code, itemsize_of(code), dims, *lengths, *strides))
+        self._reads += 1
 
-def _add_read(items: array[int], record: int, destination: int, offsets: Sequence[int], lengths: Sequence[int]) -> None:
-    dims = len(lengths)
-    items.extend((record, destination, dims, *offsets, *(0,) * dims, *lengths))
-
-
-def _add_memory(destinations: array[int], address: int, code: int, itemsize: int, lengths: Sequence[int]) -> None:
-    strides = [1]
-    for length in lengths[:0:-1]:
-        strides.append(strides[-1] * length)
-    destinations.extend((address, HOST, code, itemsize, len(lengths), *lengths, *strides[::-1]))
-
-
-def _batches(boxes: Sequence[_Box], capacity: int) -> Iterator[list[_Part]]:
-    """Cut boxes into parts, and gather these into batches of at most ``capacity`` bytes, in order."""
-    batch: list[_Part] = []
-    used = 0
-    for box in boxes:
-        for part in box.parts(capacity):
-            if used + part.size > capacity and batch:
-                yield batch
-                batch, used = [], 0
-            batch.append(part)
-            used += part.size
-    if batch:
-        yield batch
-
-
-def _pieces(offset: int, length: int, block: int, most: int) -> Iterator[tuple[int, int]]:
-    """Cut a range into pieces of at most ``most``, at edges of blocks where these are not larger than that."""
-    end = offset + length
-    if length <= most:
-        yield offset, length
-        return
-    step = most // block * block or most
-    while offset < end:
-        stop = min(end, (offset // step + 1) * step if most >= block else offset + step)
-        yield offset, stop - offset
-        offset = stop
-
-
-def _may_overlap(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a tensor may share memory, so that it matters which one is written last."""
-    if tensor.layout is not torch.strided:
-        return False
-    least = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
-        if size > 1 and stride < least:
-            return True
-        least = max(least, stride * size)
-    return False
-
-
-def _itemsize(code: int) -> int:
-    dtype: torch.dtype = getattr(torch, _native.DTYPES[code])
-    return dtype.itemsize
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    def _widen(self, code: int, count: int, memory: torch.Tensor, wide: torch.Tensor) -> None:
+        """Have so many elements at the begin of one piece of memory become float32 at that of another."""
+        dtype = DTYPES[code]
+        assert dtype is not None  # else there is no conversion of it to float32
+        source = memory[: count * dtype.itemsize].view(dtype)
+        self.widenings.append((wide[: count * torch.float32.itemsize].view(torch.float32), source))

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from dcp_fast import _native
 from dcp_fast.errors import typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
+from dcp_fast.transfer.batches import ALIGNMENT
+from dcp_fast.transfer.bounce import allocate
 from dcp_fast.transfer.devices import device_of, refusals
 
 __all__ = [
@@ -42,6 +45,7 @@ _BLOCK_BYTES = 4 << 20  # by default
 _MIN_PINNED_BYTES = 64 << 20  # by default
 _MOST_BLOCK_BYTES = 8 << 20  # that the default ring has room for
 _SLOTS_PER_THREAD = 2  # one is filled while the other is copied
+_MOST_HALF_BYTES = 1 << 30  # one launch of a kernel takes elements that a 32-bit number counts
 
 
 @dataclass(frozen=True)
@@ -313,6 +317,36 @@ class CudaLoad:
             # Nothing is written yet. torch may hold memory on the device that it does not use: try again without it.
             torch.cuda.empty_cache()
             return work(streams)
+
+    def halves(self, device: int, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory on a device for what :meth:`run_in_turns` brings there: one program's boxes in each half.
+
+        Args:
+            device: as an ordinal.
+            wanted: bytes that one half would need for all boxes. It gets no more than this load may use.
+
+        Raises:
+            CudaOutOfMemoryError: there is no such memory.
+        """
+        # Half of the limit is for slots of the pinned ring; each half of this memory gets half of the rest.
+        most = min(self.limits.device_staging_bytes // 4, _MOST_HALF_BYTES) // ALIGNMENT * ALIGNMENT
+        capacity = min(most, wanted)
+        memory = allocate(2 * capacity, torch.device("cuda", device))
+        self.conversion_bytes = max(self.conversion_bytes, 2 * capacity)
+        return memory[:capacity], memory[capacity:]
+
+    def dequantize(self, device: int, rows: array[int]) -> None:
+        """Dequantize boxes on a device, after what its torch's current stream has and ahead of what it gets then.
+
+        Args:
+            device: as an ordinal.
+            rows: of the boxes, as ``_native.dequantize`` has them.
+
+        Raises:
+            NativeError: see :func:`dcp_fast.errors.typed_errors`; of the kind ``cuda_refused`` without a kernel.
+        """
+        assert self._staging is not None
+        _native.dequantize_on_device(self._staging, device, _current_streams([device])[device], rows)
 
     def finish(self) -> None:
         """Wait for the devices if ``synchronize`` is set, and leave the staging to the next load."""

@@ -68,7 +68,7 @@ class Resolved:
 
 
 class RecordRows:
-    """Where the records of a plan lie, for ``_native.read_layouts``.
+    """Where the records of a plan lie, for ``_native.open_files``.
 
     Attributes:
         files: names of the files that hold a record, in the order in which the plan first needs them.

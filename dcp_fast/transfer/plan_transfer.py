@@ -25,12 +25,13 @@ from dcp_fast.planning.planner import put_value
 from dcp_fast.planning.values import is_whole
 from dcp_fast.transfer.batches import ConvertedBox
 from dcp_fast.transfer.conversion import place_converted
-from dcp_fast.transfer.dequantization import Dequantizer, QuantizedBox
+from dcp_fast.transfer.dequantization import Dequantizer
 from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.fallback import place_fallback
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import BytesEntries, box_of, find_items
+from dcp_fast.transfer.quantized_parts import QuantizedBox
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.sharing import ExchangeStep, Part, Sharing
 from dcp_fast.transfer.windows import Placement, Windows
@@ -95,9 +96,13 @@ class PlanTransfer:
                 self.quantized = self.records.quantized(rows.fqns)
                 for record in self.quantized:
                     rows.rows[4 * record + 3] = 1  # not for the engine alone
+                self._share_on_node()
                 paths = list(map(self.records.path, rows.files))
-                self.layouts = _native.read_layouts(paths, rows.rows, self.options, rows.payloads)
+                self.layouts = _native.open_files(paths, rows.rows, self.options, rows.payloads)
+                self._share_records()
+                self.layouts.read_headers(self.options)
             report.records = len(self.layouts)
+            report.files_shared_on_node = self.layouts.shared_files
             report.requests += self.layouts.requests
             report.bytes_read += self.layouts.bytes_read
             try:
@@ -107,6 +112,14 @@ class PlanTransfer:
             except BaseException:
                 self.cuda.abort()
                 raise
+
+    def _share_on_node(self) -> None:
+        """Find out whether other ranks of this node may need the same bytes, which then go through the page cache."""
+        if _native.ranks_of_node() == 1 or self._exchange is not None:
+            return
+        rows = self.items.record_rows
+        self.options = self.options.on_node(float(sum(rows.rows[2::4])), self.records.stored_bytes(rows.fqns))
+        self.half = self.options.share(2)
 
     # Placement
 
@@ -148,7 +161,7 @@ class PlanTransfer:
         with self.report.stage("commit"):
             for item, record in items:
                 if item.type is _BYTE_IO:
-                    windows.add_bytes(partial(self._load_bytes, item))
+                    windows.add_bytes(partial(self._load_bytes, item, record))
                 else:
                     windows.add(item, record)
             windows.finish()
@@ -237,7 +250,7 @@ class PlanTransfer:
     ) -> None:
         try:
             for wave in range(program.waves):
-                if not self._share(program, destinations.devices):
+                if not self._share_boxes(program, destinations.devices):
                     if destinations.devices:
                         stats = self.cuda.run(program, wave, self.half, destinations.devices)
                     else:
@@ -256,7 +269,19 @@ class PlanTransfer:
             # an error, when nobody knows which of them were written.
             increment_version(destinations.tensors)
 
-    def _share(self, program: _native.Program, devices: Collection[int]) -> bool:
+    def _share_records(self) -> None:
+        """Get headers, bytes entries and records that torch reads together with other ranks, if there are any."""
+        if self._exchange is None:
+            return
+        rows = self.items.record_rows
+        whole = [i for i, is_whole in enumerate(rows.rows[3::4]) if is_whole and i not in self.quantized]
+        most_bytes = self._exchange.most_bytes
+        names = _names_on_all_ranks(rows.files)
+        need = self._share(lambda: _native.Need.of_records(self.layouts, whole, most_bytes, names, self.options), ())
+        if need is not None:
+            _native.keep(self.layouts, need)
+
+    def _share_boxes(self, program: _native.Program, devices: Collection[int]) -> bool:
         """Place the boxes of the first wave together with other ranks, if there are any who share.
 
         Returns:
@@ -266,18 +291,27 @@ class PlanTransfer:
             return False
         if devices:
             self.cuda.prepare(devices)
-        ranks, self._exchange = self._exchange, None
+        names = _names_on_all_ranks(self.items.record_rows.files)
+        need = self._share(lambda: _native.Need.of_program(program, names), devices)
+        self._exchange = None
+        if need is None:
+            return False
+        self.report.staged_items += need.converted_items
+        return True
+
+    def _share(self, find: Callable[[], _native.Need], devices: Collection[int]) -> _native.Need | None:
+        """Read what this rank needs together with other ranks. Returns it, or None if each reads alone."""
         options = self.half if devices else self.options
         need: _native.Need | None = None
 
-        def find() -> tuple[_native.Need, ExchangeStep]:
+        def found() -> tuple[_native.Need, ExchangeStep]:
             nonlocal need
-            need = _native.Need(program, _names_on_all_ranks(self.items.record_rows.files))
+            need = find()
             return need, step
 
         def step(exchange: _native.Exchange, send: Part, receive: Part) -> _native.RoundStats:
             assert need is not None
-            run = partial(exchange.step, need, program, _memory_of(send), _memory_of(receive), options)
+            run = partial(exchange.step, need, self.layouts, _memory_of(send), _memory_of(receive), options)
             try:
                 stats = self.cuda.run_step(run, options, devices) if devices else run(None, {})
             except CudaRefusedError as error:  # too late for another way
@@ -287,11 +321,8 @@ class PlanTransfer:
             self.report.bytes_read += stats.bytes_read
             return stats
 
-        if not ranks.share(find):
-            return False
-        assert need is not None
-        self.report.staged_items += need.converted_items
-        return True
+        assert self._exchange is not None
+        return need if self._exchange.share(found) else None
 
     def _converted_box(
         self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
@@ -304,10 +335,7 @@ class PlanTransfer:
 
     def _place_converted(self, boxes: list[ConvertedBox]) -> None:
         self.report.staged_items += len(boxes)
-        for box in boxes:
-            if (device := device_of(box.target)) is not None and served_device(box.target) is None:
-                self.report.device_fallback_items += 1
-                self.report.device_fallback_reason = refusals[device]
+        self._count_refused([box.target for box in boxes])
         for stats in place_converted(boxes, self.layouts, self.half, self.staging_bytes // 2, self.cuda):
             self._count(stats)
 
@@ -326,7 +354,8 @@ class PlanTransfer:
         if self._dequantizer is None:
             self._dequantizer = Dequantizer(self.quantized.values(), self.half)
         self.report.dequantized_items += len(boxes)
-        for stats in self._dequantizer.place(boxes, self.staging_bytes // 2):
+        self._count_refused([box.target for box in boxes])
+        for stats in self._dequantizer.place(boxes, self.staging_bytes // 2, self.cuda):
             self.report.bytes_needed += stats.bytes_placed
             self._count(stats)
 
@@ -341,13 +370,13 @@ class PlanTransfer:
         for i, (fqn, record) in enumerate(zip(entries.fqns, entries.records, strict=True)):
             value = plain.get(record, ...)
             if value is ...:
-                self._load_bytes(entries.items[i])
+                self._load_bytes(entries.items[i], record)
             else:
                 put_value(self.planner, fqn, value)  # type: ignore[arg-type]
                 self.report.bytes_needed += lengths[record]
 
-    def _load_bytes(self, item: ReadItem) -> None:
-        value = self.records.read(item)
+    def _load_bytes(self, item: ReadItem, record: int) -> None:
+        value = self.records.read(item, self.layouts, record)
         self.report.bytes_needed += value.getbuffer().nbytes
         try:
             self.planner.load_bytes(item, value)
@@ -356,6 +385,13 @@ class PlanTransfer:
                 raise
             # The planner knows the FQN, but neither file nor byte range.
             raise self.records.error(type(error), error.reason, item) from error.__cause__
+
+    def _count_refused(self, targets: Sequence[torch.Tensor]) -> None:
+        """Count those that torch brings to their device, as its driver refuses what the engine needs."""
+        for target in targets:
+            if (device := device_of(target)) is not None and served_device(target) is None:
+                self.report.device_fallback_items += 1
+                self.report.device_fallback_reason = refusals[device]
 
     def _count(self, stats: _native.Stats) -> None:
         self.report.requests += stats.requests

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, NamedTuple, cast
 
 import torch
@@ -24,8 +24,8 @@ from dcp_fast.errors import (
     OutOfMemoryError,
     UnknownTransformError,
     torch_load_error,
-    typed_errors,
 )
+from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
 from dcp_fast.transfer.archives import load_record
@@ -79,6 +79,13 @@ class Records:
     def path(self, file: str) -> str:
         return os.path.join(self.root, file)
 
+    def stored_bytes(self, fqns: Iterable[str]) -> float:
+        """How many bytes the records of some tensors and values take, those that this rank does not need included."""
+        data, wanted = self.storage_data, set(fqns)
+        if isinstance(data, LazyDict) and data.source is not None and data.source.columns is not None:
+            return data.source.columns.stored_bytes(list(wanted))
+        return float(sum(info.length for index, info in data.items() if index.fqn in wanted))
+
     def place(self, item: ReadItem) -> Place:
         """Where the record of an item lies."""
         info = self.storage_data[item.storage_index]
@@ -95,24 +102,19 @@ class Records:
         """
         return {}
 
-    def read(self, item: ReadItem) -> io.BytesIO:
+    def read(self, item: ReadItem, layouts: _native.Layouts, record: int) -> io.BytesIO:
         """The bytes of an item's record, as they were before any transform.
+
+        Args:
+            item: of the record.
+            layouts, record: where it lies.
 
         Raises:
             LoadError: they cannot be read, or a transform cannot be undone.
         """
-        file, offset, length, *_ = self.place(item)
-        path = self.path(file)
-        try:
-            with typed_errors():
-                raw, requests = _native.read_range(path, offset, length, self._options)
-        except LoadError as error:
-            where = (offset, length) if error.offset is None else (error.offset, error.length)
-            raise type(error)(
-                error.reason, error.path or path, item.storage_index.fqn, *where, error.error_number
-            ) from None
+        raw, requests, bytes_read = _native.read_record(layouts, record, self._options)
         self._report.requests += requests
-        self._report.bytes_read += length
+        self._report.bytes_read += bytes_read
         return self._undo_transforms(item, io.BytesIO(raw))
 
     def _undo_transforms(self, item: ReadItem, raw: io.BytesIO) -> io.BytesIO:

@@ -23,12 +23,20 @@ class ExchangeStep(Protocol):
 
 
 class Sharing(Protocol):
-    """What a load gives a transfer if its ranks share reads."""
+    """What a load gives a transfer if its ranks share reads.
+
+    There are two exchanges: of headers and whole records, and of boxes. Each is collective: the transfer calls
+    :meth:`share` or :meth:`decline` once for each on every rank.
+
+    Attributes:
+        most_bytes: memory for what is received in the first exchange, and for rounds.
+    """
+
+    @property
+    def most_bytes(self) -> int: ...
 
     def share(self, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
         """Read what this rank needs together with all other ranks, and place it.
-
-        Collective: the transfer calls this, or :meth:`decline`, once on each rank.
 
         Args:
             find: what this rank needs, and the step of a round.

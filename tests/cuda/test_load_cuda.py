@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tensor_subclasses import Functional, Negated, Plain
 from torch.distributed.checkpoint._extension import ZStandard
 
 import dcp_fast
+from dcp_fast import _native
 
 FLOAT = torch.float32
 MIN_BYTES = 1 << 20  # of pinned memory and of staging on a device
@@ -344,3 +346,21 @@ def test_zstd(cuda: torch.device, tmp_path: Path) -> None:
     save(tmp_path, {"a": fill((30, 31), FLOAT), "b": fill((7,), torch.int64)}, _extensions=[ZStandard()])
     make = lambda: {"a": torch.zeros(30, 31, device=cuda), "b": torch.zeros(7, dtype=torch.int64, device=cuda)}  # noqa: E731
     assert_same_load(tmp_path, make, fallback=2)
+
+
+# Several ranks of one node
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_slots_from_a_place_of_its_own(
+    cuda: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    stored = {f"t{i}": fill((300, 1000), FLOAT, i) for i in range(5)}
+    save(tmp_path, stored)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    # As if none of it was in the page cache.
+    with _native.FaultInjection("pread_nowait", nth=0, error_number=errno.EAGAIN, repeat=1 << 30):
+        assert_same_load(tmp_path, lambda: {name: torch.zeros(300, 1000, device=cuda) for name in stored})
+        assert report().files_shared_on_node == 1
+        assert_same_load(tmp_path, lambda: {name: torch.zeros(300, 2000, device=cuda)[:, ::2] for name in stored})

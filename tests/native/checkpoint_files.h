@@ -59,9 +59,10 @@ struct CheckpointFiles {
     paths.clear();
     for (size_t i = 0; i < bytes.size(); ++i) paths.push_back(dir.write(std::to_string(i) + ".distcp", bytes[i]));
   }
-  transfer::Layouts layouts(const transfer::Options& options, io::IoMode mode = io::IoMode::kAuto) const {
+  transfer::Layouts layouts(const transfer::Options& options, io::IoMode mode = io::IoMode::kAuto,
+                            io::Readers readers = io::Readers::kThisRank) const {
     io::ByteSources sources;
-    for (const std::string& path : paths) sources.push_back(std::make_unique<io::File>(path, mode));
+    for (const std::string& path : paths) sources.push_back(std::make_unique<io::File>(path, mode, readers));
     return transfer::read_layouts(std::move(sources), records, {}, options, never);
   }
 

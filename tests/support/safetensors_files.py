@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import Outcome, image, load_with, torch_load, torch_planner
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import dcp_fast
@@ -17,8 +18,11 @@ import dcp_fast
 __all__ = [
     "DTYPES",
     "Chunks",
+    "assert_refused",
     "assert_same_headers",
     "assert_same_hf_load",
+    "entry",
+    "error_of",
     "file_bytes",
     "header_of",
     "hf_reader",
@@ -153,3 +157,29 @@ def assert_same_hf_load(
     assert report is not None
     assert (report.reader_fallback_reason, report.fallback_records) == ("", 0)
     return actual
+
+
+def entry(**fields: Any) -> dict[str, Any]:
+    """A header for one tensor of 8 bytes, with other fields."""
+    return {"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]} | fields}
+
+
+def assert_refused(error: BaseException | None, path: Path, *, fqn: str | None = None) -> None:
+    """The error names the file and a byte range, and is of the types that torch raises there."""
+    assert type(error) is dcp_fast.CorruptHeaderError, repr(error)
+    for kind in (SafetensorError, RuntimeError, AssertionError, ValueError, KeyError):
+        assert isinstance(error, kind)
+    assert error.path == str(path)
+    assert error.offset is not None
+    assert error.length is not None
+    assert error.offset >= 0
+    assert fqn is None or error.fqn == fqn
+    assert str(path) in str(error)
+    assert error.reason in str(error)
+
+
+def error_of(path: Path, state: dict[str, Any] | None = None) -> BaseException | None:
+    """What a load from the directory of a file raises."""
+    wanted = {"a": torch.zeros(8, dtype=torch.uint8)} if state is None else state
+    outcome = load_with(dcp_fast.load, wanted, checkpoint_id=path.parent)
+    return None if outcome.errors is None else outcome.errors[0]

@@ -16,9 +16,9 @@ using checkpoint::dtype_by_name;
 namespace {
 
 copy::Dequantization find(copy::Quantization quantization, copy::Scales scales, const std::string& target,
-                          const std::string& destination) {
-  const auto found = copy::find_dequantization(quantization, scales, dtype_by_name("float8_e4m3fn"),
-                                               dtype_by_name(target), dtype_by_name(destination), true);
+                          const std::string& destination, const std::string& stored = "float8_e4m3fn") {
+  const auto found = copy::find_dequantization(quantization, scales, dtype_by_name(stored), dtype_by_name(target),
+                                               dtype_by_name(destination), true);
   REQUIRE(found);
   return *found;
 }
@@ -44,7 +44,9 @@ copy::Dequantization without_steps(copy::Dequantization how) {
 TEST_CASE("FP8: loops of their own do as the steps one by one") {
   Random random(1);
   for (const std::string target : {"float32", "bfloat16", "float16"}) {
-    for (int round = 0; round < 200; ++round) {
+    for (int round = 0; round < 400; ++round) {
+      const auto* format =
+          random.pick<const char*>({"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"});
       const int64_t rows = random.between(1, 9);
       const int64_t columns = round % 20 == 0 ? random.between(2000, 40000) : random.between(1, 300);
       const int64_t block = random.pick<int64_t>({1, 7, 32, 33, 128});
@@ -68,10 +70,11 @@ TEST_CASE("FP8: loops of their own do as the steps one by one") {
       box.from = reinterpret_cast<const std::byte*>(stored.data());
       box.from_stride = columns;
       box.scales = reinterpret_cast<const std::byte*>(scales.data());
-      const auto how = find(copy::Quantization::kElements, copy::Scales::kFloat32, target, target);
+      const auto how = find(copy::Quantization::kElements, copy::Scales::kFloat32, target, target, format);
       const int64_t gap = random.pick<int64_t>({0, 0, 1, 4});
       const int64_t margin = random.between(0, 70);
       const std::string actual = dequantized(how, box, gap, margin);
+      CAPTURE(std::string(format));
       CHECK(actual == dequantized(without_steps(how), box, gap, margin));
     }
   }
@@ -103,11 +106,19 @@ TEST_CASE("MXFP4: whole blocks do as parts of them") {
 }
 
 TEST_CASE("scales of MXFP4 are powers of two, and a NaN") {
-  CHECK(copy::scale_of_exponent(std::byte{127}) == 1.0F);
-  CHECK(copy::scale_of_exponent(std::byte{254}) == 0x1p127F);
-  CHECK(copy::scale_of_exponent(std::byte{0}) == 0x1p-127F);
-  const float nan = copy::scale_of_exponent(std::byte{255});
-  CHECK(nan != nan);
+  const auto scale = [](uint8_t exponent) { return copy::float_of(copy::Float8E8M0::to_float32(exponent)); };
+  CHECK(scale(127) == 1.0F);
+  CHECK(scale(254) == 0x1p127F);
+  CHECK(scale(0) == 0x1p-127F);
+  CHECK(scale(255) != scale(255));
+}
+
+TEST_CASE("elements of MXFP4 are the numbers of the specification") {
+  const std::vector<float> numbers = {0.0F, 0.5F, 1.0F, 1.5F, 2.0F, 3.0F, 4.0F, 6.0F};
+  for (uint8_t code = 0; code < 8; ++code) {
+    CHECK(copy::float_of(copy::Float4E2M1::to_float32(code)) == numbers[code]);
+    CHECK(copy::Float4E2M1::to_float32(code | 8) == copy::bits_of(-numbers[code]));
+  }
 }
 
 TEST_CASE("dtypes that no conversion knows") {

@@ -83,7 +83,7 @@ RoundStats step(Rank& rank, std::optional<uint32_t> send, std::optional<uint32_t
     to_send = Send{*send, data_of(rank.sent[*send % 2])};
   }
   if (receive) to_place = Receive{*receive, data_of(rank.received[*receive % 2])};
-  return exchange::step(*rank.exchange, to_send, to_place, *rank.program, rank.local->items, rank.options, {}, never);
+  return exchange::step(*rank.exchange, to_send, to_place, rank.layouts, *rank.local, rank.options, {}, never);
 }
 
 // What the collective call does.
@@ -195,8 +195,7 @@ TEST_CASE("a read that fails is an error with path and record, also while anothe
   io::FaultySystemCalls calls(fault(io::FaultFunction::kPread, 0, EIO));
   const ScopedCalls scope(calls);
   try {
-    exchange::step(exchange, Send{1, data_of(sent)}, Receive{0, data_of(received)}, program, local.items, options, {},
-                   never);
+    exchange::step(exchange, Send{1, data_of(sent)}, Receive{0, data_of(received)}, layouts, local, options, {}, never);
     FAIL("nothing was thrown");
   } catch (const Error& error) {
     CHECK(error.error_number == EIO);

@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "doctest/doctest.h"
@@ -128,6 +129,67 @@ TEST_CASE("the mode follows what the page cache holds") {
   const ScopedCalls scope(cannot_tell);
   CHECK(!is_direct(IoMode::kAuto, 0, 1 << 20));
   CHECK(cannot_tell.calls() == 1);
+}
+
+TEST_CASE("what ranks of a node read together goes through the page cache, unless it is there") {
+  const TempDir dir;
+  const std::string bytes = Random(52).bytes(1 << 20);
+  const std::string path = dir.write("file", bytes);
+  const auto access_of = [&](IoMode mode, int64_t end = 1 << 20) {
+    io::File file(path, mode, io::Readers::kRanksOfNode);
+    const io::OpenSource open(file);
+    file.choose_access(0, end);
+    return file.access();
+  };
+  CHECK(access_of(IoMode::kAuto).mapped);  // just written
+  CHECK(!access_of(IoMode::kAuto).shared);
+  {
+    FaultySystemCalls cold(fault(FaultFunction::kPreadNowait, 0, EAGAIN, 1000));
+    const ScopedCalls scope(cold);
+    CHECK(access_of(IoMode::kAuto).shared);
+    CHECK(!access_of(IoMode::kAuto).whole_pages);
+    CHECK(!access_of(IoMode::kAuto, 0).shared);
+    CHECK(!access_of(IoMode::kCached).shared);
+    CHECK(!access_of(IoMode::kDirect).shared);
+    CHECK(!access_of(IoMode::kMapped).shared);
+  }
+  {
+    // Another rank has begun to read it.
+    FaultySystemCalls half(fault(FaultFunction::kPreadNowait, 0, EAGAIN, 4));
+    const ScopedCalls scope(half);
+    CHECK(access_of(IoMode::kAuto).shared);
+  }
+  FaultySystemCalls cannot_tell(fault(FaultFunction::kPreadNowait, 0, EOPNOTSUPP, 1000));
+  const ScopedCalls scope(cannot_tell);
+  CHECK(!access_of(IoMode::kAuto).shared);
+}
+
+TEST_CASE("read-ahead is asked for in steps, and not past the end of a file") {
+  struct Recorder final : io::SystemCalls {
+    int read_ahead(int /*fd*/, off_t offset, size_t size) override {
+      asked.emplace_back(offset, offset + static_cast<int64_t>(size));
+      return error_number;
+    }
+    std::vector<std::pair<int64_t, int64_t>> asked;
+    int error_number = 0;
+  };
+  using Asked = std::vector<std::pair<int64_t, int64_t>>;
+  constexpr int64_t kStep = 128 << 10;
+  const TempDir dir;
+  const File file(dir.write("file", std::string(400'000, 'x')));
+  Recorder recorder;
+  const ScopedCalls scope(recorder);
+  file.read_ahead(2 * kStep + 1, 5);
+  CHECK(recorder.asked == Asked{{5, kStep + 5}, {kStep + 5, 2 * kStep + 5}, {2 * kStep + 5, 2 * kStep + 6}});
+  recorder.asked.clear();
+  file.read_ahead(1 << 20, 399'000);
+  file.read_ahead(1 << 20, 400'000);
+  file.read_ahead(0, 0);
+  CHECK(recorder.asked == Asked{{399'000, 400'000}});
+  recorder.asked.clear();
+  recorder.error_number = EINVAL;  // of a file system that has no read-ahead
+  file.read_ahead(400'000, 0);
+  CHECK(recorder.asked == Asked{{0, kStep}});
 }
 
 TEST_CASE("a bounce buffer is aligned, grows, and refuses sizes that overflow") {

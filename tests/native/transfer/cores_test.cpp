@@ -3,54 +3,40 @@
 #include <sched.h>
 
 #include <cstdlib>
-#include <filesystem>
-#include <fstream>
-#include <string>
 
 #include "doctest/doctest.h"
-#include "temp_dir.h"
+#include "transfer/machine.h"
 
 using namespace dcp_fast;
 using namespace dcp_fast::testing;
-using transfer::quota_of_control_groups;
 using transfer::usable_cores;
 
 namespace {
 
-// Files of a machine, below a folder of their own.
-struct Machine {
-  TempDir folder;
-
-  void write(const std::string& path, const std::string& text) const {
-    const std::filesystem::path file = folder.path("root") + path;
-    std::filesystem::create_directories(file.parent_path());
-    std::ofstream(file) << text;
-  }
-  int quota() const { return quota_of_control_groups(folder.path("root")); }
-};
+int quota_of(const Machine& machine) { return transfer::quota_of_control_groups(machine.root()); }
 
 }  // namespace
 
 TEST_CASE("cores: the tightest limit of all groups above a process holds, rounded up") {
   const Machine machine;
-  CHECK(machine.quota() == 0);
+  CHECK(quota_of(machine) == 0);
   machine.write("/proc/self/cgroup", "0::/jobs/one\n");
-  CHECK(machine.quota() == 0);
+  CHECK(quota_of(machine) == 0);
   machine.write("/sys/fs/cgroup/jobs/one/cpu.max", "max 100000\n");
-  CHECK(machine.quota() == 0);
+  CHECK(quota_of(machine) == 0);
   machine.write("/sys/fs/cgroup/jobs/cpu.max", "250000 100000\n");
-  CHECK(machine.quota() == 3);
+  CHECK(quota_of(machine) == 3);
   machine.write("/sys/fs/cgroup/jobs/one/cpu.max", "50000 100000\n");
-  CHECK(machine.quota() == 1);
+  CHECK(quota_of(machine) == 1);
   machine.write("/sys/fs/cgroup/jobs/one/cpu.max", "800000 100000\n");
-  CHECK(machine.quota() == 3);
+  CHECK(quota_of(machine) == 3);
 }
 
 TEST_CASE("cores: in a container its own group is the root") {
   const Machine machine;
   machine.write("/proc/self/cgroup", "0::/\n");
   machine.write("/sys/fs/cgroup/cpu.max", "400000 100000\n");
-  CHECK(machine.quota() == 4);
+  CHECK(quota_of(machine) == 4);
 }
 
 TEST_CASE("cores: control groups of version 1") {
@@ -58,16 +44,16 @@ TEST_CASE("cores: control groups of version 1") {
   machine.write("/proc/self/cgroup", "7:memory:/a\n4:cpuacct,cpu:/a\n0::/a\n");
   machine.write("/sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "-1\n");
   machine.write("/sys/fs/cgroup/cpu/a/cpu.cfs_period_us", "100000\n");
-  CHECK(machine.quota() == 0);
+  CHECK(quota_of(machine) == 0);
   machine.write("/sys/fs/cgroup/cpu/a/cpu.cfs_quota_us", "600000\n");
-  CHECK(machine.quota() == 6);
+  CHECK(quota_of(machine) == 6);
 }
 
 TEST_CASE("cores: nonsense is no limit") {
   const Machine machine;
   machine.write("/proc/self/cgroup", "\n::\nno colon\n0::\n0::relative/path\n1:cpu:\n");
   machine.write("/sys/fs/cgroup/cpu.max", "many few\n");
-  CHECK(machine.quota() == 0);
+  CHECK(quota_of(machine) == 0);
 }
 
 TEST_CASE("cores: those that a process may run on, divided among the processes of a machine") {

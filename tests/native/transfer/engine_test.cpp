@@ -15,6 +15,7 @@
 #include "doctest/doctest.h"
 #include "error.h"
 #include "faults.h"
+#include "transfer/launched.h"
 #include "transfer/random_load.h"
 #include "transfer/workers.h"
 
@@ -108,6 +109,73 @@ TEST_CASE("any boxes, layouts, threads, blocks and modes give what an element-wi
   CHECK(direct > 800);
   CHECK(waves > 500);
   CHECK(converted > 100);
+}
+
+TEST_CASE("ranks of a node that read together load what each would load alone") {
+  Random random(102);
+  size_t shared = 0;
+  for (int i = 0; i < 200; ++i) {
+    CAPTURE(i);
+    RandomLoad load(random, 1, i >= 100);
+    const std::string rank = std::to_string(random.below(8));
+    const Launched launched("8", rank.c_str());
+    // As if none of it was in the page cache.
+    io::FaultySystemCalls cold(fault(io::FaultFunction::kPreadNowait, 0, EAGAIN, 1 << 20));
+    const ScopedCalls scope(cold);
+    std::string memory = load.before[0];
+    load.place(0, data_of(memory));
+    const Options options = random_options(random);
+    const Layouts layouts = load.files.layouts(options, IoMode::kAuto, io::Readers::kRanksOfNode);
+    shared += static_cast<size_t>(layouts.shared_files());
+    const Program program(layouts, load.items, load.destinations);
+    for (int32_t wave = 0; wave < program.waves(); ++wave) {
+      transfer::run_wave(program, wave, options, {}, never);
+      for (size_t item = 0; item < load.items.size(); ++item) {
+        const transfer::Transfer& transfer = program.transfers()[item];
+        if (transfer.wave != wave || transfer.kind == Kind::kDirect) continue;  // the rest is torch's part
+        copy_item(load.files, program.items()[item], load.destinations[load.items[item].destination]);
+      }
+    }
+    REQUIRE(memory == load.expected[0]);
+  }
+  CHECK(shared > 100);
+}
+
+TEST_CASE("a rank of several brings whole rows into the page cache, from a place of its own on") {
+  struct Recorder final : io::SystemCalls {
+    ssize_t pread_nowait(int /*fd*/, void* /*buffer*/, size_t /*size*/, off_t /*offset*/) override {
+      errno = EAGAIN;
+      return -1;
+    }
+    int read_ahead(int /*fd*/, off_t offset, size_t size) override {
+      if (end != offset) begins.push_back(offset);
+      end = offset + static_cast<int64_t>(size);
+      bytes += static_cast<int64_t>(size);
+      return 0;
+    }
+    std::vector<int64_t> begins;  // of what comes without a gap
+    int64_t end = -1;
+    int64_t bytes = 0;
+  };
+  Columns columns;
+  columns.options.threads = 1;
+  const int64_t row = int64_t{8192} * 4;
+  const int64_t matrix = 256 * row;
+  for (const int rank : {0, 1, 3}) {
+    CAPTURE(rank);
+    const Launched launched("4", std::to_string(rank).c_str());
+    Recorder recorder;
+    const ScopedCalls scope(recorder);
+    const Layouts layouts = columns.files.layouts(columns.options, IoMode::kAuto, io::Readers::kRanksOfNode);
+    REQUIRE(layouts.shared_files() == 1);
+    const Program program(layouts, columns.items, columns.destinations);
+    transfer::run_wave(program, 0, columns.options, {}, never);
+    REQUIRE(!recorder.begins.empty());
+    CHECK(recorder.begins.front() >= rank * matrix / 4);
+    CHECK(recorder.begins.front() < rank * matrix / 4 + matrix / 8);
+    // A task has two rows here, of whose first all is brought from where the wanted half begins.
+    CHECK(recorder.bytes > matrix * 7 / 10);
+  }
 }
 
 TEST_CASE("blocks of the smallest size still read little more than they need") {

@@ -1,6 +1,7 @@
 #include "transfer/schedule.h"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -271,4 +272,47 @@ TEST_CASE("a box of small runs far apart is many tasks of few requests") {
 TEST_CASE("nothing makes an empty schedule") {
   CHECK(make_schedule({}, {}).tasks.empty());
   CHECK(make_schedule(std::vector<Piece>(3), {{1, kBlock, false, kBlock}}).tasks.empty());
+}
+
+TEST_CASE("each rank of a node begins at a place of its own, and goes around") {
+  const auto order_of = [](std::vector<int64_t> sizes, const transfer::Node& node) {
+    begin_at_own_place(sizes, node, [](int64_t size) { return size; });
+    return sizes;
+  };
+  using Sizes = std::vector<int64_t>;
+  const Sizes even = {10, 11, 12, 13, 14, 15, 16, 17};
+  CHECK(order_of(even, {1, 0}) == even);
+  CHECK(order_of(even, {8, 0}) == even);
+  CHECK(order_of(even, {2, 1}) == Sizes{15, 16, 17, 10, 11, 12, 13, 14});
+  CHECK(order_of(even, {8, 7}) == Sizes{17, 10, 11, 12, 13, 14, 15, 16});
+  // By bytes, not by tasks.
+  CHECK(order_of({100, 1, 1, 1, 1}, {2, 1}) == Sizes{1, 1, 1, 1, 100});
+  CHECK(order_of({1, 1, 1, 1, 100}, {2, 1}) == Sizes{100, 1, 1, 1, 1});
+  CHECK(order_of({}, {8, 5}).empty());
+  CHECK(order_of({0, 0}, {8, 5}) == Sizes{0, 0});
+
+  // Ranks that want the same divide it: each has read about as much when it comes to where the next one began.
+  Random random(77);
+  for (int i = 0; i < 100; ++i) {
+    const int ranks = static_cast<int>(random.between(1, 16));
+    Sizes sizes;
+    int64_t all = 0;
+    for (int64_t task = random.between(1, 200); task > 0; --task) {
+      sizes.push_back(1000 * task + random.between(1, 100));
+      all += sizes.back();
+    }
+    const int64_t largest = *std::max_element(sizes.begin(), sizes.end());
+    for (int rank = 0; rank < ranks; ++rank) {
+      const Sizes order = order_of(sizes, {ranks, rank});
+      const auto begin = std::find(sizes.begin(), sizes.end(), order.front());  // no two are equal
+      int64_t before = 0;
+      for (auto size = sizes.begin(); size != begin; ++size) before += *size;
+      const double wanted = static_cast<double>(all) * rank / ranks;
+      const double distance = std::abs(static_cast<double>(before) - wanted);
+      REQUIRE(std::min(distance, static_cast<double>(all) - distance) <= static_cast<double>(largest) / 2);
+      Sizes turned = sizes;
+      std::rotate(turned.begin(), turned.begin() + (begin - sizes.begin()), turned.end());
+      REQUIRE(order == turned);
+    }
+  }
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -45,7 +46,8 @@ def load_with(fault: Fault, path: Path) -> dict[int, str] | str:
         if dist.get_rank() == FAILING:
             fault(faults)
         failure = failure_of(partial(load_shared, state_dict(LAYOUT), path, storage_reader=reader))
-    assert time.monotonic() - began < 20
+    seconds = time.monotonic() - began
+    assert seconds < 20, (seconds, failure)
     expected, state = state_dict(LAYOUT), state_dict(LAYOUT)
     torch_load(expected, storage_reader=torch_reader(path))
     report = load_shared(state, path, storage_reader=reader)
@@ -68,11 +70,11 @@ def sweep_reads(path: Path, step: int) -> list[dict[int, str] | str]:
 
 
 def test_reads_that_fail(ranks: Ranks, checkpoint: Path) -> None:
-    results = ranks.run(WORLD, sweep_reads, checkpoint, 2, timeout=300)
+    results = ranks.run(WORLD, sweep_reads, checkpoint, 1, timeout=300)
     assert all(result == results[0] for result in results)
     *failures, last = results[0]
     assert last == "nothing"
-    assert len(failures) > 8
+    assert len(failures) > 6
     assert all(failure in ({FAILING: "MetadataAccessError"}, {FAILING: "FileAccessError"}) for failure in failures)
     assert failures[-1] == {FAILING: "FileAccessError"}
 
@@ -162,10 +164,11 @@ def no_memory(*args: Any, **kwargs: Any) -> Any:
 
 def lack_memory(name: str, faults: ExitStack) -> None:
     owner = Exchange if name == "_allocate" else _native
-    faults.enter_context(mock.patch.object(owner, name, no_memory))
+    lacking = SimpleNamespace(of_records=_native.Need.of_records, of_program=no_memory) if name == "Need" else no_memory
+    faults.enter_context(mock.patch.object(owner, name, lacking))
 
 
-@pytest.mark.parametrize("name", ["_allocate", "Exchange", "Need", "Program"])
+@pytest.mark.parametrize("name", ["_allocate", "Exchange", "Need", "Program", "open_files"])
 def test_memory_that_is_short(ranks: Ranks, checkpoint: Path, name: str) -> None:
     results = ranks.run(WORLD, load_with, partial(lack_memory, name), checkpoint)
     assert all(set(result) == {FAILING} for result in results)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from damage import assert_facts, limited, open_files, threads, threads_vanish
+from damage import Child, assert_facts, limited, open_files, threads, threads_vanish
 from helpers import fill, load_with
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from safetensors_files import hf_reader, save_hf, torch_hf_reader
+from safetensors_files import header_of, hf_reader, save_hf, torch_hf_reader, write_file
 
 import dcp_fast
 from dcp_fast import _native
@@ -203,3 +206,46 @@ def test_box_that_exceeds_what_is_stored_now(tmp_path: Path) -> None:
     with pytest.raises(Exception) as raised:  # noqa: PT011 - whatever it is
         theirs.read_data(plan, planner)
     assert isinstance(caught.value, raised.type)
+
+
+# Ctrl-C
+
+HEADERS = 300
+TENSORS = 1000  # in each file
+
+
+def _slow_headers(report: Callable[[Any], None], path: Path, short: int) -> dict[str, Any]:
+    """Read headers at some megabytes a second: every read is short."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    files, before = open_files(), threads()
+    facts: dict[str, Any] = {"error": "None"}
+    with _native.FaultInjection("pread", nth=0, short_bytes=short, repeat=1 << 60) as faults:
+        report("reading")
+        try:
+            hf_reader(path, threads=2).read_metadata()
+        except KeyboardInterrupt:
+            facts["error"] = "KeyboardInterrupt"
+        facts["bytes read"] = faults.calls * short
+    facts["files"] = open_files() - files
+    facts["threads"] = threads_vanish(before)
+    facts["again"] = len(hf_reader(path).read_metadata().state_dict_metadata)
+    return facts
+
+
+def test_ctrl_c_while_headers_are_read(tmp_path: Path) -> None:
+    for number in range(HEADERS):
+        header = header_of({f"model.layers.{number}.weight.{i}": ("U8", (0,), 0) for i in range(TENSORS)})
+        write_file(tmp_path / f"model-{number:05}.safetensors", header, 0)
+    with Child(_slow_headers, tmp_path, 1) as child:
+        assert child.next(60) == "reading"
+        time.sleep(0.5)
+        assert child.process.pid is not None
+        os.kill(child.process.pid, signal.SIGINT)
+        facts = child.next(300)
+        assert facts["error"] == "KeyboardInterrupt", "reading was not slow enough, or swallowed it"
+        assert facts["files"] == 0
+        assert facts["threads"]
+        assert facts["again"] == HEADERS * TENSORS
+        # Not by the clock: a busy machine takes its time for anything.
+        assert 0 < facts["bytes read"] < 0.6 * sum(file.stat().st_size for file in tmp_path.iterdir())
+        assert child.close() == 0

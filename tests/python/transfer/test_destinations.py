@@ -307,13 +307,13 @@ def test_a_state_dict_is_changed_in_place(stored: Path) -> None:
 
 def test_layouts_are_read_once(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    read_layouts = _native.read_layouts
+    open_files = _native.open_files
 
     def counted(*args: Any) -> Any:
         calls.append(1)
-        return read_layouts(*args)
+        return open_files(*args)
 
-    monkeypatch.setattr(_native, "read_layouts", counted)
+    monkeypatch.setattr(_native, "open_files", counted)
     assert_same_load(stored, pair(lambda: Negated.make(torch.zeros(6, 4))))
     report = dcp_fast.last_report()
     assert len(calls) == 1

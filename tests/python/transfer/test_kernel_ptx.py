@@ -1,4 +1,4 @@
-"""The kernel's text that ships: it is what its source compiles to, and all devices that nvcc knows can run it.
+"""The kernels' text that ships: it is what their source compiles to, and all devices that nvcc knows can run it.
 
 Needs the CUDA toolkit, but neither a GPU nor the simulator.
 """
@@ -29,6 +29,16 @@ generate_ptx = load_generator()
 NVCC = generate_ptx.find_nvcc()
 
 
+@pytest.fixture(params=generate_ptx.KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def header_of(kernel: str) -> str:
+    text: str = generate_ptx.shipped(kernel).read_text()
+    return text.partition("\n")[0]
+
+
 def tool(name: str) -> Path:
     """A program of the toolkit that nvcc belongs to."""
     if NVCC is None:
@@ -46,51 +56,53 @@ def architectures() -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
-def test_shipped_text_is_what_the_source_compiles_to() -> None:
+def test_shipped_text_is_what_the_source_compiles_to(kernel: str) -> None:
     nvcc = tool("nvcc")
-    made_here = generate_ptx.normalize(generate_ptx.compile_kernel(nvcc), generate_ptx.nvcc_version(nvcc))
-    shipped = generate_ptx.SHIPPED.read_text()
-    header = shipped.partition("\n")[0]
-    if made_here.partition("\n")[0] != header:
-        pytest.skip(f"this nvcc is {generate_ptx.nvcc_version(nvcc)}, and the shipped text says: {header}")
-    assert made_here == shipped
+    version = generate_ptx.nvcc_version(nvcc)
+    made_here = generate_ptx.normalize(generate_ptx.compile_kernel(nvcc, kernel), kernel, version)
+    if made_here.partition("\n")[0] != header_of(kernel):
+        pytest.skip(f"this nvcc is {version}, and the shipped text says: {header_of(kernel)}")
+    assert made_here == generate_ptx.shipped(kernel).read_text()
 
 
 @pytest.mark.parametrize("architecture", generate_ptx.BINARY_ARCHITECTURES)
-def test_shipped_binaries_are_what_the_text_assembles_to(architecture: str) -> None:
+def test_shipped_binaries_are_what_the_text_assembles_to(kernel: str, architecture: str) -> None:
     version = generate_ptx.nvcc_version(tool("nvcc"))
-    if f"nvcc {version}." not in generate_ptx.SHIPPED.read_text().partition("\n")[0]:
+    if f"nvcc {version}." not in header_of(kernel):
         pytest.skip(f"the toolkit here is {version}, and another one made what ships")
-    assert generate_ptx.assemble(tool("ptxas"), architecture) == generate_ptx.binary(architecture).read_bytes()
+    made_here = generate_ptx.assemble(tool("ptxas"), kernel, architecture)
+    assert made_here == generate_ptx.binary(kernel, architecture).read_bytes()
 
 
 def test_a_binary_ships_for_each_architecture_and_no_other() -> None:
     shipped = {path.name for path in CUDA.glob("*.cubin")}
-    assert shipped == {generate_ptx.binary(name).name for name in generate_ptx.BINARY_ARCHITECTURES}
+    kernels, architectures = generate_ptx.KERNELS, generate_ptx.BINARY_ARCHITECTURES
+    assert shipped == {generate_ptx.binary(kernel, name).name for kernel in kernels for name in architectures}
 
 
-def test_header_suits_every_driver_since_cuda_11() -> None:
-    lines = generate_ptx.SHIPPED.read_text().splitlines()
+def test_header_suits_every_driver_since_cuda_11(kernel: str) -> None:
+    lines = generate_ptx.shipped(kernel).read_text().splitlines()
     assert lines[1:4] == [".version 6.0", ".target sm_50", ".address_size 64"]
 
 
-def test_nothing_that_tells_of_a_machine_or_a_build() -> None:
-    text = generate_ptx.normalize('// Build ID: 1\n.version 9.0\n\n.target sm_75\n\tret; // "/tmp/x.cu"\n', "13.0.88")
+def test_nothing_that_tells_of_a_machine_or_a_build(kernel: str) -> None:
+    text = '// Build ID: 1\n.version 9.0\n\n.target sm_75\n\tret; // "/tmp/x.cu"\n'
+    text = generate_ptx.normalize(text, kernel, "13.0.88")
     assert text.splitlines()[1:] == [".version 6.0", ".target sm_50", "\tret;"]
-    assert "/" not in generate_ptx.SHIPPED.read_text().partition("\n")[2]
+    assert "/" not in generate_ptx.shipped(kernel).read_text().partition("\n")[2]
 
 
 def test_a_difference_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate_ptx.check("// header\nadd\n", "// header\nadd\n") == 0
-    assert generate_ptx.check("// header\nadd\n", "// header\nsub\n") == 1
+    assert generate_ptx.check_text("box_copy", "// header\nadd\n", "// header\nadd\n") == 0
+    assert generate_ptx.check_text("box_copy", "// header\nadd\n", "// header\nsub\n") == 1
     assert "-add\n+sub" in capsys.readouterr().out
-    assert generate_ptx.check("// header\nadd\n", "// another\nadd\n") == generate_ptx.OTHER_COMPILER
+    assert generate_ptx.check_text("box_copy", "// header\nadd\n", "// another\nadd\n") == generate_ptx.OTHER_COMPILER
 
 
 @pytest.mark.parametrize("architecture", architectures() or ["any"])
-def test_assembles_without_spills(architecture: str, tmp_path: Path) -> None:
+def test_assembles_without_spills(kernel: str, architecture: str, tmp_path: Path) -> None:
     ptxas = tool("ptxas")
-    command = [ptxas, "-v", f"-arch={architecture}", generate_ptx.SHIPPED, "-o", tmp_path / "kernel.cubin"]
+    command = [ptxas, "-v", f"-arch={architecture}", generate_ptx.shipped(kernel), "-o", tmp_path / "kernel.cubin"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)

@@ -21,6 +21,7 @@ constexpr TypeSet kAny{"usb", 16};
 constexpr TypeSet kAnyOrPredicates{"usbp", 16};
 constexpr TypeSet kInMemory{"usb", 8};
 constexpr TypeSet kConvertible{"us", 8};
+constexpr TypeSet kFloats{"f", 32};
 
 constexpr int kMaxAccessBits = 128;
 
@@ -30,8 +31,9 @@ class Decoder : StatementReader {
 
   Instruction run() {
     static const std::map<std::string, void (Decoder::*)()> kOpcodes{
-        {"add", &Decoder::arithmetic<Add>},
+        {"add", &Decoder::arithmetic_of_floats_too<Add, AddFloats>},
         {"and", &Decoder::logic<And>},
+        {"bfi", &Decoder::insertion},
         {"bra", &Decoder::branch_to},
         {"cvt", &Decoder::conversion},
         {"cvta", &Decoder::address_conversion},
@@ -74,6 +76,32 @@ class Decoder : StatementReader {
     instruction_.operation = with_type(t, [](auto tag) -> Operation { return binary<Function, decltype(tag)>; });
   }
 
+  template <typename Function, typename OfFloats>
+  void arithmetic_of_floats_too() {
+    if (modifier() != "rn") return arithmetic<Function>();
+    of_floats<OfFloats>();
+  }
+
+  // Without a mode of rounding, a device may round a product and a sum together.
+  template <typename Function>
+  void of_floats() {
+    require("rn");
+    destination(type(kFloats).bits);
+    source_of_float();
+    source_of_float();
+    instruction_.operation = binary<Function, uint32_t>;
+  }
+
+  void insertion() {
+    const Type t = type({"b", 32});
+    destination(t.bits);
+    source(t.bits);
+    source(t.bits);
+    source(32);
+    source(32);
+    instruction_.operation = with_type(t, [](auto tag) -> Operation { return insert_bits<decltype(tag)>; });
+  }
+
   template <DivisionResult kResult>
   void division() {
     const Type t = type(kIntegers);
@@ -84,6 +112,7 @@ class Decoder : StatementReader {
   }
 
   void multiply() {
+    if (modifier() == "rn") return of_floats<MultiplyFloats>();
     const bool wide = take("wide");
     const bool high = !wide && take("hi");
     if (!wide && !high) require("lo");
@@ -225,6 +254,14 @@ class Decoder : StatementReader {
   }
 
   void conversion() {
+    if (take("rn")) {
+      const Type to = type(kFloats);
+      const Type from = type(kConvertible);
+      destination(to.bits);
+      source(from.bits, RegisterWidth::kAtLeast);
+      instruction_.operation = with_type(from, [](auto tag) -> Operation { return convert_to_float<decltype(tag)>; });
+      return;
+    }
     const Type to = type(kConvertible);
     const Type from = type(kConvertible);
     destination(to.bits, RegisterWidth::kAtLeast);
@@ -271,17 +308,27 @@ class Decoder : StatementReader {
   }
 
   void load_from_parameter() {
+    const size_t count = take_vector();
     const Type t = type(kInMemory);
-    destination(t.bits, RegisterWidth::kAtLeast);
+    const auto bytes = count * static_cast<size_t>(t.bits / 8);
+    if (8 * bytes > kMaxAccessBits) fail("no access is that wide");
+    if (count == 1) {
+      destination(t.bits, RegisterWidth::kAtLeast);
+    } else {
+      elements(t.bits, count);
+    }
     const OperandText& text = address();
     const Parameter& parameter = symbols_.find_parameter(text.names[0], statement_.line);
-    const auto bytes = static_cast<size_t>(t.bits / 8);
     if (instruction_.offset > parameter.size || parameter.size - instruction_.offset < bytes) {
       fail("reads past parameter " + parameter.name);
     }
     instruction_.offset += parameter.offset;
-    if (instruction_.offset * 8 % static_cast<uint64_t>(t.bits) != 0) fail("misaligned parameter");
-    instruction_.operation = with_type(t, [](auto tag) -> Operation { return load_parameter<decltype(tag)>; });
+    if (instruction_.offset % bytes != 0) fail("misaligned parameter");
+    instruction_.operation = with_type(t, [&](auto tag) -> Operation {
+      using T = decltype(tag);
+      if (count == 1) return load_parameter<T, 1>;
+      return count == 2 ? load_parameter<T, 2> : load_parameter<T, 4>;
+    });
   }
 
   void store_to() {

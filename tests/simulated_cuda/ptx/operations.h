@@ -71,6 +71,35 @@ struct MultiplyHigh {
   }
 };
 
+// Numbers of float32, as bits. The host rounds as PTX's .rn does, and keeps subnormal numbers, as PTX does without
+// .ftz.
+inline float float_of(uint32_t bits) {
+  float value = 0;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// NaNs have these bits on every device.
+inline uint32_t bits_of(float value) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return value != value ? 0x7fffffff : bits;
+}
+
+struct AddFloats {
+  template <typename T>
+  static T apply(T a, T b) {
+    return bits_of(float_of(a) + float_of(b));
+  }
+};
+
+struct MultiplyFloats {
+  template <typename T>
+  static T apply(T a, T b) {
+    return bits_of(float_of(a) * float_of(b));
+  }
+};
+
 struct Minimum {
   template <typename T>
   static T apply(T a, T b) {
@@ -270,6 +299,24 @@ void funnel_shift(const Instruction& instruction, Thread& thread) {
   write<uint32_t>(instruction, thread, 0, static_cast<uint32_t>(shifted));
 }
 
+// Puts the lowest bits of one register in the place of some of another.
+template <typename T>
+void insert_bits(const Instruction& instruction, Thread& thread) {
+  const auto bits = static_cast<uint64_t>(read<T>(instruction, thread, 1));
+  const auto rest = static_cast<uint64_t>(read<T>(instruction, thread, 2));
+  const uint32_t position = read<uint32_t>(instruction, thread, 3) & 0xff;
+  const uint32_t length = std::min<uint32_t>(read<uint32_t>(instruction, thread, 4) & 0xff, kBits<T>);
+  if (position >= kBits<T>) return write<T>(instruction, thread, 0, static_cast<T>(rest));
+  const uint64_t ones = length == 64 ? ~uint64_t{0} : (uint64_t{1} << length) - 1;
+  const uint64_t mask = ones << position;
+  write<T>(instruction, thread, 0, static_cast<T>((rest & ~mask) | (bits << position & mask)));
+}
+
+template <typename From>
+void convert_to_float(const Instruction& instruction, Thread& thread) {
+  write<uint32_t>(instruction, thread, 0, bits_of(static_cast<float>(read<From>(instruction, thread, 1))));
+}
+
 template <typename To, typename From>
 void convert(const Instruction& instruction, Thread& thread) {
   write<To>(instruction, thread, 0, static_cast<To>(read<From>(instruction, thread, 1)));
@@ -299,9 +346,9 @@ void load(const Instruction& instruction, Thread& thread) {
   load_elements<T>(instruction, thread, access(instruction, thread, kCount, kCount * sizeof(T), false), kCount);
 }
 
-template <typename T>
+template <typename T, size_t kCount>
 void load_parameter(const Instruction& instruction, Thread& thread) {
-  load_elements<T>(instruction, thread, thread.parameters->data() + instruction.offset, 1);
+  load_elements<T>(instruction, thread, thread.parameters->data() + instruction.offset, kCount);
 }
 
 template <typename T, size_t kCount>

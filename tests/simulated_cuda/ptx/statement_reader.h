@@ -24,7 +24,7 @@ enum class RegisterWidth { kExact, kAtLeast };
 
 // Types that an instruction exists for.
 struct TypeSet {
-  const char* kinds;  // of u, s, b and p
+  const char* kinds;  // of u, s, b, f and p
   int min_bits;       // but for predicates
 };
 class StatementReader {
@@ -115,6 +115,15 @@ class StatementReader {
     } else {
       fail("expected a register or number");
     }
+  }
+
+  // A number stands there as the bits of a float32: 0f and 8 digits.
+  void source_of_float() {
+    const bool is_next = next_operand_ < statement_.operands.size();
+    if (!is_next || statement_.operands[next_operand_].kind != OperandKind::kNumber) return source(32);
+    const std::string& number = operand("a number").number;
+    if (number.size() != 10 || number.rfind("0f", 0) != 0) fail("unknown number " + number);
+    add_slot(symbols_.constant("0x" + number.substr(2), 32, statement_.line));
   }
 
   void elements(int bits, size_t count) {

@@ -8,7 +8,7 @@
 
 namespace simcuda::ptx {
 
-enum class TypeKind { kUnsigned, kSigned, kBits, kPredicate };
+enum class TypeKind { kUnsigned, kSigned, kBits, kFloat, kPredicate };
 
 struct Type {
   TypeKind kind;
@@ -18,6 +18,7 @@ struct Type {
 // The type that a modifier such as "u32" names.
 inline std::optional<Type> type_named(const std::string& name) {
   if (name == "pred") return Type{TypeKind::kPredicate, 1};
+  if (name == "f32") return Type{TypeKind::kFloat, 32};
   if (name.size() < 2) return std::nullopt;
   const std::string bits = name.substr(1);
   if (bits != "8" && bits != "16" && bits != "32" && bits != "64") return std::nullopt;
@@ -33,7 +34,7 @@ inline std::optional<Type> type_named(const std::string& name) {
   }
 }
 
-// Calls `function` with a value of the C++ type: bits count as unsigned.
+// Calls `function` with a value of the C++ type: bits, and those of floats, count as unsigned.
 template <typename Function>
 auto with_type(Type type, const Function& function) {
   const bool is_signed = type.kind == TypeKind::kSigned;

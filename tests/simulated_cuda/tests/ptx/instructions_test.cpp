@@ -1,5 +1,7 @@
 // Each form of each instruction against what C++ makes of it in wider integers.
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <string>
 #include <vector>
@@ -194,6 +196,49 @@ TEST_CASE("ptx: conversions") {
   for (const char* mnemonic : {"cvta.global.u64", "cvta.to.global.u64"}) {
     check(mnemonic + std::string(" %d, %a;"), {address, address}, [](Integer a, Integer, Integer) { return a; });
   }
+}
+
+TEST_CASE("ptx: bits that are put among others") {
+  const std::vector<Type> types{{'b', 32}, {'b', 32}, {'b', 32}, kAmount};
+  for (const int length : {0, 1, 7, 31, 32, 200}) {
+    check("bfi.b32 %d, %a, %b, %c, " + std::to_string(length) + ";", types, [&](Integer a, Integer b, Integer c) {
+      const Integer position = c & 255;
+      if (position > 31) return b;
+      const Integer mask = ((Integer{1} << std::min(length, 32)) - 1) << position;
+      return (b & ~mask) | (a << position & mask);
+    });
+  }
+  CHECK(InstructionKernel("bfi.b64 %d, %a, %b, 8, 40;", {64, 64, 64})(~uint64_t{0}, 0) == 0xFFFFFFFFFF00);
+}
+
+TEST_CASE("ptx: floats are rounded to nearest, and subnormal ones stay what they are") {
+  const InstructionKernel product("mul.rn.f32 %d, %a, %b;", {32, 32, 32});
+  const InstructionKernel sum("add.rn.f32 %d, %a, %b;", {32, 32, 32});
+  const auto bits = [](float value) {
+    uint32_t result = 0;
+    std::memcpy(&result, &value, sizeof(result));
+    return result;
+  };
+  CHECK(product(bits(1.5F), bits(-3)) == bits(-4.5F));
+  CHECK(product(bits(1 + 0x1p-23F), bits(1 + 0x1p-23F)) == bits(1 + 0x1p-22F));
+  CHECK(product(1, bits(2)) == 2);
+  CHECK(product(3, bits(0.5F)) == 2);  // a tie, to even
+  CHECK(product(bits(1e30F), bits(1e30F)) == 0x7f800000);
+  CHECK(product(0x7f800000, 0) == 0x7fffffff);
+  CHECK(product(0x7fc12345, bits(1)) == 0x7fffffff);
+  CHECK(sum(bits(1), bits(0x1p-24F)) == bits(1));
+  CHECK(sum(bits(0x1p23F), bits(1.5F)) == bits(0x1p23F + 2));
+  CHECK(sum(1, 2) == 3);
+  CHECK(InstructionKernel("mul.rn.f32 %d, %a, 0f40400000;", {32, 32})(bits(2)) == bits(6));
+  CHECK(InstructionKernel("cvt.rn.f32.u16 %d, %a;", {32, 16})(65535) == bits(65535));
+  CHECK(InstructionKernel("cvt.rn.f32.s32 %d, %a;", {32, 32})(0xFFFFFFFD) == bits(-3));
+  CHECK(InstructionKernel("cvt.rn.f32.u32 %d, %a;", {32, 32})(0x1000001) == bits(0x1p24F));
+}
+
+TEST_CASE("ptx: vectors of a parameter") {
+  const std::string both = ".reg .b32 %x; .reg .b32 %y;\nld.param.v2.u32 {%x, %y}, [b];\n";
+  CHECK(InstructionKernel(both + "mov.u32 %d, %x;", {32, 0, 64})(0, 0x500000003) == 3);
+  CHECK(InstructionKernel(both + "mov.u32 %d, %y;", {32, 0, 64})(0, 0x500000003) == 5);
 }
 
 TEST_CASE("ptx: numbers for operands") {

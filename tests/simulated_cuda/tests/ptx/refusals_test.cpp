@@ -65,7 +65,12 @@ TEST_CASE("ptx refuses: modifiers that it does not know") {
   check_refused("setp.lo.u32 %p0, %r0, %r1;", "unknown comparison .lo");
   check_refused("setp.lt.b32 %p0, %r0, %r1;", "unknown type or modifier .b32");
   check_refused("cvt.sat.u16.u32 %h0, %r0;", ".sat");
-  check_refused("cvt.rn.f32.u32 %r0, %r0;", ".rn");
+  check_refused("cvt.rz.f32.u32 %r0, %r0;", ".rz");
+  check_refused("cvt.rn.f16.u32 %h0, %r0;", ".f16");
+  check_refused("mul.f32 %r0, %r1, %r2;", "expected .lo");
+  check_refused("mul.rn.ftz.f32 %r0, %r1, %r2;", ".ftz");
+  check_refused("add.rz.f32 %r0, %r1, %r2;", ".rz");
+  check_refused("bfi.b16 %h0, %h1, %h2, 1, 2;", "unknown type");
   check_refused("shf.l.b32 %r0, %r1, %r2, %r3;", "expected .clamp");
   check_refused("ld.global.L1 %r0, [%d0];", ".L1");
   check_refused("ld.global.u32.u32 %r0, [%d0];", "unknown modifier .u32");
@@ -128,7 +133,12 @@ TEST_CASE("ptx refuses: operands that do not fit") {
   check_refused("ld.param.u64 %d0, [b];", "reads past parameter b");
   check_refused("ld.param.u32 %r0, [a+8];", "reads past parameter a");
   check_refused("ld.param.u32 %r0, [a+2];", "misaligned parameter");
-  check_refused("ld.param.v2.u32 {%r0, %r1}, [a];", ".v2");
+  check_refused("ld.param.v2.u32 {%r0, %r1}, [b];", "reads past parameter b");
+  check_refused("ld.param.v2.u16 {%h0, %h1}, [a+2];", "misaligned parameter");
+  check_refused("ld.param.v4.u64 {%d0, %d1, %d2, %d3}, [a];", "no access is that wide");
+  check_refused("mul.rn.f32 %r0, %r1, 1;", "unknown number 1");
+  check_refused("mul.rn.f32 %r0, %r1, 0f3F8000;", "unknown number 0f3F8000");
+  check_refused("mul.rn.f32 %r0, %r1, %d2;", "does not fit %d2");
   check_refused("bra $nowhere;", "unknown label $nowhere");
   check_refused("bra [%d0];", "expected a label");
 }
@@ -138,7 +148,7 @@ TEST_CASE("ptx refuses: text that does not parse") {
   check_refused("mov.u32 %r0, 1 }", "expected ';'");
   check_refused(".pragma \"unknown\";", "unknown pragma");
   check_refused(".pragma \"nounroll", "a string without an end");
-  check_refused(".reg .f32 %f;", "unknown type '.f32'");
+  check_refused(".reg .f64 %f;", "unknown type '.f64'");
   check_refused(".reg .b32 %r<2>;", "declared twice");
   check_refused("$a: $a: mov.u32 %r0, 1;", "declared twice");
   check_refused("$a: bra $b; $b: }", "branches past the last instruction");
@@ -157,7 +167,7 @@ TEST_CASE("ptx refuses: modules and directives that it does not know") {
   refused(".version 6.0\n.target sm_50\n.address_size 32\n", "64 bits");
   refused(head + ".global .u32 counter;", "expected .entry");
   refused(head + ".func f() { ret; }", "expected .entry");
-  refused(head + ".entry f(.param .f32 a) { ret; }", "unknown type '.f32'");
+  refused(head + ".entry f(.param .f64 a) { ret; }", "unknown type '.f64'");
   refused(head + ".entry f(.param .pred a) { ret; }", "a predicate is no parameter");
   refused(head + ".entry f(.param .u64 .ptr .global a) { ret; }", "expected a name, not '.ptr'");
   refused(head + ".entry f() .reqntid 32 { ret; }", "expected '{'");

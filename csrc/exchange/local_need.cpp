@@ -1,0 +1,109 @@
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <tuple>
+#include <utility>
+
+#include "box/box.h"
+#include "checkpoint/dtype.h"
+#include "exchange/exchange.h"
+#include "io/kept_source.h"
+
+namespace dcp_fast::exchange {
+
+namespace {
+
+using transfer::Layouts;
+using transfer::Range;
+using transfer::Transfer;
+
+std::vector<NeededFile> files_of(const Layouts& layouts, const std::vector<std::string>& names) {
+  std::vector<NeededFile> files;
+  for (size_t i = 0; i < layouts.sources.size(); ++i) {
+    const io::OpenSource open(*layouts.sources[i]);
+    files.push_back({names.at(i), open.get()->size()});
+  }
+  return files;
+}
+
+bool ascends(const Range& a, const Range& b) { return std::tie(a.file, a.begin) < std::tie(b.file, b.begin); }
+
+// Ranges that touch or overlap become one, so that whoever reads across their border finds all of it.
+std::vector<Range> joined(std::vector<Range> ranges) {
+  std::sort(ranges.begin(), ranges.end(), ascends);
+  std::vector<Range> result;
+  for (const Range& range : ranges) {
+    if (!result.empty() && result.back().file == range.file && range.begin <= result.back().end) {
+      result.back().end = std::max(result.back().end, range.end);
+    } else {
+      result.push_back(range);
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+LocalNeed need_of(const transfer::Program& program, const std::vector<std::string>& names) {
+  const Layouts& layouts = program.layouts();
+  LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
+  for (const size_t item : program.items_in_wave(0)) {
+    const Transfer& transfer = program.transfers()[item];
+    if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
+    const size_t record = program.items()[item].record;
+    const auto grain = static_cast<int32_t>(checkpoint::info(layouts.parsed[record].layout.dtype).itemsize);
+    local.need.add(static_cast<uint32_t>(layouts.records[record].file), transfer.source, transfer.loops, grain);
+    local.boxes.push_back({transfer.device, transfer.destination, transfer.loops, transfer.conversion, record});
+    if (transfer.conversion) ++local.converted_items;
+  }
+  return local;
+}
+
+LocalNeed need_of_records(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
+                          const std::vector<std::string>& names, const transfer::Options& options) {
+  std::vector<Range> ranges = transfer::header_ranges(layouts, options);
+  for (const size_t index : records) {
+    const transfer::Record& record = layouts.records.at(index);
+    if (record.length > 0) ranges.push_back({record.file, record.offset, record.offset + record.length});
+  }
+  ranges = joined(std::move(ranges));
+  // Small ones first: what does not fit is read alone, and costs a request for each.
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) {
+    return std::tuple(a.end - a.begin, a.file, a.begin) < std::tuple(b.end - b.begin, b.file, b.begin);
+  });
+  int64_t bytes = 0;
+  size_t fitting = 0;
+  while (fitting < ranges.size() && ranges[fitting].end - ranges[fitting].begin <= most_bytes - bytes) {
+    bytes += ranges[fitting].end - ranges[fitting].begin;
+    ++fitting;
+  }
+  ranges.resize(fitting);
+  std::sort(ranges.begin(), ranges.end(), ascends);
+
+  LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
+  local.memory.reset(new std::byte[static_cast<size_t>(bytes)], std::default_delete<std::byte[]>());
+  local.kept.resize(layouts.sources.size());
+  std::vector<size_t> first_record(layouts.sources.size(), 0);  // by source: errors name it
+  for (size_t i = layouts.records.size(); i-- > 0;) first_record[layouts.records[i].file] = i;
+  std::byte* data = local.memory.get();
+  for (const Range& range : ranges) {
+    const int64_t size = range.end - range.begin;
+    const box::Loops run = {{size, 1, 1}};
+    local.need.add(static_cast<uint32_t>(range.file), range.begin, run, 1);
+    local.boxes.push_back({transfer::kHost, data, run, std::nullopt, first_record[range.file]});
+    local.kept[range.file].push_back({range.begin, range.end, data});
+    data += size;
+  }
+  return local;
+}
+
+void keep(Layouts& layouts, LocalNeed& local) {
+  for (size_t i = 0; i < layouts.sources.size(); ++i) {
+    if (local.kept.at(i).empty()) continue;
+    layouts.sources[i] =
+        std::make_unique<io::KeptSource>(std::move(layouts.sources[i]), std::move(local.kept[i]), local.memory);
+  }
+}
+
+}  // namespace dcp_fast::exchange
