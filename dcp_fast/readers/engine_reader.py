@@ -20,10 +20,11 @@ from dcp_fast.planning.hooks import why_planner_is_slow
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.readers.proof import class_name
 from dcp_fast.this_load import option
-from dcp_fast.transfer.gpu import CudaLoad, StagingLimits
+from dcp_fast.transfer.gpu import CudaLoad
 from dcp_fast.transfer.plan_transfer import PlanTransfer
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.sharing import sharing
+from dcp_fast.transfer.staging_limits import StagingLimits
 
 __all__ = ["EngineReader", "IoName", "owned_by"]
 

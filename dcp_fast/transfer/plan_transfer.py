@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import partial
 from itertools import groupby
@@ -33,7 +32,8 @@ from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import BytesEntries, box_of, find_items
 from dcp_fast.transfer.quantized_parts import QuantizedBox
 from dcp_fast.transfer.records import Records
-from dcp_fast.transfer.sharing import ExchangeStep, Part, Sharing
+from dcp_fast.transfer.shared_reads import SharedReads
+from dcp_fast.transfer.sharing import Sharing
 from dcp_fast.transfer.windows import Placement, Windows
 
 __all__ = ["PlanTransfer"]
@@ -83,7 +83,7 @@ class PlanTransfer:
         self.cuda = cuda
         self.plan = plan
         self._dequantizer: Dequantizer | None = None
-        self._exchange = exchange  # until this rank has taken part in it
+        self._shared = SharedReads(exchange, cuda, report, self._count)
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
@@ -99,7 +99,7 @@ class PlanTransfer:
                 self._share_on_node()
                 paths = list(map(self.records.path, rows.files))
                 self.layouts = _native.open_files(paths, rows.rows, self.options, rows.payloads)
-                self._share_records()
+                self._shared.get_records(self.layouts, rows, self.quantized, self.options)
                 self.layouts.read_headers(self.options)
             report.records = len(self.layouts)
             report.files_shared_on_node = self.layouts.shared_files
@@ -115,7 +115,7 @@ class PlanTransfer:
 
     def _share_on_node(self) -> None:
         """Find out whether other ranks of this node may need the same bytes, which then go through the page cache."""
-        if _native.ranks_of_node() == 1 or self._exchange is not None:
+        if _native.ranks_of_node() == 1 or self._shared.is_wanted:
             return
         rows = self.items.record_rows
         self.options = self.options.on_node(float(sum(rows.rows[2::4])), self.records.stored_bytes(rows.fqns))
@@ -148,9 +148,7 @@ class PlanTransfer:
 
     def _place_in_order(self) -> None:
         """For planners with hooks: resolve and commit all items in torch's order."""
-        if self._exchange is not None:
-            exchange, self._exchange = self._exchange, None
-            exchange.decline("items are placed in the order of the plan, not in that of the bytes")
+        self._shared.decline("items are placed in the order of the plan, not in that of the bytes")
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()
         # Tensors of the state dict are there anyway; a planner with a way of its own may have allocated others.
@@ -249,12 +247,13 @@ class PlanTransfer:
         target: Callable[[int, ReadItem], torch.Tensor],
     ) -> None:
         try:
+            options = self.half if destinations.devices else self.options
             for wave in range(program.waves):
-                if not self._share_boxes(program, destinations.devices):
+                if not self._shared.place_boxes(self.layouts, program, options, destinations.devices):
                     if destinations.devices:
-                        stats = self.cuda.run(program, wave, self.half, destinations.devices)
+                        stats = self.cuda.run(program, wave, options, destinations.devices)
                     else:
-                        stats = program.run(wave, self.options)
+                        stats = program.run(wave, options)
                     self._count(stats)
                 converted = [
                     self._converted_box(item, records[i], *program.box(i), target(i, item))
@@ -268,61 +267,6 @@ class PlanTransfer:
             # As copy_ does, so that autograd notices that tensors that were saved for backward have changed. Also after
             # an error, when nobody knows which of them were written.
             increment_version(destinations.tensors)
-
-    def _share_records(self) -> None:
-        """Get headers, bytes entries and records that torch reads together with other ranks, if there are any."""
-        if self._exchange is None:
-            return
-        rows = self.items.record_rows
-        whole = [i for i, is_whole in enumerate(rows.rows[3::4]) if is_whole and i not in self.quantized]
-        most_bytes = self._exchange.most_bytes
-        names = _names_on_all_ranks(rows.files)
-        need = self._share(lambda: _native.Need.of_records(self.layouts, whole, most_bytes, names, self.options), ())
-        if need is not None:
-            _native.keep(self.layouts, need)
-
-    def _share_boxes(self, program: _native.Program, devices: Collection[int]) -> bool:
-        """Place the boxes of the first wave together with other ranks, if there are any who share.
-
-        Returns:
-            Whether they are in place.
-        """
-        if self._exchange is None:
-            return False
-        if devices:
-            self.cuda.prepare(devices)
-        names = _names_on_all_ranks(self.items.record_rows.files)
-        need = self._share(lambda: _native.Need.of_program(program, names), devices)
-        self._exchange = None
-        if need is None:
-            return False
-        self.report.staged_items += need.converted_items
-        return True
-
-    def _share(self, find: Callable[[], _native.Need], devices: Collection[int]) -> _native.Need | None:
-        """Read what this rank needs together with other ranks. Returns it, or None if each reads alone."""
-        options = self.half if devices else self.options
-        need: _native.Need | None = None
-
-        def found() -> tuple[_native.Need, ExchangeStep]:
-            nonlocal need
-            need = find()
-            return need, step
-
-        def step(exchange: _native.Exchange, send: Part, receive: Part) -> _native.RoundStats:
-            assert need is not None
-            run = partial(exchange.step, need, self.layouts, _memory_of(send), _memory_of(receive), options)
-            try:
-                stats = self.cuda.run_step(run, options, devices) if devices else run(None, {})
-            except CudaRefusedError as error:  # too late for another way
-                raise CudaError(str(error)) from None
-            self._count(stats.placed)
-            self.report.requests += stats.requests
-            self.report.bytes_read += stats.bytes_read
-            return stats
-
-        assert self._exchange is not None
-        return need if self._exchange.share(found) else None
 
     def _converted_box(
         self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
@@ -399,17 +343,6 @@ class PlanTransfer:
         self.report.bytes_mapped += stats.bytes_mapped
         self.report.mapping_fallback_reason = stats.why_unmapped or self.report.mapping_fallback_reason
         self.report.staged_items += stats.converted_items
-
-
-def _memory_of(part: Part) -> tuple[int, int, int] | None:
-    """A round, and address and size of its memory."""
-    return None if part is None else (part[0], part[1].data_ptr(), part[1].numel())
-
-
-def _names_on_all_ranks(files: Sequence[str]) -> list[str]:
-    """Names of files that do not depend on where a rank has mounted what they lie on."""
-    names = [os.path.basename(file) if os.path.isabs(file) else file for file in files]
-    return names if len(set(names)) == len(names) else list(files)
 
 
 def _pick(items: Sequence[ReadItem], indices: Sequence[int]) -> Iterator[tuple[int, ReadItem]]:

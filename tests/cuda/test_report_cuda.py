@@ -11,7 +11,7 @@ from helpers import Entry, ShardedBuffer, fast_reader, save, write_checkpoint
 from simulated_cuda.control import Simulator
 
 import dcp_fast
-from dcp_fast.transfer.gpu import StagingLimits
+from dcp_fast.transfer.staging_limits import StagingLimits
 
 MIB = 1 << 20
 

@@ -1,0 +1,136 @@
+"""What a transfer reads together with other ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+from dcp_fast import _native
+from dcp_fast.errors import CudaError
+from dcp_fast.observe.report import LoadReport
+from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
+from dcp_fast.transfer.items import RecordRows
+from dcp_fast.transfer.sharing import ExchangeStep, Part, Sharing
+
+__all__ = ["SharedReads"]
+
+
+class SharedReads:
+    """One transfer's use of the exchange with other ranks, if there is one.
+
+    Args:
+        exchange: with the other ranks; None if nobody shares.
+        cuda: brings bytes to destinations on GPUs.
+        report: counts what is read.
+        count: takes the figures of what was placed.
+    """
+
+    def __init__(
+        self, exchange: Sharing | None, cuda: CudaLoad, report: LoadReport, count: Callable[[_native.Stats], None]
+    ) -> None:
+        self._exchange = exchange  # until this rank has taken part in all of it
+        self._cuda = cuda
+        self._report = report
+        self._count = count
+        self._names: list[str] = []
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is an exchange that this rank has yet to take part in."""
+        return self._exchange is not None
+
+    def get_records(
+        self, layouts: _native.Layouts, rows: RecordRows, quantized: Collection[int], options: _native.Options
+    ) -> None:
+        """Get headers, bytes entries and records that torch reads, which layouts then take from memory.
+
+        Args:
+            layouts: whose headers are yet to be read.
+            rows: of the records.
+            quantized: records that are read in another way.
+            options: for reading.
+        """
+        if self._exchange is None:
+            return
+        self._names = _names_on_all_ranks(rows.files)
+        whole = [i for i, is_whole in enumerate(rows.rows[3::4]) if is_whole and i not in quantized]
+        find = partial(_native.Need.of_records, layouts, whole, self._exchange.most_bytes, self._names, options)
+        need = self._share(layouts, find, options, ())
+        if need is not None:
+            _native.keep(layouts, need)
+
+    def place_boxes(
+        self, layouts: _native.Layouts, program: _native.Program, options: _native.Options, devices: Collection[int]
+    ) -> bool:
+        """Place the boxes of a program's first wave.
+
+        Args:
+            layouts: of the program.
+            program: what this rank needs.
+            options: for reading.
+            devices: ordinals of the GPUs that it has destinations on.
+
+        Returns:
+            Whether they are in place. If not, this rank is to read them alone.
+
+        Raises:
+            CudaRefusedError: a load can only be run with destinations elsewhere. The exchange is yet to come.
+        """
+        if self._exchange is None:
+            return False
+        if devices:
+            self._cuda.prepare(devices)
+        need = self._share(layouts, partial(_native.Need.of_program, program, self._names), options, devices)
+        self._exchange = None
+        if need is None:
+            return False
+        self._report.staged_items += need.converted_items
+        return True
+
+    def decline(self, reason: str) -> None:
+        """Take part in the exchange of boxes of all other ranks, but read this rank's alone."""
+        if self._exchange is not None:
+            exchange, self._exchange = self._exchange, None
+            exchange.decline(reason)
+
+    def _share(
+        self,
+        layouts: _native.Layouts,
+        find: Callable[[], _native.Need],
+        options: _native.Options,
+        devices: Collection[int],
+    ) -> _native.Need | None:
+        """Read what this rank needs together with other ranks. Returns it, or None if each reads alone."""
+        need: _native.Need | None = None
+
+        def found() -> tuple[_native.Need, ExchangeStep]:
+            nonlocal need
+            need = find()
+            return need, step
+
+        def step(exchange: _native.Exchange, send: Part, receive: Part) -> _native.RoundStats:
+            assert need is not None
+            run = partial(exchange.step, need, layouts, _memory_of(send), _memory_of(receive), options)
+            try:
+                stats = self._cuda.run_step(run, options, devices) if devices else run(None, {})
+            except CudaRefusedError as error:  # too late for another way
+                raise CudaError(str(error)) from None
+            self._count(stats.placed)
+            self._report.requests += stats.requests
+            self._report.bytes_read += stats.bytes_read
+            return stats
+
+        assert self._exchange is not None
+        return need if self._exchange.share(found) else None
+
+
+def _memory_of(part: Part) -> tuple[int, int, int] | None:
+    """A round, and address and size of its memory."""
+    return None if part is None else (part[0], part[1].data_ptr(), part[1].numel())
+
+
+def _names_on_all_ranks(files: Sequence[str]) -> list[str]:
+    """Names of files that do not depend on where a rank has mounted what they lie on."""
+    names = [os.path.basename(file) if os.path.isabs(file) else file for file in files]
+    return names if len(set(names)) == len(names) else list(files)
