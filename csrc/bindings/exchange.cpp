@@ -107,11 +107,12 @@ void bind_exchange(py::module_& module) {
   py::class_<LocalNeed>(module, "Need", "What this rank needs of the files, and where it goes.")
       .def_static(
           "of_program",
-          [](const Program& program, const std::vector<py::str>& names) {
+          [](const Program& program, int64_t most_bytes, const std::vector<py::str>& names) {
             const std::vector<std::string> texts = system_paths(names);
-            return without_gil([&] { return exchange::need_of(program, texts); });
+            return without_gil([&] { return exchange::need_of(program, most_bytes, texts); });
           },
-          py::arg("program"), py::arg("names"), "The boxes of the first wave that the engine places.")
+          py::arg("program"), py::arg("most_bytes"), py::arg("names"),
+          "The boxes of the first wave that the engine places, and records of it that only torch can read.")
       .def_static(
           "of_records",
           [](const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
@@ -129,7 +130,7 @@ void bind_exchange(py::module_& module) {
 
   module.def(
       "keep", [](Layouts& layouts, LocalNeed& need) { exchange::keep(layouts, need); }, py::arg("layouts"),
-      py::arg("need"), "Has layouts take from memory what was received of Need.of_records.");
+      py::arg("need"), "Has layouts take from memory what was received of whole ranges.");
 
   py::class_<RoundStats>(module, "RoundStats")
       .def_readonly("placed", &RoundStats::placed)

@@ -1,6 +1,7 @@
 #include "exchange/assignment.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <tuple>
@@ -82,25 +83,22 @@ class Assignment::Sweep {
     const double share = ranks * static_cast<double>(need.bytes_within(box, box.begin, box.end)) /
                          static_cast<double>(box.end - box.begin);
     if (event.begins) {
-      if (boxes_here_ == 0 || box.grain > grain_) {
-        if (boxes_here_ > 0) check_grain(box.begin, grain_);
-        std::tie(grain_begin_, grain_) = std::pair(box.begin, box.grain);
-      } else {
-        check_grain(box.begin, box.grain);
-      }
+      if (boxes_here_ > 0) check_border(event.position);
+      if (boxes_here_ == 0 || box.grain > grain_) std::tie(grain_begin_, grain_) = std::pair(box.begin, box.grain);
       ++boxes_here_;
       density_ += share;
       if (active_[event.need]++ == 0) signature_ ^= mixed(event.need);
     } else {
       --boxes_here_;
+      if (boxes_here_ > 0) check_border(event.position);
       density_ = boxes_here_ == 0 ? 0 : density_ - share;
       if (--active_[event.need] == 0) signature_ ^= mixed(event.need);
     }
   }
 
-  // Elements of boxes that share bytes must be cut in the same places.
-  void check_grain(int64_t begin, int64_t grain) {
-    if ((begin - grain_begin_) % grain != 0) obstacle = "records of the checkpoint overlap";
+  // Units begin and end where boxes do, which must not be within an element of another box.
+  void check_border(int64_t position) {
+    if ((position - grain_begin_) % grain_ != 0) obstacle = "records of the checkpoint overlap";
   }
 
   void add_interval(uint32_t file, int64_t begin, int64_t end) {
@@ -122,7 +120,7 @@ class Assignment::Sweep {
     const int64_t pieces = (size + most - 1) / most;
     int64_t from = begin;
     for (int64_t i = 1; i <= pieces; ++i) {
-      int64_t to = i == pieces ? end : begin + size / pieces * i;
+      int64_t to = begin + size / pieces * i + size % pieces * i / pieces;
       if (i < pieces) to -= ((to - grain_begin_) % grain_ + grain_) % grain_;
       if (to <= from) continue;
       units.push_back({file, 0, from, to, 0});
@@ -159,6 +157,12 @@ Assignment::Assignment(const std::vector<Need>& needs, Ranks ranks, const RoundL
   if (!obstacle_.empty()) return;
   units_ = std::move(sweep.units);
   find_shares(needs, sweep.signatures);
+  // Where the bytes that ranks need are not spread evenly, more of a unit may be sent than was thought.
+  constexpr int kMostTimes = 16;
+  for (int i = 0; i < kMostTimes && obstacle_.empty() && split_large_units(needs, limits, sweep.signatures); ++i) {
+    find_shares(needs, sweep.signatures);
+  }
+  if (!obstacle_.empty()) return;
   choose_owners(sweep.signatures, kMostUnit);
   choose_rounds(limits);
 }
@@ -194,6 +198,7 @@ void Assignment::find_shares(const std::vector<Need>& needs, std::vector<uint64_
         if (found != need.bytes_within(box, box.begin, box.end)) throw std::logic_error("units leave out needed bytes");
       }
       for (const size_t number : touched) {
+        if (bytes[number] > std::numeric_limits<uint32_t>::max()) obstacle_ = "a rank needs the same bytes too often";
         if (counts) {
           ++first_share_[number + 1];
         } else {
@@ -207,6 +212,50 @@ void Assignment::find_shares(const std::vector<Need>& needs, std::vector<uint64_
   for (size_t i = units_.size(); i > 0; --i) first_share_[i] = first_share_[i - 1];
   first_share_[0] = 0;
   drop_gaps(signatures);
+}
+
+bool Assignment::split_large_units(const std::vector<Need>& needs, const RoundLimits& limits,
+                                   std::vector<uint64_t>& signatures) {
+  std::vector<Unit> units;
+  std::vector<uint64_t> of_units;
+  for (size_t i = 0; i < units_.size(); ++i) {
+    const Unit& unit = units_[i];
+    const auto [first, last] = shares(i);
+    int64_t sent = 0;
+    int64_t received = 0;
+    for (const Share* share = first; share != last; ++share) {
+      sent += share->bytes * static_cast<int64_t>(ranks_of_need_[share->need].size());
+      received = std::max<int64_t>(received, share->bytes);
+    }
+    const int64_t pieces = std::max((sent - 1) / limits.send_bytes + 1, (received - 1) / limits.receive_bytes + 1);
+    const int64_t size = unit.end - unit.begin;
+    int64_t from = unit.begin;
+    for (int64_t piece = 1; piece <= pieces; ++piece) {
+      int64_t to = unit.end;
+      if (piece < pieces) {
+        to = unit.begin + size / pieces * piece + size % pieces * piece / pieces;
+        // Where the coarsest box has the end of an element.
+        int64_t begin = 0;
+        int64_t grain = 1;
+        for (const Share* share = first; share != last; ++share) {
+          needs[share->need].each_within(unit.file, to, to + 1, [&](const NeededBox& box) {
+            if (box.grain > grain) std::tie(begin, grain) = std::pair(box.begin, int64_t{box.grain});
+          });
+        }
+        if (grain > 1) to -= (to - begin) % grain;
+      }
+      if (to <= from) continue;
+      units.push_back({unit.file, 0, from, to, 0});
+      of_units.push_back(signatures[i]);
+      from = to;
+    }
+  }
+  const bool has_split = units.size() > units_.size();
+  if (has_split) {
+    units_ = std::move(units);
+    signatures = std::move(of_units);
+  }
+  return has_split;
 }
 
 void Assignment::drop_gaps(std::vector<uint64_t>& signatures) {

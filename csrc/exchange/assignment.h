@@ -77,6 +77,8 @@ class Assignment {
   class Sweep;
 
   void find_shares(const std::vector<Need>& needs, std::vector<uint64_t>& signatures);
+  // Cuts units of which more is sent or received than a round has room for. Returns whether there were any.
+  bool split_large_units(const std::vector<Need>& needs, const RoundLimits& limits, std::vector<uint64_t>& signatures);
   // Removes units that lie between the rows of boxes, of which nobody needs anything.
   void drop_gaps(std::vector<uint64_t>& signatures);
   void choose_owners(const std::vector<uint64_t>& signatures, int64_t most_unit);

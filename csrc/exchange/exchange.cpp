@@ -23,22 +23,27 @@ using transfer::Options;
 
 // Gives each file the number that all ranks have for it. Returns what hinders that; empty if nothing does.
 std::string number_files(std::vector<Need>& needs) {
-  std::map<std::string, std::pair<int64_t, uint32_t>> files;
+  struct Known {
+    const NeededFile* file;
+    uint32_t number;
+  };
+  std::map<std::string, Known> files;
   for (const Need& need : needs) {
     for (const NeededFile& file : need.files()) {
-      const auto [entry, is_new] = files.try_emplace(file.name, file.size, 0);
-      if (!is_new && entry->second.first != file.size) {
-        return "ranks see different files: " + file.name + " has " + std::to_string(file.size) + " bytes on one, and " +
-               std::to_string(entry->second.first) + " on another";
-      }
+      const auto [entry, is_new] = files.try_emplace(file.name, Known{&file, 0});
+      const NeededFile& other = *entry->second.file;
+      if (is_new || (other.size == file.size && other.version == file.version)) continue;
+      if (other.size == file.size) return "ranks see different files: " + file.name + " was not written at one time";
+      return "ranks see different files: " + file.name + " has " + std::to_string(file.size) + " bytes on one, and " +
+             std::to_string(other.size) + " on another";
     }
   }
   uint32_t next = 0;
-  for (auto& entry : files) entry.second.second = next++;
+  for (auto& entry : files) entry.second.number = next++;
   for (Need& need : needs) {
     std::vector<uint32_t> numbers;
     numbers.reserve(need.files().size());
-    for (const NeededFile& file : need.files()) numbers.push_back(files.at(file.name).second);
+    for (const NeededFile& file : need.files()) numbers.push_back(files.at(file.name).number);
     need.number_files(numbers);
   }
   return "";
@@ -101,7 +106,13 @@ Exchange::Exchange(std::vector<Need> needs, Ranks ranks, uint32_t rank, const Ro
   }
 }
 
+const Assignment& Exchange::assignment() const {
+  if (!obstacle_.empty()) throw std::logic_error("nothing is assigned: " + obstacle_);
+  return *assignment_;
+}
+
 std::pair<const uint32_t*, const uint32_t*> Exchange::units_of(uint32_t round, uint32_t owner) const {
+  if (round >= rounds()) throw std::out_of_range("no such round");
   const auto [begin, end] = assignment_->units_of_round(round);
   const std::vector<Unit>& units = assignment_->units();
   return {std::partition_point(begin, end, [&](uint32_t unit) { return units[unit].owner < owner; }),
@@ -130,6 +141,7 @@ std::vector<int64_t> Exchange::bytes_to_send(uint32_t round) const {
 }
 
 std::vector<int64_t> Exchange::bytes_to_receive(uint32_t round) const {
+  if (round >= rounds()) throw std::out_of_range("no such round");
   std::vector<int64_t> bytes(ranks_of_job_.needs.size(), kHeaderBytes);
   const auto [begin, end] = assignment_->units_of_round(round);
   for (const uint32_t* unit = begin; unit != end; ++unit) {
@@ -274,6 +286,7 @@ transfer::Stats Exchange::place(uint32_t round, const std::byte* memory, const L
                                 const Options& options, const transfer::CudaTargets& cuda,
                                 const std::function<bool()>& interrupted) const {
   const Need& need = own_need();
+  if (local.boxes.size() != need.boxes().size()) throw std::invalid_argument("the exchange is of another need");
   const uint32_t own = ranks_of_job_.needs[rank_];
   const std::vector<int64_t> sizes = bytes_to_receive(round);
   transfer::Boxes boxes;

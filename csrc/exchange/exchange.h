@@ -50,11 +50,12 @@ struct LocalNeed {
   std::vector<std::vector<io::KeptRange>> kept;  // by source
 };
 
-// The boxes of a program's first wave that the engine places. `names`: of the files of the program's sources, the same
-// on all ranks. The sources are opened for their sizes.
-LocalNeed need_of(const transfer::Program& program, const std::vector<std::string>& names);
+// The boxes of a program's first wave that the engine places; and the records of that wave whose headers tell that only
+// torch can read them, as far as `most_bytes` of memory go. `names`: of the files of the program's sources, the same on
+// all ranks. The sources are opened for their sizes.
+LocalNeed need_of(const transfer::Program& program, int64_t most_bytes, const std::vector<std::string>& names);
 
-// The headers of all records, and `records` from beginning to end, as far as they all fit into `most_bytes` of memory.
+// The headers of all records, and `records` from beginning to end, as far as `most_bytes` of memory go.
 LocalNeed need_of_records(const transfer::Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
                           const std::vector<std::string>& names, const transfer::Options& options);
 
@@ -75,7 +76,8 @@ class Exchange {
   Exchange(std::vector<Need> needs, Ranks ranks, uint32_t rank, const RoundLimits& limits);
 
   const std::string& obstacle() const { return obstacle_; }
-  const Assignment& assignment() const { return *assignment_; }
+  // Throws std::logic_error if there is an obstacle.
+  const Assignment& assignment() const;
   uint32_t rounds() const { return obstacle_.empty() ? assignment_->rounds() : 0; }
   // By rank, headers included.
   std::vector<int64_t> bytes_to_send(uint32_t round) const;

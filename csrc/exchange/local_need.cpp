@@ -22,7 +22,7 @@ std::vector<NeededFile> files_of(const Layouts& layouts, const std::vector<std::
   std::vector<NeededFile> files;
   for (size_t i = 0; i < layouts.sources.size(); ++i) {
     const io::OpenSource open(*layouts.sources[i]);
-    files.push_back({names.at(i), open.get()->size()});
+    files.push_back({names.at(i), open.get()->size(), open.get()->version()});
   }
   return files;
 }
@@ -43,45 +43,30 @@ std::vector<Range> joined(std::vector<Range> ranges) {
   return result;
 }
 
-}  // namespace
-
-LocalNeed need_of(const transfer::Program& program, const std::vector<std::string>& names) {
-  const Layouts& layouts = program.layouts();
-  LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
-  for (const size_t item : program.items_in_wave(0)) {
-    const Transfer& transfer = program.transfers()[item];
-    if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
-    const size_t record = program.items()[item].record;
-    const auto grain = static_cast<int32_t>(checkpoint::info(layouts.parsed[record].layout.dtype).itemsize);
-    local.need.add(static_cast<uint32_t>(layouts.records[record].file), transfer.source, transfer.loops, grain);
-    local.boxes.push_back({transfer.device, transfer.destination, transfer.loops, transfer.conversion, record});
-    if (transfer.conversion) ++local.converted_items;
-  }
-  return local;
-}
-
-LocalNeed need_of_records(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
-                          const std::vector<std::string>& names, const transfer::Options& options) {
-  std::vector<Range> ranges = transfer::header_ranges(layouts, options);
-  for (const size_t index : records) {
-    const transfer::Record& record = layouts.records.at(index);
-    if (record.length > 0) ranges.push_back({record.file, record.offset, record.offset + record.length});
-  }
-  ranges = joined(std::move(ranges));
-  // Small ones first: what does not fit is read alone, and costs a request for each.
+// Those that fit into memory, joined. Small ones come first: of the rest each is a request of this rank alone. The one
+// that does not fit as a whole is cut.
+std::vector<Range> fitting(std::vector<Range> ranges, int64_t most_bytes) {
+  ranges.erase(
+      std::remove_if(ranges.begin(), ranges.end(), [](const Range& range) { return range.begin == range.end; }),
+      ranges.end());
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) {
     return std::tuple(a.end - a.begin, a.file, a.begin) < std::tuple(b.end - b.begin, b.file, b.begin);
   });
-  int64_t bytes = 0;
-  size_t fitting = 0;
-  while (fitting < ranges.size() && ranges[fitting].end - ranges[fitting].begin <= most_bytes - bytes) {
-    bytes += ranges[fitting].end - ranges[fitting].begin;
-    ++fitting;
+  int64_t room = most_bytes;
+  size_t count = 0;
+  for (; count < ranges.size() && room > 0; ++count) {
+    Range& range = ranges[count];
+    range.end = std::min(range.end, range.begin + room);
+    room -= range.end - range.begin;
   }
-  ranges.resize(fitting);
-  std::sort(ranges.begin(), ranges.end(), ascends);
+  ranges.resize(count);
+  return joined(std::move(ranges));
+}
 
-  LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
+// Adds ranges that are received into memory of the need's own.
+void add_kept(LocalNeed& local, const Layouts& layouts, const std::vector<Range>& ranges) {
+  int64_t bytes = 0;
+  for (const Range& range : ranges) bytes += range.end - range.begin;
   local.memory.reset(new std::byte[static_cast<size_t>(bytes)], std::default_delete<std::byte[]>());
   local.kept.resize(layouts.sources.size());
   std::vector<size_t> first_record(layouts.sources.size(), 0);  // by source: errors name it
@@ -95,6 +80,40 @@ LocalNeed need_of_records(const Layouts& layouts, const std::vector<size_t>& rec
     local.kept[range.file].push_back({range.begin, range.end, data});
     data += size;
   }
+}
+
+Range range_of(const transfer::Record& record) { return {record.file, record.offset, record.offset + record.length}; }
+
+}  // namespace
+
+LocalNeed need_of(const transfer::Program& program, int64_t most_bytes, const std::vector<std::string>& names) {
+  const Layouts& layouts = program.layouts();
+  LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
+  std::vector<Range> whole;
+  for (const size_t item : program.items_in_wave(0)) {
+    const Transfer& transfer = program.transfers()[item];
+    const size_t record = program.items()[item].record;
+    const transfer::Record& where = layouts.records[record];
+    if (transfer.kind == Transfer::Kind::kFallback && !where.fallback) whole.push_back(range_of(where));
+    if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
+    const auto grain = static_cast<int32_t>(checkpoint::info(layouts.parsed[record].layout.dtype).itemsize);
+    local.need.add(static_cast<uint32_t>(where.file), transfer.source, transfer.loops, grain);
+    local.boxes.push_back({transfer.device, transfer.destination, transfer.loops, transfer.conversion, record});
+    if (transfer.conversion) ++local.converted_items;
+  }
+  add_kept(local, layouts, fitting(std::move(whole), most_bytes));
+  return local;
+}
+
+LocalNeed need_of_records(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
+                          const std::vector<std::string>& names, const transfer::Options& options) {
+  std::vector<Range> ranges = transfer::header_ranges(layouts, options);
+  for (const size_t index : records) {
+    const transfer::Record& record = layouts.records.at(index);
+    if (record.length > 0) ranges.push_back(range_of(record));
+  }
+  LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
+  add_kept(local, layouts, fitting(std::move(ranges), most_bytes));
   return local;
 }
 

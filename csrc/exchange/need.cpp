@@ -73,7 +73,7 @@ std::vector<int64_t> Need::encode() const {
   std::vector<int64_t> words = {static_cast<int64_t>(files_.size()), static_cast<int64_t>(boxes_.size()),
                                 static_cast<int64_t>(loops_.size())};
   for (const NeededFile& file : files_) {
-    words.insert(words.end(), {file.size, static_cast<int64_t>(file.name.size())});
+    words.insert(words.end(), {file.size, file.version, static_cast<int64_t>(file.name.size())});
     const size_t begin = words.size();
     words.resize(begin + words_of(file.name.size()), 0);
     if (!file.name.empty()) std::memcpy(&words[begin], file.name.data(), file.name.size());
@@ -92,6 +92,7 @@ Need Need::decode(const int64_t* words, size_t count) {
   std::vector<NeededFile> files(file_count);
   for (NeededFile& file : files) {
     file.size = rest.next(0, kMost);
+    file.version = *rest.take(1);
     const auto length = static_cast<size_t>(rest.next(0, std::numeric_limits<int32_t>::max()));
     const int64_t* name = rest.take(words_of(length));
     file.name.assign(reinterpret_cast<const char*>(name), length);

@@ -94,6 +94,8 @@ class ByteSource {
   // All that follows needs an open source. The reads are thread-safe.
 
   int64_t size() const { return size_; }
+  // Tells these contents from others of the same size, as far as the source can: for files, when they were written.
+  int64_t version() const { return version_; }
 
   // Decides how bytes of [begin, end) will be read. Not while anybody reads; it holds when the source is opened again.
   virtual void choose_access(int64_t begin, int64_t end) = 0;
@@ -132,6 +134,7 @@ class ByteSource {
   virtual void do_close() noexcept = 0;
 
   Access access_;
+  int64_t version_ = 0;  // set by do_open()
 
  private:
   const std::string path_;

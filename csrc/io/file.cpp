@@ -162,6 +162,8 @@ int64_t File::do_open() {
     throw_errno(error_number, "not a readable regular file", path(), -1, -1);
   }
   if (access().whole_pages) open_direct();
+  constexpr int64_t kNanoseconds = 1'000'000'000;  // of a second
+  version_ = int64_t{status.st_mtim.tv_sec} * kNanoseconds + int64_t{status.st_mtim.tv_nsec};
   return status.st_size;
 }
 

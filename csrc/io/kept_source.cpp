@@ -20,6 +20,7 @@ void KeptSource::choose_access(int64_t begin, int64_t end) {
 
 int64_t KeptSource::do_open() {
   source_->open();
+  version_ = source_->version();
   return source_->size();
 }
 
@@ -68,5 +69,7 @@ bool KeptSource::copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCou
   copy.copy(kept);
   return true;
 }
+
+void KeptSource::read_ahead(size_t size, int64_t offset) const noexcept { source_->read_ahead(size, offset); }
 
 }  // namespace dcp_fast::io

@@ -28,6 +28,7 @@ class KeptSource : public ByteSource {
   void read_pages(std::byte* destination, size_t size, int64_t offset, IoCounters& counters) const override;
   const std::byte* view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const override;
   bool copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters& counters) const override;
+  void read_ahead(size_t size, int64_t offset) const noexcept override;
 
  private:
   int64_t do_open() override;

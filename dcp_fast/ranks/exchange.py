@@ -1,7 +1,7 @@
 """Reads that the ranks of a job share: each byte is read by one rank, and sent to all that need it.
 
-1. Each rank tells whether it has failed, and a digest of what it needs of the files. Ranks with the same needs, such as
-   replicas, need to tell them once: the first of them sends its need to all ranks.
+1. Each rank tells whether it has failed, and a digest of what it needs of the files. Of ranks with the same needs, such
+   as replicas, the first one broadcasts them.
 2. Every rank comes to the same assignment of bytes to ranks and rounds, natively and from the same numbers
    (``csrc/exchange``). So the number of rounds is known before the first.
 3. In each round every rank sends to each other one what that needs of the bytes which it has read. One round is under
@@ -18,9 +18,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,9 @@ __all__ = ["EXCHANGE_BYTES", "MIN_EXCHANGE_BYTES", "ROUND_PARTS", "Exchange", "G
 
 EXCHANGE_BYTES = 128 << 20  # by default
 MIN_EXCHANGE_BYTES = 1 << 20
+
+Result = TypeVar("Result")
+
 _EXCHANGES = 2  # of a load, see Sharing
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
 _HEADER_BYTES = _native.EXCHANGE_HEADER_BYTES
@@ -50,6 +53,13 @@ class OtherRankError(Exception):
 
 class GroupError(Exception):
     """The process group has failed, so that no further collective call is of use. The cause is what it reported."""
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """In the place of an exchange that all ranks know to be none."""
+
+    obstacle: str
 
 
 @contextmanager
@@ -67,6 +77,7 @@ class Exchange:
     Args:
         ranks: of the load.
         most_bytes: memory for what is sent and received, on the host, and on a GPU if the process group needs it there.
+        save_id: of the checkpoint; empty where it has none.
         report: counts what is read and exchanged.
 
     Attributes:
@@ -75,9 +86,10 @@ class Exchange:
 
     by_default: ClassVar[bool] = False
 
-    def __init__(self, ranks: DistWrapper, most_bytes: int, report: LoadReport) -> None:
+    def __init__(self, ranks: DistWrapper, most_bytes: int, save_id: str, report: LoadReport) -> None:
         self._ranks = ranks
         self.most_bytes = most_bytes
+        self.save_id = save_id
         self._report = report
         self._device = collective_device(ranks)
         self._left = _EXCHANGES
@@ -95,27 +107,29 @@ class Exchange:
 
     def leave(self, error: BaseException | None) -> None:
         """Take part in what exchanges are left, and tell the other ranks of an error that came before them."""
-        while self._left:
+        while self._left > 0:
             self._take_part(None, None, error)  # which raises the error
 
     def _take_part(self, need: _native.Need | None, step: ExchangeStep | None, error: BaseException | None) -> bool:
-        left, self._left = self._left - 1, 0  # nobody goes on after a failure that all know of
+        if self._left <= 0:
+            raise RuntimeError("a load has two exchanges, and no more")
         encoded = Outcome(lambda: _EMPTY_NEED if need is None else need.encode())
         last: BaseException | None = None
         with deferred_interrupt() as interrupt:
+            left, self._left = self._left - 1, 0  # nobody goes on after a failure that all know of
             exchange = self._agree(encoded.value or _EMPTY_NEED, error or encoded.error)
-            if exchange.obstacle:
+            if isinstance(exchange, _Nothing) or exchange.obstacle:
                 self._report.sharing_fallback_reason = exchange.obstacle
             else:
                 last = self._run(exchange, step, interrupt)
-        self._left = left
+            self._left = left
         if last is not None:
             raise last  # of which others learn in the next exchange, or at the end of the load
         return not exchange.obstacle
 
     # Agreement
 
-    def _agree(self, need: bytes, error: BaseException | None) -> _native.Exchange:
+    def _agree(self, need: bytes, error: BaseException | None) -> _native.Exchange | _Nothing:
         """The exchange that all ranks come to. Raises the error, or OtherRankError if another rank has one."""
         digest = hashlib.sha256(need).digest()
         # 63 bits each, as the numbers of a tensor have signs.
@@ -128,31 +142,35 @@ class Exchange:
             raise OtherRankError
         if any(version != _VERSION for version, *_ in of_ranks):
             raise RuntimeError("ranks run versions of dcp_fast that do not share reads with each other")
-        senders: dict[tuple[int, ...], int] = {}  # the first rank of each need
+        numbers: dict[tuple[int, ...], int] = {}  # of all different needs
+        senders: list[int] = []  # the first rank of each
         need_of_rank = []
         for rank, (_, _, size, _, _, *hashes) in enumerate(of_ranks):
-            senders.setdefault((size, *hashes), rank)
-            need_of_rank.append(list(senders).index((size, *hashes)))
-        needs = self._send_needs(need, {rank: key[0] for key, rank in senders.items()})
-        most_bytes = min(most for _, _, _, most, *_ in of_ranks) // ROUND_PARTS
-        made = Outcome(
-            partial(
-                _native.Exchange,
-                needs=[(need.data_ptr(), need.numel()) for need in needs],
+            number = numbers.setdefault((size, *hashes), len(numbers))
+            if number == len(senders):
+                senders.append(rank)
+            need_of_rank.append(number)
+        most_bytes = min(most for _, _, _, most, *_ in of_ranks)
+        sizes = [of_ranks[rank][2] for rank in senders]
+        if sum(sizes) > most_bytes:
+            return _Nothing(f"what ranks need takes {sum(sizes)} bytes to tell, and exchange_bytes is {most_bytes}")
+        needs = self._send_needs(need, senders, sizes)
+        most_bytes //= ROUND_PARTS
+
+        def make() -> _native.Exchange:
+            on_host = [need.cpu() for need in needs]
+            exchange = _native.Exchange(
+                needs=[(need.data_ptr(), need.numel()) for need in on_host],
                 need_of_rank=need_of_rank,
                 node_of_rank=[node for _, _, _, _, node, *_ in of_ranks],
                 rank=self._ranks.rank,
                 send_bytes=most_bytes,
                 receive_bytes=most_bytes,
             )
-        )
-        allocated = Outcome(lambda: self._allocate(made.get()))
-        with _group_errors():
-            failed = largest(self._ranks, [allocated.error is not None])[0]
-        if allocated.error is None and failed:
-            raise OtherRankError
-        self._sent, self._received = allocated.get()
-        return made.value
+            self._allocate(exchange)
+            return exchange
+
+        return self._on_all_ranks(make)
 
     def _all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
         mine = torch.tensor(numbers, dtype=torch.int64, device=self._device)
@@ -161,32 +179,53 @@ class Exchange:
             dist.all_gather(of_ranks, mine, group=self._ranks.group)
         return [tensor.tolist() for tensor in of_ranks]
 
-    def _send_needs(self, mine: bytes, sizes: dict[int, int]) -> list[torch.Tensor]:
-        """All different needs, as bytes, in the order of the ranks that send them.
+    def _send_needs(self, mine: bytes, senders: Sequence[int], sizes: Sequence[int]) -> list[torch.Tensor]:
+        """All different needs, as bytes.
 
         Args:
             mine: the need of this rank.
-            sizes: of the needs, by the rank that sends each.
+            senders: the rank that sends each.
+            sizes: of each, in bytes.
         """
-        world = self._ranks.get_world_size()
-        copies = world if self._ranks.rank in sizes else 0
-        sent = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self._device).repeat(copies)
-        received = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=self._device)
-        to_receive = [sizes.get(rank, 0) for rank in range(world)]
-        to_send = [len(mine) if copies else 0] * world
+
+        def allocate() -> list[torch.Tensor]:
+            needs = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
+            for rank, need in zip(senders, needs, strict=True):
+                if rank == self._ranks.rank:
+                    need.copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+            return needs
+
+        needs = self._on_all_ranks(allocate)
         with _group_errors():
-            dist.all_to_all_single(received, sent, to_receive, to_send, group=self._ranks.group)
-        # The ranks ascend, as they were found in that order.
-        return list(torch.split(received.cpu(), list(sizes.values())))
+            for rank, need in zip(senders, needs, strict=True):
+                dist.broadcast(need, group=self._ranks.group, group_src=rank)
+        return needs
 
-    def _allocate(self, exchange: _native.Exchange) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _on_all_ranks(self, function: Callable[[], Result]) -> Result:
+        """What a function returns. Raises what it raises, or OtherRankError if that of another rank does."""
+        outcome = Outcome(function)
+        with _group_errors():
+            failed = largest(self._ranks, [outcome.error is not None])[0]
+        if outcome.error is None and failed:
+            raise OtherRankError
+        return outcome.get()
+
+    def _allocate(self, exchange: _native.Exchange) -> None:
         """Memory for two rounds of what is sent, and of what is received."""
+        rounds = exchange.rounds
+        sizes = [
+            max((sum(bytes_of(round)) for round in range(rounds)), default=0)
+            for bytes_of in (exchange.bytes_to_send, exchange.bytes_to_receive)
+        ]
 
-        def pair(bytes_of: Callable[[int], list[int]]) -> list[torch.Tensor]:
-            most = max((sum(bytes_of(round)) for round in range(exchange.rounds)), default=0)
-            return [torch.empty(most, dtype=torch.uint8) for _ in range(min(2, exchange.rounds))]
+        def two_rounds(size: int, device: torch.device) -> list[torch.Tensor]:
+            return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, rounds))]
 
-        return pair(exchange.bytes_to_send), pair(exchange.bytes_to_receive)
+        self._sent, self._received = (two_rounds(size, torch.device("cpu")) for size in sizes)
+        is_on_host = self._device.type == "cpu"
+        # What collective calls take: where the process group wants it.
+        self._to_send = self._sent if is_on_host else two_rounds(sizes[0], self._device)
+        self._to_receive = self._received if is_on_host else two_rounds(sizes[1], self._device)
 
     # Rounds
 
@@ -200,6 +239,8 @@ class Exchange:
 
         def work(to_send: int, to_place: int) -> None:
             nonlocal error, bytes_read
+            if error is None:
+                error = Outcome(interrupt).error
             if step is None or error is not None:
                 return
             send: Part = (to_send, self._sent[to_send % 2]) if to_send < rounds else None
@@ -208,7 +249,7 @@ class Exchange:
                 stats = Outcome(lambda: step(exchange, send, receive))
                 if stats.error is None:
                     bytes_read += stats.value.bytes_read
-                error = stats.error or Outcome(interrupt).error
+                error = stats.error
 
         work(0, -1)
         for round in range(rounds):
@@ -243,18 +284,18 @@ class Exchange:
             header = sent[begin : begin + _HEADER_BYTES].view(torch.int64)
             header[0], header[1] = failed, bytes_read
             begin += size
-        input, output = sent[:begin], received[: sum(to_receive)]
-        is_on_host = self._device.type == "cpu"
-        there = output if is_on_host else torch.empty_like(output, device=self._device)
-        there_too = input if is_on_host else input.to(self._device)
+        count = sum(to_receive)
+        there, back = self._to_send[round % 2][:begin], self._to_receive[round % 2][:count]
+        if there.device.type != "cpu":
+            there.copy_(sent[:begin])
         with _group_errors():
-            work = dist.all_to_all_single(there, there_too, to_receive, to_send, group=self._ranks.group, async_op=True)
+            work = dist.all_to_all_single(back, there, to_receive, to_send, group=self._ranks.group, async_op=True)
 
         def wait() -> None:
             with _group_errors():
                 cast(dist.Work, work).wait()
-            if not is_on_host:
-                output.copy_(there)
+            if back.device.type != "cpu":
+                received[:count].copy_(back)
 
         return wait
 

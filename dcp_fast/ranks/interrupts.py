@@ -16,20 +16,22 @@ def deferred_interrupt() -> Iterator[Callable[[], None]]:
     """Keep Ctrl-C from taking this rank away between two collective calls, for which the others would wait.
 
     Yields:
-        What is to be called when the rank may go: it raises what Ctrl-C would have raised, if it came. A second Ctrl-C
-        is not deferred.
+        What may be called when the rank may go: it does what Ctrl-C would have done, if it came. At the latest that is
+        done at the end. A second Ctrl-C is not deferred.
     """
     handler = signal.getsignal(signal.SIGINT)
     struck: list[tuple[int, FrameType | None]] = []
 
     def strike() -> None:
         if struck and callable(handler):
-            handler(*struck[0])
+            first = struck[0]
+            struck.clear()
+            handler(*first)
 
     def defer(number: int, frame: FrameType | None) -> None:
         struck.append((number, frame))
         if len(struck) > 1:
-            strike()
+            strike()  # which may not raise
 
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield strike
@@ -39,3 +41,4 @@ def deferred_interrupt() -> Iterator[Callable[[], None]]:
         yield strike
     finally:
         signal.signal(signal.SIGINT, handler)
+    strike()

@@ -105,6 +105,7 @@ class _ShareReads:
         self._ranks = ranks
         self._report = report
         self._obstacle = ""
+        self._save_id = ""
         self._is_agreed = False
         if exchange_bytes and not ranks.use_dist:
             self._obstacle = "the load is one of a single process"
@@ -112,8 +113,9 @@ class _ShareReads:
             self._obstacle = "the process group has one rank"
         report.sharing_fallback_reason = self._obstacle
 
-    def look_at(self, reader: StorageReader, has_global_metadata: bool) -> None:
-        """Find out whether this rank can share."""
+    def look_at(self, reader: StorageReader, metadata: Metadata | None, has_global_metadata: bool) -> None:
+        """Find out whether this rank can share, and what tells its checkpoint from others."""
+        self._save_id = str(getattr(getattr(metadata, "storage_meta", None), "save_id", None) or "")
         if self._exchange_bytes and not self._obstacle:
             self._obstacle = why_alone(reader) if has_global_metadata else "this rank has metadata of its own"
 
@@ -136,16 +138,23 @@ class _ShareReads:
 
     def read(self, read_data: Callable[[], None]) -> Outcome[None]:
         """Read, with or without others."""
-        if not self._is_agreed:
-            return Outcome(read_data)
-        exchange = Exchange(self._ranks, self._exchange_bytes, self._report)
+        return Outcome(lambda: self._read(read_data))
+
+    def _read(self, read_data: Callable[[], None]) -> None:
+        exchange = None
+        if self._is_agreed:
+            exchange = Exchange(self._ranks, self._exchange_bytes, self._save_id, self._report)
         token = sharing.set(exchange)
+        error: BaseException | None = None
         try:
-            read = Outcome(read_data)
+            read_data()
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
             sharing.reset(token)
-        left = Outcome(lambda: exchange.leave(read.error))
-        return read if read.error is not None or left.error is None else left
+            if exchange is not None:
+                exchange.leave(error)
 
 
 def _load(
@@ -189,7 +198,7 @@ def _load(
     local = Outcome(local_step)
     report.planner_fallback_reason = why_planner_is_slow(planner, report.planned_natively or local.error is not None)
     if local.error is None:
-        share_reads.look_at(storage_reader, has_global_metadata)
+        share_reads.look_at(storage_reader, metadata, has_global_metadata)
     with report.stage("ranks"):
         own_flag = 0 if _has_no_global_step(planner, storage_reader) else _GATHER_PLANS
         flag, *words = _all_flags(ranks, "plan", local, own_flag, share_reads.word)

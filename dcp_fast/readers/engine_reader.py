@@ -163,9 +163,11 @@ class EngineReader(torch_filesystem.FileSystemReader):
             recorder=None if report.timeline is None else report.timeline.recorder,
         )
         records = self._records(options, report)
+        exchange = sharing.get()
+        sharing.set(None)  # it is for this load alone, and not for one within it
         cuda = CudaLoad(self.staging_limits, self.synchronize, report)
         try:
-            PlanTransfer(plan, planner, records, options, self.staging_bytes, cuda, report, sharing.get()).run()
+            PlanTransfer(plan, planner, records, options, self.staging_bytes, cuda, report, exchange).run()
         finally:
             report.reading_seconds += options.reading_seconds
             report.wait_seconds["disk"] += options.waiting_seconds

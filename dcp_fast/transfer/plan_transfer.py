@@ -99,7 +99,7 @@ class PlanTransfer:
                 self._share_on_node()
                 paths = list(map(self.records.path, rows.files))
                 self.layouts = _native.open_files(paths, rows.rows, self.options, rows.payloads)
-                self._shared.get_records(self.layouts, rows, self.quantized, self.options)
+                self._shared.get_records(self.layouts, rows, paths, self.quantized, self.options)
                 self.layouts.read_headers(self.options)
             report.records = len(self.layouts)
             report.files_shared_on_node = self.layouts.shared_files

@@ -112,7 +112,10 @@ class Records:
         Raises:
             LoadError: they cannot be read, or a transform cannot be undone.
         """
-        raw, requests, bytes_read = _native.read_record(layouts, record, self._options)
+        try:
+            raw, requests, bytes_read = _native.read_record(layouts, record, self._options)
+        except MemoryError as error:
+            raise self.error(OutOfMemoryError, "out of memory for a record", item) from error
         self._report.requests += requests
         self._report.bytes_read += bytes_read
         return self._undo_transforms(item, io.BytesIO(raw))

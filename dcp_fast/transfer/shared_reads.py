@@ -41,19 +41,27 @@ class SharedReads:
         return self._exchange is not None
 
     def get_records(
-        self, layouts: _native.Layouts, rows: RecordRows, quantized: Collection[int], options: _native.Options
+        self,
+        layouts: _native.Layouts,
+        rows: RecordRows,
+        paths: Sequence[str],
+        quantized: Collection[int],
+        options: _native.Options,
     ) -> None:
         """Get headers, bytes entries and records that torch reads, which layouts then take from memory.
 
         Args:
             layouts: whose headers are yet to be read.
             rows: of the records.
+            paths: of their files.
             quantized: records that are read in another way.
             options: for reading.
         """
         if self._exchange is None:
             return
-        self._names = _names_on_all_ranks(rows.files)
+        # What ranks know files by: names, relative to the checkpoint or absolute, and what tells them from other files.
+        ids = [self._exchange.save_id or str(os.stat(path).st_ino) for path in paths]
+        self._names = [f"{file} ({number})" for file, number in zip(rows.files, ids, strict=True)]
         whole = [i for i, is_whole in enumerate(rows.rows[3::4]) if is_whole and i not in quantized]
         find = partial(_native.Need.of_records, layouts, whole, self._exchange.most_bytes, self._names, options)
         need = self._share(layouts, find, options, ())
@@ -63,7 +71,7 @@ class SharedReads:
     def place_boxes(
         self, layouts: _native.Layouts, program: _native.Program, options: _native.Options, devices: Collection[int]
     ) -> bool:
-        """Place the boxes of a program's first wave.
+        """Place the boxes of a program's first wave, and get records of it that only torch can read.
 
         Args:
             layouts: of the program.
@@ -81,10 +89,12 @@ class SharedReads:
             return False
         if devices:
             self._cuda.prepare(devices)
-        need = self._share(layouts, partial(_native.Need.of_program, program, self._names), options, devices)
+        find = partial(_native.Need.of_program, program, self._exchange.most_bytes, self._names)
+        need = self._share(layouts, find, options, devices)
         self._exchange = None
         if need is None:
             return False
+        _native.keep(layouts, need)
         self._report.staged_items += need.converted_items
         return True
 
@@ -128,9 +138,3 @@ class SharedReads:
 def _memory_of(part: Part) -> tuple[int, int, int] | None:
     """A round, and address and size of its memory."""
     return None if part is None else (part[0], part[1].data_ptr(), part[1].numel())
-
-
-def _names_on_all_ranks(files: Sequence[str]) -> list[str]:
-    """Names of files that do not depend on where a rank has mounted what they lie on."""
-    names = [os.path.basename(file) if os.path.isabs(file) else file for file in files]
-    return names if len(set(names)) == len(names) else list(files)

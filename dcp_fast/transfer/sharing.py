@@ -30,10 +30,14 @@ class Sharing(Protocol):
 
     Attributes:
         most_bytes: memory for what is received in the first exchange, and for rounds.
+        save_id: tells the checkpoint from others of the same names and sizes; empty where it has none.
     """
 
     @property
     def most_bytes(self) -> int: ...
+
+    @property
+    def save_id(self) -> str: ...
 
     def share(self, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
         """Read what this rank needs together with all other ranks, and place it.

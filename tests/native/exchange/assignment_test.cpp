@@ -48,7 +48,7 @@ template <typename Add>
 Job job_of(size_t needs, int64_t tensors, int64_t tensor_bytes, const Add& add) {
   Job job;
   for (size_t rank = 0; rank < needs; ++rank) {
-    Need need({{"file", tensors * (tensor_bytes + kRecordGap)}});
+    Need need({{"file", tensors * (tensor_bytes + kRecordGap), 0}});
     for (int64_t i = 0; i < tensors; ++i) add(need, rank, i * (tensor_bytes + kRecordGap));
     job.needs.push_back(std::move(need));
   }
@@ -141,7 +141,7 @@ TEST_CASE("random needs: each byte has a place in a unit, and each unit one in a
     for (size_t record = 0; record < offsets.size(); ++record)
       sizes.push_back({random.between(1, 40), 1 << random.between(0, 10)});
     for (size_t n = 0; n < count; ++n) {
-      Need need({{"x", 1 << 22}});
+      Need need({{"x", 1 << 22, 0}});
       for (int64_t boxes = random.between(0, 6); boxes > 0; --boxes) {
         // Boxes of one record, or of several that do not overlap.
         const int64_t record = random.between(0, 1) * 2;
@@ -237,6 +237,31 @@ TEST_CASE("records that overlap are not shared") {
   });
   job.each_its_own();
   CHECK(Assignment(job.needs, job.ranks, kLimits).obstacle() == "records of the checkpoint overlap");
+}
+
+TEST_CASE("a box of bytes that ends within an element of another box is not shared") {
+  Job job = job_of(1, 1, kMiB, [](Need& need, size_t, int64_t) {
+    need.add(0, 0, rows(4000), 4);
+    need.add(0, 100, rows(1901), 1);
+  });
+  job.each_its_own();
+  CHECK(Assignment(job.needs, job.ranks, kLimits).obstacle() == "records of the checkpoint overlap");
+}
+
+TEST_CASE("no more is sent in a round than there is memory for, however unevenly needs are spread") {
+  constexpr int64_t kFar = int64_t{1} << 30;
+  for (const int64_t bytes : {4 * kMiB, kFar - 1}) {
+    Job job = job_of(1, 1, 3 * kFar,
+                     [bytes](Need& need, size_t, int64_t) { need.add(0, 0, {{2, kFar, bytes}, {bytes, 1, 1}}, 1); });
+    job.each_its_own();
+    job.ranks = {std::vector<uint32_t>(512, 0), std::vector<int64_t>(512, 0)};
+    const Assignment assignment(job.needs, job.ranks, kLimits);
+    check(job, assignment, kLimits);
+    for (size_t i = 0; i < assignment.units().size(); ++i) {
+      const auto [first, last] = assignment.shares(i);
+      REQUIRE(first->bytes * int64_t{512} <= kLimits.send_bytes);
+    }
+  }
 }
 
 TEST_CASE("a job of 512 ranks and 1,000 tensors is assigned in seconds") {

@@ -15,7 +15,7 @@ using exchange::NeededBox;
 namespace {
 
 Need random_need(Random& random) {
-  Need need({{"a", 100000}, {"a longer name", 200000}, {"", 100000}});
+  Need need({{"a", 100000, 1}, {"a longer name", 200000, -2}, {"", 100000, 3}});
   for (int64_t i = random.between(0, 12); i > 0; --i) {
     const Ints sizes = random_sizes(random, random.below(4), 1, 6);
     const Ints strides = random_strides(random, sizes);

@@ -13,7 +13,9 @@ import torch.distributed.checkpoint as dcp
 from helpers import torch_load, torch_planner, torch_reader
 from hooked_planners import Doubling
 from ranks import CollectiveCounter, Ranks
+from safetensors.torch import save_file
 from shared_reads import LAYOUTS, failure_of, load_shared, save_by_rows, state_dict, values_of
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import dcp_fast
 from dcp_fast.readers.filesystem import FileSystemReader
@@ -194,8 +196,49 @@ def load_two_copies(path: Path) -> tuple[str, int]:
 
 def test_copies_are_shared_only_if_they_are_alike(ranks: Ranks, checkpoint: Path) -> None:
     for reason, rounds in ranks.run(2, load_two_copies, checkpoint):
-        assert reason.startswith("ranks see different files: __0_0.distcp has ")
+        assert reason.startswith("ranks see different files: __0_0.distcp (")
         assert rounds == 0
+
+
+def load_other_step(path: Path) -> int:
+    """Ranks have checkpoints of the same sizes and names, and other values."""
+    mine = path / f"of rank {dist.get_rank()}"
+    dcp.save({"weight": torch.full((300, 5), float(dist.get_rank()))}, checkpoint_id=mine, no_dist=True)
+    dist.barrier()
+    state = {"weight": torch.full((300, 5), -1.0)}
+    report = load_shared(state, mine)
+    assert state["weight"].eq(dist.get_rank()).all()
+    tensors = path / f"tensors of rank {dist.get_rank()}"
+    tensors.mkdir()
+    save_file({"weight": torch.full((300, 5), float(dist.get_rank()))}, tensors / "model.safetensors")
+    dist.barrier()
+    state = {"weight": torch.full((300, 5), -1.0)}
+    load_shared(state, tensors)
+    assert state["weight"].eq(dist.get_rank()).all()
+    return report.bytes_sent
+
+
+def test_other_files_of_the_same_size_are_not_shared(ranks: Ranks, tmp_path: Path) -> None:
+    assert all(sent < 1000 for sent in ranks.run(2, load_other_step, tmp_path))  # headers of rounds
+
+
+def load_safetensors(path: Path) -> int:
+    if dist.get_rank() == 0:
+        tensors = {f"w{i}": torch.rand(200, 31).to([torch.float32, torch.bfloat16][i % 2]) for i in range(6)}
+        save_file(dict(list(tensors.items())[:4]), path / "a.safetensors")
+        save_file(dict(list(tensors.items())[4:]), path / "b.safetensors")
+    dist.barrier()
+    names = [f"w{i}" for i in range(6 if dist.get_rank() else 4)]  # one rank does not need the second file
+    expected, state = ({name: torch.zeros(200, 31) for name in names} for _ in range(2))
+    torch_load(expected, storage_reader=HuggingFaceStorageReader(str(path)))
+    report = load_shared(state, path)
+    assert values_of(state) == values_of(expected)
+    return report.bytes_read
+
+
+def test_safetensors(ranks: Ranks, tmp_path: Path) -> None:
+    read = ranks.run(3, load_safetensors, tmp_path)
+    assert sum(read) == 3 * 200 * 31 * (4 + 2)
 
 
 def load_installed(path: Path) -> int:
@@ -234,6 +277,26 @@ def test_bytes_entries_and_headers_are_read_once(ranks: Ranks, tmp_path: Path) -
     results = ranks.run(4, load_entries, tmp_path / "entries")
     stored = results[0][1]
     assert sum(read for read, _ in results) < 1.5 * stored  # records of tensors are small here, and read twice
+
+
+def load_fallback(path: Path) -> tuple[int, int, int]:
+    """Load what only torch can read."""
+    stored = {f"q{i}": torch.quantize_per_tensor(torch.rand(300, 100), 0.1, 0, torch.qint8) for i in range(8)}
+    if dist.get_rank() == 0:
+        dcp.save(stored, checkpoint_id=path, no_dist=True)
+    dist.barrier()
+    zero = torch.quantize_per_tensor(torch.zeros(300, 100), 0.1, 0, torch.qint8)
+    expected, state = ({name: zero.clone() for name in stored} for _ in range(2))
+    torch_load(expected, storage_reader=torch_reader(path))
+    report = load_shared(state, path, exchange_bytes=16 << 20)
+    assert all(torch.equal(state[name].int_repr(), expected[name].int_repr()) for name in stored)
+    return report.bytes_read, report.fallback_records, sum(file.stat().st_size for file in path.glob("*.distcp"))
+
+
+def test_records_that_torch_reads_are_read_once(ranks: Ranks, tmp_path: Path) -> None:
+    results = ranks.run(4, load_fallback, tmp_path / "fallback")
+    assert all(records == 8 for _, records, _ in results)
+    assert sum(read for read, *_ in results) < 1.3 * results[0][2]
 
 
 def count_calls(path: Path) -> tuple[list[str], int]:

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers import torch_load, torch_planner, torch_reader
 from ranks import RankError, Ranks
@@ -135,6 +136,81 @@ def test_every_round(ranks: Ranks, checkpoint: Path, action: Callable[[], None],
         assert all(failure == {FAILING: error} for failure in of_rank), rank
 
 
+class Hooked(dcp_fast.DefaultLoadPlanner):
+    def commit_tensor(self, item: Any, tensor: Any) -> None:
+        super().commit_tensor(item, tensor)
+
+
+def strike_at(nth: int, path: Path) -> tuple[dict[int, str] | str, int]:
+    """Ctrl-C on a rank that only watches the exchange of the others."""
+    calls = 0
+    original = Exchange._begin_round
+
+    def begin(self: Exchange, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth + 1 and dist.get_rank() == FAILING:
+            interrupt()
+        return original(self, *args)
+
+    planner = Hooked() if dist.get_rank() == FAILING else None
+    with mock.patch.object(Exchange, "_begin_round", begin):
+        return failure_of(partial(load_shared, state_dict(LAYOUT), path, planner=planner)), calls
+
+
+@pytest.mark.parametrize("nth", [0, 2, 4])
+def test_interrupts_of_a_rank_that_declines(ranks: Ranks, checkpoint: Path, nth: int) -> None:
+    for failure, calls in ranks.run(WORLD, strike_at, nth, checkpoint):
+        assert failure == {FAILING: "KeyboardInterrupt"}
+        assert calls <= nth + 2
+
+
+def count_strikes(path: Path) -> int:
+    """A handler that does not raise is called once for each Ctrl-C."""
+    strikes: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda *_: strikes.append(1))
+    try:
+        with at_step(1, interrupt):
+            load_shared(state_dict(LAYOUT), path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return len(strikes)
+
+
+def test_handlers_that_do_not_raise(ranks: Ranks, checkpoint: Path) -> None:
+    assert ranks.run(2, count_strikes, checkpoint) == [1, 1]
+
+
+class Nesting(dcp_fast.DefaultLoadPlanner):
+    """Loads something else in the midst of a load."""
+
+    def __init__(self, path: Path, method: str) -> None:
+        super().__init__()
+        self._other = path
+        setattr(self, method, self._nested(getattr(self, method)))
+
+    def _nested(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            dcp_fast.load({"plain": torch.zeros(51, 9)}, checkpoint_id=self._other, no_dist=True)
+            return original(*args)
+
+        return call
+
+
+def load_nested(path: Path, method: str, on: list[int]) -> None:
+    planner = Nesting(path, method) if dist.get_rank() in on else dcp_fast.DefaultLoadPlanner()
+    expected, state = state_dict(LAYOUT), state_dict(LAYOUT)
+    torch_load(expected, storage_reader=torch_reader(path))
+    load_shared(state, path, planner=planner)
+    assert values_of(state) == values_of(expected)
+
+
+@pytest.mark.parametrize("method", ["finish_plan", "load_bytes", "commit_tensor"])
+@pytest.mark.parametrize("on", [[1], [0, 1]])
+def test_loads_within_loads(ranks: Ranks, checkpoint: Path, method: str, on: list[int]) -> None:
+    ranks.run(2, load_nested, checkpoint, method, on)
+
+
 class Raises(dcp_fast.DefaultLoadPlanner):
     """Fails before anything is exchanged, or after."""
 
@@ -173,6 +249,19 @@ def test_memory_that_is_short(ranks: Ranks, checkpoint: Path, name: str) -> None
     results = ranks.run(WORLD, load_with, partial(lack_memory, name), checkpoint)
     assert all(set(result) == {FAILING} for result in results)
     assert all(result[FAILING] in ("MemoryError", "OutOfMemoryError") for result in results)
+
+
+def lack_memory_for_needs(path: Path) -> dict[int, str] | str:
+    with ExitStack() as faults:
+        if dist.get_rank() == FAILING:
+            faults.enter_context(mock.patch.object(torch, "frombuffer", no_memory))
+        return failure_of(partial(load_shared, state_dict("rows"), path))  # of which each rank needs its own
+
+
+def test_memory_for_needs_is_short(ranks: Ranks, checkpoint: Path) -> None:
+    for failure in ranks.run(WORLD, lack_memory_for_needs, checkpoint):
+        assert set(failure) == {FAILING}
+        assert "Memory" in failure[FAILING]
 
 
 def cut_file_short(path: Path) -> dict[int, str] | str:
