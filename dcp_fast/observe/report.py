@@ -10,10 +10,20 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from dcp_fast import _native
 from dcp_fast.observe.trace import Timeline
 from dcp_fast.this_load import Options, this_load
 
-__all__ = ["LoadReport", "begin", "current_report", "joined_report", "last_report", "publish", "reported"]
+__all__ = [
+    "LoadReport",
+    "begin",
+    "count_stats",
+    "current_report",
+    "joined_report",
+    "last_report",
+    "publish",
+    "reported",
+]
 
 logger = logging.getLogger("dcp_fast")
 
@@ -234,6 +244,15 @@ class LoadReport:
     def _fallback_reasons(self) -> list[str]:
         owners = ((self.reader, self.reader_fallback_reason), (self.planner, self.planner_fallback_reason))
         return [f"{owner}: {reason}" for owner, reason in owners if reason]
+
+
+def count_stats(report: LoadReport, stats: _native.Stats) -> None:
+    """Add to a report what a run of the engine read and converted."""
+    report.requests += stats.requests
+    report.bytes_read += stats.bytes_read
+    report.bytes_mapped += stats.bytes_mapped
+    report.mapping_fallback_reason = stats.why_unmapped or report.mapping_fallback_reason
+    report.staged_items += stats.converted_items
 
 
 _last: LoadReport | None = None

@@ -18,7 +18,7 @@ from dcp_fast import _native
 from dcp_fast._torch import narrow_tensor_by_index
 from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CudaError, LoadError, SizeMismatchError, typed_errors
-from dcp_fast.observe.report import LoadReport
+from dcp_fast.observe.report import LoadReport, count_stats
 from dcp_fast.planning.hooks import has_default_hooks, has_default_resolve
 from dcp_fast.planning.planner import put_value
 from dcp_fast.planning.values import is_whole
@@ -83,7 +83,7 @@ class PlanTransfer:
         self.cuda = cuda
         self.plan = plan
         self._dequantizer: Dequantizer | None = None
-        self._shared = SharedReads(exchange, cuda, report, self._count)
+        self._shared = SharedReads(exchange, cuda, report)
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
@@ -254,7 +254,7 @@ class PlanTransfer:
                         stats = self.cuda.run(program, wave, options, destinations.devices)
                     else:
                         stats = program.run(wave, options)
-                    self._count(stats)
+                    count_stats(self.report, stats)
                 converted = [
                     self._converted_box(item, records[i], *program.box(i), target(i, item))
                     for i, item in _pick(items, program.converted(wave))
@@ -281,7 +281,7 @@ class PlanTransfer:
         self.report.staged_items += len(boxes)
         self._count_refused([box.target for box in boxes])
         for stats in place_converted(boxes, self.layouts, self.half, self.staging_bytes // 2, self.cuda):
-            self._count(stats)
+            count_stats(self.report, stats)
 
     def _place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
         quantized = [
@@ -301,7 +301,7 @@ class PlanTransfer:
         self._count_refused([box.target for box in boxes])
         for stats in self._dequantizer.place(boxes, self.staging_bytes // 2, self.cuda):
             self.report.bytes_needed += stats.bytes_placed
-            self._count(stats)
+            count_stats(self.report, stats)
 
     def _load_all_bytes(self, entries: BytesEntries) -> None:
         """Plain values are read natively; all others are for the planner, one by one."""
@@ -336,13 +336,6 @@ class PlanTransfer:
             if (device := device_of(target)) is not None and served_device(target) is None:
                 self.report.device_fallback_items += 1
                 self.report.device_fallback_reason = refusals[device]
-
-    def _count(self, stats: _native.Stats) -> None:
-        self.report.requests += stats.requests
-        self.report.bytes_read += stats.bytes_read
-        self.report.bytes_mapped += stats.bytes_mapped
-        self.report.mapping_fallback_reason = stats.why_unmapped or self.report.mapping_fallback_reason
-        self.report.staged_items += stats.converted_items
 
 
 def _pick(items: Sequence[ReadItem], indices: Sequence[int]) -> Iterator[tuple[int, ReadItem]]:

@@ -8,7 +8,7 @@ from functools import partial
 
 from dcp_fast import _native
 from dcp_fast.errors import CudaError
-from dcp_fast.observe.report import LoadReport
+from dcp_fast.observe.report import LoadReport, count_stats
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import RecordRows
 from dcp_fast.transfer.sharing import ExchangeStep, Part, Sharing
@@ -23,16 +23,12 @@ class SharedReads:
         exchange: with the other ranks; None if nobody shares.
         cuda: brings bytes to destinations on GPUs.
         report: counts what is read.
-        count: takes the figures of what was placed.
     """
 
-    def __init__(
-        self, exchange: Sharing | None, cuda: CudaLoad, report: LoadReport, count: Callable[[_native.Stats], None]
-    ) -> None:
+    def __init__(self, exchange: Sharing | None, cuda: CudaLoad, report: LoadReport) -> None:
         self._exchange = exchange  # until this rank has taken part in all of it
         self._cuda = cuda
         self._report = report
-        self._count = count
         self._names: list[str] = []
 
     @property
@@ -126,7 +122,7 @@ class SharedReads:
                 stats = self._cuda.run_step(run, options, devices) if devices else run(None, {})
             except CudaRefusedError as error:  # too late for another way
                 raise CudaError(str(error)) from None
-            self._count(stats.placed)
+            count_stats(self._report, stats.placed)
             self._report.requests += stats.requests
             self._report.bytes_read += stats.bytes_read
             return stats
