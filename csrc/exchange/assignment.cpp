@@ -68,7 +68,6 @@ class Assignment::Sweep {
       take(event);
       if (!obstacle.empty()) return;
     }
-    close();
   }
 
   std::vector<Unit> units;
@@ -109,7 +108,7 @@ class Assignment::Sweep {
     const auto most = static_cast<int64_t>(std::clamp(wanted, 16.0, double{kMostUnit}));
     const int64_t size = end - begin;
     const bool joins =
-        !units.empty() && is_open_ && units.back().file == file && begin - units.back().end <= kGap &&
+        !units.empty() && units.back().file == file && begin - units.back().end <= kGap &&
         end - units.back().begin <= std::min(most, most_) &&
         (signature_ == signatures.back() || size < kSmallPiece || units.back().end - units.back().begin < kSmallPiece);
     if (joins) {
@@ -127,11 +126,8 @@ class Assignment::Sweep {
       signatures.push_back(signature_);
       from = to;
     }
-    is_open_ = true;
     most_ = most;
   }
-
-  void close() { is_open_ = false; }
 
   const std::vector<Need>& needs_;
   const std::vector<std::vector<uint32_t>>& ranks_of_need_;
@@ -142,8 +138,7 @@ class Assignment::Sweep {
   double density_ = 0;      // how many ranks need a byte here, on average
   int64_t grain_begin_ = 0;
   int32_t grain_ = 1;
-  bool is_open_ = false;  // whether the last unit may grow
-  int64_t most_ = 0;
+  int64_t most_ = 0;  // to which the last unit may grow
 };
 
 Assignment::Assignment(const std::vector<Need>& needs, Ranks ranks, const RoundLimits& limits)
@@ -163,7 +158,7 @@ Assignment::Assignment(const std::vector<Need>& needs, Ranks ranks, const RoundL
     find_shares(needs, sweep.signatures);
   }
   if (!obstacle_.empty()) return;
-  choose_owners(sweep.signatures, kMostUnit);
+  choose_owners(sweep.signatures);
   choose_rounds(limits);
 }
 
@@ -279,13 +274,13 @@ int64_t Assignment::bytes_to_read(size_t unit) const {
   return std::min(bytes, units_[unit].end - units_[unit].begin);
 }
 
-void Assignment::choose_owners(const std::vector<uint64_t>& signatures, int64_t most_unit) {
+void Assignment::choose_owners(const std::vector<uint64_t>& signatures) {
   read_bytes_.assign(ranks_.needs.size(), 0);
   std::unordered_map<int64_t, int64_t> node_bytes;
   int64_t total = 0;
   for (size_t i = 0; i < units_.size(); ++i) total += bytes_to_read(i);
   const auto ranks = static_cast<int64_t>(ranks_.needs.size());
-  const int64_t most_block = std::clamp(total / (kBlocksPerRank * ranks), std::min(most_unit, kLeastUnit), kMostBlock);
+  const int64_t most_block = std::clamp(total / (kBlocksPerRank * ranks), kLeastUnit, kMostBlock);
   for (size_t begin = 0; begin < units_.size();) {
     size_t end = begin;
     int64_t bytes = 0;

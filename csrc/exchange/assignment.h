@@ -81,7 +81,7 @@ class Assignment {
   bool split_large_units(const std::vector<Need>& needs, const RoundLimits& limits, std::vector<uint64_t>& signatures);
   // Removes units that lie between the rows of boxes, of which nobody needs anything.
   void drop_gaps(std::vector<uint64_t>& signatures);
-  void choose_owners(const std::vector<uint64_t>& signatures, int64_t most_unit);
+  void choose_owners(const std::vector<uint64_t>& signatures);
   void choose_rounds(const RoundLimits& limits);
   // Of a unit's bytes, those that any rank needs, and no fewer.
   int64_t bytes_to_read(size_t unit) const;

@@ -21,8 +21,9 @@ namespace {
 using transfer::Layouts;
 using transfer::Options;
 
-// Gives each file the number that all ranks have for it. Returns what hinders that; empty if nothing does.
-std::string number_files(std::vector<Need>& needs) {
+// Gives each file the number that all ranks have for it: its place among `names`. Returns what hinders that; empty if
+// nothing does.
+std::string number_files(std::vector<Need>& needs, std::vector<std::string>& names) {
   struct Known {
     const NeededFile* file;
     uint32_t number;
@@ -38,8 +39,10 @@ std::string number_files(std::vector<Need>& needs) {
              std::to_string(other.size) + " on another";
     }
   }
-  uint32_t next = 0;
-  for (auto& entry : files) entry.second.number = next++;
+  for (auto& [name, known] : files) {
+    known.number = static_cast<uint32_t>(names.size());
+    names.push_back(name);
+  }
   for (Need& need : needs) {
     std::vector<uint32_t> numbers;
     numbers.reserve(need.files().size());
@@ -88,21 +91,16 @@ Exchange::Exchange(std::vector<Need> needs, Ranks ranks, uint32_t rank, const Ro
   for (size_t i = 0; i < ranks_of_job_.needs.size(); ++i) {
     ranks_of_need_.at(ranks_of_job_.needs[i]).push_back(static_cast<uint32_t>(i));
   }
-  obstacle_ = number_files(needs_);
+  std::vector<std::string> names;
+  obstacle_ = number_files(needs_, names);
   if (!obstacle_.empty()) return;
   assignment_ = std::make_unique<Assignment>(needs_, ranks_of_job_, limits);
   obstacle_ = assignment_->obstacle();
-  const std::vector<NeededFile>& files = own_need().files();
-  // In the order of their names: as number_files() counts, but for files that only others need.
-  std::map<std::string, size_t> by_name;
-  for (size_t i = 0; i < files.size(); ++i) by_name[files[i].name] = i;
-  std::map<std::string, uint32_t> of_all;
-  for (const Need& need : needs_) {
-    for (const NeededFile& file : need.files()) of_all[file.name] = 0;
-  }
-  for (const auto& entry : of_all) {
-    const auto found = by_name.find(entry.first);
-    sources_.push_back(found == by_name.end() ? files.size() : found->second);
+  std::map<std::string, size_t> own;
+  for (const NeededFile& file : own_need().files()) own.emplace(file.name, own.size());
+  for (const std::string& name : names) {
+    const auto found = own.find(name);
+    sources_.push_back(found == own.end() ? own.size() : found->second);  // past the end: only others need it
   }
 }
 
