@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 _EXCHANGES = 2  # of a load, see Sharing
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
 _HEADER_BYTES = _native.EXCHANGE_HEADER_BYTES
-_VERSION = 1  # of what ranks send each other
+_VERSION = 2  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import fill, torch_load, torch_reader
 from processes import SIMULATED, use_devices
 from ranks import Ranks
-from shared_reads import failure_of, load_shared
+from shared_reads import be_on_nodes, failure_of, load_shared
 from simulated_cuda.control import Simulator
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor import zeros as zeros_on
@@ -87,6 +87,24 @@ def load(path: Path) -> None:
 
 def test_loads(pool: Ranks, checkpoint: Path) -> None:
     pool.run(WORLD, load, checkpoint, timeout=180)
+
+
+def load_on_nodes(path: Path) -> None:
+    """What one rank of the second node receives, it passes on to the other one."""
+    begin()
+    expected, state = state_dict("cpu", [Replicate()]), state_dict("cuda", [Replicate()])
+    torch_load(expected, storage_reader=torch_reader(path))
+    rounds = load_shared(state, path).exchange_rounds
+    with be_on_nodes(2):
+        state = state_dict("cuda", [Replicate()])
+        report = load_shared(state, path)
+    assert bits(state) == bits(expected)
+    assert report.exchange_rounds > rounds
+    end()
+
+
+def test_loads_on_two_nodes(pool: Ranks, checkpoint: Path) -> None:
+    pool.run(4, load_on_nodes, checkpoint, timeout=180)
 
 
 def load_with_faults(path: Path) -> list[Any]:
