@@ -96,9 +96,8 @@ Exchange::Exchange(std::vector<Need> needs, const Ranks& ranks, uint32_t rank, c
     const auto found = sources.find(name);
     sources_.push_back(found == sources.end() ? sources.size() : found->second);  // past the end: only others need it
   }
-  JobNeeds job = needs_of_job(needs, ranks, ranks.needs[rank_]);
-  needs = {};
-  assignment_ = std::make_unique<Assignment>(std::move(job), limits, network);
+  assignment_ =
+      std::make_unique<Assignment>(needs_of_job(std::move(needs), ranks, ranks.needs[rank_]), limits, network);
   obstacle_ = assignment_->obstacle();
   for (const CommonNeed& common : assignment_->job().needs) {
     const auto found = std::find_if(common.groups.begin(), common.groups.end(), [&](const Group& group) {

@@ -60,7 +60,13 @@ class Sorter {
     }
   }
 
-  std::vector<Need> common;
+  // A box of a common need, as it is in one of the needs.
+  struct Sorted {
+    uint32_t common = 0;
+    uint32_t need = 0;
+    uint32_t index = 0;
+  };
+  std::vector<Sorted> boxes;  // ascending
   std::vector<std::vector<uint32_t>> needs_of_common;
 
  private:
@@ -95,12 +101,10 @@ class Sorter {
         of_box_.push_back(entry->need);
         if (entry->need == own_) shown = entry;
       }
-      const auto [found, is_new] = numbers_.try_emplace(of_box_, common.size());
-      if (is_new) {
-        common.emplace_back(std::vector<NeededFile>());
-        needs_of_common.push_back(of_box_);
-      }
-      common[found->second].append(needs_[shown->need], box(*shown));
+      const auto number = static_cast<uint32_t>(needs_of_common.size());
+      const auto [found, is_new] = numbers_.try_emplace(of_box_, number);
+      if (is_new) needs_of_common.push_back(of_box_);
+      boxes.push_back({found->second, shown->need, shown->index});
       left = std::move(again);
     }
   }
@@ -108,12 +112,29 @@ class Sorter {
   const std::vector<Need>& needs_;
   const uint32_t own_;
   std::vector<uint32_t> of_box_;
-  std::map<std::vector<uint32_t>, size_t> numbers_;
+  std::map<std::vector<uint32_t>, uint32_t> numbers_;
 };
+
+// The boxes of each common need. Large needs of single ranks are moved.
+std::vector<Need> boxes_of(const Sorter& sorter, std::vector<Need>& needs) {
+  std::vector<size_t> counts(sorter.needs_of_common.size(), 0);
+  for (const Sorter::Sorted& box : sorter.boxes) ++counts[box.common];
+  std::vector<Need> common(counts.size(), Need({}));
+  std::vector<bool> is_whole(counts.size(), false);
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const std::vector<uint32_t>& of = sorter.needs_of_common[i];
+    is_whole[i] = of.size() == 1 && counts[i] == needs[of.front()].boxes().size();
+    if (is_whole[i]) common[i] = std::move(needs[of.front()]);
+  }
+  for (const auto& [number, need, index] : sorter.boxes) {
+    if (!is_whole[number]) common[number].append(needs[need], needs[need].boxes()[index]);
+  }
+  return common;
+}
 
 }  // namespace
 
-JobNeeds needs_of_job(const std::vector<Need>& needs, const Ranks& ranks, uint32_t own) {
+JobNeeds needs_of_job(std::vector<Need> needs, const Ranks& ranks, uint32_t own) {
   JobNeeds job;
   std::map<int64_t, uint32_t> nodes;
   for (const int64_t node : ranks.nodes) {
@@ -125,8 +146,9 @@ JobNeeds needs_of_job(const std::vector<Need>& needs, const Ranks& ranks, uint32
   }
   Sorter sorter(needs, own);
   sorter.run();
-  for (size_t i = 0; i < sorter.common.size(); ++i) {
-    CommonNeed common{std::move(sorter.common[i]), {}, {}};
+  std::vector<Need> boxes = boxes_of(sorter, needs);
+  for (size_t i = 0; i < boxes.size(); ++i) {
+    CommonNeed common{std::move(boxes[i]), {}, {}};
     for (const uint32_t need : sorter.needs_of_common[i]) {
       common.ranks.insert(common.ranks.end(), ranks_of_need[need].begin(), ranks_of_need[need].end());
     }

@@ -37,6 +37,6 @@ struct JobNeeds {
 };
 
 // `needs`: all different ones, after number_files(). The boxes of `own` keep their numbers.
-JobNeeds needs_of_job(const std::vector<Need>& needs, const Ranks& ranks, uint32_t own);
+JobNeeds needs_of_job(std::vector<Need> needs, const Ranks& ranks, uint32_t own);
 
 }  // namespace dcp_fast::exchange
