@@ -23,6 +23,26 @@ constexpr int64_t kGap = 8 << 10;
 constexpr int64_t kMostBlock = 64 << 20;
 constexpr int64_t kBlocksPerRank = 16;
 
+// What is sent in the last round is not hidden behind reads, so that rounds are small where there are few bytes. Where
+// there are many ranks they are not, as each of them gets a message in every round.
+constexpr int64_t kWantedRounds = 32;
+constexpr int64_t kLeastRound = 4 << 20;
+constexpr int64_t kLeastMessage = 64 << 10;
+
+RoundLimits wanted_limits(const JobNeeds& job, const RoundLimits& limits) {
+  const auto ranks = static_cast<int64_t>(job.nodes.size());
+  double bytes = 0;  // that all ranks receive
+  for (const CommonNeed& common : job.needs) {
+    for (const NeededBox& box : common.need.boxes()) {
+      bytes += static_cast<double>(common.need.bytes_within(box, box.begin, box.end)) *
+               static_cast<double>(common.ranks.size());
+    }
+  }
+  const auto of_round = static_cast<int64_t>(bytes / static_cast<double>(ranks * kWantedRounds));
+  const int64_t wanted = std::max({of_round, kLeastRound, ranks * kLeastMessage});
+  return {std::min(wanted, limits.send_bytes), std::min(wanted, limits.receive_bytes)};
+}
+
 struct Event {
   uint32_t file;
   bool begins;
@@ -135,7 +155,8 @@ class Assignment::Sweep {
   int64_t most_ = 0;  // to which the last unit may grow
 };
 
-Assignment::Assignment(JobNeeds job, const RoundLimits& limits, const Network& network) : job_(std::move(job)) {
+Assignment::Assignment(JobNeeds job, const RoundLimits& most, const Network& network) : job_(std::move(job)) {
+  const RoundLimits limits = wanted_limits(job_, most);
   Sweep sweep(job_.needs, limits.send_bytes);
   sweep.run();
   obstacle_ = sweep.obstacle;

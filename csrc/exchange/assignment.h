@@ -6,7 +6,8 @@
 //   3. Of ranks of another node that need the same bytes, one gets them from the owner, and is their relay: it passes
 //      them on to the others kRelayRounds later. Where that saves too little (cost.h), all get them from the owner.
 //   4. Units are sent in rounds. Each round takes the next units of every owner, as many as fit into the memory that
-//      each rank has for what it sends and receives in a round, in that round and in the one of their relays.
+//      each rank has for what it sends and receives in a round, in that round and in the one of their relays. Where
+//      there are few bytes, rounds are smaller.
 #pragma once
 
 #include <cstddef>
@@ -54,8 +55,9 @@ struct Traffic {
 
 class Assignment {
  public:
-  // The files of the needs have the numbers that all ranks have for them. Throws std::bad_alloc.
-  Assignment(JobNeeds job, const RoundLimits& limits, const Network& network = {});
+  // The files of the needs have the numbers that all ranks have for them. Rounds may be smaller than the limits. Throws
+  // std::bad_alloc.
+  Assignment(JobNeeds job, const RoundLimits& most, const Network& network = {});
 
   // Why nothing can be shared; empty if it can.
   const std::string& obstacle() const { return obstacle_; }

@@ -163,6 +163,23 @@ TEST_CASE("no more is sent in a round than there is memory for, however unevenly
   }
 }
 
+TEST_CASE("rounds are small where there are few bytes, unless there are many ranks") {
+  const auto rounds_of = [](int64_t tensors, int64_t ranks) {
+    Job job =
+        job_of(1, tensors, 16 * kMiB, [](Need& need, size_t, int64_t at) { need.add(0, at, rows(16 * kMiB), 4); });
+    job.needs[0].number_files({0});
+    job.ranks = {std::vector<uint32_t>(static_cast<size_t>(ranks), 0),
+                 std::vector<int64_t>(static_cast<size_t>(ranks), 0)};
+    const Assignment assignment = assign(job, kLimits);
+    check(job, assignment, kLimits);
+    return assignment.rounds();
+  };
+  CHECK(rounds_of(2, 8) == doctest::Approx(8).epsilon(0.2));     // of 4 MiB
+  CHECK(rounds_of(16, 8) == doctest::Approx(32).epsilon(0.2));   // of 8 MiB
+  CHECK(rounds_of(128, 8) == doctest::Approx(64).epsilon(0.2));  // of all that fits
+  CHECK(rounds_of(16, 512) == doctest::Approx(8).epsilon(0.2));
+}
+
 TEST_CASE("a job of 512 ranks and 1,000 tensors is assigned in seconds") {
   Job job = job_of(512, 1000, 64 * kMiB, [](Need& need, size_t rank, int64_t at) {
     need.add(0, at + static_cast<int64_t>(rank) * 128 * 1024, rows(128 * 1024), 4);

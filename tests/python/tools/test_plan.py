@@ -300,7 +300,7 @@ def test_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"({plan.needed_once_bytes:,} bytes), each byte once" in lines["needed"]
     assert f"({plan.alone_bytes:,} bytes), 2" in lines["read alone"]
     assert f"({plan.shared_bytes:,} bytes), 1" in lines["read shared"]
-    assert lines["sent"].endswith(" in 1 round")
+    assert lines["sent"].endswith(f" in {plan.rounds} rounds")
     assert f"({plan.between_nodes_bytes:,} bytes)" in lines["between nodes"]
     assert lines["time shared"].startswith(f"{plan.shared_bytes / 5e8:.3g} s")
     heading, *rows = table.splitlines()
