@@ -178,6 +178,13 @@ std::vector<Exchange::Parcel> Exchange::parcels_to_receive(uint32_t round) const
   return parcels;
 }
 
+bool Exchange::passes_on(uint32_t round) const {
+  bool passes = false;
+  each_own_share(round,
+                 [&](uint32_t, const Share&, std::optional<uint32_t> relay) { passes = passes || relay == rank_; });
+  return passes;
+}
+
 std::vector<int64_t> Exchange::segments(const std::vector<Parcel>& parcels) const {
   std::vector<int64_t> bytes(ranks(), kHeaderBytes);
   for (const Parcel& parcel : parcels) bytes[parcel.rank] += parcel.share->bytes;
@@ -365,6 +372,11 @@ transfer::Stats Exchange::place(uint32_t round, const std::byte* memory, const L
       }
       position += need.bytes_within(box, unit.begin, unit.end);
     });
+  }
+  const bool is_for_host = std::any_of(boxes.devices.begin(), boxes.devices.end(),
+                                       [&](const auto& of_device) { return of_device.first != cuda.received.device; });
+  if (memory == nullptr && (is_for_host || !boxes.host.empty())) {
+    throw std::invalid_argument("boxes need what was received on the host");
   }
   // Pieces of one box are converted in rounds, but it is one item that is converted.
   boxes.converted = 0;

@@ -47,6 +47,9 @@ struct LocalNeed {
   std::vector<LocalBox> boxes;  // by the numbers of the need's boxes
   int64_t converted_items = 0;
 
+  // Whether all boxes are for one device, and none for the host.
+  bool is_on(int device) const;
+
   // What was received is kept here, if it is for nobody else.
   std::shared_ptr<std::byte> memory;
   std::vector<std::vector<io::KeptRange>> kept;  // by source
@@ -96,7 +99,11 @@ class Exchange {
   void pack(uint32_t round, std::byte* memory, const std::byte* received, const transfer::Layouts& layouts,
             const transfer::Options& options, const std::function<bool()>& interrupted, RoundStats& stats) const;
 
-  // Places what was received in a round.
+  // Whether this rank passes on what it receives in a round, which is then needed on the host.
+  bool passes_on(uint32_t round) const;
+
+  // Places what was received in a round: on the device `cuda.received`, if that is one, or else in `memory`. Boxes that
+  // are not for that device need it in `memory` too, which may be nullptr if there are none.
   transfer::Stats place(uint32_t round, const std::byte* memory, const transfer::Layouts& layouts,
                         const LocalNeed& local, const transfer::Options& options, const transfer::CudaTargets& cuda,
                         const std::function<bool()>& interrupted) const;
@@ -143,7 +150,7 @@ struct Send {
 };
 struct Receive {
   uint32_t round = 0;
-  const std::byte* memory = nullptr;
+  const std::byte* memory = nullptr;  // of Exchange::place
 };
 
 // Reads and packs one round while another one is placed. If both fail, the error of the placement is thrown.
