@@ -73,6 +73,7 @@ HEADINGS = (
     "shared s",
     "alone / shared",
     "shared / limit",
+    "overlap",
     "read once",
     "received / needed",
     "most / mean",
@@ -82,12 +83,14 @@ HEADINGS = (
 def table_lines(measurements: Sequence[Measurement]) -> list[list[str]]:
     """One for each case, under HEADINGS."""
     lines = []
+    # From the page cache nobody waits for reads: what is left is the exchange.
+    exchanges = {m.case.layout: m.seconds("shared") for m in measurements if not m.case.bytes_per_second}
     for measurement in measurements:
         torch, alone, shared = (measurement.seconds(way) for way in WAYS)
         assert alone is not None
         assert shared is not None
         last = measurement.loads["shared"][-1]
-        limit = measurement.limit
+        limit, exchange = measurement.limit, exchanges.get(measurement.case.layout)
         lines.append(
             [
                 measurement.case.layout,
@@ -97,6 +100,7 @@ def table_lines(measurements: Sequence[Measurement]) -> list[list[str]]:
                 f"{shared:.3f}",
                 f"{alone / shared:.2f}",
                 "-" if limit is None else f"{shared / limit:.2f}",
+                "-" if limit is None or exchange is None else f"{max(limit, exchange) / shared:.2f}",
                 f"{last.read_bytes / measurement.stored_bytes:.3f}",
                 f"{last.received_bytes / last.needed_bytes:.3f}",
                 f"{last.most_read_bytes * RANKS / last.read_bytes:.2f}",

@@ -71,16 +71,24 @@ std::unique_ptr<Exchange> make_exchange(const std::vector<Memory>& encoded, std:
 // A round and its memory.
 using Part = std::tuple<uint32_t, uint64_t, uint64_t>;
 
-// The memory of a round that takes so many bytes.
-std::byte* memory_of(const Part& part, const std::vector<int64_t>& bytes) {
+// Ordinal, address and size.
+using OnDevice = std::tuple<int, uint64_t, uint64_t>;
+
+// `part`: of which the last two are the address and the size of memory that takes so many bytes.
+template <typename AnyPart>
+uint64_t address_of(const AnyPart& part, const std::vector<int64_t>& bytes) {
   const int64_t needed = std::accumulate(bytes.begin(), bytes.end(), int64_t{0});
   if (static_cast<int64_t>(std::get<2>(part)) < needed) throw py::value_error("the memory of a round is too small");
-  return reinterpret_cast<std::byte*>(std::get<1>(part));  // NOLINT(performance-no-int-to-ptr)
+  return std::get<1>(part);
+}
+
+std::byte* memory_of(const Part& part, const std::vector<int64_t>& bytes) {
+  return reinterpret_cast<std::byte*>(address_of(part, bytes));  // NOLINT(performance-no-int-to-ptr)
 }
 
 RoundStats step(const Exchange& exchange, const LocalNeed& local, const Layouts& layouts,
                 const std::optional<Part>& send, const std::optional<Part>& receive, const FileOptions& options,
-                cuda::PinnedRing* ring, const StreamsByDevice& streams) {
+                cuda::PinnedRing* ring, const StreamsByDevice& streams, const std::optional<OnDevice>& on_device) {
   for (const auto* part : {&send, &receive}) {
     if (*part && std::get<0>(**part) >= exchange.rounds()) throw py::index_error("no such round");
   }
@@ -90,11 +98,14 @@ RoundStats step(const Exchange& exchange, const LocalNeed& local, const Layouts&
     const uint32_t round = std::get<0>(*send);
     to_send = exchange::Send{round, memory_of(*send, exchange.bytes_to_send(round))};
   }
+  transfer::CudaTargets targets{ring, stream_handles(streams)};
   if (receive) {
     const uint32_t round = std::get<0>(*receive);
-    to_place = exchange::Receive{round, memory_of(*receive, exchange.bytes_to_receive(round))};
+    const std::vector<int64_t> bytes = exchange.bytes_to_receive(round);
+    if (on_device) targets.received = {std::get<0>(*on_device), address_of(*on_device, bytes)};
+    const bool is_on_device_alone = on_device && std::get<1>(*receive) == 0;
+    to_place = exchange::Receive{round, is_on_device_alone ? nullptr : memory_of(*receive, bytes)};
   }
-  const transfer::CudaTargets targets{ring, stream_handles(streams)};
   return without_gil(
       [&] { return exchange::step(exchange, to_send, to_place, layouts, local, options, targets, interrupted); });
 }
@@ -123,6 +134,8 @@ void bind_exchange(py::module_& module) {
           py::arg("layouts"), py::arg("records"), py::arg("most_bytes"), py::arg("names"), py::arg("options"),
           "The headers of all records, and some from beginning to end, as far as memory for them goes.")
       .def_readonly("converted_items", &LocalNeed::converted_items)
+      .def("is_on", &LocalNeed::is_on, py::arg("device"),
+           "Whether all boxes are for one device, and none for the host.")
       .def("encode", [](const LocalNeed& local) {
         const std::vector<int64_t> words = local.need.encode();
         return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(int64_t));
@@ -157,10 +170,13 @@ void bind_exchange(py::module_& module) {
            })
       .def("bytes_to_send", &Exchange::bytes_to_send, py::arg("round"))
       .def("bytes_to_receive", &Exchange::bytes_to_receive, py::arg("round"))
+      .def("passes_on", &Exchange::passes_on, py::arg("round"),
+           "Whether this rank sends other ranks what it receives in a round.")
       .def("step", &step, py::arg("need"), py::arg("layouts"), py::arg("send"), py::arg("receive"), py::arg("options"),
-           py::arg("ring") = nullptr, py::arg("streams") = StreamsByDevice(),
+           py::arg("ring") = nullptr, py::arg("streams") = StreamsByDevice(), py::arg("on_device") = py::none(),
            "Reads what is sent in one round into memory, while what was received in another one is placed. Both are "
-           "a round, and address and size of its memory; or None.");
+           "a round, and address and size of its memory; or None. `on_device`: ordinal, address and size of where the "
+           "received round is too. The address of its memory may then be 0 if all boxes are for that device.");
 }
 
 }  // namespace dcp_fast

@@ -149,7 +149,8 @@ void Device::prepare_to_launch() {
 void Device::submit(size_t index, const std::byte* memory, const SlotPlan& plan) {
   Slot& slot = slots_[index];
   slot.launched = !plan.entries.empty();
-  slot.bytes = plan.staged_bytes;
+  // From a device, descriptors are all that comes from the host.
+  slot.bytes = plan.from_device ? plan.staged_bytes - plan.descriptors : plan.staged_bytes;
   for (const StraightCopy& copy : plan.straight) slot.bytes += copy.bytes;
   slot.staged_bytes = plan.staged_bytes;
   slot.timed = false;
@@ -175,7 +176,16 @@ void Device::copy(Slot& slot, DeviceAddress staging, const std::byte* memory, co
   for (const StraightCopy& copy : plan.straight) {
     DCP_FAST_CUDA(cuMemcpyHtoDAsync_v2, copy.destination, memory + copy.offset, copy.bytes, copy_stream_.get());
   }
-  if (slot.launched) DCP_FAST_CUDA(cuMemcpyHtoDAsync_v2, staging, memory, plan.staged_bytes, copy_stream_.get());
+  for (const DeviceCopy& copy : plan.to_place) {
+    DCP_FAST_CUDA(cuMemcpyDtoDAsync_v2, copy.destination, copy.source, copy.bytes, copy_stream_.get());
+  }
+  for (const DeviceCopy& copy : plan.to_staging) {
+    DCP_FAST_CUDA(cuMemcpyDtoDAsync_v2, staging + copy.destination, copy.source, copy.bytes, copy_stream_.get());
+  }
+  if (slot.launched) {
+    const uint32_t begin = plan.from_device ? plan.descriptors : 0;
+    DCP_FAST_CUDA(cuMemcpyHtoDAsync_v2, staging + begin, memory + begin, plan.staged_bytes - begin, copy_stream_.get());
+  }
   DCP_FAST_CUDA(cuEventRecord, slot.copied.get(), copy_stream_.get());
 }
 

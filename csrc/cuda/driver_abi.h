@@ -73,6 +73,7 @@ inline constexpr unsigned kEventBlockingSync = 1;
   X(cuMemHostAlloc, (void**, size_t, unsigned))                                                            \
   X(cuMemFreeHost, (void*))                                                                                \
   X(cuMemcpyHtoDAsync_v2, (DeviceAddress, const void*, size_t, StreamHandle))                              \
+  X(cuMemcpyDtoDAsync_v2, (DeviceAddress, DeviceAddress, size_t, StreamHandle))                            \
   X(cuStreamCreate, (StreamHandle*, unsigned))                                                             \
   X(cuStreamDestroy_v2, (StreamHandle))                                                                    \
   X(cuStreamSynchronize, (StreamHandle))                                                                   \

@@ -59,6 +59,31 @@ void SlotPlan::add_straight(const StraightCopy& copy) {
   straight.push_back(copy);
 }
 
+void SlotPlan::take_from_device(const std::vector<DeviceAddress>& sources, const std::vector<uint32_t>& sizes) {
+  const auto add = [](std::vector<DeviceCopy>& copies, const DeviceCopy& copy) {
+    if (!copies.empty()) {
+      DeviceCopy& last = copies.back();
+      if (last.source + last.bytes == copy.source && last.destination + last.bytes == copy.destination) {
+        last.bytes += copy.bytes;
+        return;
+      }
+    }
+    copies.push_back(copy);
+  };
+  // Both ascend: boxes that go straight lie behind all others, in the order of their copies.
+  auto copy = straight.begin();
+  for (size_t i = 0; i < offsets.size(); ++i) {
+    if (offsets[i] < descriptors) {
+      add(to_staging, {sources[i], offsets[i], sizes[i]});
+      continue;
+    }
+    while (offsets[i] >= copy->offset + copy->bytes) ++copy;
+    add(to_place, {sources[i], copy->destination + (offsets[i] - copy->offset), sizes[i]});
+  }
+  from_device = true;
+  straight.clear();
+}
+
 void SlotPlan::write_descriptors(std::byte* slot) const {
   if (entries.empty()) return;
   if (!dims.empty()) std::memcpy(slot + descriptors, dims.data(), dims.size() * sizeof(BoxDim));

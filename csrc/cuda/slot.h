@@ -28,6 +28,13 @@ struct StraightCopy {
   DeviceAddress destination = 0;
 };
 
+// Bytes that are on the device already.
+struct DeviceCopy {
+  DeviceAddress source = 0;
+  DeviceAddress destination = 0;  // for staging memory, from the beginning of the slot's
+  uint32_t bytes = 0;
+};
+
 struct SlotPlan {
   std::vector<uint32_t> offsets;  // where in the slot each box lies, in the order in which they were added
   std::vector<StraightCopy> straight;
@@ -37,8 +44,16 @@ struct SlotPlan {
   std::vector<BoxCopy> entries;
   uint32_t bytes = 0;  // of the slot that are used
 
+  // Instead of what the slot would carry, if its boxes are on the device already.
+  bool from_device = false;
+  std::vector<DeviceCopy> to_staging;
+  std::vector<DeviceCopy> to_place;
+
   // Joins copies that are neighbours both in the slot and in the destination.
   void add_straight(const StraightCopy& copy);
+  // Has boxes come from where they are on the device, packed. `sources`, `bytes`: of each box, as in `offsets`. The
+  // slot carries the descriptors alone.
+  void take_from_device(const std::vector<DeviceAddress>& sources, const std::vector<uint32_t>& sizes);
   uint32_t entries_offset() const { return descriptors + static_cast<uint32_t>(dims.size() * sizeof(BoxDim)); }
   // Puts dims and entries where they belong in a slot.
   void write_descriptors(std::byte* slot) const;

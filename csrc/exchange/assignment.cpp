@@ -5,7 +5,8 @@
 #include <numeric>
 #include <stdexcept>
 #include <tuple>
-#include <unordered_map>
+
+#include "exchange/mixed.h"
 
 namespace dcp_fast::exchange {
 
@@ -22,10 +23,24 @@ constexpr int64_t kGap = 8 << 10;
 constexpr int64_t kMostBlock = 64 << 20;
 constexpr int64_t kBlocksPerRank = 16;
 
-uint64_t mixed(uint64_t number) {
-  number = (number + 1) * 0x9e3779b97f4a7c15U;
-  number = (number ^ number >> 32) * 0xd6e8feb86659fd93U;
-  return number ^ number >> 32;
+// What is sent in the last round is not hidden behind reads, so that rounds are small where there are few bytes. Where
+// there are many ranks they are not, as each of them gets a message in every round.
+constexpr int64_t kWantedRounds = 32;
+constexpr int64_t kLeastRound = 4 << 20;
+constexpr int64_t kLeastMessage = 64 << 10;
+
+RoundLimits wanted_limits(const JobNeeds& job, const RoundLimits& limits) {
+  const auto ranks = static_cast<int64_t>(job.nodes.size());
+  double bytes = 0;  // that all ranks receive
+  for (const CommonNeed& common : job.needs) {
+    for (const NeededBox& box : common.need.boxes()) {
+      bytes += static_cast<double>(common.need.bytes_within(box, box.begin, box.end)) *
+               static_cast<double>(common.ranks.size());
+    }
+  }
+  const auto of_round = static_cast<int64_t>(bytes / static_cast<double>(ranks * kWantedRounds));
+  const int64_t wanted = std::max({of_round, kLeastRound, ranks * kLeastMessage});
+  return {std::min(wanted, limits.send_bytes), std::min(wanted, limits.receive_bytes)};
 }
 
 struct Event {
@@ -41,16 +56,16 @@ struct Event {
 // Walks through all files, over the borders of all boxes, and makes units of what lies between.
 class Assignment::Sweep {
  public:
-  Sweep(const std::vector<Need>& needs, const std::vector<std::vector<uint32_t>>& ranks_of_need, int64_t send_bytes)
-      : needs_(needs), ranks_of_need_(ranks_of_need), send_bytes_(send_bytes), active_(needs.size(), 0) {}
+  Sweep(const std::vector<CommonNeed>& needs, int64_t send_bytes)
+      : needs_(needs), send_bytes_(send_bytes), active_(needs.size(), 0) {}
 
   void run() {
     std::vector<Event> events;
     size_t boxes = 0;
-    for (const Need& need : needs_) boxes += need.boxes().size();
+    for (const CommonNeed& common : needs_) boxes += common.need.boxes().size();
     events.reserve(2 * boxes);
     for (size_t need = 0; need < needs_.size(); ++need) {
-      const std::vector<NeededBox>& of_need = needs_[need].boxes();
+      const std::vector<NeededBox>& of_need = needs_[need].need.boxes();
       for (size_t i = 0; i < of_need.size(); ++i) {
         const auto [n, b] = std::pair(static_cast<uint32_t>(need), static_cast<uint32_t>(i));
         events.push_back({of_need[i].file, true, n, b, of_need[i].begin});
@@ -76,9 +91,9 @@ class Assignment::Sweep {
 
  private:
   void take(const Event& event) {
-    const Need& need = needs_[event.need];
+    const Need& need = needs_[event.need].need;
     const NeededBox& box = need.boxes()[event.box];
-    const auto ranks = static_cast<double>(ranks_of_need_[event.need].size());
+    const auto ranks = static_cast<double>(needs_[event.need].ranks.size());
     const double share = ranks * static_cast<double>(need.bytes_within(box, box.begin, box.end)) /
                          static_cast<double>(box.end - box.begin);
     if (event.begins) {
@@ -129,8 +144,7 @@ class Assignment::Sweep {
     most_ = most;
   }
 
-  const std::vector<Need>& needs_;
-  const std::vector<std::vector<uint32_t>>& ranks_of_need_;
+  const std::vector<CommonNeed>& needs_;
   const int64_t send_bytes_;
   std::vector<uint32_t> active_;  // boxes of each need at this position
   int64_t boxes_here_ = 0;
@@ -141,28 +155,27 @@ class Assignment::Sweep {
   int64_t most_ = 0;  // to which the last unit may grow
 };
 
-Assignment::Assignment(const std::vector<Need>& needs, Ranks ranks, const RoundLimits& limits)
-    : ranks_(std::move(ranks)), ranks_of_need_(needs.size()), first_in_round_{0} {
-  for (size_t rank = 0; rank < ranks_.needs.size(); ++rank) {
-    ranks_of_need_.at(ranks_.needs[rank]).push_back(static_cast<uint32_t>(rank));
-  }
-  Sweep sweep(needs, ranks_of_need_, limits.send_bytes);
+Assignment::Assignment(JobNeeds job, const RoundLimits& most, const Network& network) : job_(std::move(job)) {
+  const RoundLimits limits = wanted_limits(job_, most);
+  Sweep sweep(job_.needs, limits.send_bytes);
   sweep.run();
   obstacle_ = sweep.obstacle;
   if (!obstacle_.empty()) return;
   units_ = std::move(sweep.units);
-  find_shares(needs, sweep.signatures);
+  std::vector<uint64_t> signatures = std::move(sweep.signatures);
+  find_shares(signatures);
   // Where the bytes that ranks need are not spread evenly, more of a unit may be sent than was thought.
   constexpr int kMostTimes = 16;
-  for (int i = 0; i < kMostTimes && obstacle_.empty() && split_large_units(needs, limits, sweep.signatures); ++i) {
-    find_shares(needs, sweep.signatures);
+  for (int i = 0; i < kMostTimes && obstacle_.empty() && split_large_units(limits, signatures); ++i) {
+    find_shares(signatures);
   }
   if (!obstacle_.empty()) return;
-  choose_owners(sweep.signatures);
+  choose_owners(signatures);
+  relays_ = relays_pay(network);
   choose_rounds(limits);
 }
 
-void Assignment::find_shares(const std::vector<Need>& needs, std::vector<uint64_t>& signatures) {
+void Assignment::find_shares(std::vector<uint64_t>& signatures) {
   // Twice through all needs: to count, and to fill in.
   first_share_.assign(units_.size() + 1, 0);
   std::vector<int64_t> bytes(units_.size(), 0);
@@ -172,8 +185,8 @@ void Assignment::find_shares(const std::vector<Need>& needs, std::vector<uint64_
       std::partial_sum(first_share_.begin(), first_share_.end(), first_share_.begin());
       shares_.resize(first_share_.back());
     }
-    for (size_t index = 0; index < needs.size(); ++index) {
-      const Need& need = needs[index];
+    for (size_t index = 0; index < job_.needs.size(); ++index) {
+      const Need& need = job_.needs[index].need;
       touched.clear();
       auto unit = units_.begin();
       for (const NeededBox& box : need.boxes()) {
@@ -209,18 +222,17 @@ void Assignment::find_shares(const std::vector<Need>& needs, std::vector<uint64_
   drop_gaps(signatures);
 }
 
-bool Assignment::split_large_units(const std::vector<Need>& needs, const RoundLimits& limits,
-                                   std::vector<uint64_t>& signatures) {
+bool Assignment::split_large_units(const RoundLimits& limits, std::vector<uint64_t>& signatures) {
   std::vector<Unit> units;
   std::vector<uint64_t> of_units;
   for (size_t i = 0; i < units_.size(); ++i) {
     const Unit& unit = units_[i];
     const auto [first, last] = shares(i);
     int64_t sent = 0;
-    int64_t received = 0;
+    int64_t received = 0;  // a rank may have several needs
     for (const Share* share = first; share != last; ++share) {
-      sent += share->bytes * static_cast<int64_t>(ranks_of_need_[share->need].size());
-      received = std::max<int64_t>(received, share->bytes);
+      sent += share->bytes * static_cast<int64_t>(job_.needs[share->need].ranks.size());
+      received += share->bytes;
     }
     const int64_t pieces = std::max((sent - 1) / limits.send_bytes + 1, (received - 1) / limits.receive_bytes + 1);
     const int64_t size = unit.end - unit.begin;
@@ -233,7 +245,7 @@ bool Assignment::split_large_units(const std::vector<Need>& needs, const RoundLi
         int64_t begin = 0;
         int64_t grain = 1;
         for (const Share* share = first; share != last; ++share) {
-          needs[share->need].each_within(unit.file, to, to + 1, [&](const NeededBox& box) {
+          job_.needs[share->need].need.each_within(unit.file, to, to + 1, [&](const NeededBox& box) {
             if (box.grain > grain) std::tie(begin, grain) = std::pair(box.begin, int64_t{box.grain});
           });
         }
@@ -275,11 +287,11 @@ int64_t Assignment::bytes_to_read(size_t unit) const {
 }
 
 void Assignment::choose_owners(const std::vector<uint64_t>& signatures) {
-  read_bytes_.assign(ranks_.needs.size(), 0);
-  std::unordered_map<int64_t, int64_t> node_bytes;
+  read_bytes_.assign(job_.nodes.size(), 0);
+  std::vector<int64_t> node_bytes(job_.nodes.size(), 0);
   int64_t total = 0;
   for (size_t i = 0; i < units_.size(); ++i) total += bytes_to_read(i);
-  const auto ranks = static_cast<int64_t>(ranks_.needs.size());
+  const auto ranks = static_cast<int64_t>(job_.nodes.size());
   const int64_t most_block = std::clamp(total / (kBlocksPerRank * ranks), kLeastUnit, kMostBlock);
   for (size_t begin = 0; begin < units_.size();) {
     size_t end = begin;
@@ -290,89 +302,68 @@ void Assignment::choose_owners(const std::vector<uint64_t>& signatures) {
     }
     bool found = false;
     uint32_t owner = 0;
+    const auto load = [&](uint32_t of) { return std::tuple(node_bytes[job_.nodes[of]], read_bytes_[of], of); };
     // All units of a block have the needs of the first one, but for small pieces.
     const auto [first, last] = shares(begin);
     for (const Share* share = first; share != last; ++share) {
-      for (const uint32_t rank : ranks_of_need_[share->need]) {
-        const auto load = [&](uint32_t of) { return std::tuple(node_bytes[ranks_.nodes[of]], read_bytes_[of], of); };
-        if (!found || load(rank) < load(owner)) owner = rank;
-        found = true;
+      const CommonNeed& common = job_.needs[share->need];
+      for (const Group& group : common.groups) {
+        if (found && node_bytes[group.node] > node_bytes[job_.nodes[owner]]) continue;
+        for (uint32_t i = group.begin; i < group.end; ++i) {
+          if (!found || load(common.ranks[i]) < load(owner)) owner = common.ranks[i];
+          found = true;
+        }
       }
     }
     read_bytes_[owner] += bytes;
-    node_bytes[ranks_.nodes[owner]] += bytes;
+    node_bytes[job_.nodes[owner]] += bytes;
     for (; begin < end; ++begin) units_[begin].owner = owner;
   }
 }
 
+bool Assignment::relays_pay(const Network& network) const {
+  Volume direct;
+  Volume relayed;
+  relayed.rounds = kRelayRounds;
+  for (size_t i = 0; i < units_.size(); ++i) {
+    const auto [first, last] = shares(i);
+    for (const Share* share = first; share != last; ++share) {
+      for (const Group& group : job_.needs[share->need].groups) {
+        if (group.node == job_.nodes[units_[i].owner]) continue;
+        const int64_t bytes = share->bytes;
+        direct.between_nodes += bytes * group.size();
+        relayed.between_nodes += bytes;
+        relayed.within_nodes += bytes * (group.size() - 1);
+      }
+    }
+  }
+  const auto ranks = static_cast<int64_t>(job_.nodes.size());
+  const int64_t nodes = 1 + *std::max_element(job_.nodes.begin(), job_.nodes.end());
+  return seconds(network, relayed, ranks, nodes) < seconds(network, direct, ranks, nodes);
+}
+
 Traffic Assignment::traffic() const {
-  const size_t ranks = ranks_.needs.size();
+  const size_t ranks = job_.nodes.size();
   Traffic traffic{std::vector<int64_t>(ranks, 0), std::vector<int64_t>(ranks, 0), 0};
   for (size_t i = 0; i < units_.size(); ++i) {
     const uint32_t owner = units_[i].owner;
     const auto [first, last] = shares(i);
     for (const Share* share = first; share != last; ++share) {
-      for (const uint32_t rank : ranks_of_need_[share->need]) {
-        if (rank == owner) continue;
-        traffic.sent[owner] += share->bytes;
-        traffic.received[rank] += share->bytes;
-        if (ranks_.nodes[rank] != ranks_.nodes[owner]) traffic.between_nodes += share->bytes;
+      const auto send = [&, bytes = int64_t{share->bytes}](uint32_t from, uint32_t to) {
+        if (from == to) return;
+        traffic.sent[from] += bytes;
+        traffic.received[to] += bytes;
+        if (job_.nodes[from] != job_.nodes[to]) traffic.between_nodes += bytes;
+      };
+      const CommonNeed& common = job_.needs[share->need];
+      for (const Group& group : common.groups) {
+        const std::optional<uint32_t> by = relay(units_[i], common, group);
+        if (by) send(owner, *by);
+        for (uint32_t at = group.begin; at < group.end; ++at) send(by.value_or(owner), common.ranks[at]);
       }
     }
   }
   return traffic;
-}
-
-void Assignment::choose_rounds(const RoundLimits& limits) {
-  const size_t ranks = ranks_.needs.size();
-  std::vector<std::vector<uint32_t>> queues(ranks);
-  for (size_t i = 0; i < units_.size(); ++i) queues[units_[i].owner].push_back(static_cast<uint32_t>(i));
-  std::vector<size_t> next(ranks, 0);
-  for (size_t left = units_.size(); left > 0;) {
-    const uint32_t round = rounds();
-    std::vector<int64_t> sent(ranks, 0);
-    std::vector<int64_t> read(ranks, 0);
-    std::vector<int64_t> received(ranks, 0);
-    std::vector<bool> is_full(ranks, false);
-    const size_t before = order_.size();
-    // Each pass takes one unit of each owner that has room. The first owner changes, as it finds most room.
-    for (bool takes = true; takes;) {
-      takes = false;
-      for (size_t i = 0; i < ranks; ++i) {
-        const size_t owner = (i + round) % ranks;
-        if (is_full[owner] || next[owner] == queues[owner].size()) continue;
-        const uint32_t unit = queues[owner][next[owner]];
-        const auto [first, last] = shares(unit);
-        int64_t all = 0;
-        int64_t most = 0;  // that a rank has received, with this unit
-        for (const Share* share = first; share != last; ++share) {
-          for (const uint32_t rank : ranks_of_need_[share->need]) {
-            all += share->bytes;
-            most = std::max(most, received[rank] + share->bytes);
-          }
-        }
-        const int64_t to_read = read[owner] + bytes_to_read(unit);
-        const bool fits = std::max(sent[owner] + all, to_read) <= limits.send_bytes && most <= limits.receive_bytes;
-        if (!fits && order_.size() > before) {
-          is_full[owner] = true;
-          continue;
-        }
-        sent[owner] += all;
-        read[owner] = to_read;
-        for (const Share* share = first; share != last; ++share) {
-          for (const uint32_t rank : ranks_of_need_[share->need]) received[rank] += share->bytes;
-        }
-        units_[unit].round = round;
-        order_.push_back(unit);
-        ++next[owner];
-        --left;
-        takes = true;
-      }
-    }
-    std::sort(order_.begin() + static_cast<std::ptrdiff_t>(before), order_.end(),
-              [this](uint32_t a, uint32_t b) { return std::tie(units_[a].owner, a) < std::tie(units_[b].owner, b); });
-    first_in_round_.push_back(order_.size());
-  }
 }
 
 }  // namespace dcp_fast::exchange

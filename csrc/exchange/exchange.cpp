@@ -5,10 +5,11 @@
 #include <map>
 #include <numeric>
 #include <stdexcept>
-#include <tuple>
+#include <utility>
 
 #include "box/box.h"
 #include "box/cut.h"
+#include "copy/copy.h"
 #include "error.h"
 #include "io/memory_source.h"
 #include "transfer/schedule.h"
@@ -52,11 +53,6 @@ std::string number_files(std::vector<Need>& needs, std::vector<std::string>& nam
   return "";
 }
 
-// Segments begin where headers can be looked at in place.
-void align(std::vector<int64_t>& segments) {
-  for (int64_t& bytes : segments) bytes = (bytes + kHeaderBytes - 1) / kHeaderBytes * kHeaderBytes;
-}
-
 // Changes the strides of one side so that bytes lie one after another.
 void pack_side(box::Loops& loops, int64_t box::Dim::* stride_of) {
   int64_t stride = 1;
@@ -86,21 +82,28 @@ struct Exchange::Span {
   size_t last_unit = 0;
 };
 
-Exchange::Exchange(std::vector<Need> needs, Ranks ranks, uint32_t rank, const RoundLimits& limits)
-    : needs_(std::move(needs)), ranks_of_job_(std::move(ranks)), rank_(rank), ranks_of_need_(needs_.size()) {
-  for (size_t i = 0; i < ranks_of_job_.needs.size(); ++i) {
-    ranks_of_need_.at(ranks_of_job_.needs[i]).push_back(static_cast<uint32_t>(i));
-  }
+Exchange::Exchange(std::vector<Need> needs, const Ranks& ranks, uint32_t rank, const RoundLimits& limits,
+                   const Network& network)
+    : rank_(rank) {
   std::vector<std::string> names;
-  obstacle_ = number_files(needs_, names);
+  obstacle_ = number_files(needs, names);
   if (!obstacle_.empty()) return;
-  assignment_ = std::make_unique<Assignment>(needs_, ranks_of_job_, limits);
-  obstacle_ = assignment_->obstacle();
-  std::map<std::string, size_t> own;
-  for (const NeededFile& file : own_need().files()) own.emplace(file.name, own.size());
+  const Need& own = needs.at(ranks.needs.at(rank_));
+  own_boxes_ = own.boxes().size();
+  std::map<std::string, size_t> sources;
+  for (const NeededFile& file : own.files()) sources.emplace(file.name, sources.size());
   for (const std::string& name : names) {
-    const auto found = own.find(name);
-    sources_.push_back(found == own.end() ? own.size() : found->second);  // past the end: only others need it
+    const auto found = sources.find(name);
+    sources_.push_back(found == sources.end() ? sources.size() : found->second);  // past the end: only others need it
+  }
+  assignment_ =
+      std::make_unique<Assignment>(needs_of_job(std::move(needs), ranks, ranks.needs[rank_]), limits, network);
+  obstacle_ = assignment_->obstacle();
+  for (const CommonNeed& common : assignment_->job().needs) {
+    const auto found = std::find_if(common.groups.begin(), common.groups.end(), [&](const Group& group) {
+      return std::binary_search(common.ranks.begin() + group.begin, common.ranks.begin() + group.end, rank_);
+    });
+    own_groups_.push_back(found == common.groups.end() ? nullptr : &*found);
   }
 }
 
@@ -117,37 +120,92 @@ std::pair<const uint32_t*, const uint32_t*> Exchange::units_of(uint32_t round, u
           std::partition_point(begin, end, [&](uint32_t unit) { return units[unit].owner <= owner; })};
 }
 
-int64_t Exchange::share_of(size_t unit, uint32_t need) const {
-  const auto [begin, end] = assignment_->shares(unit);
-  for (const Share* share = begin; share != end; ++share) {
-    if (share->need == need) return share->bytes;
+template <typename Function>
+void Exchange::each_own_share(uint32_t round, const Function& function) const {
+  const auto [begin, end] = assignment_->units_of_round(round);
+  for (const uint32_t* unit = begin; unit != end; ++unit) {
+    const auto [first, last] = assignment_->shares(*unit);
+    for (const Share* share = first; share != last; ++share) {
+      const Group* group = own_groups_[share->need];
+      if (group != nullptr)
+        function(*unit, *share, assignment_->relay(assignment_->units()[*unit], common(*share), *group));
+    }
   }
-  return 0;
 }
 
-std::vector<int64_t> Exchange::bytes_to_send(uint32_t round) const {
-  std::vector<int64_t> bytes(ranks_of_job_.needs.size(), kHeaderBytes);
+std::vector<Exchange::Parcel> Exchange::parcels_to_send(uint32_t round) const {
+  std::vector<Parcel> parcels;
   const auto [begin, end] = units_of(round, rank_);
   for (const uint32_t* unit = begin; unit != end; ++unit) {
     const auto [first, last] = assignment_->shares(*unit);
     for (const Share* share = first; share != last; ++share) {
-      for (const uint32_t rank : ranks_of_need_[share->need]) bytes[rank] += share->bytes;
+      const CommonNeed& need = common(*share);
+      for (const Group& group : need.groups) {
+        if (const auto relay = assignment_->relay(assignment_->units()[*unit], need, group)) {
+          parcels.push_back({*unit, *relay, share});
+          continue;
+        }
+        for (uint32_t i = group.begin; i < group.end; ++i) parcels.push_back({*unit, need.ranks[i], share});
+      }
     }
   }
-  align(bytes);
+  if (round >= kRelayRounds) {
+    each_own_share(round - kRelayRounds, [&](uint32_t unit, const Share& share, std::optional<uint32_t> relay) {
+      if (relay != rank_) return;
+      const Group& group = *own_groups_[share.need];
+      for (uint32_t i = group.begin; i < group.end; ++i) {
+        const uint32_t rank = common(share).ranks[i];
+        if (rank != rank_) parcels.push_back({unit, rank, &share});
+      }
+    });
+  }
+  find_positions(parcels);
+  return parcels;
+}
+
+std::vector<Exchange::Parcel> Exchange::parcels_to_receive(uint32_t round) const {
+  if (round >= rounds()) throw std::out_of_range("no such round");
+  std::vector<Parcel> parcels;
+  each_own_share(round, [&](uint32_t unit, const Share& share, std::optional<uint32_t> relay) {
+    if (!relay || relay == rank_) parcels.push_back({unit, assignment_->units()[unit].owner, &share});
+  });
+  if (round >= kRelayRounds) {
+    each_own_share(round - kRelayRounds, [&](uint32_t unit, const Share& share, std::optional<uint32_t> relay) {
+      if (relay && relay != rank_) parcels.push_back({unit, *relay, &share});
+    });
+  }
+  find_positions(parcels);
+  return parcels;
+}
+
+bool Exchange::passes_on(uint32_t round) const {
+  bool passes = false;
+  each_own_share(round,
+                 [&](uint32_t, const Share&, std::optional<uint32_t> relay) { passes = passes || relay == rank_; });
+  return passes;
+}
+
+std::vector<int64_t> Exchange::segments(const std::vector<Parcel>& parcels) const {
+  std::vector<int64_t> bytes(ranks(), kHeaderBytes);
+  for (const Parcel& parcel : parcels) bytes[parcel.rank] += parcel.share->bytes;
+  // Segments begin where headers can be looked at in place.
+  for (int64_t& of_rank : bytes) of_rank = (of_rank + kHeaderBytes - 1) / kHeaderBytes * kHeaderBytes;
   return bytes;
 }
 
-std::vector<int64_t> Exchange::bytes_to_receive(uint32_t round) const {
-  if (round >= rounds()) throw std::out_of_range("no such round");
-  std::vector<int64_t> bytes(ranks_of_job_.needs.size(), kHeaderBytes);
-  const auto [begin, end] = assignment_->units_of_round(round);
-  for (const uint32_t* unit = begin; unit != end; ++unit) {
-    bytes[assignment_->units()[*unit].owner] += share_of(*unit, ranks_of_job_.needs[rank_]);
+void Exchange::find_positions(std::vector<Parcel>& parcels) const {
+  std::vector<int64_t> next(ranks(), kHeaderBytes);
+  int64_t begin = 0;
+  const std::vector<int64_t> sizes = segments(parcels);
+  for (size_t rank = 0; rank < ranks(); ++rank) next[rank] += std::exchange(begin, begin + sizes[rank]);
+  for (Parcel& parcel : parcels) {
+    parcel.position = std::exchange(next[parcel.rank], next[parcel.rank] + parcel.share->bytes);
   }
-  align(bytes);
-  return bytes;
 }
+
+std::vector<int64_t> Exchange::bytes_to_send(uint32_t round) const { return segments(parcels_to_send(round)); }
+
+std::vector<int64_t> Exchange::bytes_to_receive(uint32_t round) const { return segments(parcels_to_receive(round)); }
 
 std::vector<Exchange::Span> Exchange::spans_to_read(uint32_t round, uint32_t owner, const Layouts& layouts,
                                                     const transfer::Limits& limits) const {
@@ -161,7 +219,7 @@ std::vector<Exchange::Span> Exchange::spans_to_read(uint32_t round, uint32_t own
     ranges.clear();
     const auto [first, last] = assignment_->shares(*at);
     for (const Share* share = first; share != last; ++share) {
-      const Need& need = needs_[share->need];
+      const Need& need = common(*share).need;
       need.each_within(unit.file, unit.begin, unit.end, [&](const NeededBox& box) {
         const box::Dim* loops = need.loops(box);
         for (const box::Part& part : box::cut(loops, box.depth, unit.begin - box.begin, unit.end - box.begin)) {
@@ -202,7 +260,7 @@ std::vector<int64_t> Exchange::bytes_to_read(const Layouts& layouts, const Optio
   }
   const transfer::Limits limits = transfer::limits_of(options, io::access_of(layouts.sources));
   const std::vector<transfer::Policy> policies = transfer::policies_for(layouts.sources, limits, false);
-  std::vector<int64_t> bytes(ranks_of_job_.needs.size(), 0);
+  std::vector<int64_t> bytes(ranks(), 0);
   for (uint32_t rank = 0; rank < bytes.size(); ++rank) {
     for (uint32_t round = 0; round < rounds(); ++round) {
       for (const Span& span : spans_to_read(round, rank, layouts, limits)) {
@@ -213,54 +271,68 @@ std::vector<int64_t> Exchange::bytes_to_read(const Layouts& layouts, const Optio
   return bytes;
 }
 
-void Exchange::pack(uint32_t round, std::byte* memory, const Layouts& layouts, const Options& options,
-                    const std::function<bool()>& interrupted, RoundStats& stats) const {
+void Exchange::pack(uint32_t round, std::byte* memory, const std::byte* received, const Layouts& layouts,
+                    const Options& options, const std::function<bool()>& interrupted, RoundStats& stats) const {
   const transfer::Limits limits = transfer::limits_of(options, io::access_of(layouts.sources));
+  const std::vector<Parcel> parcels = parcels_to_send(round);
   const auto own_units = units_of(round, rank_);
-  const uint32_t* begin = own_units.first;
-  const auto count = static_cast<size_t>(own_units.second - begin);
-  const size_t ranks = ranks_of_job_.needs.size();
-
-  // Where each unit's bytes for each rank begin.
-  std::vector<int64_t> segments(ranks, kHeaderBytes);
-  const std::vector<int64_t> sizes = bytes_to_send(round);
-  for (size_t rank = 1; rank < ranks; ++rank) segments[rank] += segments[rank - 1] - kHeaderBytes + sizes[rank - 1];
-  std::vector<std::vector<int64_t>> begins(count);
+  const auto count = static_cast<size_t>(own_units.second - own_units.first);
+  std::vector<const Parcel*> of_unit = {parcels.data()};  // where those of each unit begin
   for (size_t i = 0; i < count; ++i) {
-    begins[i] = segments;
-    const auto [first, last] = assignment_->shares(begin[i]);
-    for (const Share* share = first; share != last; ++share) {
-      for (const uint32_t rank : ranks_of_need_[share->need]) segments[rank] += share->bytes;
-    }
+    const Parcel* next = of_unit.back();
+    while (next != parcels.data() + parcels.size() && next->unit == own_units.first[i]) ++next;
+    of_unit.push_back(next);
   }
 
   const auto copy_unit = [&](size_t index, const Span& span, const std::byte* data) {
-    const Unit& unit = assignment_->units()[begin[index]];
-    const auto [first, last] = assignment_->shares(begin[index]);
+    const Unit& unit = assignment_->units()[own_units.first[index]];
     const int64_t from = std::max(span.begin, unit.begin);
     const int64_t to = std::min(span.end, unit.end);
-    for (const Share* share = first; share != last; ++share) {
-      const Need& need = needs_[share->need];
+    for (const Parcel* first = of_unit[index]; first != of_unit[index + 1];) {
+      const Parcel* last = first;  // of all ranks that get the same
+      while (last != of_unit[index + 1] && last->share == first->share) ++last;
+      const Need& need = common(*first->share).need;
       int64_t position = 0;
       need.each_within(unit.file, unit.begin, unit.end, [&](const NeededBox& box) {
         const int64_t before = need.bytes_within(box, unit.begin, from);
         for (box::Part& part : box::cut(need.loops(box), box.depth, from - box.begin, to - box.begin)) {
           pack_side(part.loops, &box::Dim::destination_stride);
           const std::byte* source = data + (box.begin + part.source - span.begin);
-          for (const uint32_t rank : ranks_of_need_[share->need]) {
-            box::copy(memory + begins[index][rank] + position + before + part.packed, source, part.loops.data(),
+          for (const Parcel* parcel = first; parcel != last; ++parcel) {
+            box::copy(memory + parcel->position + position + before + part.packed, source, part.loops.data(),
                       part.loops.size());
           }
         }
         position += need.bytes_within(box, unit.begin, unit.end);
       });
+      first = last;
     }
   };
+
+  struct Passed {
+    const Parcel* parcel;
+    const std::byte* data;
+  };
+  std::vector<Passed> passed;
+  const Parcel* next = of_unit.back();
+  const Parcel* const end = parcels.data() + parcels.size();
+  if (next != end) {
+    if (received == nullptr) throw std::invalid_argument("a relay passes on what it has received");
+    for (const Parcel& parcel : parcels_to_receive(round - kRelayRounds)) {
+      for (; next != end && next->share == parcel.share; ++next) passed.push_back({next, received + parcel.position});
+    }
+    if (next != end) throw std::logic_error("a relay has not received what it passes on");
+  }
 
   const std::vector<Span> spans = spans_to_read(round, rank_, layouts, limits);
   io::IoCounters counters = options.counters();
   transfer::run_parallel(
-      spans.size(), limits.threads, counters, interrupted, [&](size_t task, transfer::Worker& worker) {
+      spans.size() + passed.size(), limits.threads, counters, interrupted, [&](size_t task, transfer::Worker& worker) {
+        if (task >= spans.size()) {
+          const auto [parcel, data] = passed[task - spans.size()];
+          copy::copy_bytes(memory + parcel->position, data, parcel->share->bytes);
+          return;
+        }
         const Span& span = spans[task];
         const size_t file = sources_[span.file];
         try {
@@ -283,36 +355,35 @@ void Exchange::pack(uint32_t round, std::byte* memory, const Layouts& layouts, c
 transfer::Stats Exchange::place(uint32_t round, const std::byte* memory, const Layouts& layouts, const LocalNeed& local,
                                 const Options& options, const transfer::CudaTargets& cuda,
                                 const std::function<bool()>& interrupted) const {
-  const Need& need = own_need();
-  if (local.boxes.size() != need.boxes().size()) throw std::invalid_argument("the exchange is of another need");
-  const uint32_t own = ranks_of_job_.needs[rank_];
-  const std::vector<int64_t> sizes = bytes_to_receive(round);
+  if (local.boxes.size() != own_boxes_) throw std::invalid_argument("the exchange is of another need");
+  const std::vector<Parcel> parcels = parcels_to_receive(round);
   transfer::Boxes boxes;
-  int64_t segment = 0;
-  for (uint32_t owner = 0; owner < sizes.size(); ++owner) {
-    int64_t position = segment + kHeaderBytes;
-    const auto [begin, end] = units_of(round, owner);
-    for (const uint32_t* at = begin; at != end; ++at) {
-      const Unit& unit = assignment_->units()[*at];
-      if (share_of(*at, own) == 0) continue;
-      need.each_within(unit.file, unit.begin, unit.end, [&](const NeededBox& box) {
-        const LocalBox& to = local.boxes[box.number];
-        const copy::Conversion* conversion = to.conversion ? &*to.conversion : nullptr;
-        for (box::Part& part :
-             box::cut(to.loops.data(), to.loops.size(), unit.begin - box.begin, unit.end - box.begin)) {
-          pack_side(part.loops, &box::Dim::source_stride);
-          boxes.add(to.device, {0, position + part.packed, to.destination + part.destination, box.number,
-                                std::move(part.loops), conversion});
-        }
-        position += need.bytes_within(box, unit.begin, unit.end);
-      });
-    }
-    segment += sizes[owner];
+  for (const Parcel& parcel : parcels) {
+    const Unit& unit = assignment_->units()[parcel.unit];
+    const Need& need = common(*parcel.share).need;
+    int64_t position = parcel.position;
+    need.each_within(unit.file, unit.begin, unit.end, [&](const NeededBox& box) {
+      const LocalBox& to = local.boxes[box.number];
+      const copy::Conversion* conversion = to.conversion ? &*to.conversion : nullptr;
+      for (box::Part& part : box::cut(to.loops.data(), to.loops.size(), unit.begin - box.begin, unit.end - box.begin)) {
+        pack_side(part.loops, &box::Dim::source_stride);
+        boxes.add(to.device, {0, position + part.packed, to.destination + part.destination, box.number,
+                              std::move(part.loops), conversion});
+      }
+      position += need.bytes_within(box, unit.begin, unit.end);
+    });
+  }
+  const bool is_for_host = std::any_of(boxes.devices.begin(), boxes.devices.end(),
+                                       [&](const auto& of_device) { return of_device.first != cuda.received.device; });
+  if (memory == nullptr && (is_for_host || !boxes.host.empty())) {
+    throw std::invalid_argument("boxes need what was received on the host");
   }
   // Pieces of one box are converted in rounds, but it is one item that is converted.
   boxes.converted = 0;
   io::ByteSources sources;
-  sources.push_back(std::make_unique<io::MemorySource>("what other ranks read", memory, static_cast<size_t>(segment)));
+  const std::vector<int64_t> sizes = segments(parcels);
+  const auto size = static_cast<size_t>(std::accumulate(sizes.begin(), sizes.end(), int64_t{0}));
+  sources.push_back(std::make_unique<io::MemorySource>("what other ranks read", memory, size));
   const auto attribute = [&](Error& error, size_t box) {
     error.path.clear();
     error.offset = -1;

@@ -2,9 +2,9 @@
 // what it receives.
 //
 // In a round each rank has a segment for each rank, which begins with a header and is padded to a multiple of the
-// header's size. The header is for those who call the collectives. After it come the sender's units of that round, of
-// each unit the receiver's boxes in the order of its need, and of each box the bytes that lie in the unit, in ascending
-// order.
+// header's size. The header is for those who call the collectives. After it come the sender's units of that round, and
+// then what it passes on as a relay. Of each unit come the needs that the receiver has in common with others, of each
+// its boxes in order, and of each box the bytes that lie in the unit, in ascending order.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +19,8 @@
 #include "box/box.h"
 #include "copy/convert.h"
 #include "exchange/assignment.h"
+#include "exchange/cost.h"
+#include "exchange/job_needs.h"
 #include "exchange/need.h"
 #include "io/kept_source.h"
 #include "transfer/engine.h"
@@ -44,6 +46,9 @@ struct LocalNeed {
   Need need;
   std::vector<LocalBox> boxes;  // by the numbers of the need's boxes
   int64_t converted_items = 0;
+
+  // Whether all boxes are for one device, and none for the host.
+  bool is_on(int device) const;
 
   // What was received is kept here, if it is for nobody else.
   std::shared_ptr<std::byte> memory;
@@ -73,7 +78,8 @@ class Exchange {
  public:
   // `needs`: all different ones, as they were decoded, on all ranks in the same order. `ranks.needs[rank]` is the own
   // one. Throws std::invalid_argument, std::bad_alloc.
-  Exchange(std::vector<Need> needs, Ranks ranks, uint32_t rank, const RoundLimits& limits);
+  Exchange(std::vector<Need> needs, const Ranks& ranks, uint32_t rank, const RoundLimits& limits,
+           const Network& network = {});
 
   const std::string& obstacle() const { return obstacle_; }
   // Throws std::logic_error if there is an obstacle.
@@ -87,33 +93,54 @@ class Exchange {
   // `layouts`. Opens files for their sizes. Throws Error(kIo), std::invalid_argument if `layouts` lack a file.
   std::vector<int64_t> bytes_to_read(const transfer::Layouts& layouts, const transfer::Options& options) const;
 
-  // Reads the units of a round that this rank owns into `memory`, which has bytes_to_send() in the order of ranks.
-  // Headers are left as they are. Throws as transfer::run_wave does.
-  void pack(uint32_t round, std::byte* memory, const transfer::Layouts& layouts, const transfer::Options& options,
-            const std::function<bool()>& interrupted, RoundStats& stats) const;
+  // Reads the units of a round that this rank owns into `memory`, which has bytes_to_send() in the order of ranks, and
+  // copies there what it passes on of what it `received` kRelayRounds before. Headers are left as they are. Throws as
+  // transfer::run_wave does.
+  void pack(uint32_t round, std::byte* memory, const std::byte* received, const transfer::Layouts& layouts,
+            const transfer::Options& options, const std::function<bool()>& interrupted, RoundStats& stats) const;
 
-  // Places what was received in a round.
+  // Whether this rank passes on what it receives in a round, which is then needed on the host.
+  bool passes_on(uint32_t round) const;
+
+  // Places what was received in a round: on the device `cuda.received`, if that is one, or else in `memory`. Boxes that
+  // are not for that device need it in `memory` too, which may be nullptr if there are none.
   transfer::Stats place(uint32_t round, const std::byte* memory, const transfer::Layouts& layouts,
                         const LocalNeed& local, const transfer::Options& options, const transfer::CudaTargets& cuda,
                         const std::function<bool()>& interrupted) const;
 
  private:
   struct Span;
+  // Bytes of a unit that one rank sends to another one.
+  struct Parcel {
+    uint32_t unit = 0;
+    uint32_t rank = 0;  // the other one
+    const Share* share = nullptr;
+    int64_t position = 0;  // in the memory of the round
+  };
 
-  const Need& own_need() const { return needs_[ranks_of_job_.needs[rank_]]; }
+  const CommonNeed& common(const Share& share) const { return assignment_->job().needs[share.need]; }
+  size_t ranks() const { return assignment_->job().nodes.size(); }
   // The units of an owner in a round.
   std::pair<const uint32_t*, const uint32_t*> units_of(uint32_t round, uint32_t owner) const;
-  int64_t share_of(size_t unit, uint32_t need) const;
+  // What this rank sends as the owner, by unit, and then what it passes on, in the order in which it received that.
+  std::vector<Parcel> parcels_to_send(uint32_t round) const;
+  // What owners send, and then what relays do.
+  std::vector<Parcel> parcels_to_receive(uint32_t round) const;
+  // Calls `function(unit, share, relay)` for each share of this rank in the units of a round.
+  template <typename Function>
+  void each_own_share(uint32_t round, const Function& function) const;
+  // By rank, headers included.
+  std::vector<int64_t> segments(const std::vector<Parcel>& parcels) const;
+  void find_positions(std::vector<Parcel>& parcels) const;
   std::vector<Span> spans_to_read(uint32_t round, uint32_t owner, const transfer::Layouts& layouts,
                                   const transfer::Limits& limits) const;
 
-  std::vector<Need> needs_;
-  Ranks ranks_of_job_;
   const uint32_t rank_;
   std::string obstacle_;
   std::vector<size_t> sources_;  // of this rank by the number that all ranks have for a file
-  std::vector<std::vector<uint32_t>> ranks_of_need_;
   std::unique_ptr<Assignment> assignment_;
+  std::vector<const Group*> own_groups_;  // by common need: in which this rank is; nullptr if it has other needs
+  size_t own_boxes_ = 0;
 };
 
 // What another rank's or this one's round is about.
@@ -123,7 +150,7 @@ struct Send {
 };
 struct Receive {
   uint32_t round = 0;
-  const std::byte* memory = nullptr;
+  const std::byte* memory = nullptr;  // of Exchange::place
 };
 
 // Reads and packs one round while another one is placed. If both fail, the error of the placement is thrown.

@@ -86,6 +86,10 @@ Range range_of(const transfer::Record& record) { return {record.file, record.off
 
 }  // namespace
 
+bool LocalNeed::is_on(int device) const {
+  return std::all_of(boxes.begin(), boxes.end(), [=](const LocalBox& box) { return box.device == device; });
+}
+
 LocalNeed need_of(const transfer::Program& program, int64_t most_bytes, const std::vector<std::string>& names) {
   const Layouts& layouts = program.layouts();
   LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};

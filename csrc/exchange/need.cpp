@@ -143,11 +143,21 @@ void Need::number_files(const std::vector<uint32_t>& numbers) {
   std::sort(boxes_.begin(), boxes_.end(), [](const NeededBox& a, const NeededBox& b) {
     return std::tie(a.file, a.begin, a.number) < std::tie(b.file, b.begin, b.number);
   });
-  reach_.resize(boxes_.size());
-  for (size_t i = 0; i < boxes_.size(); ++i) {
-    reach_[i] = boxes_[i].end;
-    if (i > 0 && boxes_[i - 1].file == boxes_[i].file) reach_[i] = std::max(reach_[i], reach_[i - 1]);
-  }
+  reach_.clear();
+  for (const NeededBox& box : boxes_) add_reach(box);
+}
+
+void Need::append(const Need& other, NeededBox box) {
+  const box::Dim* loops = other.loops(box);
+  box.loops = loops_.size();
+  loops_.insert(loops_.end(), loops, loops + box.depth);
+  add_reach(box);
+  boxes_.push_back(box);
+}
+
+void Need::add_reach(const NeededBox& box) {
+  const bool is_first = reach_.empty() || boxes_[reach_.size() - 1].file != box.file;
+  reach_.push_back(is_first ? box.end : std::max(box.end, reach_.back()));
 }
 
 size_t Need::first_within(uint32_t file, int64_t begin) const {

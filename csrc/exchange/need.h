@@ -48,6 +48,9 @@ class Need {
   // Gives each file the number that all ranks have for it, and sorts the boxes.
   void number_files(const std::vector<uint32_t>& numbers);
 
+  // Adds a box of another need, whose files have those numbers. It lies behind all others in ascending order.
+  void append(const Need& other, NeededBox box);
+
   // Calls `function(box)` for the boxes that touch [begin, end) of a file, in order. After number_files().
   template <typename Function>
   void each_within(uint32_t file, int64_t begin, int64_t end, const Function& function) const {
@@ -63,6 +66,7 @@ class Need {
 
  private:
   size_t first_within(uint32_t file, int64_t begin) const;
+  void add_reach(const NeededBox& box);
 
   std::vector<NeededFile> files_;
   std::vector<NeededBox> boxes_;

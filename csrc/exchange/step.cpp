@@ -69,7 +69,8 @@ RoundStats step(const Exchange& exchange, std::optional<Send> send, std::optiona
                 const transfer::CudaTargets& cuda, const std::function<bool()>& interrupted) {
   RoundStats stats;
   const auto pack = [&](const std::function<bool()>& stops) {
-    exchange.pack(send->round, send->memory, layouts, options, stops, stats);
+    const bool can_pass_on = receive && receive->round + kRelayRounds == send->round;
+    exchange.pack(send->round, send->memory, can_pass_on ? receive->memory : nullptr, layouts, options, stops, stats);
   };
   const auto place = [&] {
     stats.placed = exchange.place(receive->round, receive->memory, layouts, local, options, cuda, interrupted);

@@ -135,8 +135,12 @@ class Wave {
     try {
       with_memory_errors([&] {
         slot.about_to_write(task.plan.bytes);
-        task.place_at(slot.data());
-        for (const Task& read : task.schedule.tasks) reader_.run(task.schedule, read, worker);
+        if (task.device == run_.cuda.received.device) {
+          take_from_device(task);
+        } else {
+          task.place_at(slot.data());
+          for (const Task& read : task.schedule.tasks) reader_.run(task.schedule, read, worker);
+        }
         task.plan.write_descriptors(slot.data());
         trace::Span enqueue(worker.counters->recorder, "enqueue");
         enqueue.add_bytes(task.plan.bytes);
@@ -148,6 +152,18 @@ class Wave {
       throw;
     }
     task = {};  // its memory is not needed until the end of the load
+  }
+
+  void take_from_device(SlotTask& task) const {
+    std::vector<cuda::DeviceAddress> sources;
+    std::vector<uint32_t> sizes;
+    for (const Piece& piece : task.schedule.pieces) {
+      const int64_t bytes = box::volume(piece.loops);
+      if (box::source_span(piece.loops) != bytes) throw std::logic_error("what was received is not packed");
+      sources.push_back(run_.cuda.received.address + static_cast<cuda::DeviceAddress>(piece.source));
+      sizes.push_back(static_cast<uint32_t>(bytes));
+    }
+    task.plan.take_from_device(sources, sizes);
   }
 
   Run& run_;

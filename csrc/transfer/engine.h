@@ -24,11 +24,19 @@ struct Stats {
   int64_t converted_items = 0;  // to another dtype on their way
 };
 
+// Where the bytes of the only source are on a device, if they are. Boxes for this device are taken from there, and the
+// source is not asked for them.
+struct Received {
+  int device = kHost;
+  cuda::DeviceAddress address = 0;
+};
+
 // What a load to GPUs needs. It may be empty if no box goes to one.
 struct CudaTargets {
   cuda::PinnedRing* ring = nullptr;
   // Torch's current stream on each device: our first write waits for it, and it waits for our last one.
   std::map<int, cuda::StreamHandle> torch_streams;
+  Received received{};
 };
 
 // Boxes by where they go, which may be placed in any order.

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar, TypeVar, cast
 
@@ -30,7 +31,7 @@ from dcp_fast._torch import DistWrapper
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
 from dcp_fast.ranks.interrupts import deferred_interrupt
-from dcp_fast.transfer.sharing import ExchangeStep, Part
+from dcp_fast.transfer.sharing import ExchangeStep, Received, Sending
 
 __all__ = ["EXCHANGE_BYTES", "MIN_EXCHANGE_BYTES", "ROUND_PARTS", "Exchange", "GroupError", "OtherRankError"]
 
@@ -42,7 +43,7 @@ Result = TypeVar("Result")
 _EXCHANGES = 2  # of a load, see Sharing
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
 _HEADER_BYTES = _native.EXCHANGE_HEADER_BYTES
-_VERSION = 1  # of what ranks send each other
+_VERSION = 2  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -117,7 +118,7 @@ class Exchange:
         last: BaseException | None = None
         with deferred_interrupt() as interrupt:
             left, self._left = self._left - 1, 0  # nobody goes on after a failure that all know of
-            exchange = self._agree(encoded.value or _EMPTY_NEED, error or encoded.error)
+            exchange = self._agree(need, encoded.value or _EMPTY_NEED, error or encoded.error)
             if isinstance(exchange, _Nothing) or exchange.obstacle:
                 self._report.sharing_fallback_reason = exchange.obstacle
             else:
@@ -129,12 +130,14 @@ class Exchange:
 
     # Agreement
 
-    def _agree(self, need: bytes, error: BaseException | None) -> _native.Exchange | _Nothing:
+    def _agree(
+        self, need: _native.Need | None, encoded: bytes, error: BaseException | None
+    ) -> _native.Exchange | _Nothing:
         """The exchange that all ranks come to. Raises the error, or OtherRankError if another rank has one."""
-        digest = hashlib.sha256(need).digest()
+        digest = hashlib.sha256(encoded).digest()
         # 63 bits each, as the numbers of a tensor have signs.
         hashes = [int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8)]
-        mine = [_VERSION, error is not None, len(need), self.most_bytes, _node(), *hashes]
+        mine = [_VERSION, error is not None, len(encoded), self.most_bytes, _node(), *hashes]
         of_ranks = self._all_gather(mine)
         if error is not None:
             raise error
@@ -154,7 +157,7 @@ class Exchange:
         sizes = [of_ranks[rank][2] for rank in senders]
         if sum(sizes) > most_bytes:
             return _Nothing(f"what ranks need takes {sum(sizes)} bytes to tell, and exchange_bytes is {most_bytes}")
-        needs = self._send_needs(need, senders, sizes)
+        needs = self._send_needs(encoded, senders, sizes)
         most_bytes //= ROUND_PARTS
 
         def make() -> _native.Exchange:
@@ -167,7 +170,7 @@ class Exchange:
                 send_bytes=most_bytes,
                 receive_bytes=most_bytes,
             )
-            self._allocate(exchange)
+            self._allocate(exchange, need)
             return exchange
 
         return self._on_all_ranks(make)
@@ -210,9 +213,12 @@ class Exchange:
             raise OtherRankError
         return outcome.get()
 
-    def _allocate(self, exchange: _native.Exchange) -> None:
+    def _allocate(self, exchange: _native.Exchange, need: _native.Need | None) -> None:
         """Memory for two rounds of what is sent, and of what is received."""
         rounds = exchange.rounds
+        # What is received on the GPU that it is for stays there, unless this rank passes it on.
+        stays = self._device.type != "cpu" and (need is None or need.is_on(self._device.index))
+        self._stays = [stays and not exchange.passes_on(round) for round in range(rounds)]
         sizes = [
             max((sum(bytes_of(round)) for round in range(rounds)), default=0)
             for bytes_of in (exchange.bytes_to_send, exchange.bytes_to_receive)
@@ -221,9 +227,11 @@ class Exchange:
         def two_rounds(size: int, device: torch.device) -> list[torch.Tensor]:
             return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, rounds))]
 
-        self._sent, self._received = (two_rounds(size, torch.device("cpu")) for size in sizes)
-        is_on_host = self._device.type == "cpu"
+        host = torch.device("cpu")
+        self._sent = two_rounds(sizes[0], host)
+        self._received = two_rounds(0 if all(self._stays) else sizes[1], host)
         # What collective calls take: where the process group wants it.
+        is_on_host = self._device.type == "cpu"
         self._to_send = self._sent if is_on_host else two_rounds(sizes[0], self._device)
         self._to_receive = self._received if is_on_host else two_rounds(sizes[1], self._device)
 
@@ -243,8 +251,8 @@ class Exchange:
                 error = Outcome(interrupt).error
             if step is None or error is not None:
                 return
-            send: Part = (to_send, self._sent[to_send % 2]) if to_send < rounds else None
-            receive: Part = (to_place, self._received[to_place % 2]) if to_place >= 0 else None
+            send = Sending(to_send, self._sent[to_send % 2]) if to_send < rounds else None
+            receive = self._received_in(to_place) if to_place >= 0 else None
             if send or receive:
                 stats = Outcome(lambda: step(exchange, send, receive))
                 if stats.error is None:
@@ -277,7 +285,7 @@ class Exchange:
         self, round: int, sizes: tuple[list[int], list[int]], failed: bool, bytes_read: int
     ) -> Callable[[], None]:
         """Send and receive what belongs to a round. Returns what waits for its end."""
-        sent, received = self._sent[round % 2], self._received[round % 2]
+        sent = self._sent[round % 2]
         to_send, to_receive = sizes
         begin = 0
         for size in to_send:
@@ -288,26 +296,34 @@ class Exchange:
         there, back = self._to_send[round % 2][:begin], self._to_receive[round % 2][:count]
         if there.device.type != "cpu":
             there.copy_(sent[:begin])
+            self._report.bytes_to_device += begin
         with _group_errors():
             work = dist.all_to_all_single(back, there, to_receive, to_send, group=self._ranks.group, async_op=True)
 
         def wait() -> None:
             with _group_errors():
                 cast(dist.Work, work).wait()
-            if back.device.type != "cpu":
-                received[:count].copy_(back)
+            if back.device.type != "cpu" and not self._stays[round]:
+                self._received[round % 2][:count].copy_(back)
 
         return wait
 
+    def _received_in(self, round: int) -> Received:
+        on_device = self._to_receive[round % 2] if self._device.type != "cpu" else None
+        return Received(round, None if self._stays[round] else self._received[round % 2], on_device)
+
     def _headers(self, round: int, sizes: list[int]) -> list[tuple[bool, int]]:
         """Of each rank whether it has failed, and how many bytes it has read."""
-        headers = []
-        begin = 0
-        for size in sizes:
-            header = self._received[round % 2][begin : begin + _HEADER_BYTES].view(torch.int64)
-            headers.append((bool(header[0]), int(header[1])))
-            begin += size
-        return headers
+        begins = [0, *accumulate(sizes)][:-1]
+        if self._stays[round]:
+            received = self._to_receive[round % 2]
+            places = (torch.tensor(begins).unsqueeze(1) + torch.arange(_HEADER_BYTES)).flatten()
+            received = received.index_select(0, places.to(received.device)).cpu()
+            begins = [i * _HEADER_BYTES for i in range(len(sizes))]
+        else:
+            received = self._received[round % 2]
+        headers = (received[begin : begin + _HEADER_BYTES].view(torch.int64) for begin in begins)
+        return [(bool(header[0]), int(header[1])) for header in headers]
 
 
 def _node() -> int:

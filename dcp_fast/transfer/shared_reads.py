@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
+import torch
+
 from dcp_fast import _native
 from dcp_fast.errors import CudaError
 from dcp_fast.observe.report import LoadReport, count_stats
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import RecordRows
-from dcp_fast.transfer.sharing import ExchangeStep, Part, Sharing
+from dcp_fast.transfer.sharing import ExchangeStep, Received, Sending, Sharing
 
 __all__ = ["SharedReads"]
 
@@ -115,9 +117,13 @@ class SharedReads:
             need = find()
             return need, step
 
-        def step(exchange: _native.Exchange, send: Part, receive: Part) -> _native.RoundStats:
+        def step(exchange: _native.Exchange, send: Sending | None, receive: Received | None) -> _native.RoundStats:
             assert need is not None
-            run = partial(exchange.step, need, layouts, _memory_of(send), _memory_of(receive), options)
+            to_send = None if send is None else (send.round, *_memory_of(send.memory))
+            to_place = None if receive is None else (receive.round, *_memory_of(receive.memory))
+            there = None if receive is None else receive.on_device
+            on_device = None if there is None else (there.device.index, *_memory_of(there))
+            run = partial(exchange.step, need, layouts, to_send, to_place, options, on_device=on_device)
             try:
                 stats = self._cuda.run_step(run, options, devices) if devices else run(None, {})
             except CudaRefusedError as error:  # too late for another way
@@ -131,6 +137,6 @@ class SharedReads:
         return need if self._exchange.share(found) else None
 
 
-def _memory_of(part: Part) -> tuple[int, int, int] | None:
-    """A round, and address and size of its memory."""
-    return None if part is None else (part[0], part[1].data_ptr(), part[1].numel())
+def _memory_of(memory: torch.Tensor | None) -> tuple[int, int]:
+    """Its address and its size."""
+    return (0, 0) if memory is None else (memory.data_ptr(), memory.numel())

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from dcp_fast import _native
 
-__all__ = ["ExchangeStep", "Part", "Sharing", "sharing"]
+__all__ = ["ExchangeStep", "Received", "Sending", "Sharing", "sharing"]
 
-# A round and its memory; None: there is nothing to do.
-Part = tuple[int, torch.Tensor] | None
+
+class Sending(NamedTuple):
+    """A round that is to be sent, and the memory for it."""
+
+    round: int
+    memory: torch.Tensor
+
+
+class Received(NamedTuple):
+    """A round that was received.
+
+    Attributes:
+        memory: where it is on the host; None if that is nowhere, as nobody needs it there.
+        on_device: where it is on a GPU.
+    """
+
+    round: int
+    memory: torch.Tensor | None
+    on_device: torch.Tensor | None
 
 
 class ExchangeStep(Protocol):
-    """Reads what this rank sends in one round, while it places what it received in another one."""
+    """Reads what this rank sends in one round, while it places what it received in another one. None: neither."""
 
-    def __call__(self, exchange: _native.Exchange, send: Part, receive: Part) -> _native.RoundStats: ...
+    def __call__(
+        self, exchange: _native.Exchange, send: Sending | None, receive: Received | None
+    ) -> _native.RoundStats: ...
 
 
 class Sharing(Protocol):

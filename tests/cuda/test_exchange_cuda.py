@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ import torch.distributed.checkpoint as dcp
 from helpers import fill, torch_load, torch_reader
 from processes import SIMULATED, use_devices
 from ranks import Ranks
-from shared_reads import failure_of, load_shared
+from shared_reads import be_on_nodes, failure_of, load_shared
 from simulated_cuda.control import Simulator
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
 from dcp_fast import _native
+from dcp_fast.ranks import exchange
 
 WORLD = 2
 FAILING = 1
@@ -89,6 +91,24 @@ def test_loads(pool: Ranks, checkpoint: Path) -> None:
     pool.run(WORLD, load, checkpoint, timeout=180)
 
 
+def load_on_nodes(path: Path) -> None:
+    """What one rank of the second node receives, it passes on to the other one."""
+    begin()
+    expected, state = state_dict("cpu", [Replicate()]), state_dict("cuda", [Replicate()])
+    torch_load(expected, storage_reader=torch_reader(path))
+    rounds = load_shared(state, path).exchange_rounds
+    with be_on_nodes(2):
+        state = state_dict("cuda", [Replicate()])
+        report = load_shared(state, path)
+    assert bits(state) == bits(expected)
+    assert report.exchange_rounds > rounds
+    end()
+
+
+def test_loads_on_two_nodes(pool: Ranks, checkpoint: Path) -> None:
+    pool.run(4, load_on_nodes, checkpoint, timeout=180)
+
+
 def load_with_faults(path: Path) -> list[Any]:
     begin()
     found = []
@@ -107,3 +127,89 @@ def load_with_faults(path: Path) -> list[Any]:
 def test_reads_that_fail(pool: Ranks, checkpoint: Path) -> None:
     for found in pool.run(WORLD, load_with_faults, checkpoint, timeout=180):
         assert found == [{FAILING: "MetadataAccessError"}, *[{FAILING: "FileAccessError"}] * 3]
+
+
+# A process group such as NCCL's, which exchanges in the memory of devices. For simulated devices gloo does that too.
+only_simulated = pytest.mark.skipif(not SIMULATED, reason="gloo has no all_to_all for the memory of a real GPU")
+
+
+def exchange_on_devices() -> Any:
+    def device(_: Any) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
+
+    return mock.patch.object(exchange, "collective_device", device)
+
+
+def load_on_devices(path: Path) -> None:
+    begin()
+    simulator = Simulator()
+    with exchange_on_devices():
+        for placements in PLACEMENTS:
+            expected, state = state_dict("cpu", placements), state_dict("cuda", placements)
+            torch_load(expected, storage_reader=torch_reader(path))
+            copies = simulator.calls("cuMemcpyDtoDAsync_v2")
+            report = load_shared(state, path)
+            assert bits(state) == bits(expected), placements
+            assert report.exchange_rounds > 2
+            assert simulator.calls("cuMemcpyDtoDAsync_v2") > copies
+            # What is received does not come from the host once more: that has the sent bytes, headers, and descriptors.
+            sent = (
+                report.bytes_sent + report.bytes_read + report.exchange_rounds * 2 * 2 * _native.EXCHANGE_HEADER_BYTES
+            )
+            assert report.bytes_to_device <= 1.05 * sent
+    end()
+
+
+@only_simulated
+def test_what_devices_receive_is_placed_from_there(pool: Ranks, checkpoint: Path) -> None:
+    pool.run(WORLD, load_on_devices, checkpoint, timeout=180)
+
+
+def load_mixed(path: Path) -> None:
+    """Some tensors are for the host: what is received is needed on both."""
+    begin()
+    with exchange_on_devices():
+        for placements in PLACEMENTS:
+            expected = state_dict("cpu", placements)
+            torch_load(expected, storage_reader=torch_reader(path))
+            state = {**state_dict("cpu", placements), "single": state_dict("cuda", placements)["single"]}
+            assert load_shared(state, path).exchange_rounds > 2
+            assert bits(state) == bits(expected), placements
+    end()
+
+
+@only_simulated
+def test_tensors_on_hosts_and_devices(pool: Ranks, checkpoint: Path) -> None:
+    pool.run(WORLD, load_mixed, checkpoint, timeout=180)
+
+
+def load_on_devices_of_nodes(path: Path) -> None:
+    with exchange_on_devices():
+        load_on_nodes(path)
+
+
+@only_simulated
+def test_devices_on_two_nodes(pool: Ranks, checkpoint: Path) -> None:
+    pool.run(4, load_on_devices_of_nodes, checkpoint, timeout=180)
+
+
+def load_on_devices_with_faults(path: Path) -> list[Any]:
+    with exchange_on_devices():
+        found = load_with_faults(path)
+        state = state_dict("cuda", [Replicate()])
+        for nth in range(3):
+            begin()
+            if dist.get_rank() == FAILING:
+                Simulator().fault("cuMemcpyDtoDAsync_v2", 1 + nth, 700)
+            found.append(failure_of(partial(load_shared, state, path)))
+            if dist.get_rank() == FAILING:
+                Simulator().reset()
+            dcp_fast.release_staging()
+        return found
+
+
+@only_simulated
+def test_faults_of_devices(pool: Ranks, checkpoint: Path) -> None:
+    for found in pool.run(WORLD, load_on_devices_with_faults, checkpoint, timeout=180):
+        assert found[:4] == [{FAILING: "MetadataAccessError"}, *[{FAILING: "FileAccessError"}] * 3]
+        assert found[4:] == [{FAILING: "CudaError"}] * 3

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,18 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
+from dcp_fast.ranks import exchange
 
-__all__ = ["LAYOUTS", "ROUNDS_BYTES", "failure_of", "load_shared", "save_by_rows", "state_dict", "values_of"]
+__all__ = [
+    "LAYOUTS",
+    "ROUNDS_BYTES",
+    "be_on_nodes",
+    "failure_of",
+    "load_shared",
+    "save_by_rows",
+    "state_dict",
+    "values_of",
+]
 
 ROUNDS_BYTES = 1 << 20  # the least memory of an exchange: many rounds
 
@@ -40,6 +52,13 @@ LAYOUTS: dict[str, tuple[int, list[Any]]] = {
     "FSDP+TP": (2, [Shard(0), Shard(1)]),
     "TP rows": (2, [Shard(1), Shard(0)]),
 }
+
+
+@contextmanager
+def be_on_nodes(ranks_per_node: int) -> Iterator[None]:
+    """Take this rank for one of several nodes. The first ranks are on the first node."""
+    with mock.patch.object(exchange, "_node", return_value=dist.get_rank() // ranks_per_node):
+        yield
 
 
 def save_by_rows(path: Path) -> None:

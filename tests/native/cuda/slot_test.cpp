@@ -1,5 +1,6 @@
 #include "cuda/slot.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <string>
@@ -60,6 +61,39 @@ struct Box {
 
 uint64_t address(const std::byte* place) { return reinterpret_cast<uint64_t>(place); }
 
+// Boxes lie one after another, without gaps, and are placed from there.
+void place_from_device(const std::vector<Box>& boxes, SlotPlan plan) {
+  const auto bytes_of = [](const Box& box) { return static_cast<size_t>(box::volume(box.loops)); };
+  size_t all = 0;
+  for (const Box& box : boxes) all += bytes_of(box);
+  std::vector<std::byte> there(all);
+  std::vector<cuda::DeviceAddress> sources;
+  std::vector<uint32_t> sizes;
+  std::byte* at = there.data();
+  for (const Box& box : boxes) {
+    const box::Loops loops = packed(box.loops);
+    box::copy(at, box.source, loops.data(), loops.size());
+    sources.push_back(address(at));
+    sizes.push_back(static_cast<uint32_t>(bytes_of(box)));
+    at += bytes_of(box);
+  }
+  plan.take_from_device(sources, sizes);
+  CHECK(plan.from_device);
+  CHECK(plan.straight.empty());
+  std::vector<std::byte> staging(plan.staged_bytes, std::byte{0xEE});
+  const auto copy = [](uint64_t destination, const cuda::DeviceCopy& from) {
+    // NOLINTNEXTLINE(performance-no-int-to-ptr)
+    std::memcpy(reinterpret_cast<void*>(destination), reinterpret_cast<void*>(from.source), from.bytes);
+  };
+  for (const cuda::DeviceCopy& box : plan.to_staging) {
+    REQUIRE(box.destination + box.bytes <= plan.descriptors);
+    copy(address(staging.data()) + box.destination, box);
+  }
+  for (const cuda::DeviceCopy& box : plan.to_place) copy(box.destination, box);
+  plan.write_descriptors(staging.data());
+  place_boxes(staging.data(), plan);
+}
+
 }  // namespace
 
 TEST_CASE("slot: packed boxes arrive where a plain copy would put them") {
@@ -98,6 +132,9 @@ TEST_CASE("slot: packed boxes arrive where a plain copy would put them") {
     for (const Box& box : boxes) REQUIRE(packer.add(box.loops, address(box.destination)));
     const SlotPlan plan = packer.finish();
     CHECK(packer.empty());
+    place_from_device(boxes, plan);
+    CHECK(actual == expected);
+    std::fill(actual.begin(), actual.end(), '#');
     REQUIRE(plan.bytes <= kCapacity);
     REQUIRE(plan.offsets.size() == boxes.size());
     std::vector<std::byte> slot(plan.bytes, std::byte{0xEE});

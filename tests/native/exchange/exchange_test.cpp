@@ -56,7 +56,8 @@ struct Rank {
 };
 
 // Has all ranks come to an exchange, which is the same for all.
-void agree(std::vector<std::unique_ptr<Rank>>& ranks, const RoundLimits& limits, int64_t nodes) {
+void agree(std::vector<std::unique_ptr<Rank>>& ranks, const RoundLimits& limits, int64_t nodes,
+           const exchange::Network& network) {
   std::vector<std::vector<int64_t>> encoded;
   exchange::Ranks of_job;
   for (size_t i = 0; i < ranks.size(); ++i) {
@@ -70,7 +71,8 @@ void agree(std::vector<std::unique_ptr<Rank>>& ranks, const RoundLimits& limits,
     std::vector<Need> needs;
     needs.reserve(encoded.size());
     for (const auto& words : encoded) needs.push_back(Need::decode(words.data(), words.size()));
-    ranks[i]->exchange = std::make_unique<Exchange>(std::move(needs), of_job, static_cast<uint32_t>(i), limits);
+    ranks[i]->exchange =
+        std::make_unique<Exchange>(std::move(needs), of_job, static_cast<uint32_t>(i), limits, network);
     REQUIRE(ranks[i]->exchange->rounds() == ranks[0]->exchange->rounds());
   }
 }
@@ -116,11 +118,15 @@ TEST_CASE("ranks that share reads get what each would get alone, and read every 
     const io::IoMode mode = random_mode(random);
     std::vector<std::unique_ptr<Rank>> ranks;
     std::vector<std::string> expected;
-    const int64_t count = random.between(1, 5);
+    const int64_t count = random.between(1, 8);
+    std::vector<Item> items;
     for (int64_t rank = 0; rank < count; ++rank) {
-      std::vector<Item> items;
-      for (const Item& item : load.items) {
-        if (random.chance(70)) items.push_back(item);
+      // Many ranks are replicas of the one before.
+      if (rank == 0 || random.chance(60)) {
+        items.clear();
+        for (const Item& item : load.items) {
+          if (random.chance(70)) items.push_back(item);
+        }
       }
       ranks.push_back(std::make_unique<Rank>(load, items, options, mode));
       std::string alone = load.before[0];
@@ -130,7 +136,9 @@ TEST_CASE("ranks that share reads get what each would get alone, and read every 
       expected.push_back(std::move(alone));
     }
     const int64_t memory = random.pick(Ints{100, 5000, 1 << 20});
-    agree(ranks, {memory, memory}, random.between(1, 3));
+    // Bytes go to other nodes by relays, or not.
+    const exchange::Network network{3e9, 1e10, random.chance(70) ? 0 : 1e9};
+    agree(ranks, {memory, memory}, random.between(1, 3), network);
     const uint32_t last = ranks[0]->exchange->rounds();
     rounds += last;
     std::vector<int64_t> read(ranks.size(), 0);
@@ -186,6 +194,34 @@ TEST_CASE("files that differ between ranks are not shared") {
   const Exchange exchange(std::move(needs), {{0, 1}, {0, 0}}, 0, {100, 100});
   CHECK(exchange.obstacle().find("ranks see different files") == 0);
   CHECK(exchange.rounds() == 0);
+}
+
+TEST_CASE("a relay needs what it has received") {
+  Random random(73);
+  CheckpointFiles files(1);
+  files.add_random(random, 0, 0, {300, 300}, true);
+  files.write();
+  const Options options;
+  const Layouts layouts = files.layouts(options, io::IoMode::kCached);
+  Need need({{"x", 100000, 0}});
+  need.add(0, 0, {{90000, 1, 1}}, 4);
+  std::vector<Need> needs;
+  const std::vector<int64_t> words = need.encode();
+  needs.push_back(Need::decode(words.data(), words.size()));
+  // The last rank passes on, or the one before it.
+  const exchange::Network network{3e9, 1e10, 0};
+  int relays = 0;
+  for (const uint32_t rank : {1U, 2U}) {
+    const Exchange exchange(needs, {{0, 0, 0}, {7, 8, 8}}, rank, {1 << 20, 1 << 20}, network);
+    REQUIRE(exchange.rounds() == 3);
+    const std::vector<int64_t> sizes = exchange.bytes_to_send(2);
+    if (sum(sizes) == 3 * exchange::kHeaderBytes) continue;
+    ++relays;
+    std::string memory(static_cast<size_t>(sum(sizes)), '?');
+    RoundStats stats;
+    CHECK_THROWS_AS(exchange.pack(2, data_of(memory), nullptr, layouts, options, never, stats), std::invalid_argument);
+  }
+  CHECK(relays > 0);
 }
 
 TEST_CASE("a read that fails is an error with path and record, also while another round is placed") {

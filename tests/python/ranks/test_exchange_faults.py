@@ -22,14 +22,30 @@ from shared_reads import failure_of, load_shared, save_by_rows, state_dict, valu
 
 import dcp_fast
 from dcp_fast import _native
+from dcp_fast.ranks import exchange
 from dcp_fast.ranks.exchange import Exchange
 
 WORLD = 4
 FAILING = 2
 EIO = 5
 LAYOUT = "replicas"  # most rounds
+NODE = exchange._node
 
 Fault = Callable[[ExitStack], None]
+
+
+def be_on_nodes(ranks_per_node: int | None) -> None:
+    """Have this process take its ranks for ones of several nodes, until it is told otherwise."""
+    node = NODE if ranks_per_node is None else lambda: dist.get_rank() // ranks_per_node
+    exchange._node = node
+
+
+@pytest.fixture(params=[WORLD, 2], ids=["one node", "two nodes"], autouse=True)
+def ranks_per_node(request: pytest.FixtureRequest, ranks: Ranks) -> Iterator[int]:
+    """On two nodes what a rank reads is passed on by another one of the other node."""
+    ranks.run(WORLD, be_on_nodes, request.param)
+    yield request.param
+    ranks.run(WORLD, be_on_nodes, None)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +71,28 @@ def load_with(fault: Fault, path: Path) -> dict[int, str] | str:
     assert report.exchange_rounds > 4
     assert values_of(state) == values_of(expected)
     return failure
+
+
+def sent_to_the_other_node(path: Path) -> tuple[int, int]:
+    """What the first ranks send to the others, and what all of that takes."""
+    sent = 0
+    original = Exchange._begin_round
+
+    def begin(self: Exchange, round: int, sizes: tuple[list[int], list[int]], *args: Any) -> Any:
+        nonlocal sent
+        sent += sum(sizes[0][2:]) if dist.get_rank() < 2 else sum(sizes[0][:2])
+        return original(self, round, sizes, *args)
+
+    with mock.patch.object(Exchange, "_begin_round", begin):
+        report = load_shared(state_dict(LAYOUT), path)
+    return sent, report.bytes_needed
+
+
+def test_ranks_pass_on_what_they_received(ranks: Ranks, checkpoint: Path, ranks_per_node: int) -> None:
+    """What is tested here is tested with relays."""
+    results = ranks.run(WORLD, sent_to_the_other_node, checkpoint)
+    times = sum(sent for sent, _ in results) / results[0][1]
+    assert (times < 1.3) if ranks_per_node == 2 else (times > 1.9)
 
 
 def inject(nth: int, faults: ExitStack) -> None:
@@ -266,7 +304,7 @@ def test_memory_for_needs_is_short(ranks: Ranks, checkpoint: Path) -> None:
 
 def cut_file_short(path: Path) -> dict[int, str] | str:
     mine = path.parent / f"short {dist.get_rank()}"
-    mine.mkdir()
+    mine.mkdir(exist_ok=True)
     for file in path.iterdir():
         content = file.read_bytes()
         cut = dist.get_rank() == FAILING and file.name == "__1_0.distcp"
@@ -278,21 +316,23 @@ def test_a_truncated_file(ranks: Ranks, checkpoint: Path) -> None:
     assert ranks.run(WORLD, cut_file_short, checkpoint) == [{FAILING: "TruncatedFileError"}] * WORLD
 
 
-def die_in_round(path: Path, nth: int) -> None:
+def die_in_round(path: Path, nth: int, ranks_per_node: int) -> None:
+    be_on_nodes(ranks_per_node)
     with ExitStack() as faults:
         if dist.get_rank() == FAILING:
             act(nth, partial(os._exit, 3), faults)
         began = time.monotonic()
         failure = failure_of(partial(load_shared, state_dict(LAYOUT), path))
-        (path.parent / f"died {nth} {dist.get_rank()}").write_text(f"{time.monotonic() - began} {failure}")
+        died = path.parent / f"died {nth} {ranks_per_node} {dist.get_rank()}"
+        died.write_text(f"{time.monotonic() - began} {failure}")
     time.sleep(2)  # so that all get that far
 
 
 @pytest.mark.parametrize("nth", [0, 3])
-def test_a_rank_that_dies(fresh_ranks: Ranks, checkpoint: Path, nth: int) -> None:
+def test_a_rank_that_dies(fresh_ranks: Ranks, checkpoint: Path, nth: int, ranks_per_node: int) -> None:
     with pytest.raises(RankError):
-        fresh_ranks.run(WORLD, die_in_round, checkpoint, nth, timeout=30)
+        fresh_ranks.run(WORLD, die_in_round, checkpoint, nth, ranks_per_node, timeout=30)
     for rank in {*range(WORLD)} - {FAILING}:
-        seconds, _, failure = (checkpoint.parent / f"died {nth} {rank}").read_text().partition(" ")
+        seconds, _, failure = (checkpoint.parent / f"died {nth} {ranks_per_node} {rank}").read_text().partition(" ")
         assert float(seconds) < 10
         assert "RuntimeError" in failure or "DistBackendError" in failure

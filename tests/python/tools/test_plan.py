@@ -6,9 +6,12 @@ import io
 import json
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from helpers import Entry, fill, save, write_checkpoint
 from metadata_cases import parse_metadata
 from ranks import Ranks
 from safetensors_files import write_shards
+from shared_reads import be_on_nodes
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.tensor import Replicate, Shard, init_device_mesh
 from torch.distributed.tensor import zeros as zeros_on
@@ -25,6 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 import dcp_fast
 from dcp_fast.errors import CorruptMetadataError, FileMissingError, SizeMismatchError, TruncatedFileError
 from dcp_fast.metadata.lazy import columns_of
+from dcp_fast.ranks.exchange import Exchange
 from dcp_fast.tools.cli import main
 from dcp_fast.tools.plan import ReadPlan, Sharding, plan_reads
 
@@ -79,8 +84,23 @@ def placements_of(sharding: str, dims: int) -> list[Any]:
     return [p if not isinstance(p, Shard) or p.dim < dims else Replicate() for p in placements]
 
 
-def load_all(path: Path, shardings: list[str], is_torchs: bool) -> list[Any]:
-    """What this rank holds by torch, and what the reports say of loads with and without sharing."""
+@contextmanager
+def counted(ranks_per_node: int) -> Iterator[list[int]]:
+    """Be on one of several nodes, and count what this rank sends to others, with headers."""
+    sent = [0]
+    original = Exchange._begin_round
+    node = dist.get_rank() // ranks_per_node
+
+    def begin(self: Exchange, round: int, sizes: tuple[list[int], list[int]], *args: Any) -> Any:
+        sent[0] += sum(size for rank, size in enumerate(sizes[0]) if rank // ranks_per_node != node)
+        return original(self, round, sizes, *args)
+
+    with be_on_nodes(ranks_per_node), mock.patch.object(Exchange, "_begin_round", begin):
+        yield sent
+
+
+def load_all(path: Path, shardings: list[str], is_torchs: bool, ranks_per_node: int) -> list[Any]:
+    """What this rank holds by torch, what the reports say of loads without and with sharing, and what left its node."""
     said = []
     for sharding in shardings:
         mesh = init_device_mesh("cpu", mesh_of(sharding))
@@ -92,21 +112,24 @@ def load_all(path: Path, shardings: list[str], is_torchs: bool) -> list[Any]:
             state[name] = zeros_on(size, dtype=dtype, device_mesh=mesh, placements=placements)
         reader = (dcp_fast.FileSystemReader if is_torchs else dcp_fast.HuggingFaceStorageReader)(path, io="direct")
         reports = []
-        for share_reads in (False, True):
-            dcp_fast.load(state, storage_reader=reader, share_reads=share_reads, exchange_bytes=EXCHANGE_BYTES)
-            reports.append(dcp_fast.last_report())
-        said.append((holds, *reports))
+        with counted(ranks_per_node) as left_node:
+            for share_reads in (False, True):
+                dcp_fast.load(state, storage_reader=reader, share_reads=share_reads, exchange_bytes=EXCHANGE_BYTES)
+                reports.append(dcp_fast.last_report())
+        said.append((holds, *reports, left_node[0]))
     return said
 
 
-def compare_with_loads(ranks: Ranks, path: Path, shardings: list[str], is_torchs: bool) -> None:
+def compare_with_loads(
+    ranks: Ranks, path: Path, shardings: list[str], is_torchs: bool, ranks_per_node: int = 8
+) -> None:
     world_size = 8
-    results = ranks.run(world_size, load_all, path, shardings, is_torchs, timeout=240)
+    results = ranks.run(world_size, load_all, path, shardings, is_torchs, ranks_per_node, timeout=240)
     for number, sharding in enumerate(shardings):
-        plan = plan_reads(path, sharding, world_size, ranks_per_node=world_size, exchange_bytes=EXCHANGE_BYTES)
+        plan = plan_reads(path, sharding, world_size, ranks_per_node=ranks_per_node, exchange_bytes=EXCHANGE_BYTES)
         placed = Sharding.parse(sharding, world_size)
         for rank, result in enumerate(results):
-            holds, alone, shared = result[number]
+            holds, alone, shared, _ = result[number]
             foretold = plan.of_ranks[rank]
             for name, (sizes, offsets) in holds.items():
                 wanted = placed.chunk(SIZES[name][0], placed.place_of(rank))
@@ -128,6 +151,8 @@ def compare_with_loads(ranks: Ranks, path: Path, shardings: list[str], is_torchs
                 most = rounds * (world_size - 1) * HEADERS + world_size * most_others
                 assert 0 <= real - expected <= most, (sharding, rank)
         assert plan.sent_bytes == sum(reads.received_bytes for reads in plan.of_ranks)
+        left_nodes = sum(result[number][3] for result in results) - plan.between_nodes_bytes
+        assert 0 <= left_nodes <= world_size * most
         assert plan.needed_once_bytes == sum(tensor.nbytes for tensor in tensors().values())
 
 
@@ -137,6 +162,12 @@ def test_loads_read_what_was_foretold(ranks: Ranks, checkpoint: Path) -> None:
 
 def test_loads_of_safetensors_read_what_was_foretold(ranks: Ranks, safetensors: Path) -> None:
     compare_with_loads(ranks, safetensors, list(SHARDINGS), is_torchs=False)
+
+
+@pytest.mark.parametrize("ranks_per_node", [4, 3])
+def test_loads_on_nodes_send_what_was_foretold(ranks: Ranks, checkpoint: Path, ranks_per_node: int) -> None:
+    shardings = ["replicate", "columns", "hsdp:4x2", "fsdp+tp:2x4"]
+    compare_with_loads(ranks, checkpoint, shardings, is_torchs=True, ranks_per_node=ranks_per_node)
 
 
 def planned(path: Path, sharding: str = "replicate", ranks: int = 4, **options: Any) -> ReadPlan:
@@ -149,9 +180,9 @@ def test_replicas_on_nodes(checkpoint: Path) -> None:
     assert plan.needed_bytes == 4 * plan.needed_once_bytes
     assert plan.alone_bytes >= plan.needed_bytes
     assert plan.needed_once_bytes <= plan.shared_bytes < 1.05 * plan.needed_once_bytes
-    # Each byte goes to three others, two of which are on the other node.
+    # Each byte goes to three others, of which two are on the other node: one passes it on.
     assert plan.sent_bytes == 3 * plan.needed_once_bytes
-    assert plan.between_nodes_bytes == 2 * plan.needed_once_bytes
+    assert plan.between_nodes_bytes == plan.needed_once_bytes
     assert planned(checkpoint, ranks=4).between_nodes_bytes == 0
 
 
@@ -269,7 +300,7 @@ def test_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"({plan.needed_once_bytes:,} bytes), each byte once" in lines["needed"]
     assert f"({plan.alone_bytes:,} bytes), 2" in lines["read alone"]
     assert f"({plan.shared_bytes:,} bytes), 1" in lines["read shared"]
-    assert lines["sent"].endswith(" in 1 round")
+    assert lines["sent"].endswith(f" in {plan.rounds} rounds")
     assert f"({plan.between_nodes_bytes:,} bytes)" in lines["between nodes"]
     assert lines["time shared"].startswith(f"{plan.shared_bytes / 5e8:.3g} s")
     heading, *rows = table.splitlines()
