@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dcp_fast.values.inert import RefusedError, expect
+from dcp_fast.unpickling import RefusedError, expect
 
 __all__ = ["calls", "state_setter"]
 

@@ -20,8 +20,7 @@ from dcp_fast._torch import (
     tensor_types,
     weights_only_unpickler,
 )
-from dcp_fast.copies import cost_of
-from dcp_fast.values.inert import NAMESPACES, check_attributes, expect
+from dcp_fast.unpickling import NAMESPACES, check_attributes, cost_of, expect
 
 __all__ = ["call_of_torch", "known_to_torch", "set_tensor"]
 
