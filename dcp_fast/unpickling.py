@@ -16,16 +16,6 @@ from typing import IO, Any, ClassVar
 
 import torch
 
-__all__ = [
-    "NAMESPACES",
-    "RefusedError",
-    "RestrictedUnpickler",
-    "check_attributes",
-    "cost_of",
-    "expect",
-    "refused_opcode",
-]
-
 # Their values have whatever attributes a pickle gives them.
 NAMESPACES: tuple[type, ...] = (argparse.Namespace, types.SimpleNamespace)
 _Unpickler: Any = pickle._Unpickler

@@ -30,13 +30,6 @@ from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.metadata.unpickler import MetadataUnpickler, MissingError
 from dcp_fast.unpickling import RefusedError
 
-__all__ = [
-    "make_metadata",
-    "parse_blocks",
-    "parse_metadata",
-    "read_metadata",
-]
-
 _REFUSED = (
     "which is not on the list of what is made of metadata, and may run code. If you trust the file, "
     "trust_metadata=True of load, FileSystemReader or install unpickles it as torch does"

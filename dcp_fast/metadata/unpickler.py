@@ -23,8 +23,6 @@ from dcp_fast._torch import PROPERTIES_HAVE_STRIDES, get_layout
 from dcp_fast.metadata.allowed import DATA_CLASSES, ENUMS, PATHS, PROPERTIES, find_allowed
 from dcp_fast.unpickling import RefusedError, RestrictedUnpickler, cost_of, expect, refused_opcode
 
-__all__ = ["MetadataUnpickler", "MissingError"]
-
 _ATOMS = (str, int, float, complex, bool, bytes, type(None), *PATHS)
 
 

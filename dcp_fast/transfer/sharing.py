@@ -10,8 +10,6 @@ import torch
 
 from dcp_fast import _native
 
-__all__ = ["ExchangeStep", "Part", "Sharing", "sharing"]
-
 # A round and its memory; None: there is nothing to do.
 Part = tuple[int, torch.Tensor] | None
 

@@ -15,8 +15,6 @@ from typing import Any
 
 from dcp_fast.unpickling import RefusedError, expect
 
-__all__ = ["calls", "state_setter"]
-
 _MOST_BYTES = 1 << 62
 _DTYPE = re.compile(r"[biufcmMSUV][0-9]{1,9}")
 _UNITS = (b"Y", b"M", b"W", b"D", b"h", b"m", b"s", b"ms", b"us", b"ns", b"ps", b"fs", b"as", b"generic")

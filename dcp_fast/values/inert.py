@@ -23,8 +23,6 @@ from typing import Any
 
 from dcp_fast.unpickling import NAMESPACES, RefusedError, check_attributes, expect
 
-__all__ = ["CALLS", "CONSTANTS", "STATES", "check_key"]
-
 _NONE = type(None)
 # What a defaultdict may make when a key is missing: without arguments each of these makes something empty.
 _FACTORIES: tuple[type, ...] = (

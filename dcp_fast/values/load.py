@@ -19,8 +19,6 @@ from dcp_fast.errors import CorruptPickleError, UntrustedBytesError, torch_load_
 from dcp_fast.unpickling import RefusedError
 from dcp_fast.values.unpickler import Unpickler, find_allowed, python3_name, users_globals
 
-__all__ = ["load_untrusted"]
-
 # A record in the format before torch 1.6: a magic number, a version, the machine and the value, each a pickle.
 _LEGACY_PICKLES = 4
 _TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")

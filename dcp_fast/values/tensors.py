@@ -22,8 +22,6 @@ from dcp_fast._torch import (
 )
 from dcp_fast.unpickling import NAMESPACES, check_attributes, cost_of, expect
 
-__all__ = ["call_of_torch", "known_to_torch", "set_tensor"]
-
 # The place of the backward hooks among the arguments, which torch calls one day.
 _HOOKS = {
     "_rebuild_parameter": 2,

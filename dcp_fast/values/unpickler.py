@@ -23,8 +23,6 @@ from dcp_fast.values import arrays
 from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, check_key
 from dcp_fast.values.tensors import call_of_torch, known_to_torch, set_tensor
 
-__all__ = ["Unpickler", "find_allowed", "python3_name", "users_globals"]
-
 
 def users_globals() -> dict[str, Any]:
     """What ``torch.serialization.add_safe_globals`` allows, by the names in a pickle."""
