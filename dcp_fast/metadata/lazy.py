@@ -12,8 +12,6 @@ from dcp_fast import _native
 from dcp_fast.collector import paused_collection
 from dcp_fast.metadata.entries import Source
 
-__all__ = ["LazyDict", "columns_of"]
-
 Key = TypeVar("Key")
 Item = TypeVar("Item")
 

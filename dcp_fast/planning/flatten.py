@@ -7,8 +7,6 @@ from typing import Any
 
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 
-__all__ = ["flatten_at_once"]
-
 _INERT = frozenset((int, float, bool, str, bytes, type(None)))
 _DICTS = frozenset((dict, OrderedDict))
 

@@ -21,8 +21,6 @@ from dcp_fast.switches import original_of
 from dcp_fast.this_load import option
 from dcp_fast.values.load import load_untrusted
 
-__all__ = ["DefaultLoadPlanner", "create_local_plan", "faster_method", "load_bytes", "put_value", "set_up_planner"]
-
 # torch's variables, and what it takes for a yes.
 _FORCED = ("WEIGHTS_ONLY", "NO_WEIGHTS_ONLY")
 _TRUE = ("1", "y", "yes", "true")

@@ -30,8 +30,6 @@ from dcp_fast.observe.report import current_report
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, bytes_item
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 
-__all__ = ["create_default_local_load_plan", "create_read_items_for_chunk_list", "global_size"]
-
 logger = logging.getLogger("dcp_fast")
 
 

@@ -6,8 +6,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from typing_extensions import TypeIs
 
-__all__ = ["is_whole", "plain_local_tensor"]
-
 _WHOLE_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 

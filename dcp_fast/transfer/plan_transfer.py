@@ -36,8 +36,6 @@ from dcp_fast.transfer.shared_reads import SharedReads
 from dcp_fast.transfer.sharing import Sharing
 from dcp_fast.transfer.windows import Placement, Windows
 
-__all__ = ["PlanTransfer"]
-
 _MOST_DEVICES = 64  # of a process
 # Figures of a report that start again where an attempt ends because a driver refuses what it needs.
 _COUNTED_ANEW = (

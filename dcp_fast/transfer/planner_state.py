@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-__all__ = ["Change", "PlannerState", "version_of"]
-
 # Each does to one container what a hook did.
 Change = list[Callable[[], None]]
 

@@ -20,8 +20,6 @@ from dcp_fast.planning.hooks import has_default_bytes, has_default_commit, has_d
 from dcp_fast.transfer.destinations import address_of
 from dcp_fast.transfer.planner_state import PlannerState, version_of
 
-__all__ = ["Placement", "Windows"]
-
 _MOST_ITEMS = 4096
 # So many items must have left the planner as it was before there is a window of more than one.
 _QUIET_ITEMS = 4
