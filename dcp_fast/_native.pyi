@@ -251,6 +251,7 @@ class PlannedBoxes:
 
 WHOLE: int  # a request for a whole tensor: its entry, and this in place of the number of wanted chunks
 
+def holds(container: object, elements: list[Any]) -> bool | None: ...  # None: not a dict, list or class of Python's own
 def flatten(
     state_dict: dict[str, Any], tensors: tuple[type, ...], ordered_dict: type
 ) -> tuple[dict[str, Any], dict[str, tuple[str | int, ...]]] | None: ...
