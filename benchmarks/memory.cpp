@@ -136,6 +136,20 @@ void place(const Setting& setting, const Box& box, int64_t row, const char* from
   }
 }
 
+// Has the system find memory for a destination that was never touched, which is faster than a fault for each page.
+void populate(const Setting& setting, const Box& box) {
+#ifdef MADV_POPULATE_WRITE
+  const int64_t written = setting.to_bfloat16 != 0 ? box.row_bytes / 2 : box.row_bytes;
+  if (box.rows > 1 && box.step != written) return;
+  const auto lead = static_cast<int64_t>(reinterpret_cast<uintptr_t>(box.destination) % kPage);
+  const int64_t size = lead + box.rows * written;
+  char* pages = box.destination - lead;
+  unsigned char is_there = 1;
+  if (::mincore(pages + size / 2 / kPage * kPage, kPage, &is_there) != 0 || (is_there & 1) != 0) return;
+  ::madvise(pages, static_cast<size_t>(size), MADV_POPULATE_WRITE);
+#endif
+}
+
 void copy_mapped(const Setting& setting, const Box& box, int fd) {
   const int64_t begin = box.offset / kPage * kPage;
   const int64_t end = box.offset + (box.rows - 1) * box.stride + box.row_bytes;
@@ -224,6 +238,7 @@ extern "C" double copy_boxes(const int32_t* fds, const Box* boxes, int64_t count
     try {
       for (size_t i = next++; i < parts.size() && error == 0; i = next++) {
         const int fd = fds[parts[i].file];
+        populate(setting, parts[i]);
         if (setting.mapped != 0) {
           copy_mapped(setting, parts[i], fd);
         } else if (setting.to_bfloat16 != 0) {

@@ -8,6 +8,13 @@ namespace dcp_fast::io {
 
 namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
+
+// Up to two pages more, if they make whole huge pages: the system then places the memory so that it consists of them.
+// Blocks leave as much for a beginning and an end within a page (Limits).
+size_t rounded_up(size_t size) {
+  const size_t huge = (size + kHugePage - 1) / kHugePage * kHugePage;
+  return huge - size <= 2 * kPageBytes ? huge : (size + kPageBytes - 1) / kPageBytes * kPageBytes;
+}
 }
 
 AlignedBuffer::~AlignedBuffer() {
@@ -19,7 +26,7 @@ std::byte* AlignedBuffer::reserve(size_t size) {
   if (data_ != nullptr) ::munmap(data_, capacity_);
   data_ = nullptr;
   capacity_ = 0;
-  const size_t rounded = (size + kPageBytes - 1) / kPageBytes * kPageBytes;
+  const size_t rounded = rounded_up(size);
   if (rounded < size) throw std::bad_alloc();
   void* memory = ::mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();

@@ -70,7 +70,6 @@ struct MappedCopy {
   int64_t offset = 0;  // the range of the source that is looked at
   size_t size = 0;
   size_t needed = 0;        // how many of its bytes are copied
-  size_t written = 0;       // how many bytes they become
   MemoryRange destination;  // where they all go
   // Copies them from where the range begins. It obeys the rules of copy_guarded.
   std::function<void(const std::byte*)> copy;

@@ -1,7 +1,6 @@
 #include "io/file.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -105,24 +104,6 @@ class Request {
   IoCounters& counters_;
   const trace::Clock::time_point begin_;
 };
-
-// Has the system find memory for a destination that was never touched, all at once. That takes a third less time than
-// the faults of a copy, one a page. Nothing is lost where it cannot.
-void populate(MemoryRange range) {
-  static const auto page_bytes = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const auto* begin = range.begin - reinterpret_cast<uintptr_t>(range.begin) % page_bytes;
-  const auto size = static_cast<size_t>(range.end - begin);
-  void* pages = const_cast<std::byte*>(begin);
-  unsigned char is_there = 1;
-  void* middle = const_cast<std::byte*>(begin + size / 2 / page_bytes * page_bytes);
-  if (::mincore(middle, page_bytes, &is_there) != 0 || (is_there & 1) != 0) return;
-#ifdef MADV_POPULATE_WRITE
-  static_cast<void>(::madvise(pages, size, MADV_POPULATE_WRITE));
-#else
-  constexpr int kPopulateWrite = 23;  // of Linux 5.14, newer than the headers
-  static_cast<void>(::madvise(pages, size, kPopulateWrite));
-#endif
-}
 
 int reason_of(GuardedCopy result) {
   switch (result) {
@@ -288,7 +269,6 @@ bool File::copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters&
   Request request(path(), copy.offset, copy.size, counters);
   int reason = window.show(fd_, copy.offset, copy.size, size());
   if (reason == 0) {
-    if (copy.written >= static_cast<size_t>(copy.destination.end - copy.destination.begin)) populate(copy.destination);
     const std::byte* data = window.at(copy.offset);
     reason = reason_of(copy_guarded(window.range(), copy.destination, [&] { copy.copy(data); }));
     // A file that is cut short within a page has zeros there, and no fault. Then its last byte is gone too.

@@ -23,8 +23,9 @@ enum class Readers {
 };
 
 // What access() asks for past the page cache, where requests that are under way at once keep a disk busy. Some 32 MiB
-// at once do, in requests of 2 MiB or more.
-inline constexpr Access kDirectAccess{256 << 10, 16 << 20, 4, true};
+// at once do, in requests of 2 MiB or more. The smallest such requests are best: a thread that copies what it has read
+// has none under way, and is one of many.
+inline constexpr Access kDirectAccess{256 << 10, 2 << 20, 16, true};
 
 // What access() asks for where a file is not in the page cache and other ranks of this machine need it too. They may
 // not read it at this moment, so that this rank alone has enough under way.

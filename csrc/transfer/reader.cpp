@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "copy/populate.h"
 #include "io/file.h"
 #include "trace/recorder.h"
 
@@ -79,16 +80,37 @@ bool lie_close(const box::Loops& loops, int64_t max_gap) {
   return true;
 }
 
+// From the first byte of its destination to the last.
+int64_t span_of_destination(const Piece& piece) {
+  const int64_t span = box::destination_span(piece.loops);
+  // The last loop is over the bytes of an element on the source side.
+  return piece.conversion == nullptr ? span : span + piece.conversion->to_bytes - piece.conversion->from_bytes;
+}
+
+int64_t bytes_written(const Piece& piece) {
+  const int64_t bytes = box::volume(piece.loops);
+  return piece.conversion == nullptr ? bytes : bytes / piece.conversion->from_bytes * piece.conversion->to_bytes;
+}
+
 io::MemoryRange destination_of(const Piece* pieces, const Piece* end) {
   io::MemoryRange range{pieces->destination, pieces->destination};
   for (const Piece* piece = pieces; piece != end; ++piece) {
     range.begin = std::min<const std::byte*>(range.begin, piece->destination);
-    int64_t span = box::destination_span(piece->loops);
-    // The last loop is over the bytes of an element on the source side.
-    if (piece->conversion != nullptr) span += piece->conversion->to_bytes - piece->conversion->from_bytes;
-    range.end = std::max<const std::byte*>(range.end, piece->destination + span);
+    range.end = std::max<const std::byte*>(range.end, piece->destination + span_of_destination(*piece));
   }
   return range;
+}
+
+// For less, asking the system costs as much as it saves.
+constexpr int64_t kMinPopulated = 256 << 10;
+
+void populate_destinations(const Piece* piece, const Piece* end) {
+  for (; piece != end; ++piece) {
+    const int64_t span = span_of_destination(*piece);
+    if (span >= kMinPopulated && span == bytes_written(*piece)) {
+      copy::populate(piece->destination, static_cast<size_t>(span));
+    }
+  }
 }
 
 // Copies pieces that lie close together from a mapping. False if they are to be read.
@@ -104,21 +126,15 @@ bool copy_mapped(const Policy& policy, const io::ByteSource& source, Worker& wor
     return false;
   }
   int64_t needed = 0;
-  int64_t written = 0;
-  for (const Piece* piece = pieces; piece != end; ++piece) {
-    const int64_t bytes = box::volume(piece->loops);
-    needed += bytes;
-    written +=
-        piece->conversion != nullptr ? bytes / piece->conversion->from_bytes * piece->conversion->to_bytes : bytes;
-  }
+  for (const Piece* piece = pieces; piece != end; ++piece) needed += box::volume(piece->loops);
   const auto copy = [=](const std::byte* data) {
     for (const Piece* piece = pieces; piece != end; ++piece) {
       place(*piece, data + (piece->source - begin));
     }
   };
-  return source.copy_mapped({begin, static_cast<size_t>(size), static_cast<size_t>(needed),
-                             static_cast<size_t>(written), destination_of(pieces, end), copy},
-                            worker.window, *worker.counters);
+  return source.copy_mapped(
+      {begin, static_cast<size_t>(size), static_cast<size_t>(needed), destination_of(pieces, end), copy}, worker.window,
+      *worker.counters);
 }
 
 // One request for all pieces and what lies between them.
@@ -188,6 +204,7 @@ void Reader::run(const Schedule& schedule, const Task& task, Worker& worker) {
       if (policy.shared && lie_close(piece->loops, kMaxSharedGap)) {
         source.read_ahead(static_cast<size_t>(task.range.end - task.range.begin), task.range.begin);
       }
+      populate_destinations(piece, piece + task.count);
       if (task.count > 1 || policy.reads_through(piece->loops, 0)) {
         read_through(policy, source, worker, piece, task.count);
       } else {

@@ -35,8 +35,7 @@ bool copy_mapped(const io::File& file, std::string& to, int64_t offset, IoCounte
   auto* begin = reinterpret_cast<std::byte*>(to.data());
   const auto copy = [&](const std::byte* data) { std::memcpy(begin, data, to.size()); };
   io::MappedWindow window;
-  return file.copy_mapped({offset, to.size(), to.size(), to.size(), {begin, begin + to.size()}, copy}, window,
-                          counters);
+  return file.copy_mapped({offset, to.size(), to.size(), {begin, begin + to.size()}, copy}, window, counters);
 }
 
 // As the engine does: what cannot be copied is read.
@@ -120,8 +119,7 @@ TEST_CASE("a window stays where it is as long as it shows what is asked for") {
   const auto check = [&](size_t offset, int64_t mappings) {
     IoCounters counters;
     const auto at = static_cast<int64_t>(offset);
-    REQUIRE(
-        file.copy_mapped({at, to.size(), to.size(), to.size(), {begin, begin + to.size()}, copy}, window, counters));
+    REQUIRE(file.copy_mapped({at, to.size(), to.size(), {begin, begin + to.size()}, copy}, window, counters));
     REQUIRE(to.compare(0, to.size(), bytes, offset, to.size()) == 0);
     CHECK(calls.calls() == mappings);
   };
@@ -212,7 +210,7 @@ TEST_CASE("a destination without memory is an error, as for reads") {
     const auto copy = [&](const std::byte* data) { std::memcpy(to.data(), data, to.size()); };
     const io::MemoryRange range{to.data(), to.data() + to.size()};
     io::MappedWindow window;
-    if (!file.copy_mapped({0, to.size(), to.size(), to.size(), range, copy}, window, counters)) {
+    if (!file.copy_mapped({0, to.size(), to.size(), range, copy}, window, counters)) {
       std::byte* begin = to.data() + 4096;  // a read stops at the first page that is not there
       file.read_exactly(begin, to.size() - 4096, 4096, counters);
     }

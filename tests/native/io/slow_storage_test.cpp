@@ -137,8 +137,7 @@ TEST_CASE("slow storage: the engine takes its files for those of a network") {
   io::MappedWindow window;
   std::string destination(bytes.size(), '?');
   const auto* memory = reinterpret_cast<const std::byte*>(destination.data());
-  const io::MappedCopy copy{
-      0, bytes.size(), bytes.size(), bytes.size(), {memory, memory + bytes.size()}, [](const std::byte*) {}};
+  const io::MappedCopy copy{0, bytes.size(), bytes.size(), {memory, memory + bytes.size()}, [](const std::byte*) {}};
   CHECK(!file.copy_mapped(copy, window, counters));
   CHECK(counters.unmapped == ENODEV);
 }
