@@ -10,6 +10,7 @@ import torch
 
 from dcp_fast import _native
 
+
 class Sending(NamedTuple):
     """A round that is to be sent, and the memory for it."""
 
