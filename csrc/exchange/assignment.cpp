@@ -1,6 +1,7 @@
 #include "exchange/assignment.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -293,20 +294,32 @@ void Assignment::choose_owners(const std::vector<uint64_t>& signatures) {
   for (size_t i = 0; i < units_.size(); ++i) total += bytes_to_read(i);
   const auto ranks = static_cast<int64_t>(job_.nodes.size());
   const int64_t most_block = std::clamp(total / (kBlocksPerRank * ranks), kLeastUnit, kMostBlock);
+  // The needs that have bytes of a unit, in ascending order.
+  const auto needs_of = [this](size_t unit) {
+    std::vector<uint32_t> needs;
+    const auto [first, last] = shares(unit);
+    for (const Share* share = first; share != last; ++share) needs.push_back(share->need);
+    return needs;
+  };
   for (size_t begin = 0; begin < units_.size();) {
-    size_t end = begin;
-    int64_t bytes = 0;
-    while (end < units_.size() && units_[end].file == units_[begin].file && signatures[end] == signatures[begin] &&
-           (end == begin || bytes + bytes_to_read(end) <= most_block)) {
-      bytes += bytes_to_read(end++);
+    std::vector<uint32_t> candidates = needs_of(begin);  // have bytes of each unit of the block
+    int64_t bytes = bytes_to_read(begin);
+    size_t end = begin + 1;
+    for (; end < units_.size() && units_[end].file == units_[begin].file && signatures[end] == signatures[begin] &&
+           bytes + bytes_to_read(end) <= most_block;
+         ++end) {
+      const std::vector<uint32_t> next = needs_of(end);
+      std::vector<uint32_t> both;
+      std::set_intersection(candidates.begin(), candidates.end(), next.begin(), next.end(), std::back_inserter(both));
+      if (both.empty()) break;  // rows are longer than units, or small pieces have other neighbours
+      candidates = std::move(both);
+      bytes += bytes_to_read(end);
     }
     bool found = false;
     uint32_t owner = 0;
     const auto load = [&](uint32_t of) { return std::tuple(node_bytes[job_.nodes[of]], read_bytes_[of], of); };
-    // All units of a block have the needs of the first one, but for small pieces.
-    const auto [first, last] = shares(begin);
-    for (const Share* share = first; share != last; ++share) {
-      const CommonNeed& common = job_.needs[share->need];
+    for (const uint32_t need : candidates) {
+      const CommonNeed& common = job_.needs[need];
       for (const Group& group : common.groups) {
         if (found && node_bytes[group.node] > node_bytes[job_.nodes[owner]]) continue;
         for (uint32_t i = group.begin; i < group.end; ++i) {

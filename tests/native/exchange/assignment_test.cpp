@@ -1,7 +1,9 @@
 #include "exchange/assignment.h"
 
 #include <chrono>
+#include <numeric>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "doctest/doctest.h"
@@ -103,6 +105,52 @@ TEST_CASE("columns of rows that others read are read once, and sent sliced") {
   const Assignment assignment = assign(job, kLimits);
   CHECK(check(job, assignment, kLimits) == 320 * kMiB);
   CHECK(imbalance(assignment) <= 1.1);
+}
+
+TEST_CASE("columns of rows that are longer than units are read by the ranks that need them") {
+  constexpr int64_t kRow = 64 * kMiB;
+  Job job = job_of(4, 2, 3 * kRow, [&](Need& need, size_t rank, int64_t at) {
+    need.add(0, at + static_cast<int64_t>(rank) * kRow / 4, columns(3, kRow, kRow / 4), 4);
+  });
+  job.each_its_own();
+  const Assignment assignment = assign(job, kLimits);
+  CHECK(check(job, assignment, kLimits) == 6 * kRow);
+  const std::vector<int64_t> sent = assignment.traffic().sent;
+  CHECK(std::accumulate(sent.begin(), sent.end(), int64_t{0}) <= kRow);  // of units across a border of columns
+  CHECK(imbalance(assignment) <= 1.1);
+}
+
+TEST_CASE("a small piece makes nobody the owner of what follows its neighbour") {
+  Random random(64);
+  for (int i = 0; i < 100; ++i) {
+    CAPTURE(i);
+    // Boxes that overlap in part, of any size, and ranks that need some of them.
+    const int64_t size = random.pick(Ints{5000, 300000, 3 * kMiB, 40 * kMiB});
+    Job job;
+    std::vector<std::pair<int64_t, box::Loops>> boxes;
+    for (int box = 0; box < 12; ++box) {
+      const int64_t row = random.between(2, std::max<int64_t>(2, size / 400)) * 4;
+      boxes.emplace_back(random.between(0, size / 8) * 4,
+                         random.chance(60) ? rows(random.between(1, size / 8) * 4)
+                                           : columns(random.between(2, 50), row, random.between(1, row / 4 - 1) * 4));
+    }
+    const auto count = static_cast<uint32_t>(random.between(2, 10));
+    for (uint32_t n = 0; n < count; ++n) {
+      Need need({{"x", 4 * size, 0}});
+      for (const auto& [begin, loops] : boxes) {
+        if (random.chance(50)) need.add(0, begin, loops, 4);
+      }
+      need.number_files({0});
+      job.needs.push_back(std::move(need));
+    }
+    for (uint32_t rank = 0; rank < count + 9; ++rank) {
+      job.ranks.needs.push_back(rank % count);
+      job.ranks.nodes.push_back(random.chance(30) ? 0 : random.between(0, 5));
+    }
+    const Ints memory = {64 << 10, 256 << 10, 5 * kMiB};
+    const RoundLimits limits{random.pick(memory), random.pick(memory)};
+    check(job, assign(job, limits), limits);
+  }
 }
 
 TEST_CASE("each rank reads what it alone needs") {

@@ -109,8 +109,7 @@ inline int64_t check(const Job& job, const exchange::Assignment& assignment, con
       of_need[share->need] += bytes;
       owner_needs_it = owner_needs_it || std::count(of_ranks.begin(), of_ranks.end(), unit.owner) == 1;
     }
-    // Small pieces go with their neighbours.
-    if (unit.end - unit.begin > 128 << 10) REQUIRE(owner_needs_it);
+    REQUIRE(owner_needs_it);
   }
   std::vector<int64_t> of_rank(ranks, 0);
   for (size_t i = 0; i < needs.size(); ++i) {
