@@ -1,7 +1,8 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from typing_extensions import Buffer, Self
 
 DTYPES: tuple[str, ...]
@@ -196,6 +197,7 @@ class MetadataColumns:
     def fqns(self) -> list[str]: ...
     def find_entry(self, fqn: str) -> int: ...  # -1: there is none
     def find_size(self, fqn: str) -> tuple[int, tuple[int, ...] | None] | None: ...
+    def are_keys_of(self, values: dict[str, Any]) -> bool: ...  # all fqns()
     def entry_fields(
         self, entry: int
     ) -> tuple[int, int, bool, int, bool, bool, tuple[int, ...], tuple[int, ...] | None] | None: ...
@@ -251,6 +253,31 @@ class PlannedBoxes:
     def rows(self, records: PlannedRecords) -> Rows: ...  # for Program
 
 WHOLE: int  # a request for a whole tensor: its entry, and this in place of the number of wanted chunks
+
+def holds(container: object, elements: list[Any]) -> bool | None: ...  # None: not a dict, list or class of Python's own
+def flatten(
+    state_dict: dict[str, Any], tensors: tuple[type, ...], ordered_dict: type
+) -> tuple[dict[str, Any], dict[str, tuple[str | int, ...]]] | None: ...
+
+class Requests:
+    """What is wanted of tensors: one request for each."""
+
+    fqns: list[str]
+    wanted: list[Sequence[ChunkStorageMetadata] | None]  # chunks of each; None: a whole tensor
+    def __init__(
+        self,
+        columns: MetadataColumns,
+        made: dict[str, Any],  # entries that are left to Python
+        dtensor: type,
+        whole: tuple[type, ...],
+        placements: tuple[type, ...],
+        overrides: tuple[str, ...],
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def add_all(self, items: Iterable[tuple[str, Any]], other: Callable[[str, Any], None]) -> None: ...
+    def add(self, fqn: str, entry: int, chunks: list[ChunkStorageMetadata], values: Sequence[int]) -> None: ...
+    def learn(self, dtensor: Any, chunks: list[ChunkStorageMetadata], values: Sequence[int]) -> None: ...
+    def find_boxes(self) -> PlannedBoxes: ...
 
 def find_boxes(columns: MetadataColumns, requests: Sequence[int]) -> PlannedBoxes: ...
 def find_overlaps(

@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.utils import _api_bc_check as api_bc_check
 from torch.distributed.checkpoint.utils import _DistWrapper as DistWrapper
 from torch.distributed.checkpoint.utils import _get_failure_dict as get_failure_dict
 from torch.distributed.distributed_c10d import _get_object_coll_device as get_object_coll_device
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.serialization import _get_layout
 from torch.serialization import _is_zipfile as is_zipfile
 from torch.serialization import _legacy_load as _load_legacy
@@ -110,6 +111,7 @@ __all__ = [
     "StorageInfo",
     "StoragePrefix",
     "StorageReaderTransforms",
+    "StridedShard",
     "api_bc_check",
     "create_chunk_list",
     "create_read_items",

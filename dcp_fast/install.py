@@ -36,8 +36,6 @@ from dcp_fast.readers.huggingface import read_headers_of, read_quantized_headers
 from dcp_fast.readers.others import accelerated_read_data, read_data_like_torch
 from dcp_fast.switches import method_switch, original_of, set_switches, switch
 
-__all__ = ["Installation", "install", "uninstall"]
-
 # Each gets torch's method, bound, as its first argument.
 _METHODS: list[tuple[type, str, Callable[..., Any]]] = [
     (filesystem.FileSystemReader, "read_metadata", fast_filesystem.read_metadata_of),

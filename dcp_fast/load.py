@@ -28,8 +28,6 @@ from dcp_fast.readers.huggingface import HuggingFaceStorageReader
 from dcp_fast.readers.others import fast_twin
 from dcp_fast.readers.proof import has_torchs_read_data
 
-__all__ = ["is_stateful", "load", "load_state_dict", "load_state_dict_on_all_ranks"]
-
 _NO_STATEFULS = frozenset(
     {torch.Tensor, torch.nn.Parameter, DTensor, type(None), bool, int, float, str, bytes, tuple, list, dict}
 )

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-__all__ = ["method_switch", "original_of", "set_switches", "switch"]
-
 _are_on = False
 # By switch: the function whose place it takes. Whoever kept a switch may call it after the installation.
 _originals: dict[object, Callable[..., Any]] = {}

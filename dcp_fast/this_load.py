@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["Options", "option", "this_load"]
-
 # Each is the reader or planner, the name of its attribute, and the value.
 Options = Iterable[tuple[object, str, Any]]
 

@@ -130,6 +130,16 @@ py::object find_size(const Columns& columns, const py::str& fqn) {
   return py::make_tuple(number, to_python(columns.numbers.data() + entry.size, entry.dims));
 }
 
+// Whether all keys of state_dict_metadata are keys of a dict.
+bool are_keys_of(const Columns& columns, const py::dict& values) {
+  if (values.size() < columns.entries.size()) return false;
+  size_t found = 0;
+  for (const auto& [key, value] : values) {
+    if (PyUnicode_CheckExact(key.ptr()) && find_entry(columns, py::reinterpret_borrow<py::str>(key)) >= 0) ++found;
+  }
+  return found == columns.entries.size();
+}
+
 int64_t find_row(const Columns& columns, const py::str& fqn, const std::optional<std::vector<int64_t>>& offset) {
   const uint32_t index = columns.fqns.find(Utf8(fqn).view());
   if (index == metadata::TextTable::kNone) return -1;
@@ -311,6 +321,7 @@ void bind_metadata(py::module_& module) {
       .def("fqns", [](const Columns& columns) { return texts(columns.fqns, columns.entries.size()); })
       .def("find_entry", &find_entry, py::arg("fqn"))
       .def("find_size", &find_size, py::arg("fqn"))
+      .def("are_keys_of", &are_keys_of, py::arg("values"))
       .def("entry_fields", &entry_fields, py::arg("entry"))
       .def("chunks", &chunks, py::arg("entry"))
       .def_readonly("has_storage", &Columns::has_storage)

@@ -76,6 +76,8 @@ PYBIND11_MODULE(_native, module) {
   bind_exchange(module);
   bind_dequantize(module);
   bind_metadata(module);
+  bind_elements(module);
+  bind_flatten(module);
   bind_planning(module);
   bind_faults(module);
 }

@@ -11,6 +11,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/python.h"
+#include "bindings/requests.h"
 #include "box/overlap.h"
 #include "planning/boxes.h"
 
@@ -45,6 +46,11 @@ PlannedBoxes find_boxes(std::shared_ptr<const Columns> columns, const std::vecto
   const py::gil_scoped_release release;
   Boxes boxes = planning::find_boxes(*columns, requests);
   return {std::move(columns), std::move(boxes)};
+}
+
+PlannedBoxes find_requested(const Requests& requests) {
+  const py::gil_scoped_release release;
+  return {requests.columns(), planning::find_boxes(*requests.columns(), requests.rows())};
 }
 
 py::tuple box_at(const PlannedBoxes& planned, size_t index) {
@@ -181,6 +187,21 @@ void bind_planning(py::module_& module) {
       .def_property_readonly("files", &files)
       .def("rows", &record_rows, py::arg("all_fallback"))
       .def("payloads", &payload_rows);
+  py::class_<Requests>(module, "Requests")
+      .def(py::init([](std::shared_ptr<const Columns> columns, py::dict made, py::object dtensor, py::tuple whole,
+                       py::tuple placements, py::tuple overrides) {
+             return Requests(std::move(columns), std::move(made),
+                             {std::move(dtensor), std::move(whole), std::move(placements), std::move(overrides)});
+           }),
+           py::arg("columns"), py::arg("made"), py::arg("dtensor"), py::arg("whole"), py::arg("placements"),
+           py::arg("overrides"))
+      .def("__len__", [](const Requests& requests) { return requests.fqns().size(); })
+      .def_property_readonly("fqns", &Requests::fqns)
+      .def_property_readonly("wanted", &Requests::wanted)
+      .def("add_all", &Requests::add_all, py::arg("items"), py::arg("other"))
+      .def("add", &Requests::add, py::arg("fqn"), py::arg("entry"), py::arg("chunks"), py::arg("values"))
+      .def("learn", &Requests::learn, py::arg("dtensor"), py::arg("chunks"), py::arg("values"))
+      .def("find_boxes", &find_requested);
   module.def("bytes_rows", &bytes_rows, py::arg("columns"), py::arg("fqns"));
   module.attr("WHOLE") = planning::kWhole;
   module.def("find_boxes", &find_boxes, py::arg("columns"), py::arg("requests"),

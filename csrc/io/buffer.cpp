@@ -15,7 +15,7 @@ size_t rounded_up(size_t size) {
   const size_t huge = (size + kHugePage - 1) / kHugePage * kHugePage;
   return huge - size <= 2 * kPageBytes ? huge : (size + kPageBytes - 1) / kPageBytes * kPageBytes;
 }
-}
+}  // namespace
 
 AlignedBuffer::~AlignedBuffer() {
   if (data_ != nullptr) ::munmap(data_, capacity_);

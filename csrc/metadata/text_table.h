@@ -23,6 +23,10 @@ class TextTable {
 
   // kNone if the text is not there.
   uint32_t find(std::string_view text) const;
+  // The same, and in less time if it is the text of that number.
+  uint32_t find(std::string_view text, uint32_t likely) const {
+    return likely < size() && (*this)[likely] == text ? likely : find(text);
+  }
 
   // The text's number, which is a new one if it was not there.
   uint32_t add(std::string_view text);

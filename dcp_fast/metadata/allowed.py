@@ -18,8 +18,6 @@ from torch.distributed.checkpoint import planner as torch_planner
 
 from dcp_fast._torch import MEMORY_FORMAT_ENCODING, StorageInfo, StoragePrefix, get_layout, shard_metadata
 
-__all__ = ["DATA_CLASSES", "ENUMS", "PATHS", "PROPERTIES", "find_allowed", "has_field"]
-
 # torch before 2.3 wrote the properties of another module.
 PROPERTIES: dict[type, type] = {  # to the enum that its state must name
     torch_metadata.TensorProperties: MEMORY_FORMAT_ENCODING,

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-__all__ = ["with_attributes"]
-
 _instance_dict = vars(Metadata)["__dict__"]
 
 

@@ -20,8 +20,6 @@ from torch.distributed.checkpoint.metadata import (
 from dcp_fast import _native
 from dcp_fast._torch import PROPERTIES_HAVE_STRIDES, StorageInfo, get_layout, shard_metadata
 
-__all__ = ["Entries", "Source", "StorageEntries", "Unpickled"]
-
 _MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
 
 

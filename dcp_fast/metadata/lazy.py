@@ -12,8 +12,6 @@ from dcp_fast import _native
 from dcp_fast.collector import paused_collection
 from dcp_fast.metadata.entries import Source
 
-__all__ = ["LazyDict", "columns_of"]
-
 Key = TypeVar("Key")
 Item = TypeVar("Item")
 
@@ -51,9 +49,14 @@ class LazyDict(dict[Key, Item]):
         return dict.__contains__(self, key)
 
     @property
+    def columns(self) -> _native.MetadataColumns | None:
+        """The columns that tell all keys, though values that were made may have changed; None if there are none."""
+        return None if self._source is None else self._source.columns
+
+    @property
     def untouched_columns(self) -> _native.MetadataColumns | None:
         """The columns that tell all, as no value was made yet; None if there are none."""
-        return None if self._source is None or dict.__len__(self) else self._source.columns
+        return None if dict.__len__(self) else self.columns
 
     def fill(self) -> None:
         """Make all values, and put them in order."""

@@ -27,14 +27,13 @@ from dcp_fast.metadata.allowed import has_field
 from dcp_fast.metadata.attributes import with_attributes
 from dcp_fast.metadata.entries import Entries, StorageEntries, Unpickled
 from dcp_fast.metadata.lazy import LazyDict
-from dcp_fast.metadata.unpickler import RefusedError, RestrictedUnpickler
+from dcp_fast.metadata.unpickler import MetadataUnpickler, MissingError
+from dcp_fast.unpickling import RefusedError
 
-__all__ = [
-    "make_metadata",
-    "parse_blocks",
-    "parse_metadata",
-    "read_metadata",
-]
+_REFUSED = (
+    "which is not on the list of what is made of metadata, and may run code. If you trust the file, "
+    "trust_metadata=True of load, FileSystemReader or install unpickles it as torch does"
+)
 
 
 def read_metadata(path: str) -> Metadata:
@@ -169,7 +168,7 @@ def _unpickled_later(pickled: bytes) -> Any:
 
 def _unpickled(pickled: bytes, path: str) -> Metadata:
     """Metadata of which there are no columns, by an unpickler with an allow-list."""
-    unpickler = RestrictedUnpickler(pickled)
+    unpickler = MetadataUnpickler(pickled)
     try:
         with paused_collection():
             metadata = unpickler.load()
@@ -178,8 +177,9 @@ def _unpickled(pickled: bytes, path: str) -> Metadata:
     except LoadError:
         raise
     except RefusedError as error:
+        why = error.why if isinstance(error, MissingError) else _REFUSED
         raise UntrustedMetadataError(
-            f"the metadata asks for {error}{error.advice}", path, "", unpickler.position(), 0
+            f"the metadata asks for {error}, {why}", path, "", unpickler.position(), 0
         ) from None
     except MemoryError as error:
         raise OutOfMemoryError("out of memory to unpickle the metadata", path) from error

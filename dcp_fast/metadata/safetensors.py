@@ -14,8 +14,6 @@ from dcp_fast.errors import UnsupportedDTypeError, typed_errors
 from dcp_fast.metadata.entries import Entries, StorageEntries
 from dcp_fast.metadata.lazy import LazyDict
 
-__all__ = ["SUFFIX", "holds_safetensors", "read_columns", "read_headers"]
-
 SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 

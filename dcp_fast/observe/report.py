@@ -14,17 +14,6 @@ from dcp_fast import _native
 from dcp_fast.observe.trace import Timeline
 from dcp_fast.this_load import Options, this_load
 
-__all__ = [
-    "LoadReport",
-    "begin",
-    "count_stats",
-    "current_report",
-    "joined_report",
-    "last_report",
-    "publish",
-    "reported",
-]
-
 logger = logging.getLogger("dcp_fast")
 
 STAGES = ("metadata", "planning", "ranks", "layout", "transfer", "commit")

@@ -16,8 +16,6 @@ import torch.distributed as dist
 
 from dcp_fast import _native
 
-__all__ = ["Timeline", "span"]
-
 logger = logging.getLogger("dcp_fast")
 
 _STAGES_TRACK = "load"

@@ -29,8 +29,6 @@ from dcp_fast.optimizer.state_tensors import StateTensors, optimizer_entries
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.ranks.steps import load_on_all_ranks, sendable
 
-__all__ = ["load_sharded_optimizer_state_dict"]
-
 Kept = TypeVar("Kept")
 Told = TypeVar("Told")
 

@@ -28,17 +28,6 @@ from dcp_fast.errors import OptimizerStateError
 from dcp_fast.optimizer.sliced import SlicedShardedTensor
 from dcp_fast.planning.search import global_size
 
-__all__ = [
-    "ParameterSlice",
-    "RowSharding",
-    "data_parallel_group",
-    "empty_slices",
-    "like_parameter",
-    "may_lack_slices",
-    "slices_of_parameters",
-]
-
-
 # The attributes that make a plain tensor a CheckpointableTensor, a part of a global one (torch 2.14).
 _PARTS_OF_CHECKPOINTABLE = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 

@@ -10,8 +10,6 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from dcp_fast._torch import LocalShard, ShardedTensor, disabled_torch_function
 
-__all__ = ["SlicedShardedTensor"]
-
 
 class SlicedShardedTensor(torch.Tensor):
     """Presents a ShardedTensor that is a slice of a stored tensor as a part of that whole tensor.

@@ -19,8 +19,6 @@ from dcp_fast.optimizer.sharding import (
 )
 from dcp_fast.planning.search import global_size
 
-__all__ = ["StateTensors", "optimizer_entries"]
-
 # A key of the flattened optimizer state, as its path in the nested one: ("optim", "state", FQN, "exp_avg").
 _Path = tuple[Any, ...]
 

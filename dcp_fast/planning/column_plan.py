@@ -15,8 +15,6 @@ from dcp_fast import _native
 from dcp_fast._torch import create_read_items
 from dcp_fast.collector import paused_collection
 
-__all__ = ["ColumnPlan", "PlannedBytes", "PlannedTensors", "bytes_item", "in_plan_order"]
-
 T = TypeVar("T")
 
 _TENSOR = LoadItemType.TENSOR  # an enum's attributes are slow to get

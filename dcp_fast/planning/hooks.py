@@ -11,15 +11,6 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from dcp_fast.switches import original_of
 
-__all__ = [
-    "STAND_FOR_TORCHS",
-    "has_default_bytes",
-    "has_default_commit",
-    "has_default_hooks",
-    "has_default_resolve",
-    "why_planner_is_slow",
-]
-
 # As they are at import: a hook that somebody patches into torch's class later counts as the planner's own.
 _DEFAULT_HOOKS = {
     name: getattr(DefaultLoadPlanner, name)

@@ -14,14 +14,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from dcp_fast._torch import derived_version, flatten_state_dict, set_element
 from dcp_fast.collector import paused_collection
+from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.planning.flatten import flatten_at_once
 from dcp_fast.planning.hooks import STAND_FOR_TORCHS
 from dcp_fast.planning.search import create_default_local_load_plan
 from dcp_fast.switches import original_of
 from dcp_fast.this_load import option
 from dcp_fast.values.load import load_untrusted
-
-__all__ = ["DefaultLoadPlanner", "create_local_plan", "faster_method", "load_bytes", "put_value", "set_up_planner"]
 
 # torch's variables, and what it takes for a yes.
 _FORCED = ("WEIGHTS_ONLY", "NO_WEIGHTS_ONLY")
@@ -91,7 +90,8 @@ def set_up_planner(
     metadata: Metadata | None = None,
     is_coordinator: bool = False,
 ) -> None:
-    flat = flatten_at_once(state_dict) if planner.flatten_state_dict else None
+    with paused_collection():
+        flat = flatten_at_once(state_dict) if planner.flatten_state_dict else None
     if flat is None:
         torchs(state_dict, metadata, is_coordinator)
         return
@@ -152,7 +152,11 @@ def _use_old_keys_if_stored(planner: torch_planner.DefaultLoadPlanner) -> None:
     # stored key, but has it when it is flattened in the old way, then the checkpoint is such a one. torch's own
     # DefaultLoadPlanner.create_local_plan makes the same test.
     assert planner.metadata is not None
-    missing = set(planner.metadata.state_dict_metadata).difference(planner.state_dict)
+    entries = planner.metadata.state_dict_metadata
+    columns = entries.columns if isinstance(entries, LazyDict) else None
+    if columns is not None and type(planner.state_dict) is dict and columns.are_keys_of(planner.state_dict):
+        return
+    missing = set(entries).difference(planner.state_dict)
     if not missing:
         return
     derived_version._derived_version = "2_3"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -21,18 +21,21 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import (
     create_read_items_for_chunk_list as torch_read_items_for_chunk_list,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dcp_fast import _native
-from dcp_fast._torch import ShardedTensor, create_chunk_list, is_checkpointable_tensor
+from dcp_fast._torch import ShardedTensor, StridedShard, create_chunk_list, is_checkpointable_tensor
 from dcp_fast.metadata.lazy import LazyDict, columns_of
 from dcp_fast.observe.report import current_report
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, bytes_item
-from dcp_fast.planning.values import is_whole, plain_local_tensor
-
-__all__ = ["create_default_local_load_plan", "create_read_items_for_chunk_list", "global_size"]
+from dcp_fast.planning.values import OVERRIDES, WHOLE_TYPES, plain_local_tensor
 
 logger = logging.getLogger("dcp_fast")
+
+# Placements whose equal instances split a tensor in the same way. Subclasses may have more to tell than they compare.
+_KNOWN_PLACEMENTS = (Shard, Replicate, StridedShard)
+# Of DTensors as torch has them the chunks follow from mesh, placements and shape.
+_CREATE_CHUNK_LIST = DTensor.__create_chunk_list__
 
 
 def create_read_items_for_chunk_list(
@@ -106,40 +109,8 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
     """
     if (report := current_report()) is not None:
         report.planned_natively = True
-    search = _Search(metadata)
-    find, add_whole, add_like_before = search.finder(), search.add_whole, search.add_like_before
-    for fqn, value in state_dict.items():
-        entry = find(fqn)
-        if entry is None:
-            if strict:
-                raise RuntimeError(f"Missing key in checkpoint state_dict: {fqn}.")
-            continue
-        number, stored_size = entry
-        if number is not None and stored_size is not None:
-            if type(value) is DTensor:
-                if add_like_before(fqn, number, stored_size, value):
-                    continue
-            elif is_whole(value) and value.shape == stored_size:
-                add_whole(fqn, number)
-                continue
-        if stored_size is not None and getattr(value, "size", None) is not None:
-            size = global_size(value)
-            if stored_size != size:
-                raise ValueError(f"Size mismatch between saved {torch.Size(stored_size)} and current: {size} for {fqn}")
-        # A rank outside the mesh of a DTensor on a sub-mesh holds nothing of it.
-        if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:
-            continue
-        if stored_size is None:
-            search.add_bytes(fqn)
-            continue
-        try:
-            wanted = search.wanted_chunks(value)
-        except ValueError as error:
-            raise ValueError(
-                f"Invalid checkpoint metadata for {fqn}, expected BytesStorageMetadata but found "
-                f"{TensorStorageMetadata}",
-            ) from error
-        search.add_chunks(fqn, number, len(stored_size), wanted)
+    search = _Search(metadata, strict)
+    search.add_all(state_dict)
     plan, incomplete = search.run()
     if incomplete:
         uncovered = [fqn for fqn in state_dict if fqn in incomplete]
@@ -150,11 +121,6 @@ def create_default_local_load_plan(state_dict: dict[str, Any], metadata: Metadat
             ", ..." if len(uncovered) > 10 else "",
         )
     return plan
-
-
-def _geometry(value: DTensor) -> tuple[int, Any, torch.Size]:
-    spec = value._spec  # its attributes are plain, those of the tensor are not
-    return id(spec.mesh), spec.placements, value.shape
 
 
 def _volume(sizes: Any) -> int:
@@ -168,34 +134,64 @@ class _Search:
     somebody may have changed, the chunks of that entry are compared at once, tensor by tensor.
 
     Attributes:
-        columns: of the metadata, or None.
-        requests: for the native call: of each tensor the number of its entry, and the chunks that are wanted of it.
-        fqns, wanted: of each request: its FQN and chunks, as in :class:`PlannedTensors`.
+        requests: for the native call, where there are columns. It also collects what needs no Python: whole tensors,
+            and DTensors like one before.
         made: items that need no native call, each with the number of requests before it.
         incomplete: FQNs of tensors of which the checkpoint lacks something.
     """
 
-    def __init__(self, metadata: Metadata) -> None:
+    def __init__(self, metadata: Metadata, strict: bool) -> None:
+        self.strict = strict
         self.metadata = metadata.state_dict_metadata
         self.columns = columns_of(metadata)
-        self.requests: list[int] = []
-        self.fqns: list[str] = []
-        self.wanted: list[Sequence[ChunkStorageMetadata] | None] = []
+        self.requests: _native.Requests | None = None
+        if self.columns is not None:
+            self.requests = _native.Requests(
+                self.columns, self.metadata, DTensor, WHOLE_TYPES, _KNOWN_PLACEMENTS, OVERRIDES
+            )
         self.made: list[tuple[int, ReadItem | str]] = []  # of bytes entries: the FQN
         self.incomplete: set[str] = set()
-        self.dtensor_chunks: dict[Any, tuple[list[ChunkStorageMetadata], tuple[int, ...], torch.Size]] = {}
 
-    def finder(self) -> Callable[[str], tuple[int | None, Sequence[int] | None] | None]:
-        """A function of a key. It returns None if the checkpoint lacks the key, else two facts about its entry.
+    def add_all(self, state_dict: dict[str, Any]) -> None:
+        if self.requests is not None:
+            self.requests.add_all(state_dict.items(), self.add)
+            return
+        for fqn, value in state_dict.items():
+            self.add(fqn, value)
+
+    def add(self, fqn: str, value: Any) -> None:
+        """Add what is wanted of a value, as torch's planner wants it."""
+        entry = self._find(fqn)
+        if entry is None:
+            if self.strict:
+                raise RuntimeError(f"Missing key in checkpoint state_dict: {fqn}.")
+            return
+        number, stored_size = entry
+        if stored_size is not None and getattr(value, "size", None) is not None:
+            size = global_size(value)
+            if stored_size != size:
+                raise ValueError(f"Size mismatch between saved {torch.Size(stored_size)} and current: {size} for {fqn}")
+        # A rank outside the mesh of a DTensor on a sub-mesh holds nothing of it.
+        is_outside = isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None
+        if stored_size is None:
+            if not is_outside:
+                self.made.append((self._request_count, fqn))
+            return
+        try:
+            wanted = [] if is_outside else create_chunk_list(value)
+        except ValueError as error:
+            raise ValueError(
+                f"Invalid checkpoint metadata for {fqn}, expected BytesStorageMetadata but found "
+                f"{TensorStorageMetadata}",
+            ) from error
+        self._add_chunks(fqn, number, len(stored_size), value, wanted)
+
+    def _find(self, fqn: str) -> tuple[int | None, Sequence[int] | None] | None:
+        """None if the checkpoint lacks the key, else two facts about its entry.
 
         The first is the entry's number in the columns, None if the entry must be looked at as an object. The second is
         the size of the tensor, None for a bytes entry.
         """
-        if self.columns is not None and cast(LazyDict[str, Any], self.metadata).untouched_columns is not None:
-            return self.columns.find_size
-        return self._find
-
-    def _find(self, fqn: str) -> tuple[int | None, Sequence[int] | None] | None:
         if self.columns is not None and not cast(LazyDict[str, Any], self.metadata).made(fqn):
             return self.columns.find_size(fqn)
         entry = self.metadata.get(fqn)
@@ -203,64 +199,35 @@ class _Search:
             return None
         return None, entry.size if isinstance(entry, TensorStorageMetadata) else None
 
-    def wanted_chunks(self, value: Any) -> list[ChunkStorageMetadata]:
-        """torch's ``_create_chunk_list``; the geometry of DTensors that are alike is computed once."""
-        chunks = create_chunk_list(value)
-        if plain_local_tensor(value) is not None:
-            geometry = _geometry(value)
-            values = _flatten(chunks, len(geometry[2]))
-            if values is not None:
-                self.dtensor_chunks[geometry] = chunks, (len(chunks), *values), geometry[2]
-        return chunks
-
-    def add_like_before(self, fqn: str, number: int, stored_size: Sequence[int], value: DTensor) -> bool:
-        """Add a DTensor like one before, on a mesh that this rank belongs to. False if there was none."""
-        # plain_local_tensor, without a call: a load may have 100,000 of them.
-        local = value._local_tensor
-        if type(local) is not torch.Tensor or local.__dict__:
-            return False
-        known = self.dtensor_chunks.get(_geometry(value))
-        if known is None or known[2] != stored_size:
-            return False
-        chunks, request, _ = known
-        if chunks:
-            self.requests += (number, *request)
-            self.fqns.append(fqn)
-            self.wanted.append(chunks)
-        return True
-
-    def add_bytes(self, fqn: str) -> None:
-        self.made.append((len(self.fqns), fqn))
-
-    def add_whole(self, fqn: str, number: int) -> None:
-        self.requests += (number, _native.WHOLE)
-        self.fqns.append(fqn)
-        self.wanted.append(None)
-
-    def add_chunks(self, fqn: str, number: int | None, dims: int, wanted: list[ChunkStorageMetadata]) -> None:
-        if not wanted:
+    def _add_chunks(
+        self, fqn: str, number: int | None, dims: int, value: Any, wanted: list[ChunkStorageMetadata]
+    ) -> None:
+        if self.requests is not None and number is not None and (values := _flatten(wanted, dims)) is not None:
+            if plain_local_tensor(value) is not None and DTensor.__create_chunk_list__ is _CREATE_CHUNK_LIST:
+                self.requests.learn(value, wanted, values)
+            if wanted:
+                self.requests.add(fqn, number, wanted, values)
             return
-        values = None if number is None else _flatten(wanted, dims)
-        if values is not None:
-            assert number is not None
-            self.requests += (number, len(wanted), *values)
-            self.fqns.append(fqn)
-            self.wanted.append(wanted)
+        if not wanted:
             return
         stored = cast(TensorStorageMetadata, self.metadata[fqn])
         items = create_read_items_for_chunk_list(fqn, stored, wanted)
         if _volume(item.lengths for item in items) < _volume(chunk.sizes for chunk in wanted):
             self.incomplete.add(fqn)
-        self.made += ((len(self.fqns), item) for item in items)
+        self.made += ((self._request_count, item) for item in items)
+
+    @property
+    def _request_count(self) -> int:
+        return 0 if self.requests is None else len(self.requests)
 
     def run(self) -> tuple[LoadPlan, set[str]]:
         """The plan, in the order of the state dict, and ``incomplete``."""
-        if self.columns is None:
+        if self.columns is None or self.requests is None:
             items = [bytes_item(item) if isinstance(item, str) else item for _, item in self.made]
             return LoadPlan(items), self.incomplete
-        boxes = _native.find_boxes(self.columns, self.requests)
-        self.incomplete.update(self.fqns[request] for request in boxes.uncovered)
-        plan = ColumnPlan.of(PlannedTensors(self.columns, boxes, self.fqns, self.wanted), self.made)
+        boxes, fqns = self.requests.find_boxes(), self.requests.fqns
+        self.incomplete.update(fqns[request] for request in boxes.uncovered)
+        plan = ColumnPlan.of(PlannedTensors(self.columns, boxes, fqns, self.requests.wanted), self.made)
         if all(isinstance(item, str) for _, item in self.made):
             return plan, self.incomplete
         return LoadPlan(plan.items), self.incomplete

@@ -10,8 +10,6 @@ import torch.distributed as dist
 
 from dcp_fast._torch import DistWrapper, get_object_coll_device
 
-__all__ = ["Outcome", "collective_device", "largest"]
-
 T = TypeVar("T")
 
 

@@ -33,8 +33,6 @@ from dcp_fast.ranks.collectives import Outcome, collective_device, largest
 from dcp_fast.ranks.interrupts import deferred_interrupt
 from dcp_fast.transfer.sharing import ExchangeStep, Received, Sending
 
-__all__ = ["EXCHANGE_BYTES", "MIN_EXCHANGE_BYTES", "ROUND_PARTS", "Exchange", "GroupError", "OtherRankError"]
-
 EXCHANGE_BYTES = 128 << 20  # by default
 MIN_EXCHANGE_BYTES = 1 << 20
 

@@ -35,8 +35,6 @@ from dcp_fast.readers.engine_reader import owned_by
 from dcp_fast.readers.filesystem import FileSystemReader, file_content
 from dcp_fast.this_load import option
 
-__all__ = ["share_metadata"]
-
 # Of the file. To read less takes no longer than the few broadcasts.
 _LEAST_BYTES = 1 << 20
 _BLOCK_BYTES = 8 << 20

@@ -35,8 +35,6 @@ from dcp_fast.readers.proof import class_name
 from dcp_fast.transfer.quantization import with_dequantized_chunks
 from dcp_fast.transfer.sharing import sharing
 
-__all__ = ["load_on_all_ranks", "sendable"]
-
 logger = logging.getLogger("dcp_fast")
 
 # Bits of the flag of a rank: its planner or reader needs the plans of all ranks; something has failed on it.

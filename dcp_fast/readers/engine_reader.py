@@ -26,8 +26,6 @@ from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.sharing import sharing
 from dcp_fast.transfer.staging_limits import StagingLimits
 
-__all__ = ["EngineReader", "IoName", "owned_by"]
-
 IoName = Literal["auto", "cached", "direct", "mapped"]
 _MODES = {
     "auto": _native.IoMode.AUTO,

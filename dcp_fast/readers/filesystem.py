@@ -19,8 +19,6 @@ from dcp_fast.readers.proof import is_torchs_file_system, local_files
 from dcp_fast.this_load import option
 from dcp_fast.transfer.records import Records
 
-__all__ = ["FileSystemReader", "file_content", "read_metadata_of"]
-
 
 class FileSystemReader(EngineReader):
     """Drop-in for ``torch.distributed.checkpoint.FileSystemReader`` that reads only the bytes that are needed.

@@ -18,14 +18,6 @@ from dcp_fast.readers.proof import why_no_payloads
 from dcp_fast.transfer.payloads import Payloads
 from dcp_fast.transfer.quantization import QuantizedPayloads, with_dequantized_chunks, with_dequantized_sizes
 
-__all__ = [
-    "TARGET_DTYPES",
-    "HuggingFaceStorageReader",
-    "QuantizedHuggingFaceStorageReader",
-    "read_headers_of",
-    "read_quantized_headers_of",
-]
-
 TARGET_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -31,15 +31,6 @@ from dcp_fast.readers.proof import (
 )
 from dcp_fast.transfer.destinations import DTYPES
 
-__all__ = [
-    "accelerate",
-    "accelerated_read_data",
-    "fast_twin",
-    "read_data_like_torch",
-    "read_plan",
-    "why_alone",
-]
-
 Reader = TypeVar("Reader", bound=StorageReader)
 
 _SUFFIX = ".distcp"  # of the files that DCP writes

@@ -23,16 +23,6 @@ try:
 except ImportError:
     LocalFileSystem = None
 
-__all__ = [
-    "LocalFiles",
-    "class_name",
-    "has_torchs_payload_reads",
-    "has_torchs_read_data",
-    "is_torchs_file_system",
-    "local_files",
-    "method_of",
-    "why_no_payloads",
-]
 
 _READ_DATA = torch_filesystem.FileSystemReader.read_data
 _SLICE_FILE = torch_filesystem.FileSystemReader._slice_file

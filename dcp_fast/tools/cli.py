@@ -16,8 +16,6 @@ from dcp_fast.ranks.exchange import EXCHANGE_BYTES, MIN_EXCHANGE_BYTES
 from dcp_fast.tools.inspect import Chunk, Entry, Inspection, inspect
 from dcp_fast.tools.plan import ReadPlan, Sharding, plan_reads
 
-__all__ = ["main"]
-
 FAILED = 1
 SHORTEST_NAME = 20
 MOST_RANKS = 4096  # all ranks could hold all of a large checkpoint: then it takes minutes

@@ -23,8 +23,6 @@ from dcp_fast.metadata.lazy import columns_of
 from dcp_fast.metadata.read import read_metadata
 from dcp_fast.metadata.safetensors import SUFFIX, holds_safetensors, read_headers
 
-__all__ = ["Chunk", "Entry", "Inspection", "find_metadata_file", "inspect", "read_metadata_file"]
-
 _INT64 = range(-(1 << 63), 1 << 63)
 
 

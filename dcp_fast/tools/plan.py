@@ -20,8 +20,6 @@ from dcp_fast.metadata.lazy import columns_of
 from dcp_fast.ranks.exchange import EXCHANGE_BYTES, ROUND_PARTS
 from dcp_fast.tools.inspect import find_metadata_file, read_metadata_file
 
-__all__ = ["RankReads", "ReadPlan", "Sharding", "plan_reads"]
-
 # Of each dimension of the mesh: the dimension of tensors that it shards, or None if it replicates.
 _SHARDINGS: dict[str, tuple[int | None, ...]] = {
     "replicate": (None,),

@@ -18,8 +18,6 @@ from dcp_fast._torch import (
 )
 from dcp_fast.errors import CorruptCheckpointError, LoadError
 
-__all__ = ["load_record"]
-
 _CPU = "cpu"
 _MOST_ALIGNED = 16  # bytes: no dtype asks for more
 

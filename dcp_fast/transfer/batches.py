@@ -16,8 +16,6 @@ import torch
 from dcp_fast import _native
 from dcp_fast._torch import narrow_tensor_by_index
 
-__all__ = ["ALIGNMENT", "Batch", "ConvertedBox", "Part", "batches_of", "bytes_of"]
-
 ALIGNMENT = 64  # bytes: as torch aligns its own allocations
 
 

@@ -18,8 +18,6 @@ from dcp_fast.errors import CudaOutOfMemoryError
 from dcp_fast.transfer.batches import ALIGNMENT
 from dcp_fast.transfer.destinations import is_plain
 
-__all__ = ["allocate", "check_internal_overlap", "copy_on_host", "is_on_host", "place_in_threads"]
-
 T = TypeVar("T")
 
 # What one thread reads before it converts. Each batch costs some 30 us of Python, which threads pay one at a time; past

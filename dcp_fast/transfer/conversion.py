@@ -26,8 +26,6 @@ from dcp_fast.transfer.destinations import HOST
 from dcp_fast.transfer.devices import served_device
 from dcp_fast.transfer.gpu import CudaLoad
 
-__all__ = ["place_converted"]
-
 
 def place_converted(
     boxes: Sequence[ConvertedBox],

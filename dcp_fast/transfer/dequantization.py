@@ -39,8 +39,6 @@ from dcp_fast.transfer.quantized_parts import (
 )
 from dcp_fast.transfer.quantized_tensors import MXFP4, QuantizedTensor, StoredTensor
 
-__all__ = ["Dequantizer"]
-
 _Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 

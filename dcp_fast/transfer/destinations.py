@@ -11,8 +11,6 @@ from dcp_fast import _native
 from dcp_fast._torch import disabled_torch_function
 from dcp_fast.transfer.devices import served_device
 
-__all__ = ["DTYPES", "HOST", "Destinations", "address_of", "is_plain"]
-
 # Native dtype codes by torch.dtype, and back. A name that this torch does not have never matches a tensor of it.
 DTYPES: list[torch.dtype | None] = [getattr(torch, name, None) for name in _native.DTYPES]
 _CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(DTYPES) if dtype is not None}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["device_of", "refusals", "served_device"]
-
 # By the ordinal of a device: why its driver refuses what loads need. Kept by gpu.py.
 refusals: dict[int, str] = {}
 

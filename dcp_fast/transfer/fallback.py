@@ -14,8 +14,6 @@ from dcp_fast.errors import SizeMismatchError
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.transfer.records import Records
 
-__all__ = ["place_fallback"]
-
 
 def place_fallback(
     boxes: Sequence[tuple[ReadItem, int, torch.Tensor]],

@@ -28,13 +28,6 @@ from dcp_fast.transfer.bounce import allocate
 from dcp_fast.transfer.devices import device_of, refusals
 from dcp_fast.transfer.staging_limits import StagingLimits
 
-__all__ = [
-    "CudaLoad",
-    "CudaRefusedError",
-    "prepare_staging",
-    "release_staging",
-]
-
 logger = logging.getLogger("dcp_fast")
 
 Result = TypeVar("Result")

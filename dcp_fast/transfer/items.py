@@ -24,8 +24,6 @@ from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.records import Place, Records
 
-__all__ = ["BytesEntries", "Items", "Resolved", "box_of", "find_items"]
-
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 
 

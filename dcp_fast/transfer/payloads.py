@@ -14,8 +14,6 @@ from dcp_fast.metadata.safetensors import read_columns
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.transfer.records import Place, Records
 
-__all__ = ["Payloads"]
-
 
 class Payloads(Records):
     """The tensors of a directory of safetensors files.

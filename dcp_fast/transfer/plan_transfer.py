@@ -36,8 +36,6 @@ from dcp_fast.transfer.shared_reads import SharedReads
 from dcp_fast.transfer.sharing import Sharing
 from dcp_fast.transfer.windows import Placement, Windows
 
-__all__ = ["PlanTransfer"]
-
 _MOST_DEVICES = 64  # of a process
 # Figures of a report that start again where an attempt ends because a driver refuses what it needs.
 _COUNTED_ANEW = (
@@ -168,9 +166,15 @@ class PlanTransfer:
         """As torch's planner does, which takes longer for a whole tensor."""
         index = item.dest_index
         value = self.planner.state_dict.get(index.fqn)  # type: ignore[attr-defined]
-        if is_whole(value) and value.size() == item.lengths and not (any(index.offset or ()) or any(item.dest_offsets)):
-            return value
-        return self.planner.resolve_tensor(item)
+        if not is_whole(value) or any(index.offset or ()):
+            return self.planner.resolve_tensor(item)
+        sizes, offsets, lengths = value.size(), item.dest_offsets, item.lengths
+        if not len(sizes) == len(offsets) == len(lengths) == len(index.offset or sizes):
+            return self.planner.resolve_tensor(item)
+        for dim, length in enumerate(lengths):
+            if length < sizes[dim]:
+                value = value.narrow(dim, offsets[dim], length)
+        return value
 
     def _resolve(self, resolve: Callable[[ReadItem], torch.Tensor], item: ReadItem, record: int) -> Placement:
         tensor = resolve(item).detach()
@@ -184,17 +188,17 @@ class PlanTransfer:
     def _place_window(self, placements: Sequence[Placement]) -> None:
         with self.report.stage("transfer"):
             destinations = Destinations()
-            rows = array("q")
+            rows: list[int] = []
             for placement in placements:
                 number = destinations.add(placement.tensor)
                 storage_offsets, _, lengths = box_of(placement.item)
                 dims = len(lengths)
-                rows.extend((placement.record, number, dims, *storage_offsets, *(0,) * dims, *lengths))
+                rows += (placement.record, number, dims, *storage_offsets, *(0,) * dims, *lengths)
             if not destinations.all_have_addresses and len(placements) > 1:
                 self._place_in_turn(placements)
                 return
             items, records = [p.item for p in placements], [p.record for p in placements]
-            self._place(items, records, rows, destinations, lambda i, _: placements[i].tensor)
+            self._place(items, records, array("q", rows), destinations, lambda i, _: placements[i].tensor)
 
     def _place_in_turn(self, placements: Sequence[Placement]) -> None:
         """Place one after another: any of them may share its memory with any other."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-__all__ = ["Change", "PlannerState", "version_of"]
+from dcp_fast import _native
 
 # Each does to one container what a hook did.
 Change = list[Callable[[], None]]
@@ -45,10 +45,12 @@ class PlannerState:
         attributes: dict[str, Any] = getattr(self._planner, "__dict__", {})
         self._watch(attributes, 0)
         # Classes cannot be put back, but a planner that keeps something there is noticed at its first item.
-        self._classes: list[tuple[Any, list[Any]]] = []
+        self._classes: list[tuple[type, list[Any]]] = []
         for cls in type(self._planner).__mro__:
             if cls.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "dcp_fast"):
-                self._classes.append((vars(cls), list(vars(cls).values())))
+                values = list(vars(cls).values())
+                if _native.holds(cls, values):  # not so for a class of an extension, to which nobody can add anything
+                    self._classes.append((cls, values))
                 for value in vars(cls).values():
                     self._walk(value, 1)
 
@@ -67,9 +69,7 @@ class PlannerState:
         for tensor, version in self._tensors:
             if version_of(tensor) != version:
                 return True
-        return any(
-            len(names) != len(values) or not all(map(is_, names.values(), values)) for names, values in self._classes
-        )
+        return not all(_native.holds(cls, values) for cls, values in self._classes)
 
     def take_back(self) -> Change:
         """Put back what containers held. Returns what does again what was done to them. Tensors stay as they are."""
@@ -128,6 +128,9 @@ def _elements(container: Any) -> list[Any]:
 
 
 def _holds(container: Any, elements: list[Any]) -> bool:
+    known = _native.holds(container, elements)
+    if known is not None:
+        return known
     if isinstance(container, dict):
         return 2 * len(container) == len(elements) and all(map(is_, chain(container, container.values()), elements))
     return len(container) == len(elements) and all(map(is_, container, elements))

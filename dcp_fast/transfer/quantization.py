@@ -19,8 +19,6 @@ from dcp_fast.transfer.destinations import DTYPES
 from dcp_fast.transfer.payloads import Payloads
 from dcp_fast.transfer.quantized_tensors import CODES, MXFP4, QuantizedTensor, StoredTensor
 
-__all__ = ["QuantizedPayloads", "with_dequantized_chunks", "with_dequantized_sizes"]
-
 _SCALE_INV = "_scale_inv"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _EXPONENTS = CODES["float8_e8m0fnu"]

@@ -16,8 +16,6 @@ from dcp_fast.transfer.destinations import DTYPES, is_plain
 from dcp_fast.transfer.devices import served_device
 from dcp_fast.transfer.quantized_tensors import CODES, MXFP4, QuantizedTensor, code_of
 
-__all__ = ["Areas", "CutBox", "Part", "QuantizedBox", "batches_of_parts", "itemsize_of", "may_overlap"]
-
 _FLOAT32 = CODES["float32"]
 _WIDE = torch.float32.itemsize
 

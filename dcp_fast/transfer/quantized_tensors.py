@@ -10,8 +10,6 @@ import torch
 from dcp_fast import _native
 from dcp_fast.errors import LoadError
 
-__all__ = ["CODES", "MXFP4", "QuantizedTensor", "StoredTensor", "code_of"]
-
 CODES = {name: code for code, name in enumerate(_native.DTYPES)}
 MXFP4 = -1  # in place of the code of a dtype
 

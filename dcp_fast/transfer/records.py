@@ -31,8 +31,6 @@ from dcp_fast.observe.trace import span
 from dcp_fast.transfer.archives import load_record
 from dcp_fast.transfer.quantized_tensors import QuantizedTensor
 
-__all__ = ["Place", "Records"]
-
 
 class Place(NamedTuple):
     """Where a record lies.

@@ -15,8 +15,6 @@ from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import RecordRows
 from dcp_fast.transfer.sharing import ExchangeStep, Received, Sending, Sharing
 
-__all__ = ["SharedReads"]
-
 
 class SharedReads:
     """One transfer's use of the exchange with other ranks, if there is one.

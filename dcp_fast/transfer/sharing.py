@@ -10,8 +10,6 @@ import torch
 
 from dcp_fast import _native
 
-__all__ = ["ExchangeStep", "Received", "Sending", "Sharing", "sharing"]
-
 
 class Sending(NamedTuple):
     """A round that is to be sent, and the memory for it."""

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from dcp_fast import _native
 
-__all__ = ["MIN_STAGING_BYTES", "StagingLimits"]
-
 MIN_STAGING_BYTES = 1 << 20  # slots of the smallest size that still overlap reading and copying
 _BLOCK_BYTES = 4 << 20  # by default
 _MIN_PINNED_BYTES = 64 << 20  # by default

@@ -20,8 +20,6 @@ from dcp_fast.planning.hooks import has_default_bytes, has_default_commit, has_d
 from dcp_fast.transfer.destinations import address_of
 from dcp_fast.transfer.planner_state import PlannerState, version_of
 
-__all__ = ["Placement", "Windows"]
-
 _MOST_ITEMS = 4096
 # So many items must have left the planner as it was before there is a window of more than one.
 _QUIET_ITEMS = 4
@@ -141,19 +139,20 @@ class Windows:
             if len(window.entries) == 1:
                 raise
             again = True  # so that all before the one that fails is committed
+        planner, has_changed, value_of = self._planner, self._state.has_changed, self._value_of
         for entry in window.entries:
             if isinstance(entry, _Entry):
-                fqn = entry.placement.item.dest_index.fqn
-                if again or self._value_of(fqn) is not entry.value:
-                    entry.placement = self._resolve(entry.placement.item, entry.placement.record)
+                placement = entry.placement
+                if again or value_of(placement.item.dest_index.fqn) is not entry.value:
+                    entry.placement = placement = self._resolve(placement.item, placement.record)
                     self._place_all([entry])
-                elif version_of(entry.placement.tensor) != entry.version:
+                elif version_of(placement.tensor) != entry.version:
                     self._place_all([entry])
                 if self._has_commit:
-                    self._planner.commit_tensor(entry.placement.item, entry.placement.tensor)
+                    planner.commit_tensor(placement.item, placement.tensor)
             else:
                 entry()
-            if self._state.has_changed():
+            if has_changed():
                 self._state.keep()
                 self._one_by_one, self._most, again = True, 1, True
 

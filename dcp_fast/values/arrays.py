@@ -13,9 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from dcp_fast.values.inert import RefusedError, expect
-
-__all__ = ["calls", "state_setter"]
+from dcp_fast.unpickling import RefusedError, expect
 
 _MOST_BYTES = 1 << 62
 _DTYPE = re.compile(r"[biufcmMSUV][0-9]{1,9}")

@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["CALLS", "CONSTANTS", "NAMESPACES", "STATES", "RefusedError", "check_attributes", "check_key", "expect"]
+from dcp_fast.unpickling import NAMESPACES, RefusedError, check_attributes, expect
 
 _NONE = type(None)
 # What a defaultdict may make when a key is missing: without arguments each of these makes something empty.
@@ -34,25 +34,6 @@ _MOST_DECIMAL_EXPONENT = 2_000_000  # Python's default context rounds to a milli
 _MOST_FRACTION_BITS = 1 << 17
 _MOST_KEY_PARTS = 10_000
 _FRACTION = re.compile(r"-?[0-9]{1,4000}(/[0-9]{1,4000})?")
-
-
-class RefusedError(Exception):
-    """A pickle asks for what no inert value needs. The argument says what.
-
-    Attributes:
-        globals: what ``torch.serialization.add_safe_globals`` would have to allow, as ``module.name``; empty if that
-            does not help.
-    """
-
-    def __init__(self, what: str, *globals: str) -> None:
-        super().__init__(what)
-        self.globals = globals
-
-
-def expect(condition: bool, otherwise: str) -> None:
-    """Raise RefusedError unless a condition holds."""
-    if not condition:
-        raise RefusedError(otherwise)
 
 
 def expect_kinds(name: str, arguments: tuple[Any, ...], *allowed: tuple[type, ...]) -> None:
@@ -277,19 +258,11 @@ def _uuid(made: uuid.UUID, state: Any) -> None:
     made.__setstate__(state)  # type: ignore[attr-defined]
 
 
-def check_attributes(cls: type, state: Any) -> None:
-    """Refuse attributes that would stand in front of what the class has, such as ``__setstate__``."""
-    expect(type(state) is dict and all(type(key) is str for key in state), f"a {cls.__name__} with another state")
-    hidden = [key for key in state if key.startswith("__") or hasattr(cls, key)]
-    expect(not hidden, f"a {cls.__name__} with attributes that hide its methods")
-
-
 def _attributes(made: Any, state: Any) -> None:
     check_attributes(type(made), state)
     vars(made).update(state)
 
 
-NAMESPACES: tuple[type, ...] = (argparse.Namespace, types.SimpleNamespace)
 STATES: dict[type, Callable[[Any, Any], None]] = {
     **dict.fromkeys((collections.OrderedDict, *NAMESPACES), _attributes),
     io.BytesIO: _bytes_io,

@@ -16,10 +16,8 @@ from typing import IO, Any
 from dcp_fast import _native
 from dcp_fast._torch import PyTorchFileReader, is_zipfile, load_archive, load_legacy, weights_only_unpickler
 from dcp_fast.errors import CorruptPickleError, UntrustedBytesError, torch_load_error
-from dcp_fast.values.inert import RefusedError
+from dcp_fast.unpickling import RefusedError
 from dcp_fast.values.unpickler import Unpickler, find_allowed, python3_name, users_globals
-
-__all__ = ["load_untrusted"]
 
 # A record in the format before torch 1.6: a magic number, a version, the machine and the value, each a pickle.
 _LEGACY_PICKLES = 4

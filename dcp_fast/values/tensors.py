@@ -20,10 +20,7 @@ from dcp_fast._torch import (
     tensor_types,
     weights_only_unpickler,
 )
-from dcp_fast.copies import cost_of
-from dcp_fast.values.inert import NAMESPACES, check_attributes, expect
-
-__all__ = ["call_of_torch", "known_to_torch", "set_tensor"]
+from dcp_fast.unpickling import NAMESPACES, check_attributes, cost_of, expect
 
 # The place of the backward hooks among the arguments, which torch calls one day.
 _HOOKS = {

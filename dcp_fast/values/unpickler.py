@@ -1,7 +1,7 @@
 """Unpickles the value of a bytes entry, and calls nothing but what makes inert values, with arguments that are meant.
 
 torch's restricted unpickler knows the opcodes of protocol 2 alone, and calls what is on its list with any arguments.
-This is Python's own unpickler, in Python, with each opcode that acts replaced: what it makes is what ``pickle`` makes.
+What this one makes is what ``pickle`` makes.
 What somebody allowed by ``torch.serialization.add_safe_globals`` is called as ``pickle`` calls it.
 """
 
@@ -11,8 +11,6 @@ import collections
 import enum
 import functools
 import io
-import pickle
-import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from typing import IO, Any, ClassVar
@@ -20,16 +18,10 @@ from typing import IO, Any, ClassVar
 import torch
 
 from dcp_fast._torch import weights_only_unpickler
-from dcp_fast.copies import CopyBudget, cost_of
+from dcp_fast.unpickling import RefusedError, RestrictedUnpickler, cost_of, expect, refused_opcode
 from dcp_fast.values import arrays
-from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, RefusedError, check_key, expect
+from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, check_key
 from dcp_fast.values.tensors import call_of_torch, known_to_torch, set_tensor
-
-__all__ = ["Unpickler", "find_allowed", "python3_name", "users_globals"]
-
-_Unpickler: Any = pickle._Unpickler
-_DICTS = (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
-_LISTS = (list, collections.deque)
 
 
 def users_globals() -> dict[str, Any]:
@@ -54,12 +46,8 @@ def find_allowed(name: str) -> tuple[Any] | None:
     return (getattr,) if name == "builtins.getattr" else None  # of enums: see _call
 
 
-class Unpickler(_Unpickler):  # type: ignore[misc]
-    """Unpickles once, by ``load()``. Raises RefusedError, or whatever Python's unpickler raises for damage.
-
-    Args:
-        file: holds the pickle.
-        encoding: of texts that Python 2 wrote.
+class Unpickler(RestrictedUnpickler):
+    """Unpickles bytes entries.
 
     Attributes:
         entry_size: bytes of the entry that the pickle is a part of.
@@ -68,17 +56,18 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
 
     entry_size: ClassVar[int] = 0
     storage_sizes: ClassVar[dict[str, int]] = {}
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Unpickler.dispatch)
+    lists = (list, collections.deque)
+    dicts = (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
+    check_key = staticmethod(check_key)
+    load_persid = refused_opcode("PERSID")
 
     def __init__(self, file: IO[bytes], *, encoding: str = "ASCII") -> None:
-        super().__init__(file, encoding=encoding)
-        self._input = file
+        super().__init__(file, self.entry_size, encoding=encoding)
         self._users = users_globals()
         self._users_by_id = {id(allowed): allowed for allowed in self._users.values()}
         self._made: dict[int, Any] = {}  # by id, what may be given a state: once, and only what this pickle has made
         self._storages: dict[str, int] = {}  # bytes, by key
         self._unclaimed = self.entry_size
-        self._budget = CopyBudget(self.entry_size)
 
     def find_class(self, module: str, name: str) -> Any:
         if self.proto < 3:
@@ -90,6 +79,9 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
             if found := find_allowed(full_name):
                 return found[0]
         raise RefusedError(f"the global {full_name}", full_name)
+
+    def may_fill(self, target: Any, kinds: tuple[type, ...]) -> bool:
+        return super().may_fill(target, kinds) or self._is_users(type(target))
 
     def _is_users(self, value: Any) -> bool:
         return id(value) in self._users_by_id
@@ -104,7 +96,7 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         if maker := _makers().get(id(function)):
             made = maker(*arguments)
             # What is made of one argument is bounded. It is the copies after it that must end.
-            self._pay(max(cost_of(arguments), cost_of((made,))))
+            self.pay(max(cost_of(arguments), cost_of((made,))))
         elif function is getattr:
             made = self._enum_member(arguments)
         else:
@@ -112,13 +104,10 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
             fresh = [each for each in arguments if id(each) in self._made and arrays.state_setter(each) is not None]
             expect(not fresh, "a call with an array that has no state yet")
             expect(any(function is known for known in known_to_torch().values()), f"a call of {_name(function)}")
-            return call_of_torch(function, arguments, self._users_by_id, self._pay)
+            return call_of_torch(function, arguments, self._users_by_id, self.pay)
         if type(made) in STATES or arrays.state_setter(made) is not None:
             self._made[id(made)] = made
         return made
-
-    def _pay(self, cost: int) -> None:
-        expect(self._budget.pays(cost), "many copies of the same")
 
     def _enum_member(self, arguments: tuple[Any, ...]) -> Any:
         """As Python 3.11 first pickled the members of enums."""
@@ -131,18 +120,12 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
         arguments = self.stack.pop()
         self.stack[-1] = self._call(self.stack[-1], arguments)
 
-    dispatch[pickle.REDUCE[0]] = load_reduce
-
     def load_newobj(self) -> None:
         self._new(self.stack.pop(), {})
-
-    dispatch[pickle.NEWOBJ[0]] = load_newobj
 
     def load_newobj_ex(self) -> None:
         keywords = self.stack.pop()
         self._new(self.stack.pop(), keywords)
-
-    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
 
     def _new(self, arguments: Any, keywords: Any) -> None:
         cls = self.stack[-1]
@@ -161,7 +144,7 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
             super().load_build()
             return
         state = self.stack.pop()
-        self._pay(cost_of(state if type(state) is tuple else (state,)))
+        self.pay(cost_of(state if type(state) is tuple else (state,)))
         if cls is torch.Tensor or cls is torch.nn.Parameter:
             set_tensor(made, state)
             return
@@ -170,8 +153,6 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
             name = f"{cls.__module__}.{cls.__qualname__}"
             raise RefusedError(f"a state of a {name}", *([] if find_allowed(name) else [name]))
         setter(made, state)
-
-    dispatch[pickle.BUILD[0]] = load_build
 
     def load_binpersid(self) -> None:
         pid = self.stack[-1]
@@ -193,93 +174,17 @@ class Unpickler(_Unpickler):  # type: ignore[misc]
             raise ValueError(f"storages of more bytes than the {self.entry_size} of the entry")
         super().load_binpersid()
 
-    dispatch[pickle.BINPERSID[0]] = load_binpersid
-
     # What takes memory before it is there
 
     def load_bytearray8(self) -> None:
         length = int.from_bytes(self.read(8), "little")
-        content = bytearray(self.read(length)) if length <= self._left() else bytearray()
+        at = self._file.tell()
+        end = self._file.seek(0, io.SEEK_END)
+        self._file.seek(at)
+        content = bytearray(self.read(length)) if length <= end - self.position() else bytearray()
         if len(content) != length:
             raise EOFError("a bytearray beyond the end of the entry")
         self.append(content)
-
-    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
-
-    def _left(self) -> int:
-        at = self._input.tell()
-        end = self._input.seek(0, io.SEEK_END)
-        self._input.seek(at)
-        frame = self._unframer.current_frame
-        return end - at + (len(frame.getbuffer()) - frame.tell() if frame else 0)
-
-    # Containers
-
-    def load_append(self) -> None:
-        self._expect_target(self.stack[-2], _LISTS, "items for what is no list")
-        super().load_append()
-
-    dispatch[pickle.APPEND[0]] = load_append
-
-    def load_appends(self) -> None:
-        self._expect_target(self.metastack[-1][-1], _LISTS, "items for what is no list")
-        super().load_appends()
-
-    dispatch[pickle.APPENDS[0]] = load_appends
-
-    def load_additems(self) -> None:
-        self._expect_target(self.metastack[-1][-1], (set,), "items for what is no set")
-        self._check_keys(self.stack)
-        super().load_additems()
-
-    dispatch[pickle.ADDITEMS[0]] = load_additems
-
-    def load_frozenset(self) -> None:
-        self._check_keys(self.stack)
-        super().load_frozenset()
-
-    dispatch[pickle.FROZENSET[0]] = load_frozenset
-
-    def load_dict(self) -> None:
-        self._check_keys(self.stack[::2])
-        super().load_dict()
-
-    dispatch[pickle.DICT[0]] = load_dict
-
-    def load_setitem(self) -> None:
-        self._expect_target(self.stack[-3], _DICTS, "keys for what is no dict")
-        self._check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    dispatch[pickle.SETITEM[0]] = load_setitem
-
-    def load_setitems(self) -> None:
-        self._expect_target(self.metastack[-1][-1], _DICTS, "keys for what is no dict")
-        self._check_keys(self.stack[::2])
-        super().load_setitems()
-
-    dispatch[pickle.SETITEMS[0]] = load_setitems
-
-    def _expect_target(self, target: Any, allowed: tuple[type, ...], otherwise: str) -> None:
-        cls = type(target)
-        expect(any(cls is each for each in allowed) or self._is_users(cls), otherwise)
-
-    @staticmethod
-    def _check_keys(keys: list[Any]) -> None:
-        for key in keys:
-            check_key(key)
-
-
-def _refuse(what: str) -> Callable[[Any], None]:
-    def refuse(self: Unpickler) -> None:
-        raise RefusedError(what)
-
-    return refuse
-
-
-for _opcode in pickletools.opcodes:
-    if _opcode.name in ("EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"):
-        Unpickler.dispatch[ord(_opcode.code)] = _refuse(f"{_opcode.name} of pickle protocol {_opcode.proto}")
 
 
 @functools.lru_cache(maxsize=1)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 import dcp_fast
 from dcp_fast import _native
 from dcp_fast.metadata.lazy import columns_of
-from dcp_fast.metadata.unpickler import RestrictedUnpickler
+from dcp_fast.metadata.unpickler import MetadataUnpickler
 
 PROTOCOLS = range(6)
 NATIVE = range(2, 6)  # nobody writes metadata with older protocols, which the Python unpickler reads
@@ -66,7 +66,7 @@ def test_restricted_unpickler_reads_the_same(protocol: int) -> None:
     for pickled in [pickle.dumps(make_metadata(), protocol)] + [
         old_metadata(make_metadata(), protocol, version) for version in VERSIONS
     ]:
-        theirs, ours = pickle.loads(pickled), RestrictedUnpickler(pickled).load()
+        theirs, ours = pickle.loads(pickled), MetadataUnpickler(pickled).load()
         for metadata in (theirs, ours):
             if metadata.storage_meta is not None and not hasattr(metadata.storage_meta, "modules"):
                 metadata.storage_meta.modules = []

@@ -25,7 +25,7 @@ import dcp_fast
 from dcp_fast import _native
 from dcp_fast.errors import CorruptMetadataError, LoadError, UntrustedMetadataError
 from dcp_fast.metadata.lazy import LazyDict
-from dcp_fast.metadata.unpickler import RestrictedUnpickler
+from dcp_fast.metadata.unpickler import MetadataUnpickler
 
 # Pickles that run code
 
@@ -269,7 +269,7 @@ def test_damage_gives_an_error_or_what_torch_reads(seed: int) -> None:
             outcomes["error"] += 1
             continue
         try:
-            theirs = RestrictedUnpickler(pickled).load()  # does not refuse what was read natively
+            theirs = MetadataUnpickler(pickled).load()  # does not refuse what was read natively
         except pickle.UnpicklingError as error:
             # Where a frame ends makes no difference to the unpickler in C, which torch uses.
             if "before end of frame" not in str(error):

@@ -1,0 +1,179 @@
+// Flattens nested state dicts; see dcp_fast/planning/flatten.py.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstddef>
+#include <utility>
+
+#include "bindings/bindings.h"
+
+namespace py = pybind11;
+
+namespace dcp_fast {
+namespace {
+
+// A reference that a call of Python's API gave; its exception if it gave none.
+py::object checked(PyObject* object) {
+  if (object == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+void check(int status) {
+  if (status < 0) throw py::error_already_set();
+}
+
+// Within a call of a function that calls itself: RecursionError where Python's functions get it.
+class Recursion {
+ public:
+  Recursion() {
+    if (Py_EnterRecursiveCall(" while a state dict is flattened") != 0) throw py::error_already_set();
+  }
+  ~Recursion() { Py_LeaveRecursiveCall(); }
+  Recursion(const Recursion&) = delete;
+  Recursion& operator=(const Recursion&) = delete;
+};
+
+bool is_inert_type(PyTypeObject* type) {
+  for (PyTypeObject* inert : {&PyLong_Type, &PyFloat_Type, &PyBool_Type, &PyUnicode_Type, &PyBytes_Type}) {
+    if (type == inert) return true;
+  }
+  return type == Py_TYPE(Py_None);
+}
+
+bool is_inert(PyObject* value) {
+  if (is_inert_type(Py_TYPE(value))) return true;
+  if (!PyTuple_CheckExact(value)) return false;
+  for (py::ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+    if (!is_inert_type(Py_TYPE(PyTuple_GET_ITEM(value, i)))) return false;
+  }
+  return true;
+}
+
+// A list with copies of the lists in it.
+py::list copied(const py::list& values) {
+  const Recursion recursion;
+  const auto copy =
+      py::reinterpret_steal<py::list>(checked(PyList_GetSlice(values.ptr(), 0, PY_SSIZE_T_MAX)).release());
+  for (size_t i = 0; i < copy.size(); ++i) {
+    if (PyList_CheckExact(PyList_GET_ITEM(copy.ptr(), i))) copy[i] = copied(copy[i]);
+  }
+  return copy;
+}
+
+py::tuple longer(const py::tuple& path, const py::object& last) {
+  const auto size = PyTuple_GET_SIZE(path.ptr());
+  const auto result = py::reinterpret_steal<py::tuple>(checked(PyTuple_New(size + 1)).release());
+  for (py::ssize_t i = 0; i < size; ++i) {
+    PyTuple_SET_ITEM(result.ptr(), i, py::handle(PyTuple_GET_ITEM(path.ptr(), i)).inc_ref().ptr());
+  }
+  PyTuple_SET_ITEM(result.ptr(), size, py::object(last).release().ptr());
+  return result;
+}
+
+py::str joined(const py::str& first, const py::object& second) {
+  return py::reinterpret_steal<py::str>(checked(PyUnicode_Concat(first.ptr(), second.ptr())).release());
+}
+
+class Walk {
+ public:
+  Walk(const py::tuple& tensors, const py::type& ordered_dict) : tensors_(tensors), ordered_dict_(ordered_dict) {}
+
+  // Whether nothing in it needs torch.
+  bool through_dict(const py::object& values, const py::str& prefix, const py::tuple& path) {
+    const Recursion recursion;
+    if (!PyDict_CheckExact(values.ptr())) {  // it has an order of its own
+      for (const py::handle item : values.attr("items")()) {
+        const auto pair = py::reinterpret_borrow<py::tuple>(item);
+        if (!add_item(values, pair[0], pair[1], prefix, path)) return false;
+      }
+      return true;
+    }
+    PyObject* key = nullptr;
+    PyObject* value = nullptr;
+    for (py::ssize_t position = 0; PyDict_Next(values.ptr(), &position, &key, &value) != 0;) {
+      if (!add_item(values, py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value), prefix,
+                    path))
+        return false;
+    }
+    return true;
+  }
+
+  std::pair<py::dict, py::dict> result() { return {std::move(flat_), std::move(paths_)}; }
+
+ private:
+  // May put another value in the place of `value`.
+  bool add_item(const py::object& values, const py::object& key, const py::object& value, const py::str& prefix,
+                const py::tuple& path) {
+    if (!PyUnicode_CheckExact(key.ptr())) return false;
+    const py::str fqn = joined(prefix, key);
+    if (is_leaf(value.ptr())) return add(fqn, value, longer(path, key));
+    if (is_dict(value.ptr())) return through_dict(value, joined(fqn, dot_), longer(path, key));
+    if (!PyList_CheckExact(value.ptr())) return false;
+    const py::list copy = copied(value);
+    check(PyObject_SetItem(values.ptr(), key.ptr(), copy.ptr()));
+    return through_list(copy, fqn, longer(path, key));
+  }
+
+  bool through_list(const py::list& values, const py::str& fqn, const py::tuple& path) {
+    bool all_inert = true;
+    for (const py::handle value : values) all_inert = all_inert && is_inert(value.ptr());
+    if (all_inert) return add(fqn, values, path);  // no container and no tensor: the list itself is a leaf
+    const py::str prefix = joined(fqn, dot_);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const size_t count = flat_.size();
+      const py::object value = values[i];
+      const py::int_ index(i);
+      const py::str name = joined(prefix, py::str(index));
+      const py::tuple way = longer(path, index);
+      // A list in a list is a leaf or not by what torch finds in it, and in those around it.
+      const bool done = is_leaf(value.ptr()) ? add(name, value, way)
+                                             : is_dict(value.ptr()) && through_dict(value, joined(name, dot_), way);
+      // torch puts None in the place of an element that has no leaves, if others follow.
+      if (!done || flat_.size() == count) return false;
+    }
+    return true;
+  }
+
+  bool add(const py::str& fqn, const py::object& value, const py::tuple& path) {
+    const size_t count = flat_.size();
+    if (PyDict_SetDefault(flat_.ptr(), fqn.ptr(), value.ptr()) == nullptr) throw py::error_already_set();
+    if (flat_.size() == count) return false;
+    check(PyDict_SetItem(paths_.ptr(), fqn.ptr(), path.ptr()));
+    return true;
+  }
+
+  bool is_leaf(PyObject* value) const {
+    for (size_t i = 0; i < tensors_.size(); ++i) {  // as most values are
+      if (reinterpret_cast<PyObject*>(Py_TYPE(value)) == PyTuple_GET_ITEM(tensors_.ptr(), i))
+        return !checked(PyObject_GetAttr(value, is_meta_.ptr())).is(py::handle(Py_True));
+    }
+    return is_inert(value);
+  }
+
+  bool is_dict(PyObject* value) const {
+    return PyDict_CheckExact(value) || py::handle(reinterpret_cast<PyObject*>(Py_TYPE(value))).is(ordered_dict_);
+  }
+
+  const py::tuple& tensors_;
+  const py::type& ordered_dict_;
+  const py::str dot_{"."};
+  const py::str is_meta_{"is_meta"};
+  py::dict flat_;
+  py::dict paths_;
+};
+
+py::object flatten(const py::dict& state_dict, const py::tuple& tensors, const py::type& ordered_dict) {
+  Walk walk(tensors, ordered_dict);
+  if (!walk.through_dict(state_dict, py::str(), py::tuple())) return py::none();
+  return py::cast(walk.result());
+}
+
+}  // namespace
+
+void bind_flatten(py::module_& module) {
+  module.def("flatten", &flatten, py::arg("state_dict"), py::arg("tensors"), py::arg("ordered_dict"),
+             "Leaves by FQN, and their paths; None if torch has to do it.");
+}
+
+}  // namespace dcp_fast
