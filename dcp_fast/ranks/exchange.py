@@ -40,7 +40,6 @@ Result = TypeVar("Result")
 
 _EXCHANGES = 2  # of a load, see Sharing
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
-_HEADER_BYTES = _native.EXCHANGE_HEADER_BYTES
 _VERSION = 2  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -285,12 +284,10 @@ class Exchange:
         """Send and receive what belongs to a round. Returns what waits for its end."""
         sent = self._sent[round % 2]
         to_send, to_receive = sizes
-        begin = 0
-        for size in to_send:
-            header = sent[begin : begin + _HEADER_BYTES].view(torch.int64)
-            header[0], header[1] = failed, bytes_read
-            begin += size
-        count = sum(to_receive)
+        begin, count = sum(to_send), sum(to_receive)
+        headers = sent[:begin].view(torch.int64)
+        failures, reads = _places_of_headers(to_send)
+        headers[failures], headers[reads] = failed, bytes_read
         there, back = self._to_send[round % 2][:begin], self._to_receive[round % 2][:count]
         if there.device.type != "cpu":
             there.copy_(sent[:begin])
@@ -312,16 +309,16 @@ class Exchange:
 
     def _headers(self, round: int, sizes: list[int]) -> list[tuple[bool, int]]:
         """Of each rank whether it has failed, and how many bytes it has read."""
-        begins = [0, *accumulate(sizes)][:-1]
-        if self._stays[round]:
-            received = self._to_receive[round % 2]
-            places = (torch.tensor(begins).unsqueeze(1) + torch.arange(_HEADER_BYTES)).flatten()
-            received = received.index_select(0, places.to(received.device)).cpu()
-            begins = [i * _HEADER_BYTES for i in range(len(sizes))]
-        else:
-            received = self._received[round % 2]
-        headers = (received[begin : begin + _HEADER_BYTES].view(torch.int64) for begin in begins)
-        return [(bool(header[0]), int(header[1])) for header in headers]
+        received = (self._to_receive if self._stays[round] else self._received)[round % 2]
+        places = _places_of_headers(sizes).to(received.device)
+        failures, reads = received[: sum(sizes)].view(torch.int64)[places].tolist()
+        return list(zip(map(bool, failures), reads, strict=True))
+
+
+def _places_of_headers(sizes: list[int]) -> torch.Tensor:
+    """Where the two numbers of each rank's header are, among words of 64 bits."""
+    begins = torch.tensor([0, *accumulate(sizes)][:-1]) // 8
+    return torch.stack([begins, begins + 1])
 
 
 def _node() -> int:

@@ -30,8 +30,8 @@ class FileSystemReader(EngineReader):
         path: directory of the checkpoint.
         _extension_registry: as torch's, for stream transforms.
         threads: reader threads. By default one for each core that this process may use, by its affinity and control
-            groups and divided by LOCAL_WORLD_SIZE; at most 16, and at least 4 where storage is read directly.
-        block_bytes: the most that one request reads. At least 64 KiB. By default 4 MiB through the page cache, 16 MiB
+            groups and divided by LOCAL_WORLD_SIZE, and at most 16; 16 where storage is read directly.
+        block_bytes: the most that one request reads. At least 64 KiB. By default 4 MiB through the page cache, 2 MiB
             past it on the way to host memory, and 4 MiB on the way to GPUs. It is less where the threads together would
             need more than ``staging_bytes``.
         staging_bytes: host memory for bytes that cannot be read straight into place, for all threads together. Records
