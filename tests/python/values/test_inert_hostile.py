@@ -11,7 +11,7 @@ import pickle
 import types
 import uuid
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy
@@ -267,7 +267,7 @@ REASONS = {
     "timezone of a number": "a call of datetime.timezone with arguments",
     "timezone beyond its range": "ValueError: offset must be a timedelta strictly between -tim",
     "Path of other than texts": "a call of pathlib.PosixPath with other than texts",
-    "Path with a state": "a state of a pathlib.PosixPath",
+    "Path with a state": f"a state of a {PosixPath.__module__}.PosixPath",
     "array that is larger than its bytes": "an array whose bytes do not fill its shape",
     "array with sizes beside a zero": "an array without bounds",
     "array with a negative size": "an array without a shape",
