@@ -23,6 +23,7 @@ __all__ = [
     "LAYOUTS",
     "ROUNDS_BYTES",
     "be_on_nodes",
+    "counted",
     "failure_of",
     "load_shared",
     "save_by_rows",
@@ -59,6 +60,26 @@ def be_on_nodes(ranks_per_node: int) -> Iterator[None]:
     """Take this rank for one of several nodes. The first ranks are on the first node."""
     with mock.patch.object(exchange, "_node", return_value=dist.get_rank() // ranks_per_node):
         yield
+
+
+@contextmanager
+def counted(ranks_per_node: int, header_bytes: int = 0) -> Iterator[list[int]]:
+    """Be on one of several nodes, and count what this rank sends to ranks of other nodes.
+
+    Args:
+        ranks_per_node: as of :func:`be_on_nodes`.
+        header_bytes: of what goes to a rank in a round, so many are left out.
+    """
+    sent = [0]
+    original = exchange.Exchange._begin_round
+    node = dist.get_rank() // ranks_per_node
+
+    def begin(self: exchange.Exchange, round: int, sizes: tuple[list[int], list[int]], *args: Any) -> Any:
+        sent[0] += sum(size - header_bytes for rank, size in enumerate(sizes[0]) if rank // ranks_per_node != node)
+        return original(self, round, sizes, *args)
+
+    with be_on_nodes(ranks_per_node), mock.patch.object(exchange.Exchange, "_begin_round", begin):
+        yield sent
 
 
 def save_by_rows(path: Path) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,12 +11,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import fill, torch_load, torch_reader
 from ranks import Ranks
-from shared_reads import LAYOUTS, be_on_nodes, load_shared, save_by_rows, state_dict, values_of
+from shared_reads import LAYOUTS, be_on_nodes, counted, load_shared, save_by_rows, state_dict, values_of
 
 import dcp_fast
-from dcp_fast.ranks.exchange import Exchange
 
-HEADERS = 2 * 64  # bytes of a round for each other rank beyond what it needs: the header, and what fills it up
+HEADER_BYTES = 64
+HEADERS = (
+    2 * HEADER_BYTES
+)  # bytes of a round for each other rank beyond what it needs: the header, and what fills it up
 SIZE = (1024, 1024)
 PAYLOAD = 4 * SIZE[0] * SIZE[1]
 
@@ -31,28 +30,13 @@ def checkpoint(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@contextmanager
-def counted(ranks_per_node: int) -> Iterator[list[int]]:
-    """Be on one of several nodes, and count what this rank sends to ranks of other nodes, but for headers."""
-    sent = [0]
-    original = Exchange._begin_round
-    node = dist.get_rank() // ranks_per_node
-
-    def begin(self: Exchange, round: int, sizes: tuple[list[int], list[int]], *args: Any) -> Any:
-        sent[0] += sum(size - 64 for rank, size in enumerate(sizes[0]) if rank // ranks_per_node != node)
-        return original(self, round, sizes, *args)
-
-    with be_on_nodes(ranks_per_node), mock.patch.object(Exchange, "_begin_round", begin):
-        yield sent
-
-
 def compare(path: Path, layouts: list[str], ranks_per_node: int) -> list[tuple[int, int]]:
     found = []
     for layout in layouts:
         expected, state, alone = (state_dict(layout) for _ in range(3))
         torch_load(expected, storage_reader=torch_reader(path))
         dcp_fast.load(alone, checkpoint_id=path)
-        with counted(ranks_per_node) as sent:
+        with counted(ranks_per_node, HEADER_BYTES) as sent:
             report = load_shared(state, path)
         assert values_of(state) == values_of(alone) == values_of(expected), layout
         assert report.exchange_rounds > 0
@@ -85,7 +69,7 @@ def load_replicas(path: Path) -> tuple[int, int, int]:
     dcp.save(mine, checkpoint_id=path)
     expected, state = ({name: torch.zeros_like(value) for name, value in mine.items()} for _ in range(2))
     torch_load(expected, storage_reader=torch_reader(path))
-    with counted(2) as sent:
+    with counted(2, HEADER_BYTES) as sent:
         report = load_shared(state, path)
     assert values_of(state) == values_of(expected) == values_of(mine)
     return sent[0], report.exchange_rounds, report.bytes_received
@@ -107,7 +91,7 @@ def load_in_group(path: Path) -> None:
         return
     expected, state = {"weight": torch.zeros(SIZE)}, {"weight": torch.zeros(SIZE)}
     torch_load(expected, storage_reader=torch_reader(path), process_group=group)
-    with counted(2) as sent:
+    with counted(2, HEADER_BYTES) as sent:
         load_shared(state, path, process_group=group)
     assert values_of(state) == values_of(expected)
     assert sent[0] > 0 or dist.get_rank() != 1

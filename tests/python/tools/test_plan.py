@@ -6,12 +6,9 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +17,7 @@ from helpers import Entry, fill, save, write_checkpoint
 from metadata_cases import parse_metadata
 from ranks import Ranks
 from safetensors_files import write_shards
-from shared_reads import be_on_nodes
+from shared_reads import counted
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.tensor import Replicate, Shard, init_device_mesh
 from torch.distributed.tensor import zeros as zeros_on
@@ -29,7 +26,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 import dcp_fast
 from dcp_fast.errors import CorruptMetadataError, FileMissingError, SizeMismatchError, TruncatedFileError
 from dcp_fast.metadata.lazy import columns_of
-from dcp_fast.ranks.exchange import Exchange
 from dcp_fast.tools.cli import main
 from dcp_fast.tools.plan import ReadPlan, Sharding, plan_reads
 
@@ -82,21 +78,6 @@ def placements_of(sharding: str, dims: int) -> list[Any]:
     if sharding == "columns" and dims == 1:
         return [Shard(0)]
     return [p if not isinstance(p, Shard) or p.dim < dims else Replicate() for p in placements]
-
-
-@contextmanager
-def counted(ranks_per_node: int) -> Iterator[list[int]]:
-    """Be on one of several nodes, and count what this rank sends to others, with headers."""
-    sent = [0]
-    original = Exchange._begin_round
-    node = dist.get_rank() // ranks_per_node
-
-    def begin(self: Exchange, round: int, sizes: tuple[list[int], list[int]], *args: Any) -> Any:
-        sent[0] += sum(size for rank, size in enumerate(sizes[0]) if rank // ranks_per_node != node)
-        return original(self, round, sizes, *args)
-
-    with be_on_nodes(ranks_per_node), mock.patch.object(Exchange, "_begin_round", begin):
-        yield sent
 
 
 def load_all(path: Path, shardings: list[str], is_torchs: bool, ranks_per_node: int) -> list[Any]:
