@@ -150,7 +150,7 @@ void Device::submit(size_t index, const std::byte* memory, const SlotPlan& plan)
   Slot& slot = slots_[index];
   slot.launched = !plan.entries.empty();
   // From a device, descriptors are all that comes from the host.
-  slot.bytes = plan.from_device ? plan.staged_bytes - plan.descriptors : plan.staged_bytes;
+  slot.bytes = plan.is_from_device() ? plan.staged_bytes - plan.descriptors : plan.staged_bytes;
   for (const StraightCopy& copy : plan.straight) slot.bytes += copy.bytes;
   slot.staged_bytes = plan.staged_bytes;
   slot.timed = false;
@@ -183,7 +183,7 @@ void Device::copy(Slot& slot, DeviceAddress staging, const std::byte* memory, co
     DCP_FAST_CUDA(cuMemcpyDtoDAsync_v2, staging + copy.destination, copy.source, copy.bytes, copy_stream_.get());
   }
   if (slot.launched) {
-    const uint32_t begin = plan.from_device ? plan.descriptors : 0;
+    const uint32_t begin = plan.is_from_device() ? plan.descriptors : 0;
     DCP_FAST_CUDA(cuMemcpyHtoDAsync_v2, staging + begin, memory + begin, plan.staged_bytes - begin, copy_stream_.get());
   }
   DCP_FAST_CUDA(cuEventRecord, slot.copied.get(), copy_stream_.get());

@@ -46,29 +46,26 @@ uint32_t widest_vector(DeviceAddress destination, const std::vector<BoxDim>& dim
   return static_cast<uint32_t>(bits & (~bits + 1));  // the lowest bit that is set
 }
 
-}  // namespace
-
-void SlotPlan::add_straight(const StraightCopy& copy) {
-  if (!straight.empty()) {
-    StraightCopy& last = straight.back();
-    if (last.offset + last.bytes == copy.offset && last.destination + last.bytes == copy.destination) {
+// Joins copies that are neighbours both where they come from and in the destination.
+template <typename Copy, typename Source>
+void add_joined(std::vector<Copy>& copies, const Copy& copy, Source Copy::* source) {
+  if (!copies.empty()) {
+    Copy& last = copies.back();
+    if (last.*source + last.bytes == copy.*source && last.destination + last.bytes == copy.destination) {
       last.bytes += copy.bytes;
       return;
     }
   }
-  straight.push_back(copy);
+  copies.push_back(copy);
 }
+
+}  // namespace
+
+void SlotPlan::add_straight(const StraightCopy& copy) { add_joined(straight, copy, &StraightCopy::offset); }
 
 void SlotPlan::take_from_device(const std::vector<DeviceAddress>& sources, const std::vector<uint32_t>& sizes) {
   const auto add = [](std::vector<DeviceCopy>& copies, const DeviceCopy& copy) {
-    if (!copies.empty()) {
-      DeviceCopy& last = copies.back();
-      if (last.source + last.bytes == copy.source && last.destination + last.bytes == copy.destination) {
-        last.bytes += copy.bytes;
-        return;
-      }
-    }
-    copies.push_back(copy);
+    add_joined(copies, copy, &DeviceCopy::source);
   };
   // Both ascend: boxes that go straight lie behind all others, in the order of their copies.
   auto copy = straight.begin();
@@ -80,7 +77,6 @@ void SlotPlan::take_from_device(const std::vector<DeviceAddress>& sources, const
     while (offsets[i] >= copy->offset + copy->bytes) ++copy;
     add(to_place, {sources[i], copy->destination + (offsets[i] - copy->offset), sizes[i]});
   }
-  from_device = true;
   straight.clear();
 }
 

@@ -45,15 +45,15 @@ struct SlotPlan {
   uint32_t bytes = 0;  // of the slot that are used
 
   // Instead of what the slot would carry, if its boxes are on the device already.
-  bool from_device = false;
   std::vector<DeviceCopy> to_staging;
   std::vector<DeviceCopy> to_place;
 
   // Joins copies that are neighbours both in the slot and in the destination.
   void add_straight(const StraightCopy& copy);
-  // Has boxes come from where they are on the device, packed. `sources`, `bytes`: of each box, as in `offsets`. The
+  // Has boxes come from where they are on the device, packed. `sources`, `sizes`: of each box, as in `offsets`. The
   // slot carries the descriptors alone.
   void take_from_device(const std::vector<DeviceAddress>& sources, const std::vector<uint32_t>& sizes);
+  bool is_from_device() const { return !to_staging.empty() || !to_place.empty(); }
   uint32_t entries_offset() const { return descriptors + static_cast<uint32_t>(dims.size() * sizeof(BoxDim)); }
   // Puts dims and entries where they belong in a slot.
   void write_descriptors(std::byte* slot) const;

@@ -78,7 +78,7 @@ void place_from_device(const std::vector<Box>& boxes, SlotPlan plan) {
     at += bytes_of(box);
   }
   plan.take_from_device(sources, sizes);
-  CHECK(plan.from_device);
+  CHECK(plan.is_from_device());
   CHECK(plan.straight.empty());
   std::vector<std::byte> staging(plan.staged_bytes, std::byte{0xEE});
   const auto copy = [](uint64_t destination, const cuda::DeviceCopy& from) {
