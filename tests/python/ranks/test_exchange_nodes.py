@@ -16,9 +16,8 @@ from shared_reads import LAYOUTS, be_on_nodes, counted, load_shared, save_by_row
 import dcp_fast
 
 HEADER_BYTES = 64
-HEADERS = (
-    2 * HEADER_BYTES
-)  # bytes of a round for each other rank beyond what it needs: the header, and what fills it up
+# Bytes of a round for each other rank beyond what it needs: the header, and what fills it up.
+HEADERS = 2 * HEADER_BYTES
 SIZE = (1024, 1024)
 PAYLOAD = 4 * SIZE[0] * SIZE[1]
 
