@@ -3,6 +3,7 @@ from types import TracebackType
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from typing_extensions import Buffer, Self
 
 DTYPES: tuple[str, ...]
@@ -77,6 +78,8 @@ class Program:
     waves: int
     bytes_needed: int
     def __init__(self, layouts: Layouts, items: Buffer, destinations: Buffer) -> None: ...
+    def bytes_needed_of(self, wave: int) -> int: ...
+    def cut(self, waves: Sequence[Sequence[int]]) -> None: ...  # items of each wave; for programs that have one
     def box(self, item: int) -> tuple[list[int], list[int]]: ...
     def bytes_to_read(self, options: Options) -> int: ...  # of the first wave, gaps included, if nothing is mapped
     def converted(self, wave: int) -> list[int]: ...
@@ -244,9 +247,17 @@ class PlannedRecords:
 class PlannedBoxes:
     uncovered: list[int]  # requests of which the checkpoint lacks some elements
     def __len__(self) -> int: ...
-    def box(
-        self, index: int
-    ) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]: ...
+    requests: list[int]  # of each
+    def items(
+        self,
+        indices: Sequence[int],
+        fqns: list[str],
+        wanted: list[Sequence[ChunkStorageMetadata] | None],
+        read_item: type[ReadItem],
+        metadata_index: type,
+        size: type,
+        tensor: LoadItemType,
+    ) -> list[ReadItem]: ...
     def destinations(self) -> list[tuple[int, int, int]]: ...  # request, wanted chunk and dimensions of each
     destination_of_box: list[int]
     def find_records(self) -> PlannedRecords: ...
@@ -255,6 +266,7 @@ class PlannedBoxes:
 WHOLE: int  # a request for a whole tensor: its entry, and this in place of the number of wanted chunks
 
 def holds(container: object, elements: list[Any]) -> bool | None: ...  # None: not a dict, list or class of Python's own
+def all_hold(watched: list[tuple[object, list[Any]]], lengths: list[tuple[Any, int]]) -> bool: ...
 def flatten(
     state_dict: dict[str, Any], tensors: tuple[type, ...], ordered_dict: type
 ) -> tuple[dict[str, Any], dict[str, tuple[str | int, ...]]] | None: ...

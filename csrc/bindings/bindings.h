@@ -13,6 +13,7 @@ void bind_faults(pybind11::module_& module);
 void bind_flatten(pybind11::module_& module);
 void bind_metadata(pybind11::module_& module);
 void bind_planning(pybind11::module_& module);
+void bind_program(pybind11::module_& module);
 void bind_trace(pybind11::module_& module);
 void bind_transfer(pybind11::module_& module);
 

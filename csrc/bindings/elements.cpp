@@ -41,8 +41,27 @@ py::object holds(const py::object& container, const py::list& elements) {
   return py::bool_(same);
 }
 
+// Whether containers, each with the elements that it held, hold them still, and others, each with its length, are as
+// long as they were. Containers that holds() says nothing of are for others to look at.
+bool all_hold(const py::list& watched, const py::list& lengths) {
+  for (const py::handle pair : watched) {
+    PyObject* const container = PyTuple_GET_ITEM(pair.ptr(), 0);
+    const auto elements = py::reinterpret_borrow<py::list>(PyTuple_GET_ITEM(pair.ptr(), 1));
+    if (holds(py::reinterpret_borrow<py::object>(container), elements).ptr() == Py_False) return false;
+  }
+  for (const py::handle pair : lengths) {
+    const auto length = PyObject_Size(PyTuple_GET_ITEM(pair.ptr(), 0));
+    if (length < 0) throw py::error_already_set();
+    if (length != PyLong_AsSsize_t(PyTuple_GET_ITEM(pair.ptr(), 1))) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
-void bind_elements(py::module_& module) { module.def("holds", &holds, py::arg("container"), py::arg("elements")); }
+void bind_elements(py::module_& module) {
+  module.def("holds", &holds, py::arg("container"), py::arg("elements"));
+  module.def("all_hold", &all_hold, py::arg("watched"), py::arg("lengths"));
+}
 
 }  // namespace dcp_fast

@@ -11,6 +11,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/python.h"
+#include "bindings/read_items.h"
 #include "bindings/requests.h"
 #include "box/overlap.h"
 #include "planning/boxes.h"
@@ -51,16 +52,6 @@ PlannedBoxes find_boxes(std::shared_ptr<const Columns> columns, const std::vecto
 PlannedBoxes find_requested(const Requests& requests) {
   const py::gil_scoped_release release;
   return {requests.columns(), planning::find_boxes(*requests.columns(), requests.rows())};
-}
-
-py::tuple box_at(const PlannedBoxes& planned, size_t index) {
-  const Box& box = planned.boxes.boxes.at(index);
-  const Entry& entry = planned.columns->entries[planned.boxes.entries[box.request]];
-  const int64_t* stored = planned.columns->numbers.data() + entry.chunks + 2 * size_t{box.stored} * box.dims;
-  return py::make_tuple(box.request, box.wanted, box.stored, to_python(stored, box.dims),
-                        to_python(planned.boxes.storage_offsets(box), box.dims),
-                        to_python(planned.boxes.destination_offsets(box), box.dims),
-                        to_python(planned.boxes.lengths(box), box.dims));
 }
 
 py::list destinations(const Boxes& boxes) {
@@ -168,7 +159,23 @@ void bind_planning(py::module_& module) {
                                for (const Box& box : planned.boxes.boxes) numbers.push_back(box.destination);
                                return numbers;
                              })
-      .def("box", &box_at, py::arg("index"))
+      .def(
+          "items",
+          [](const PlannedBoxes& planned, const std::vector<size_t>& indices, const py::list& fqns,
+             const py::list& wanted, py::type read_item, py::type metadata_index, py::type size, py::object tensor) {
+            return make_read_items(
+                *planned.columns, planned.boxes, indices, fqns, wanted,
+                {std::move(read_item), std::move(metadata_index), std::move(size), std::move(tensor)});
+          },
+          py::arg("indices"), py::arg("fqns"), py::arg("wanted"), py::arg("read_item"), py::arg("metadata_index"),
+          py::arg("size"), py::arg("tensor"))
+      .def_property_readonly("requests",
+                             [](const PlannedBoxes& planned) {
+                               std::vector<uint32_t> numbers;
+                               numbers.reserve(planned.boxes.boxes.size());
+                               for (const Box& box : planned.boxes.boxes) numbers.push_back(box.request);
+                               return numbers;
+                             })
       .def("destinations", [](const PlannedBoxes& planned) { return destinations(planned.boxes); })
       .def("find_records",
            [](const PlannedBoxes& planned) {

@@ -4,6 +4,7 @@
 #include <functional>
 #include <numeric>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -135,6 +136,38 @@ Program::Program(const Layouts& layouts, std::vector<Item> items, const std::vec
   }
 }
 
+void Program::cut(std::vector<std::vector<size_t>> waves) {
+  if (this->waves() != 1) throw std::invalid_argument("boxes of the program share memory");
+  std::vector<bool> is_given(items_.size(), false);
+  size_t given = 0;
+  for (const std::vector<size_t>& wave : waves) {
+    for (const size_t i : wave) {
+      if (i >= items_.size() || is_given[i]) throw std::invalid_argument("an item is not there, or is given twice");
+      is_given[i] = true;
+      ++given;
+    }
+  }
+  if (given != items_.size()) throw std::invalid_argument("an item is missing");
+  items_by_wave_ = std::move(waves);
+  for (size_t wave = 0; wave < items_by_wave_.size(); ++wave) {
+    for (const size_t i : items_by_wave_[wave]) transfers_[i].wave = static_cast<int32_t>(wave);
+  }
+}
+
+int64_t Program::bytes_of(size_t index) const {
+  const Item& item = items_[index];
+  const int64_t itemsize = checkpoint::info(layouts_.parsed[item.record].layout.dtype).itemsize;
+  return std::accumulate(item.lengths.begin(), item.lengths.end(), itemsize, std::multiplies<>());
+}
+
+int64_t Program::bytes_needed(int32_t wave) const {
+  int64_t bytes = 0;
+  for (const size_t i : items_in_wave(wave)) {
+    if (transfers_[i].kind != Transfer::Kind::kFallback) bytes += bytes_of(i);
+  }
+  return bytes;
+}
+
 void Program::prepare(size_t index, const Destination& destination) {
   Item& item = items_[index];
   Transfer& transfer = transfers_[index];
@@ -157,7 +190,7 @@ void Program::prepare(size_t index, const Destination& destination) {
     transfer.kind = Transfer::Kind::kFallback;  // an expanded tensor: torch knows how to read it
     return;
   }
-  bytes_needed_ += std::accumulate(item.lengths.begin(), item.lengths.end(), itemsize, std::multiplies<>());
+  bytes_needed_ += bytes_of(index);
   const bool same_dtype = destination.dtype == layout.dtype;
   if (!same_dtype && destination.device == kHost) {
     const bool inner_contiguous = is_inner_contiguous(item.lengths, layout.strides, destination.strides);

@@ -67,9 +67,16 @@ class Program {
   const std::vector<size_t>& items_in_wave(int32_t wave) const { return items_by_wave_.at(static_cast<size_t>(wave)); }
   // Payload bytes of all boxes that are read natively.
   int64_t bytes_needed() const { return bytes_needed_; }
+  // The same of one wave. Throws std::out_of_range.
+  int64_t bytes_needed(int32_t wave) const;
+
+  // Makes other waves of a program that has one: of the items that are given for each, in that order. Throws
+  // std::invalid_argument if the program has several, as boxes share memory, or unless each item is given once.
+  void cut(std::vector<std::vector<size_t>> waves);
 
  private:
   void prepare(size_t index, const Destination& destination);
+  int64_t bytes_of(size_t index) const;
 
   const Layouts& layouts_;
   std::vector<Item> items_;

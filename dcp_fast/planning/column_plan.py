@@ -47,27 +47,16 @@ class PlannedTensors(Sequence[ReadItem]):
     def __getitem__(self, at: slice) -> list[ReadItem]: ...
     def __getitem__(self, at: int | slice) -> ReadItem | list[ReadItem]:
         if isinstance(at, slice):
-            return [self._make(*self.boxes.box(i)) for i in range(*at.indices(len(self)))]
-        return self._make(*self.boxes.box(at))
+            return self.take(range(*at.indices(len(self))))
+        return self.take([at])[0]
 
-    def _make(
-        self,
-        request: int,
-        wanted: int,
-        stored: int,
-        stored_offsets: Sequence[int],
-        storage_offsets: Sequence[int],
-        dest_offsets: Sequence[int],
-        lengths: Sequence[int],
-    ) -> ReadItem:
-        return ReadItem(
-            _TENSOR,
-            self.destination(request, wanted, len(lengths)),
-            torch.Size(dest_offsets),
-            MetadataIndex(self.fqns[request], stored_offsets, stored),
-            torch.Size(storage_offsets),
-            torch.Size(lengths),
-        )
+    def take(self, indices: Sequence[int]) -> list[ReadItem]:
+        """Make the items of some indices.
+
+        Raises:
+            IndexError: there is no such item.
+        """
+        return self.boxes.items(indices, self.fqns, self.wanted, ReadItem, MetadataIndex, torch.Size, _TENSOR)
 
     def destination(self, request: int, wanted: int, dims: int) -> MetadataIndex:
         """The index that names a wanted chunk of a request in the state dict.
@@ -117,11 +106,13 @@ def in_plan_order(
         tensors, others: of the plan, as in :class:`ColumnPlan`.
         of_tensors, of_others: a value for each of these.
     """
-    requests = range(len(tensors))
+    if not others:
+        return list(of_tensors)
+    requests = tensors.boxes.requests
     merged: list[T] = []
     begin = 0
     for (before, _), value in zip(others, of_others, strict=True):
-        end = bisect_left(requests, before, begin, key=lambda item: tensors.boxes.box(item)[0])
+        end = bisect_left(requests, before, begin)
         merged += of_tensors[begin:end]
         merged.append(value)
         begin = end

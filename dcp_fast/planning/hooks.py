@@ -41,6 +41,11 @@ def has_default_resolve(planner: LoadPlanner) -> bool:
     return isinstance(planner, DefaultLoadPlanner) and all(_is_default(planner, name) for name in hooks)
 
 
+def has_only_commit(planner: LoadPlanner) -> bool:
+    """Whether a planner has no hook of its own but ``commit_tensor``, so that its destinations are known beforehand."""
+    return isinstance(planner, DefaultLoadPlanner) and _own_hooks(planner) == ["commit_tensor"]
+
+
 def why_planner_is_slow(planner: LoadPlanner, planned_natively: bool) -> str:
     """What keeps a planner from the fast way; empty if nothing does."""
     reasons = [] if planned_natively else ["it plans without the search of dcp_fast"]

@@ -290,7 +290,7 @@ class _Checkpoint:
         boxes = _native.find_boxes(self._columns, requests)
         records = boxes.find_records()
         if records.missing is not None:
-            raise self._no_record(self._fqn_of(boxes.box(records.missing)[0]))
+            raise self._no_record(self._fqn_of(boxes.requests[records.missing]))
         other_bytes = self._bytes_of_entries()
         names, _ = records.files
         root = "" if self._columns.has_payloads else self._file.parent
@@ -323,12 +323,12 @@ class _Checkpoint:
         changes nothing of what is read.
         """
         rows = array("q", bytes(memoryview(boxes.rows(records)).cast("B")))
-        of_box = records.of_box
+        of_box, requests = records.of_box, boxes.requests
         dtypes = list(map(self.layouts.dtype, range(len(self.layouts))))
         box = at = 0
         for holder in range(1, count + 1):
             first_request_behind = holder * len(self._tensors)
-            end = bisect_left(range(len(of_box)), first_request_behind, box, key=lambda box: boxes.box(box)[0])
+            end = bisect_left(requests, first_request_behind, box)
             items, destinations = array("q"), array("q")
             address = _MOST_ITEM_BYTES
             for number, record in enumerate(of_box[box:end]):

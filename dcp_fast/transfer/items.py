@@ -6,8 +6,9 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from operator import itemgetter
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -17,12 +18,15 @@ from torch.serialization import LoadEndianness, get_default_load_endianness
 from typing_extensions import Buffer
 
 from dcp_fast import _native
+from dcp_fast._torch import narrow_tensor_by_index
 from dcp_fast.errors import SizeMismatchError
 from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedBytes, PlannedTensors, in_plan_order
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.records import Place, Records
+
+T = TypeVar("T")
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 
@@ -63,6 +67,29 @@ class Resolved:
     rows: Buffer
     destinations: Destinations
     bytes_entries: BytesEntries
+
+    def take(self, indices: Sequence[int]) -> list[ReadItem]:
+        """Some of the items."""
+        if isinstance(self.items, PlannedTensors):
+            return self.items.take(indices)
+        return [self.items[index] for index in indices]
+
+    def target(self, index: int, item: ReadItem) -> torch.Tensor:
+        """The tensor that is the box of an item in its destination, not one of the state dict itself."""
+        tensor = self.destinations.tensors[self.numbers[index]]
+        sizes, offsets, lengths = tensor.size(), item.dest_offsets, item.lengths
+        if sizes == lengths or tensor.requires_grad or not len(sizes) == len(offsets) == len(lengths):
+            return narrow_tensor_by_index(tensor.detach(), offsets, lengths)
+        for dim, length in enumerate(lengths):
+            if length < sizes[dim]:
+                tensor = tensor.narrow(dim, offsets[dim], length)
+        return tensor
+
+    def fqns(self) -> list[str]:
+        """The FQN of each item."""
+        if isinstance(self.items, PlannedTensors):
+            return [self.items.fqns[request] for request in self.items.boxes.requests]
+        return [item.dest_index.fqn for item in self.items]
 
 
 class RecordRows:
@@ -124,8 +151,15 @@ class Items(Protocol):
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
         """Find all destinations in a state dict as torch's DefaultLoadPlanner has it."""
 
+    def order(self) -> list[int]:
+        """The items in the order in which torch loads them: file by file, within one as in the plan.
+
+        Of a tensor it is the index among the items of tensors. Of a bytes entry it is the index among those, inverted
+        bit by bit.
+        """
+
     def in_order(self) -> list[tuple[ReadItem, int]]:
-        """Each item and its record, in the order in which torch loads them: file by file, within one as in the plan."""
+        """The items in the same order, and their records."""
 
 
 def find_items(plan: LoadPlan, records: Records) -> Items:
@@ -161,8 +195,11 @@ def box_of(item: ReadItem) -> tuple[Sequence[int], Sequence[int], Sequence[int]]
     return storage_offsets[:stored_dims], dest_offsets[:stored_dims], lengths[:stored_dims]
 
 
-def _by_file(items: Sequence[ReadItem], records: Sequence[int], rows: RecordRows) -> list[tuple[ReadItem, int]]:
-    return sorted(zip(items, records, strict=True), key=lambda pair: rows.file_of(pair[1]))
+def _by_file(items: Sequence[T], records: Sequence[int], rows: RecordRows) -> list[T]:
+    """Items in the order of their files, within one in that of the plan."""
+    files = rows.rows[::4]
+    order = sorted(range(len(items)), key=list(map(files.__getitem__, records)).__getitem__)
+    return [items[i] for i in order]
 
 
 def _array(rows: _native.Rows) -> array[int]:
@@ -190,8 +227,13 @@ class _ListedItems:
             if record == len(self.record_rows.fqns):  # its first item
                 self.record_rows.add(item, records.place(item), all_fallback)
 
+    def order(self) -> list[int]:
+        boxes, entries = count(), count()
+        numbers = [~next(entries) if item.type is _BYTE_IO else next(boxes) for item in self._items]
+        return _by_file(numbers, self._records, self.record_rows)
+
     def in_order(self) -> list[tuple[ReadItem, int]]:
-        return _by_file(self._items, self._records, self.record_rows)
+        return _by_file(list(zip(self._items, self._records, strict=True)), self._records, self.record_rows)
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
         destinations = Destinations()
@@ -261,11 +303,19 @@ class _ColumnItems:
         of_bytes = range(first, first + len(fqns))
         self._bytes_entries = BytesEntries(PlannedBytes(fqns), fqns, of_bytes, transformed)
 
+    def order(self) -> list[int]:
+        entries = [~entry for entry in range(len(self._others))]
+        return self._by_file(range(len(self._tensors)), entries)
+
     def in_order(self) -> list[tuple[ReadItem, int]]:
         tensors, entries = self._tensors, self._bytes_entries
-        items = in_plan_order(tensors, self._others, tensors[:], entries.items)
-        records = in_plan_order(tensors, self._others, self._planned.of_box, entries.records)
-        return _by_file(items, records, self.record_rows)
+        boxes = list(zip(tensors[:], self._planned.of_box, strict=True))
+        return self._by_file(boxes, list(zip(entries.items, entries.records, strict=True)))
+
+    def _by_file(self, of_tensors: Sequence[T], of_entries: Sequence[T]) -> list[T]:
+        planned = in_plan_order(self._tensors, self._others, of_tensors, of_entries)
+        records = in_plan_order(self._tensors, self._others, self._planned.of_box, self._bytes_entries.records)
+        return _by_file(planned, records, self.record_rows)
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
         tensors, boxes = self._tensors, self._tensors.boxes

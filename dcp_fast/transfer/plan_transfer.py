@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
+from typing import cast
 
 import torch
-from torch.autograd.graph import increment_version
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from typing_extensions import Buffer
 
 from dcp_fast import _native
-from dcp_fast._torch import narrow_tensor_by_index
 from dcp_fast.collector import paused_collection
-from dcp_fast.errors import CudaError, LoadError, SizeMismatchError, typed_errors
-from dcp_fast.observe.report import LoadReport, count_stats
-from dcp_fast.planning.hooks import has_default_hooks, has_default_resolve
+from dcp_fast.errors import LoadError, SizeMismatchError, typed_errors
+from dcp_fast.observe.report import LoadReport
+from dcp_fast.planning.hooks import has_default_hooks, has_default_resolve, has_only_commit
 from dcp_fast.planning.planner import put_value
 from dcp_fast.planning.values import is_whole
-from dcp_fast.transfer.batches import ConvertedBox
-from dcp_fast.transfer.conversion import place_converted
-from dcp_fast.transfer.dequantization import Dequantizer
-from dcp_fast.transfer.destinations import DTYPES, Destinations
-from dcp_fast.transfer.devices import device_of, refusals, served_device
-from dcp_fast.transfer.fallback import place_fallback
-from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
+from dcp_fast.transfer.commit_windows import CommitWindows, Done, windows_of
+from dcp_fast.transfer.destinations import Destinations
+from dcp_fast.transfer.gpu import CudaLoad
 from dcp_fast.transfer.items import BytesEntries, box_of, find_items
-from dcp_fast.transfer.quantized_parts import QuantizedBox
+from dcp_fast.transfer.placing import Placer
+from dcp_fast.transfer.planner_state import hides_state
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.shared_reads import SharedReads
 from dcp_fast.transfer.sharing import Sharing
 from dcp_fast.transfer.windows import Placement, Windows
-
-_MOST_DEVICES = 64  # of a process
-# Figures of a report that start again where an attempt ends because a driver refuses what it needs.
-_COUNTED_ANEW = (
-    *("bytes_needed", "staged_items", "dequantized_items", "fallback_records", "fallback_reasons"),
-    "device_fallback_items",
-)
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 
@@ -54,8 +42,7 @@ class PlanTransfer:
         planner: whose state dict is loaded.
         records: of the checkpoint.
         options: for the native engine.
-        staging_bytes: host memory that bytes may pass through, as the options have it. The engine gets all of it for
-            boxes that it places in host memory, and half where torch places or reads, or a GPU is loaded to.
+        staging_bytes: host memory that bytes may pass through, as the options have it.
         cuda: brings bytes to destinations on GPUs.
         report: is filled in.
         exchange: with the other ranks, if they share reads.
@@ -75,12 +62,10 @@ class PlanTransfer:
         self.planner = planner
         self.records = records
         self.options = options
-        self.half = options.share(2)
         self.staging_bytes = staging_bytes
         self.report = report
         self.cuda = cuda
         self.plan = plan
-        self._dequantizer: Dequantizer | None = None
         self._shared = SharedReads(exchange, cuda, report)
 
     def run(self) -> None:
@@ -99,6 +84,17 @@ class PlanTransfer:
                 self.layouts = _native.open_files(paths, rows.rows, self.options, rows.payloads)
                 self._shared.get_records(self.layouts, rows, paths, self.quantized, self.options)
                 self.layouts.read_headers(self.options)
+                self.placer = Placer(
+                    self.layouts,
+                    rows,
+                    self.quantized,
+                    self.records,
+                    self.options,
+                    self.staging_bytes,
+                    self.cuda,
+                    self._shared,
+                    report,
+                )
             report.records = len(self.layouts)
             report.files_shared_on_node = self.layouts.shared_files
             report.requests += self.layouts.requests
@@ -117,7 +113,6 @@ class PlanTransfer:
             return
         rows = self.items.record_rows
         self.options = self.options.on_node(float(sum(rows.rows[2::4])), self.records.stored_bytes(rows.fqns))
-        self.half = self.options.share(2)
 
     # Placement
 
@@ -130,16 +125,11 @@ class PlanTransfer:
         """
         with self.report.stage("transfer"), paused_collection():
             resolved = self.items.resolve(self.planner.state_dict)  # type: ignore[attr-defined]
-            destinations, numbers, items = resolved.destinations, resolved.numbers, resolved.items
+            destinations = resolved.destinations
             if not destinations.all_have_addresses:
                 return False
-
-            def target(i: int, item: ReadItem) -> torch.Tensor:
-                tensor = destinations.tensors[numbers[i]].detach()
-                return narrow_tensor_by_index(tensor, item.dest_offsets, item.lengths)
-
             self.cuda.keep(destinations.tensors)
-            self._place(items, resolved.records, resolved.rows, destinations, target)
+            self.placer.place(resolved.items, resolved.records, resolved.rows, destinations, resolved.target)
         with self.report.stage("commit"):
             self._load_all_bytes(resolved.bytes_entries)
         return True
@@ -147,13 +137,20 @@ class PlanTransfer:
     def _place_in_order(self) -> None:
         """For planners with hooks: resolve and commit all items in torch's order."""
         self._shared.decline("items are placed in the order of the plan, not in that of the bytes")
+        with self.report.stage("commit"):
+            known = has_only_commit(self.planner) and not hides_state(self.planner)
+            done = self._commit_windows() if known else Done(0)
+        if done.is_all:
+            return
         with self.report.stage("layout"), paused_collection():
-            items = self.items.in_order()
+            items = self.items.in_order()[done.items :]
         # Tensors of the state dict are there anyway; a planner with a way of its own may have allocated others.
         in_state_dict = has_default_resolve(self.planner)
         resolve = self._resolve_in_state_dict if in_state_dict else self.planner.resolve_tensor
         most_bytes = sys.maxsize if in_state_dict else self.staging_bytes
-        windows = Windows(self.planner, partial(self._resolve, resolve), self._place_window, most_bytes)
+        windows = Windows(
+            self.planner, partial(self._resolve, resolve), self._place_window, most_bytes, done.one_by_one
+        )
         with self.report.stage("commit"):
             for item, record in items:
                 if item.type is _BYTE_IO:
@@ -161,6 +158,35 @@ class PlanTransfer:
                 else:
                     windows.add(item, record)
             windows.finish()
+
+    def _commit_windows(self) -> Done:
+        """Place windows of a program of all items."""
+        report, planner = self.report, cast(DefaultLoadPlanner, self.planner)
+        try:
+            with report.stage("transfer"), paused_collection():
+                resolved = self.items.resolve(planner.state_dict)
+                destinations, numbers = resolved.destinations, resolved.numbers
+                program = _native.Program(self.layouts, resolved.rows, destinations.column())
+                if program.waves > 1 or not destinations.all_have_addresses:
+                    return Done(0)
+                windows = windows_of(self.items.order(), resolved.fqns())
+                program.cut([[item for item in window if item >= 0] for window in windows])
+        except Exception:
+            return Done(0)  # it is raised again where its item has its turn
+        self.cuda.keep(destinations.tensors)
+
+        def place(number: int, boxes: Sequence[int]) -> bool:
+            written = [destinations.tensors[numbers[box]] for box in boxes]
+            items, records = resolved.items, resolved.records
+            with report.stage("transfer"):
+                return self.placer.run(program, [number], items, records, destinations, written, resolved.target)
+
+        entries = resolved.bytes_entries
+
+        def load_bytes(entry: int) -> None:
+            self._load_bytes(entries.items[entry], entries.records[entry])
+
+        return CommitWindows(planner, resolved, place, load_bytes).run(windows)
 
     def _resolve_in_state_dict(self, item: ReadItem) -> torch.Tensor:
         """As torch's planner does, which takes longer for a whole tensor."""
@@ -198,114 +224,16 @@ class PlanTransfer:
                 self._place_in_turn(placements)
                 return
             items, records = [p.item for p in placements], [p.record for p in placements]
-            self._place(items, records, array("q", rows), destinations, lambda i, _: placements[i].tensor)
+            self.placer.place(items, records, array("q", rows), destinations, lambda i, _: placements[i].tensor)
 
     def _place_in_turn(self, placements: Sequence[Placement]) -> None:
         """Place one after another: any of them may share its memory with any other."""
-        for is_alone, group in groupby(placements, lambda placement: self._is_placed_alone(placement.record)):
+        for is_alone, group in groupby(placements, lambda placement: self.placer.is_placed_alone(placement.record)):
             if is_alone:
                 for placement in group:
                     self._place_window([placement])
             else:
-                self._place_fallback([(p.item, p.record, p.tensor) for p in group])
-
-    def _is_placed_alone(self, record: int) -> bool:
-        return record in self.quantized or self.layouts.is_tensor(record)
-
-    def _place(
-        self,
-        items: Sequence[ReadItem],
-        records: Sequence[int],
-        rows: Buffer,
-        destinations: Destinations,
-        target: Callable[[int, ReadItem], torch.Tensor],
-    ) -> None:
-        report = self.report
-        attempts_left = _MOST_DEVICES
-        refused = True
-        while refused:
-            before = {name: copy(getattr(report, name)) for name in _COUNTED_ANEW}
-            program = _native.Program(self.layouts, rows, destinations.column())
-            report.bytes_needed += program.bytes_needed
-            try:
-                self._run(program, items, records, destinations, target)
-                refused = False
-            except CudaRefusedError as error:
-                # Refusals are remembered, so that there is one for each device, unless another thread calls
-                # release_staging() all the time.
-                attempts_left -= 1
-                if attempts_left == 0:
-                    raise CudaError(str(error)) from None
-            if refused:
-                # Again from the beginning, without that device. Boxes that are in place already get the same values.
-                self.cuda.give_up()
-                vars(report).update(before)
-                destinations = destinations.anew()
-
-    def _run(
-        self,
-        program: _native.Program,
-        items: Sequence[ReadItem],
-        records: Sequence[int],
-        destinations: Destinations,
-        target: Callable[[int, ReadItem], torch.Tensor],
-    ) -> None:
-        try:
-            options = self.half if destinations.devices else self.options
-            for wave in range(program.waves):
-                if not self._shared.place_boxes(self.layouts, program, options, destinations.devices):
-                    if destinations.devices:
-                        stats = self.cuda.run(program, wave, options, destinations.devices)
-                    else:
-                        stats = program.run(wave, options)
-                    count_stats(self.report, stats)
-                converted = [
-                    self._converted_box(item, records[i], *program.box(i), target(i, item))
-                    for i, item in _pick(items, program.converted(wave))
-                ]
-                if converted:
-                    self._place_converted(converted)
-                fallback = [(item, records[i], target(i, item)) for i, item in _pick(items, program.fallback(wave))]
-                self._place_fallback(sorted(fallback, key=lambda box: self.items.record_rows.place_of(box[1])))
-        finally:
-            # As copy_ does, so that autograd notices that tensors that were saved for backward have changed. Also after
-            # an error, when nobody knows which of them were written.
-            increment_version(destinations.tensors)
-
-    def _converted_box(
-        self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
-    ) -> ConvertedBox:
-        code = self.layouts.dtype(record)
-        dtype = DTYPES[code]
-        if dtype is None:
-            raise TypeError(f"this torch has no dtype {_native.DTYPES[code]}, which {item.storage_index} is stored in")
-        return ConvertedBox(record, code, dtype, storage_offsets, lengths, self.layouts.strides(record), target)
-
-    def _place_converted(self, boxes: list[ConvertedBox]) -> None:
-        self.report.staged_items += len(boxes)
-        self._count_refused([box.target for box in boxes])
-        for stats in place_converted(boxes, self.layouts, self.half, self.staging_bytes // 2, self.cuda):
-            count_stats(self.report, stats)
-
-    def _place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
-        quantized = [
-            QuantizedBox(self.quantized[record], box_of(item)[0], target)
-            for item, record, target in boxes
-            if record in self.quantized
-        ]
-        if quantized:
-            self._place_quantized(quantized)
-            boxes = [box for box in boxes if box[1] not in self.quantized]
-        place_fallback(boxes, self.records, self.layouts, self.half, self.staging_bytes, self.report)
-
-    def _place_quantized(self, boxes: list[QuantizedBox]) -> None:
-        if self._dequantizer is None:
-            self._dequantizer = Dequantizer(self.quantized.values(), self.half)
-        self.report.dequantized_items += len(boxes)
-        self._count_refused([box.target for box in boxes])
-        for stats in self._dequantizer.place(boxes, self.staging_bytes // 2, self.cuda):
-            self.report.bytes_needed += stats.bytes_placed
-            count_stats(self.report, stats)
+                self.placer.place_fallback([(p.item, p.record, p.tensor) for p in group])
 
     def _load_all_bytes(self, entries: BytesEntries) -> None:
         """Plain values are read natively; all others are for the planner, one by one."""
@@ -333,15 +261,3 @@ class PlanTransfer:
                 raise
             # The planner knows the FQN, but neither file nor byte range.
             raise self.records.error(type(error), error.reason, item) from error.__cause__
-
-    def _count_refused(self, targets: Sequence[torch.Tensor]) -> None:
-        """Count those that torch brings to their device, as its driver refuses what the engine needs."""
-        for target in targets:
-            if (device := device_of(target)) is not None and served_device(target) is None:
-                self.report.device_fallback_items += 1
-                self.report.device_fallback_reason = refusals[device]
-
-
-def _pick(items: Sequence[ReadItem], indices: Sequence[int]) -> Iterator[tuple[int, ReadItem]]:
-    """Items with their indices. Each is asked for once, as it may be made when it is."""
-    return ((i, items[i]) for i in indices)

@@ -45,14 +45,16 @@ class PlannerState:
         attributes: dict[str, Any] = getattr(self._planner, "__dict__", {})
         self._watch(attributes, 0)
         # Classes cannot be put back, but a planner that keeps something there is noticed at its first item.
-        self._classes: list[tuple[type, list[Any]]] = []
+        classes: list[tuple[object, list[Any]]] = []
         for cls in type(self._planner).__mro__:
             if cls.__module__.partition(".")[0] not in ("torch", "builtins", "abc", "dcp_fast"):
                 values = list(vars(cls).values())
                 if _native.holds(cls, values):  # not so for a class of an extension, to which nobody can add anything
-                    self._classes.append((cls, values))
+                    classes.append((cls, values))
                 for value in vars(cls).values():
                     self._walk(value, 1)
+        self._plain = classes + [pair for pair in self._watched if _native.holds(*pair) is not None]
+        self._others = [pair for pair in self._watched if _native.holds(*pair) is None]
 
     def keep_versions(self) -> None:
         """Tensors were written to by the load itself."""
@@ -60,16 +62,12 @@ class PlannerState:
 
     def has_changed(self) -> bool:
         # Asked after each call of a hook, so that it may take no longer than the call.
-        for container, elements in self._watched:
+        if not _native.all_hold(self._plain, self._large):
+            return True
+        for container, elements in self._others:
             if not _holds(container, elements):
                 return True
-        for container, size in self._large:
-            if len(container) != size:
-                return True
-        for tensor, version in self._tensors:
-            if version_of(tensor) != version:
-                return True
-        return not all(_native.holds(cls, values) for cls, values in self._classes)
+        return any(version_of(tensor) != version for tensor, version in self._tensors)
 
     def take_back(self) -> Change:
         """Put back what containers held. Returns what does again what was done to them. Tensors stay as they are."""
@@ -113,6 +111,11 @@ class PlannerState:
             ]
         for value in list(values):
             self._walk(value, depth + 1)
+
+
+def hides_state(planner: LoadPlanner) -> bool:
+    """Whether a planner may change with nobody noticing: some of its attributes have slots."""
+    return any(vars(cls).get("__slots__") for cls in type(planner).__mro__)
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from dcp_fast.planning.hooks import has_default_bytes, has_default_commit, has_default_resolve
 from dcp_fast.transfer.destinations import address_of
-from dcp_fast.transfer.planner_state import PlannerState, version_of
+from dcp_fast.transfer.planner_state import PlannerState, hides_state, version_of
 
-_MOST_ITEMS = 4096
+MOST_ITEMS = 4096
 # So many items must have left the planner as it was before there is a window of more than one.
-_QUIET_ITEMS = 4
+QUIET_ITEMS = 4
 
 
 @dataclass(slots=True)
@@ -69,6 +69,7 @@ class Windows:
         resolve: finds the destination of an item and its record.
         place: brings the bytes of all placements into their tensors.
         most_bytes: how much the tensors of a window may hold: a planner may have allocated them for the load.
+        one_by_one: whether the planner is known to notice windows of more than one item.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Windows:
         resolve: Callable[[ReadItem, int], Placement],
         place: Callable[[Sequence[Placement]], None],
         most_bytes: int,
+        one_by_one: bool = False,
     ) -> None:
         self._planner = planner
         self._resolve = resolve
@@ -89,8 +91,7 @@ class Windows:
         self._window = _Window()
         self._most = 1
         self._quiet = 0
-        # Where attributes have slots, nobody notices what becomes of them.
-        self._one_by_one = any(vars(cls).get("__slots__") for cls in type(planner).__mro__)
+        self._one_by_one = one_by_one or hides_state(planner)
 
     def add(self, item: ReadItem, record: int) -> None:
         """Resolve an item. Raises what that raises, with all before it in place and committed."""
@@ -174,8 +175,8 @@ class Windows:
         self._quiet += 1
         if len(window.entries) >= self._most or window.bytes >= self._most_bytes:
             self.finish()
-            if not self._one_by_one and self._quiet >= _QUIET_ITEMS:
-                self._most = min(2 * self._most, _MOST_ITEMS)
+            if not self._one_by_one and self._quiet >= QUIET_ITEMS:
+                self._most = min(2 * self._most, MOST_ITEMS)
 
 
 def _span(tensor: torch.Tensor, size: int) -> tuple[int, int]:

@@ -283,3 +283,40 @@ TEST_CASE("an empty box of a tensor with absurd strides is nothing to copy") {
   const Program program(layouts, {item_of({1, 0}, {1, 0}, {1, 0})}, {destination_of(memory, {2, 0}, {1, 1})});
   CHECK(program.transfers()[0].loops.empty());
 }
+
+TEST_CASE("a program of one wave is cut into others") {
+  std::string memory;
+  const Layouts layouts = layouts_of({{4}, {4}, {4}});
+  const auto destination = [&](size_t at) {
+    Destination result = destination_of(memory, {12}, {1});
+    result.data += 16 * at;
+    result.sizes = {4};
+    return result;
+  };
+  std::vector<Destination> destinations = {destination(0), destination(1), destination(2)};
+  const std::vector<Item> items = {item_of({0}, {0}, {4}, 0, 0), item_of({0}, {0}, {2}, 1, 1),
+                                   item_of({1}, {1}, {3}, 2, 2)};
+  Program program(layouts, items, destinations);
+  REQUIRE(program.waves() == 1);
+  CHECK(program.bytes_needed(0) == program.bytes_needed());
+  program.cut({{2}, {}, {0, 1}});
+  CHECK(program.waves() == 3);
+  CHECK(program.items_in_wave(2) == std::vector<size_t>{0, 1});
+  CHECK(program.transfers()[1].wave == 2);
+  CHECK(program.bytes_needed(0) == 12);
+  CHECK(program.bytes_needed(1) == 0);
+  CHECK(program.bytes_needed(2) == 24);
+  CHECK_THROWS_AS(program.bytes_needed(3), std::out_of_range);
+  CHECK_THROWS_AS(program.cut({{0}, {1}, {2}}), std::invalid_argument);  // it has several waves already
+
+  for (const std::vector<std::vector<size_t>>& waves :
+       {std::vector<std::vector<size_t>>{{0, 1}}, {{0, 1}, {1, 2}}, {{0, 1, 2, 3}}, {}}) {
+    Program whole(layouts, items, destinations);
+    CHECK_THROWS_AS(whole.cut(waves), std::invalid_argument);
+    CHECK(whole.items_in_wave(0).size() == 3);
+  }
+
+  destinations[2] = destinations[0];  // now boxes share memory
+  Program shared(layouts, items, destinations);
+  CHECK_THROWS_AS(shared.cut({{0, 1}, {2}}), std::invalid_argument);
+}

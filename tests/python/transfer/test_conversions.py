@@ -11,7 +11,7 @@ from helpers import Entry, ShardedBuffer, assert_same_load, fill, torch_load, wr
 from torch.distributed.checkpoint.api import CheckpointException
 
 import dcp_fast
-from dcp_fast.transfer import plan_transfer
+from dcp_fast.transfer import placing
 
 INTS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz]
@@ -64,7 +64,7 @@ def by_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("torch was asked to convert")
 
-    monkeypatch.setattr(plan_transfer, "place_converted", refuse)
+    monkeypatch.setattr(placing, "place_converted", refuse)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -98,13 +98,13 @@ def test_every_pattern_into_every_dtype(tmp_path: Path, source: torch.dtype) -> 
 
 def test_rare_pairs_are_left_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    place = plan_transfer.place_converted
+    place = placing.place_converted
 
     def count(boxes: Any, *arguments: Any) -> Any:
         calls.append(len(boxes))
         return place(boxes, *arguments)
 
-    monkeypatch.setattr(plan_transfer, "place_converted", count)
+    monkeypatch.setattr(placing, "place_converted", count)
     stored = {"float": fill((40,), torch.int8).float(), "bool": torch.ones(40, dtype=torch.bool)}
     write_checkpoint(tmp_path, {key: Entry.of(value) for key, value in stored.items()})
     for target in (torch.int32, torch.float8_e4m3fn, torch.complex64):

@@ -1,0 +1,141 @@
+"""Windows of items for planners of which no hook but ``commit_tensor`` is their own.
+
+Their destinations are those of the state dict, so that one native program has all items, and each window is a wave of
+it. What such a planner does in its hook may make that wrong: then the rest is for windows.py, which asks it item by
+item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from dcp_fast.collector import paused_collection
+from dcp_fast.transfer.items import Resolved
+from dcp_fast.transfer.planner_state import PlannerState, version_of
+from dcp_fast.transfer.windows import MOST_ITEMS, QUIET_ITEMS
+
+
+@dataclass
+class Done:
+    """How far a load came.
+
+    Attributes:
+        items: how many items are in place and committed, of those in torch's order.
+        is_all: whether these are all.
+        one_by_one: whether each of the others may depend on the ones before it.
+    """
+
+    items: int
+    is_all: bool = False
+    one_by_one: bool = False
+
+
+def windows_of(order: Iterable[int], fqns: Sequence[str]) -> list[list[int]]:
+    """Cut the items of a load into windows that have one box of each tensor. They begin with one item, and grow.
+
+    Args:
+        order: the items, as :meth:`Items.order` has them.
+        fqns: of the tensors.
+    """
+    windows: list[list[int]] = []
+    window: list[int] = []
+    seen: set[str] = set()
+    most = 1
+    for number, item in enumerate(order, 1):
+        if item >= 0:
+            if (fqn := fqns[item]) in seen:
+                windows.append(window)
+                window, seen = [], set()
+            seen.add(fqn)
+        window.append(item)
+        if len(window) >= most:
+            windows.append(window)
+            window, seen = [], set()
+            if number >= QUIET_ITEMS:
+                most = min(2 * most, MOST_ITEMS)
+    return [*windows, window] if window else windows
+
+
+class CommitWindows:
+    """Places windows, and commits their items in order, as long as the planner leaves alone what comes later.
+
+    Args:
+        planner: the planner, of which only ``commit_tensor`` may be its own.
+        resolved: all items, and where they go. No two boxes share memory.
+        place: brings the boxes of the window with a number into place, given the items of tensors in it. False if
+            windows.py must try.
+        load_bytes: loads the bytes entry with an index.
+    """
+
+    def __init__(
+        self,
+        planner: DefaultLoadPlanner,
+        resolved: Resolved,
+        place: Callable[[int, Sequence[int]], bool],
+        load_bytes: Callable[[int], None],
+    ) -> None:
+        self._planner = planner
+        self._resolved = resolved
+        self._fqns = resolved.fqns()
+        self._numbers, self._tensors = resolved.numbers, resolved.destinations.tensors
+        self._place = place
+        self._load_bytes = load_bytes
+        self._values: list[Any] = list(map(planner.state_dict.get, self._fqns))
+        with paused_collection():
+            self._geometry = list(map(_geometry, self._tensors))
+        self._state = PlannerState(planner)
+
+    def run(self, windows: Iterable[Sequence[int]]) -> Done:
+        """Load windows, as :func:`windows_of` cuts them, one after another.
+
+        Raises what a hook raises, with all before it in place and committed.
+        """
+        planner, has_changed, target = self._planner, self._state.has_changed, self._resolved.target
+        state_dict, fqns, values = planner.state_dict, self._fqns, self._values
+        tensors, numbers = self._tensors, self._numbers
+        done = 0
+        for number, window in enumerate(windows):
+            boxes = [item for item in window if item >= 0]
+            if not self._are_as_resolved(boxes):
+                return Done(done)
+            try:
+                if not self._place(number, boxes):
+                    return Done(done)
+            except Exception:
+                return Done(done)  # it is raised again when all before it is committed
+            self._state.keep_versions()
+            with paused_collection():
+                items = self._resolved.take(boxes)
+            versions = [version_of(tensors[numbers[box]]) for box in boxes]
+            placed = zip(items, versions, strict=True)
+            for index in window:
+                if index < 0:
+                    self._load_bytes(~index)
+                else:
+                    item, version = next(placed)
+                    is_there = state_dict.get(fqns[index]) is values[index]
+                    if not is_there or version_of(tensors[numbers[index]]) != version:
+                        return Done(done)
+                    planner.commit_tensor(item, target(index, item))
+                done += 1
+                if has_changed():
+                    return Done(done, one_by_one=True)
+        return Done(done, is_all=True)
+
+    def _are_as_resolved(self, boxes: Sequence[int]) -> bool:
+        """Whether boxes still go where they went when all of them were resolved: hooks may put or do anything."""
+        state_dict, fqns, values = self._planner.state_dict, self._fqns, self._values
+        tensors, geometry, numbers = self._tensors, self._geometry, self._numbers
+        return all(
+            state_dict.get(fqns[box]) is values[box] and _geometry(tensors[number := numbers[box]]) == geometry[number]
+            for box in boxes
+        )
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.size(), tensor.stride()

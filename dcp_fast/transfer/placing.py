@@ -1,0 +1,211 @@
+"""Places the boxes of items: by the engine, or by torch where the engine cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+
+import torch
+from torch.autograd.graph import increment_version
+from torch.distributed.checkpoint.planner import ReadItem
+from typing_extensions import Buffer
+
+from dcp_fast import _native
+from dcp_fast.errors import CudaError
+from dcp_fast.observe.report import LoadReport, count_stats
+from dcp_fast.transfer.batches import ConvertedBox
+from dcp_fast.transfer.conversion import place_converted
+from dcp_fast.transfer.dequantization import Dequantizer
+from dcp_fast.transfer.destinations import DTYPES, Destinations
+from dcp_fast.transfer.devices import device_of, refusals, served_device
+from dcp_fast.transfer.fallback import place_fallback
+from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
+from dcp_fast.transfer.items import RecordRows, box_of
+from dcp_fast.transfer.quantized_parts import QuantizedBox
+from dcp_fast.transfer.quantized_tensors import QuantizedTensor
+from dcp_fast.transfer.records import Records
+from dcp_fast.transfer.shared_reads import SharedReads
+
+_MOST_DEVICES = 64  # of a process
+# Figures of a report that start again where an attempt ends because a driver refuses what it needs.
+_COUNTED_ANEW = (
+    *("bytes_needed", "staged_items", "dequantized_items", "fallback_records", "fallback_reasons"),
+    "device_fallback_items",
+)
+
+
+class Placer:
+    """Places boxes of the records of one load.
+
+    Args:
+        layouts: of the records.
+        rows: of the records.
+        quantized: those that are dequantized, by their number.
+        records: of the checkpoint.
+        options: for the native engine.
+        staging_bytes: host memory that bytes may pass through. The engine gets all of it for boxes that it places in
+            host memory, and half where torch places or reads, or a GPU is loaded to.
+        cuda: brings bytes to destinations on GPUs.
+        shared: what is read together with other ranks.
+        report: is filled in.
+    """
+
+    def __init__(
+        self,
+        layouts: _native.Layouts,
+        rows: RecordRows,
+        quantized: Mapping[int, QuantizedTensor],
+        records: Records,
+        options: _native.Options,
+        staging_bytes: int,
+        cuda: CudaLoad,
+        shared: SharedReads,
+        report: LoadReport,
+    ) -> None:
+        self._layouts = layouts
+        self._rows = rows
+        self._quantized = quantized
+        self._records = records
+        self._options = options
+        self._half = options.share(2)
+        self._staging_bytes = staging_bytes
+        self._cuda = cuda
+        self._shared = shared
+        self._report = report
+        self._dequantizer: Dequantizer | None = None
+        self._refusal = ""
+
+    def is_placed_alone(self, record: int) -> bool:
+        return record in self._quantized or self._layouts.is_tensor(record)
+
+    def place(
+        self,
+        items: Sequence[ReadItem],
+        records: Sequence[int],
+        rows: Buffer,
+        destinations: Destinations,
+        target: Callable[[int, ReadItem], torch.Tensor],
+    ) -> None:
+        # Refusals are remembered, so that there is one for each device, unless another thread calls release_staging()
+        # all the time.
+        for _ in range(_MOST_DEVICES):
+            program = _native.Program(self._layouts, rows, destinations.column())
+            waves = range(program.waves)
+            if self.run(program, waves, items, records, destinations, destinations.tensors, target):
+                return
+            # Again from the beginning, without that device. Boxes that are in place already get the same values.
+            destinations = destinations.anew()
+        raise CudaError(self._refusal)
+
+    def run(
+        self,
+        program: _native.Program,
+        waves: Iterable[int],
+        items: Sequence[ReadItem],
+        records: Sequence[int],
+        destinations: Destinations,
+        written: Sequence[torch.Tensor],
+        target: Callable[[int, ReadItem], torch.Tensor],
+    ) -> bool:
+        """Run waves of a program.
+
+        Args:
+            program: of the items.
+            waves: their numbers.
+            items: all items.
+            records: of each.
+            destinations: that the program writes to.
+            written: those that the waves write to.
+            target: makes the box of an item.
+
+        Returns:
+            False if the driver of a device refuses what the engine needs. Nothing of this is in the report then, but
+            the refusal, and the device is left to torch from now on.
+        """
+        before = {name: copy(getattr(self._report, name)) for name in _COUNTED_ANEW}
+        try:
+            for wave in waves:
+                self._run_wave(program, wave, items, records, destinations, target)
+            return True
+        except CudaRefusedError as error:
+            self._refusal = str(error)
+        finally:
+            # As copy_ does, so that autograd notices that tensors that were saved for backward have changed. Also after
+            # an error, when nobody knows which of them were written.
+            increment_version(written)
+        self._cuda.give_up()
+        vars(self._report).update(before)
+        return False
+
+    def _run_wave(
+        self,
+        program: _native.Program,
+        wave: int,
+        items: Sequence[ReadItem],
+        records: Sequence[int],
+        destinations: Destinations,
+        target: Callable[[int, ReadItem], torch.Tensor],
+    ) -> None:
+        self._report.bytes_needed += program.bytes_needed_of(wave)
+        options = self._half if destinations.devices else self._options
+        if not self._shared.place_boxes(self._layouts, program, options, destinations.devices):
+            if destinations.devices:
+                stats = self._cuda.run(program, wave, options, destinations.devices)
+            else:
+                stats = program.run(wave, options)
+            count_stats(self._report, stats)
+        converted = [
+            self._converted_box(item, records[i], *program.box(i), target(i, item))
+            for i, item in _pick(items, program.converted(wave))
+        ]
+        if converted:
+            self._place_converted(converted)
+        fallback = [(item, records[i], target(i, item)) for i, item in _pick(items, program.fallback(wave))]
+        self.place_fallback(sorted(fallback, key=lambda box: self._rows.place_of(box[1])))
+
+    def _converted_box(
+        self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
+    ) -> ConvertedBox:
+        code = self._layouts.dtype(record)
+        dtype = DTYPES[code]
+        if dtype is None:
+            raise TypeError(f"this torch has no dtype {_native.DTYPES[code]}, which {item.storage_index} is stored in")
+        return ConvertedBox(record, code, dtype, storage_offsets, lengths, self._layouts.strides(record), target)
+
+    def _place_converted(self, boxes: list[ConvertedBox]) -> None:
+        self._report.staged_items += len(boxes)
+        self._count_refused([box.target for box in boxes])
+        for stats in place_converted(boxes, self._layouts, self._half, self._staging_bytes // 2, self._cuda):
+            count_stats(self._report, stats)
+
+    def place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
+        quantized = [
+            QuantizedBox(self._quantized[record], box_of(item)[0], target)
+            for item, record, target in boxes
+            if record in self._quantized
+        ]
+        if quantized:
+            self._place_quantized(quantized)
+            boxes = [box for box in boxes if box[1] not in self._quantized]
+        place_fallback(boxes, self._records, self._layouts, self._half, self._staging_bytes, self._report)
+
+    def _place_quantized(self, boxes: list[QuantizedBox]) -> None:
+        if self._dequantizer is None:
+            self._dequantizer = Dequantizer(self._quantized.values(), self._half)
+        self._report.dequantized_items += len(boxes)
+        self._count_refused([box.target for box in boxes])
+        for stats in self._dequantizer.place(boxes, self._staging_bytes // 2, self._cuda):
+            self._report.bytes_needed += stats.bytes_placed
+            count_stats(self._report, stats)
+
+    def _count_refused(self, targets: Sequence[torch.Tensor]) -> None:
+        """Count those that torch brings to their device, as its driver refuses what the engine needs."""
+        for target in targets:
+            if (device := device_of(target)) is not None and served_device(target) is None:
+                self._report.device_fallback_items += 1
+                self._report.device_fallback_reason = refusals[device]
+
+
+def _pick(items: Sequence[ReadItem], indices: Sequence[int]) -> Iterator[tuple[int, ReadItem]]:
+    """Items with their indices. Each is asked for once, as it may be made when it is."""
+    return ((i, items[i]) for i in indices)
