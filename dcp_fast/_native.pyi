@@ -94,6 +94,9 @@ class DeviceStats:
     launches: int
     copy_seconds: float
 
+class PinnedBuffer(Buffer):
+    def __init__(self, size: int, device: int) -> None: ...
+
 class PinnedRing:
     pinned_bytes: int
     device_bytes: int

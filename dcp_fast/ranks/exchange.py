@@ -234,9 +234,11 @@ class Exchange:
         def two_rounds(size: int, device: torch.device) -> list[torch.Tensor]:
             return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, rounds))]
 
-        host = torch.device("cpu")
-        self._sent = two_rounds(sizes[0], host)
-        self._received = two_rounds(0 if all(self._stays) else sizes[1], host)
+        def two_rounds_on_host(size: int) -> list[torch.Tensor]:
+            return [_on_host(size, self._device) for _ in range(min(2, rounds))]
+
+        self._sent = two_rounds_on_host(sizes[0])
+        self._received = two_rounds_on_host(0 if all(self._stays) else sizes[1])
         # What collective calls take: where the process group wants it.
         is_on_host = self._device.type == "cpu"
         self._to_send = self._sent if is_on_host else two_rounds(sizes[0], self._device)
@@ -323,6 +325,15 @@ class Exchange:
         places = _places_of_headers(sizes).to(received.device)
         failures, reads = received[: sum(sizes)].view(torch.int64)[places].tolist()
         return list(zip(map(bool, failures), reads, strict=True))
+
+
+def _on_host(size: int, device: torch.device) -> torch.Tensor:
+    """Memory on the host: pinned if it is copied from and to a GPU, unless the driver refuses that."""
+    if device.type != "cpu" and size > 0:
+        with suppress(_native.NativeError):
+            # torch's own pinned memory may take twice as much.
+            return torch.frombuffer(_native.PinnedBuffer(size, device.index), dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _places_of_headers(sizes: list[int]) -> torch.Tensor:

@@ -63,6 +63,13 @@ def end() -> None:
         assert not Simulator().reports(clear=True)
 
 
+def refuse_pinned_memory() -> None:
+    dcp_fast.release_staging()
+    for nth in range(1, 50):
+        for name in ("cuMemHostRegister_v2", "cuMemHostAlloc"):
+            Simulator().fault(name, nth, NOT_SUPPORTED)
+
+
 def state_dict(device: str, placements: list[Any], half: torch.dtype = torch.float16) -> dict[str, Any]:
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     dtypes = {**STORED, "half": half}
@@ -150,7 +157,10 @@ def load_on_devices(path: Path) -> None:
             expected, state = state_dict("cpu", placements), state_dict("cuda", placements)
             torch_load(expected, storage_reader=torch_reader(path))
             copies = simulator.calls("cuMemcpyDtoDAsync_v2")
-            report = load_shared(state, path)
+            with mock.patch.object(_native, "PinnedBuffer", side_effect=_native.PinnedBuffer) as pinned:
+                report = load_shared(state, path)
+            assert pinned.call_count >= 4  # of two exchanges two rounds each, and so is what others are to get
+            assert all(call.args[1] == dist.get_rank() % torch.cuda.device_count() for call in pinned.mock_calls)
             assert bits(state) == bits(expected), placements
             assert report.exchange_rounds > 2
             assert simulator.calls("cuMemcpyDtoDAsync_v2") > copies
@@ -160,6 +170,32 @@ def load_on_devices(path: Path) -> None:
             )
             assert report.bytes_to_device <= 1.05 * sent
     end()
+
+
+def load_pageable(path: Path) -> None:
+    """The driver has no pinned memory to give to an exchange, but torch has what it allocated before."""
+    begin()
+    original = _native.PinnedBuffer
+    refused = []
+
+    def refuse(size: int, device: int) -> Any:
+        for name in ("cuMemHostRegister_v2", "cuMemHostAlloc"):
+            Simulator().fault(name, 1, NOT_SUPPORTED)
+        refused.append(size)
+        return original(size, device)
+
+    with exchange_on_devices(), mock.patch.object(_native, "PinnedBuffer", refuse):
+        expected, state = state_dict("cpu", [Replicate()]), state_dict("cpu", [Replicate()])
+        torch_load(expected, storage_reader=torch_reader(path))
+        assert load_shared(state, path).exchange_rounds > 2
+        assert bits(state) == bits(expected)
+    assert len(refused) > 4
+    end()
+
+
+@only_simulated
+def test_memory_that_cannot_be_pinned(pool: Ranks, checkpoint: Path) -> None:
+    pool.run(WORLD, load_pageable, checkpoint, timeout=180)
 
 
 @only_simulated
@@ -282,10 +318,7 @@ def load_with_commits_where_a_driver_refuses(path: Path) -> str:
     expected, state = state_dict("cpu", [Replicate()]), state_dict("cuda", [Replicate()])
     torch_load(expected, storage_reader=torch_reader(path), planner=Committing())
     if dist.get_rank() == FAILING:
-        dcp_fast.release_staging()
-        for nth in range(1, 50):
-            for name in ("cuMemHostRegister_v2", "cuMemHostAlloc"):
-                Simulator().fault(name, nth, NOT_SUPPORTED)
+        refuse_pinned_memory()
     report = load_shared(state, path, planner=Committing())
     assert bits(state) == bits(expected)
     if dist.get_rank() == FAILING:
