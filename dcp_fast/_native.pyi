@@ -270,6 +270,7 @@ def all_hold(watched: list[tuple[object, list[Any]]], lengths: list[tuple[Any, i
 def flatten(
     state_dict: dict[str, Any], tensors: tuple[type, ...], ordered_dict: type
 ) -> tuple[dict[str, Any], dict[str, tuple[str | int, ...]]] | None: ...
+def containers(state_dict: dict[str, Any], tensors: tuple[type, ...], ordered_dict: type) -> set[str] | None: ...
 
 class Requests:
     """What is wanted of tensors: one request for each."""

@@ -20,9 +20,10 @@ from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.fallback import place_fallback
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
-from dcp_fast.transfer.items import RecordRows, box_of
+from dcp_fast.transfer.items import box_of
 from dcp_fast.transfer.quantized_parts import QuantizedBox
 from dcp_fast.transfer.quantized_tensors import QuantizedTensor
+from dcp_fast.transfer.record_rows import RecordRows
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.shared_reads import SharedReads
 
