@@ -20,9 +20,10 @@ from dcp_fast.transfer.destinations import DTYPES, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.fallback import place_fallback
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
-from dcp_fast.transfer.items import RecordRows, box_of
+from dcp_fast.transfer.items import box_of
 from dcp_fast.transfer.quantized_parts import QuantizedBox
 from dcp_fast.transfer.quantized_tensors import QuantizedTensor
+from dcp_fast.transfer.record_rows import RecordRows
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.shared_quantized import SharedBoxes
 from dcp_fast.transfer.shared_reads import SharedReads
@@ -90,7 +91,7 @@ class Placer:
         # Refusals are remembered, so that there is one for each device, unless another thread calls release_staging()
         # all the time.
         for _ in range(_MOST_DEVICES):
-            program = _native.Program(self._layouts, rows, destinations.column())
+            program = _native.Program(self._layouts, rows, destinations.column)
             waves = range(program.waves)
             if self.run(program, waves, items, records, destinations, destinations.tensors, target):
                 return

@@ -13,7 +13,7 @@ from dcp_fast import _native
 from dcp_fast.errors import CudaError
 from dcp_fast.observe.report import LoadReport, count_stats
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
-from dcp_fast.transfer.items import RecordRows
+from dcp_fast.transfer.record_rows import RecordRows
 from dcp_fast.transfer.sharing import ExchangeStep, Received, Sending, Sharing
 
 
