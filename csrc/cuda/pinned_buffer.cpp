@@ -16,7 +16,7 @@ PinnedBuffer::~PinnedBuffer() {
     pinned_.reset();
   } catch (const Error&) {
     // The context is broken, and nothing of it can be freed before the process ends.
-    static_cast<void>(pinned_.release());
+    static_cast<void>(pinned_.release());  // NOLINT(bugprone-unused-return-value)
   }
 }
 

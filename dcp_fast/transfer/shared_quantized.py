@@ -17,10 +17,10 @@ import torch
 
 from dcp_fast import _native
 from dcp_fast.transfer.batches import ALIGNMENT
-from dcp_fast.transfer.bounce import allocate
 from dcp_fast.transfer.destinations import HOST
 from dcp_fast.transfer.quantized_parts import CutBox, QuantizedBox, may_overlap
 from dcp_fast.transfer.quantized_tensors import MXFP4, StoredTensor
+from dcp_fast.transfer.staging_memory import allocate
 
 _MOST_UNIT_BYTES = 16  # of a block of MXFP4 that an exchange does not cut
 
