@@ -207,7 +207,8 @@ class Placer:
         shared = SharedBoxes(boxes, dequantizer.records)
         if len(shared) == 0 or shared.scale_bytes > self._shared.most_bytes:
             why = "their scales take more than exchange_bytes" if len(shared) else "GPUs or torch dequantize them"
-            self._shared.decline(f"quantized tensors are read alone: {why}")
+            needs_none = len(shared) == len(shared.alone) == 0
+            self._shared.decline("" if needs_none else f"quantized tensors are read alone: {why}")
             return boxes
         shared.allocate()
         layouts = dequantizer.layouts
