@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from typing_extensions import Buffer, Self
@@ -94,6 +95,9 @@ class DeviceStats:
     launches: int
     copy_seconds: float
 
+class PinnedBuffer(Buffer):
+    def __init__(self, size: int, device: int) -> None: ...
+
 class PinnedRing:
     pinned_bytes: int
     device_bytes: int
@@ -116,6 +120,8 @@ class Need:
     def of_records(
         layouts: Layouts, records: Sequence[int], most_bytes: int, names: Sequence[str], options: Options
     ) -> Need: ...
+    @staticmethod
+    def of_quantized(layouts: Layouts, rows: Buffer, names: Sequence[str]) -> Need: ...
     def is_on(self, device: int) -> bool: ...
     def encode(self) -> bytes: ...
 
@@ -233,6 +239,13 @@ def read_metadata(path: str) -> MetadataColumns | str: ...
 class Rows(Buffer): ...  # int64
 
 def bytes_rows(columns: MetadataColumns, fqns: Sequence[str]) -> Rows: ...  # file, offset, length, is transformed
+def destination_rows(
+    tensors: list[torch.Tensor],
+    types: tuple[type, ...],
+    strided: torch.layout,
+    dtypes: dict[torch.dtype, tuple[int, int]],
+    other: Callable[[torch.Tensor], Sequence[int]],
+) -> tuple[Rows, bool]: ...
 
 class PlannedRecords:
     """The stored tensors that boxes are parts of."""
@@ -270,6 +283,7 @@ def all_hold(watched: list[tuple[object, list[Any]]], lengths: list[tuple[Any, i
 def flatten(
     state_dict: dict[str, Any], tensors: tuple[type, ...], ordered_dict: type
 ) -> tuple[dict[str, Any], dict[str, tuple[str | int, ...]]] | None: ...
+def containers(state_dict: dict[str, Any], tensors: tuple[type, ...], ordered_dict: type) -> set[str] | None: ...
 
 class Requests:
     """What is wanted of tensors: one request for each."""

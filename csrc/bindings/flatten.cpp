@@ -75,9 +75,30 @@ py::str joined(const py::str& first, const py::object& second) {
   return py::reinterpret_steal<py::str>(checked(PyUnicode_Concat(first.ptr(), second.ptr())).release());
 }
 
+// What the values of a state dict are to torch.
+class Types {
+ public:
+  Types(const py::tuple& tensors, const py::type& ordered_dict) : tensors_(tensors), ordered_dict_(ordered_dict) {}
+
+  bool is_tensor(PyObject* value) const {
+    for (size_t i = 0; i < tensors_.size(); ++i) {  // as most values are
+      if (reinterpret_cast<PyObject*>(Py_TYPE(value)) == PyTuple_GET_ITEM(tensors_.ptr(), i)) return true;
+    }
+    return false;
+  }
+
+  bool is_dict(PyObject* value) const {
+    return PyDict_CheckExact(value) || py::handle(reinterpret_cast<PyObject*>(Py_TYPE(value))).is(ordered_dict_);
+  }
+
+ private:
+  const py::tuple& tensors_;
+  const py::type& ordered_dict_;
+};
+
 class Walk {
  public:
-  Walk(const py::tuple& tensors, const py::type& ordered_dict) : tensors_(tensors), ordered_dict_(ordered_dict) {}
+  explicit Walk(const Types& types) : types_(types) {}
 
   // Whether nothing in it needs torch.
   bool through_dict(const py::object& values, const py::str& prefix, const py::tuple& path) {
@@ -108,7 +129,7 @@ class Walk {
     if (!PyUnicode_CheckExact(key.ptr())) return false;
     const py::str fqn = joined(prefix, key);
     if (is_leaf(value.ptr())) return add(fqn, value, longer(path, key));
-    if (is_dict(value.ptr())) return through_dict(value, joined(fqn, dot_), longer(path, key));
+    if (types_.is_dict(value.ptr())) return through_dict(value, joined(fqn, dot_), longer(path, key));
     if (!PyList_CheckExact(value.ptr())) return false;
     const py::list copy = copied(value);
     check(PyObject_SetItem(values.ptr(), key.ptr(), copy.ptr()));
@@ -127,8 +148,9 @@ class Walk {
       const py::str name = joined(prefix, py::str(index));
       const py::tuple way = longer(path, index);
       // A list in a list is a leaf or not by what torch finds in it, and in those around it.
-      const bool done = is_leaf(value.ptr()) ? add(name, value, way)
-                                             : is_dict(value.ptr()) && through_dict(value, joined(name, dot_), way);
+      const bool done = is_leaf(value.ptr())
+                            ? add(name, value, way)
+                            : types_.is_dict(value.ptr()) && through_dict(value, joined(name, dot_), way);
       // torch puts None in the place of an element that has no leaves, if others follow.
       if (!done || flat_.size() == count) return false;
     }
@@ -144,19 +166,11 @@ class Walk {
   }
 
   bool is_leaf(PyObject* value) const {
-    for (size_t i = 0; i < tensors_.size(); ++i) {  // as most values are
-      if (reinterpret_cast<PyObject*>(Py_TYPE(value)) == PyTuple_GET_ITEM(tensors_.ptr(), i))
-        return !checked(PyObject_GetAttr(value, is_meta_.ptr())).is(py::handle(Py_True));
-    }
-    return is_inert(value);
+    if (!types_.is_tensor(value)) return is_inert(value);
+    return !checked(PyObject_GetAttr(value, is_meta_.ptr())).is(py::handle(Py_True));
   }
 
-  bool is_dict(PyObject* value) const {
-    return PyDict_CheckExact(value) || py::handle(reinterpret_cast<PyObject*>(Py_TYPE(value))).is(ordered_dict_);
-  }
-
-  const py::tuple& tensors_;
-  const py::type& ordered_dict_;
+  const Types& types_;
   const py::str dot_{"."};
   const py::str is_meta_{"is_meta"};
   py::dict flat_;
@@ -164,9 +178,55 @@ class Walk {
 };
 
 py::object flatten(const py::dict& state_dict, const py::tuple& tensors, const py::type& ordered_dict) {
-  Walk walk(tensors, ordered_dict);
+  const Types types(tensors, ordered_dict);
+  Walk walk(types);
   if (!walk.through_dict(state_dict, py::str(), py::tuple())) return py::none();
   return py::cast(walk.result());
+}
+
+// Finds the names of all dicts and lists.
+class Containers {
+ public:
+  explicit Containers(const Types& types) : types_(types) {}
+
+  // Whether nothing in it needs torch.
+  bool through(const py::object& container, const py::str& prefix) {
+    const Recursion recursion;
+    if (!PyList_CheckExact(container.ptr())) {
+      for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(container)) {
+        if (!PyUnicode_CheckExact(key.ptr()) || !add(value.ptr(), prefix, key.ptr())) return false;
+      }
+      return true;
+    }
+    const auto list = py::reinterpret_borrow<py::list>(container);
+    for (size_t i = 0; i < list.size(); ++i) {
+      PyObject* const value = PyList_GET_ITEM(list.ptr(), i);
+      if (!add(value, prefix, py::str(py::int_(i)).ptr())) return false;
+    }
+    return true;
+  }
+
+  py::set names() { return std::move(names_); }
+
+ private:
+  bool add(PyObject* value, const py::str& prefix, PyObject* key) {
+    if (types_.is_tensor(value) || is_inert(value)) return true;
+    if (!types_.is_dict(value) && !PyList_CheckExact(value)) return false;
+    const py::str name = joined(prefix, py::reinterpret_borrow<py::object>(key));
+    names_.add(name);
+    return through(py::reinterpret_borrow<py::object>(value), joined(name, dot_));
+  }
+
+  const Types& types_;
+  const py::str dot_{"."};
+  py::set names_;
+};
+
+py::object containers(const py::dict& state_dict, const py::tuple& tensors, const py::type& ordered_dict) {
+  const Types types(tensors, ordered_dict);
+  Containers containers(types);
+  if (!containers.through(state_dict, py::str())) return py::none();
+  return containers.names();
 }
 
 }  // namespace
@@ -174,6 +234,9 @@ py::object flatten(const py::dict& state_dict, const py::tuple& tensors, const p
 void bind_flatten(py::module_& module) {
   module.def("flatten", &flatten, py::arg("state_dict"), py::arg("tensors"), py::arg("ordered_dict"),
              "Leaves by FQN, and their paths; None if torch has to do it.");
+  module.def(
+      "containers", &containers, py::arg("state_dict"), py::arg("tensors"), py::arg("ordered_dict"),
+      "FQNs of all dicts and lists in a state dict; None if it has values of other types, which torch may know.");
 }
 
 }  // namespace dcp_fast

@@ -97,15 +97,16 @@ py::list make_read_items(const Columns& columns, const Boxes& boxes, const std::
       offset = py::reinterpret_borrow<py::sequence>(chunks)[box.wanted].attr(names.offsets);
       if (!py::type::handle_of(offset).is(types.size)) offset = types.size(offset);
     }
+    // Fields come in the order in which torch sets them.
     const Instance destination = Instance(types.metadata_index)
                                      .set(names.fqn, fqn)
-                                     .set(names.offset, offset)
-                                     .set(names.index, py::int_(box.wanted));
+                                     .set(names.index, py::int_(box.wanted))
+                                     .set(names.offset, offset);
     const int64_t* const stored = columns.numbers.data() + entry.chunks + 2 * size_t{box.stored} * box.dims;
     const Instance storage = Instance(types.metadata_index)
                                  .set(names.fqn, fqn)
-                                 .set(names.offset, chunk_offsets.of(stored, box.dims))
-                                 .set(names.index, py::int_(box.stored));
+                                 .set(names.index, py::int_(box.stored))
+                                 .set(names.offset, chunk_offsets.of(stored, box.dims));
     items[i] = Instance(types.read_item)
                    .set(names.type, types.tensor)
                    .set(names.dest_index, destination.object())

@@ -26,3 +26,8 @@ def flatten_at_once(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[st
         or of other classes, keys and containers of other types, FQNs that clash. Then torch has to do it.
     """
     return _native.flatten(state_dict, _TENSORS, OrderedDict) if type(state_dict) is dict else None
+
+
+def containers_of(state_dict: dict[str, Any]) -> set[str] | None:
+    """The FQNs of all dicts and lists in a state dict; None if it holds anything that torch may take for one, too."""
+    return _native.containers(state_dict, _TENSORS, OrderedDict) if type(state_dict) is dict else None

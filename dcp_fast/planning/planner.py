@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from dcp_fast._torch import derived_version, flatten_state_dict, set_element
 from dcp_fast.collector import paused_collection
 from dcp_fast.metadata.lazy import LazyDict
-from dcp_fast.planning.flatten import flatten_at_once
+from dcp_fast.planning.flatten import containers_of, flatten_at_once
 from dcp_fast.planning.hooks import STAND_FOR_TORCHS
 from dcp_fast.planning.search import create_default_local_load_plan
 from dcp_fast.switches import original_of
@@ -158,6 +158,10 @@ def _use_old_keys_if_stored(planner: torch_planner.DefaultLoadPlanner) -> None:
         return
     missing = set(entries).difference(planner.state_dict)
     if not missing:
+        return
+    # A key of the old way that is none of the new way is that of a container.
+    containers = containers_of(planner.original_state_dict)
+    if containers is not None and containers.isdisjoint(missing):
         return
     derived_version._derived_version = "2_3"
     try:

@@ -14,9 +14,9 @@ import torch
 
 from dcp_fast import _native
 from dcp_fast._torch import foreach_copy_
-from dcp_fast.errors import CudaOutOfMemoryError
 from dcp_fast.transfer.batches import ALIGNMENT
 from dcp_fast.transfer.destinations import is_plain
+from dcp_fast.transfer.staging_memory import allocate
 
 T = TypeVar("T")
 
@@ -143,17 +143,6 @@ def copy_on_host(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def is_on_host(tensor: torch.Tensor) -> bool:
     """Whether any thread may write to a tensor."""
     return tensor.device.type == "cpu"
-
-
-def allocate(capacity: int, device: torch.device) -> torch.Tensor:
-    try:
-        return torch.empty(capacity, dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError as error:
-        raise CudaOutOfMemoryError(
-            f"{capacity} bytes of staging memory on {device} could not be had: {error}"
-        ) from error
-    except RuntimeError as error:  # what torch's allocator raises on the CPU
-        raise MemoryError(f"{capacity} bytes for a bounce buffer could not be had") from error
 
 
 def check_internal_overlap(target: torch.Tensor) -> None:

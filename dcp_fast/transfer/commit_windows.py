@@ -19,6 +19,10 @@ from dcp_fast.transfer.items import Resolved
 from dcp_fast.transfer.planner_state import PlannerState, version_of
 from dcp_fast.transfer.windows import MOST_ITEMS, QUIET_ITEMS
 
+# By how much windows grow. Each ends with threads that wait for the last one; a planner that is found to be in the way
+# has what was left of its window read twice.
+_GROWTH = 8
+
 
 @dataclass
 class Done:
@@ -57,7 +61,7 @@ def windows_of(order: Iterable[int], fqns: Sequence[str]) -> list[list[int]]:
             windows.append(window)
             window, seen = [], set()
             if number >= QUIET_ITEMS:
-                most = min(2 * most, MOST_ITEMS)
+                most = min(_GROWTH * most, MOST_ITEMS)
     return [*windows, window] if window else windows
 
 
@@ -97,7 +101,7 @@ class CommitWindows:
         """
         planner, has_changed, target = self._planner, self._state.has_changed, self._resolved.target
         state_dict, fqns, values = planner.state_dict, self._fqns, self._values
-        tensors, numbers = self._tensors, self._numbers
+        tensors, geometry, numbers = self._tensors, self._geometry, self._numbers
         done = 0
         for number, window in enumerate(windows):
             boxes = [item for item in window if item >= 0]
@@ -118,8 +122,11 @@ class CommitWindows:
                     self._load_bytes(~index)
                 else:
                     item, version = next(placed)
-                    is_there = state_dict.get(fqns[index]) is values[index]
-                    if not is_there or version_of(tensors[numbers[index]]) != version:
+                    tensor = tensors[numbers[index]]
+                    is_as_resolved = (
+                        state_dict.get(fqns[index]) is values[index] and _geometry(tensor) == geometry[numbers[index]]
+                    )
+                    if not is_as_resolved or version_of(tensor) != version:
                         return Done(done)
                     planner.commit_tensor(item, target(index, item))
                 done += 1

@@ -24,9 +24,9 @@ from dcp_fast.errors import typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
 from dcp_fast.transfer.batches import ALIGNMENT
-from dcp_fast.transfer.bounce import allocate
 from dcp_fast.transfer.devices import device_of, refusals
 from dcp_fast.transfer.staging_limits import StagingLimits
+from dcp_fast.transfer.staging_memory import allocate
 
 logger = logging.getLogger("dcp_fast")
 

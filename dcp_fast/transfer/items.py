@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from operator import itemgetter
@@ -24,7 +24,8 @@ from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedBytes, PlannedTensors, in_plan_order
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import Destinations
-from dcp_fast.transfer.records import Place, Records
+from dcp_fast.transfer.record_rows import RecordRows
+from dcp_fast.transfer.records import Records
 
 T = TypeVar("T")
 
@@ -90,57 +91,6 @@ class Resolved:
         if isinstance(self.items, PlannedTensors):
             return [self.items.fqns[request] for request in self.items.boxes.requests]
         return [item.dest_index.fqn for item in self.items]
-
-
-class RecordRows:
-    """Where the records of a plan lie, for ``_native.open_files``.
-
-    Attributes:
-        files: names of the files that hold a record, in the order in which the plan first needs them.
-        rows: four numbers for each record: the index of its file, offset and length in bytes, and 1 if torch must read
-            it, else 0.
-        payloads: of each record its dtype, number of dimensions and sizes; None if records are archives.
-        fqns: of each record.
-        transformed: the records that a transform was applied to.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[str] = (),
-        rows: Sequence[int] = (),
-        fqns: Iterable[str] = (),
-        payloads: Buffer | None = None,
-    ) -> None:
-        self._numbers = {name: number for number, name in enumerate(files)}
-        self.rows = array("q", rows)
-        self.fqns = list(fqns)
-        self.payloads = payloads
-        self.transformed: set[int] = set()
-
-    @property
-    def files(self) -> list[str]:
-        return list(self._numbers)
-
-    def file_of(self, record: int) -> int:
-        return self.rows[4 * record]
-
-    def place_of(self, record: int) -> tuple[int, int]:
-        """File and offset."""
-        return self.rows[4 * record], self.rows[4 * record + 1]
-
-    def add(self, item: ReadItem, place: Place, all_fallback: bool) -> None:
-        file = self._numbers.setdefault(place.file, len(self._numbers))
-        if place.is_transformed:
-            self.transformed.add(len(self.fqns))
-        fallback = False
-        if place.payload is None:
-            fallback = all_fallback or item.type is _BYTE_IO or place.is_transformed
-        else:
-            code, sizes = place.payload
-            self.payloads = self.payloads or array("q")
-            cast("array[int]", self.payloads).extend((code, len(sizes), *sizes))
-        self.rows.extend((file, place.offset, place.length, fallback))
-        self.fqns.append(item.storage_index.fqn)
 
 
 class Items(Protocol):
@@ -236,7 +186,7 @@ class _ListedItems:
         return _by_file(list(zip(self._items, self._records, strict=True)), self._records, self.record_rows)
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
-        destinations = Destinations()
+        destinations: list[torch.Tensor] = []
         known: dict[tuple[str, torch.Size | None, int | None], int] = {}
         rows: list[int] = []
         items: list[ReadItem] = []
@@ -253,7 +203,8 @@ class _ListedItems:
             key = (index.fqn, index.offset, index.index)
             number = known.get(key)
             if number is None:
-                number = known[key] = destinations.add(find_state_dict_object(state_dict, index))
+                number = known[key] = len(destinations)
+                destinations.append(find_state_dict_object(state_dict, index))
             storage_offsets, dest_offsets, lengths = box_of(item)
             rows += (record, number, len(lengths), *storage_offsets, *dest_offsets, *lengths)
             items.append(item)
@@ -261,7 +212,7 @@ class _ListedItems:
             numbers.append(number)
         byte_fqns = [item.dest_index.fqn for item in byte_items]
         bytes_entries = BytesEntries(byte_items, byte_fqns, byte_records, self.record_rows.transformed)
-        return Resolved(items, records, numbers, array("q", rows), destinations, bytes_entries)
+        return Resolved(items, records, numbers, array("q", rows), Destinations(destinations), bytes_entries)
 
 
 class _ColumnItems:
@@ -319,7 +270,7 @@ class _ColumnItems:
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
         tensors, boxes = self._tensors, self._tensors.boxes
-        destinations = Destinations()
+        destinations: list[torch.Tensor] = []
         fqns, chunks = tensors.fqns, tensors.wanted
         for request, wanted, dims in boxes.destinations():
             fqn = fqns[request]
@@ -330,12 +281,12 @@ class _ColumnItems:
                 value = None
             if value is None or value.dim() != dims:
                 value = find_state_dict_object(state_dict, tensors.destination(request, wanted, dims))
-            destinations.add(value)
+            destinations.append(value)
         return Resolved(
             tensors,
             self._planned.of_box,
             boxes.destination_of_box,
             boxes.rows(self._planned),
-            destinations,
+            Destinations(destinations),
             self._bytes_entries,
         )

@@ -12,7 +12,8 @@ from dcp_fast._torch import SafetensorsInfo, StorageReaderTransforms
 from dcp_fast.errors import CorruptHeaderError, SizeMismatchError
 from dcp_fast.metadata.safetensors import read_columns
 from dcp_fast.observe.report import LoadReport
-from dcp_fast.transfer.records import Place, Records
+from dcp_fast.transfer.record_rows import Place
+from dcp_fast.transfer.records import Records
 
 
 class Payloads(Records):

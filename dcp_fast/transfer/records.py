@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, NamedTuple, cast
+from typing import IO, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -30,23 +30,7 @@ from dcp_fast.observe.report import LoadReport
 from dcp_fast.observe.trace import span
 from dcp_fast.transfer.archives import load_record
 from dcp_fast.transfer.quantized_tensors import QuantizedTensor
-
-
-class Place(NamedTuple):
-    """Where a record lies.
-
-    Attributes:
-        file: its name, as :meth:`Records.path` takes it.
-        offset, length: the byte range in the file.
-        is_transformed: whether a transform was applied to it.
-        payload: dtype code and sizes, if the record is a mere payload; None if it is an archive.
-    """
-
-    file: str
-    offset: int
-    length: int
-    is_transformed: bool = False
-    payload: tuple[int, Sequence[int]] | None = None
+from dcp_fast.transfer.record_rows import Place
 
 
 class Records:

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from dcp_fast.planning.hooks import has_default_bytes, has_default_commit, has_default_resolve
+from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import address_of
 from dcp_fast.transfer.planner_state import PlannerState, hides_state, version_of
 
@@ -36,10 +37,18 @@ class Placement:
 
 @dataclass(slots=True)
 class _Entry:
-    """A placement, and how the world was for it: the value in the state dict, and the tensor's version when placed."""
+    """A placement, and how the world was for it.
+
+    Attributes:
+        placement: of the item.
+        value: in the state dict.
+        address: where the memory of the value begins.
+        version: of the tensor, when it was placed.
+    """
 
     placement: Placement
     value: Any
+    address: int
     version: int = 0
 
 
@@ -121,7 +130,8 @@ class Windows:
         window = self._window
         window.fqns.add(fqn)
         window.bytes += size
-        self._add(_Entry(placement, self._value_of(fqn)))
+        value = self._value_of(fqn)
+        self._add(_Entry(placement, value, _memory_of(value)))
 
     def add_bytes(self, load: Callable[[], None]) -> None:
         """A bytes entry, which is loaded when all before it is committed."""
@@ -144,7 +154,8 @@ class Windows:
         for entry in window.entries:
             if isinstance(entry, _Entry):
                 placement = entry.placement
-                if again or value_of(placement.item.dest_index.fqn) is not entry.value:
+                value = value_of(placement.item.dest_index.fqn)
+                if again or value is not entry.value or _memory_of(value) != entry.address:
                     entry.placement = placement = self._resolve(placement.item, placement.record)
                     self._place_all([entry])
                 elif version_of(placement.tensor) != entry.version:
@@ -177,6 +188,12 @@ class Windows:
             self.finish()
             if not self._one_by_one and self._quiet >= QUIET_ITEMS:
                 self._most = min(2 * self._most, MOST_ITEMS)
+
+
+def _memory_of(value: Any) -> int:
+    """Where the memory of a value of the state dict begins, which a hook may change; 0 if there is nothing to tell."""
+    tensor = value if is_whole(value) else plain_local_tensor(value)
+    return 0 if tensor is None else address_of(tensor)
 
 
 def _span(tensor: torch.Tensor, size: int) -> tuple[int, int]:

@@ -82,6 +82,23 @@ def test_items_in_the_order_of_the_state_dict(path: Path, torchs: LoadPlan) -> N
     assert plan.items is plan.items
 
 
+def with_types(value: Any) -> Any:
+    """A value, and what classes it and its fields are of: equal tuples may be of several."""
+    if isinstance(value, (ReadItem, MetadataIndex)):
+        return type(value), [(name, with_types(field)) for name, field in vars(value).items()]
+    return type(value), value, list(map(type, value)) if isinstance(value, tuple) else None
+
+
+def test_items_are_as_torch_makes_them(path: Path, torchs: LoadPlan) -> None:
+    """They are made without calling the classes."""
+    items = column_plan(path).items
+    assert list(map(with_types, items)) == list(map(with_types, torchs.items))
+    assert list(map(hash, items)) == list(map(hash, torchs.items))
+    assert list(map(repr, items)) == list(map(repr, torchs.items))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        items[1].lengths = torch.Size()  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("at", [slice(None), slice(1, 3), slice(None, None, -1), slice(-2, None), slice(9, 9)])
 def test_single_items_and_slices(path: Path, torchs: LoadPlan, at: slice) -> None:
     tensors = column_plan(path).tensors

@@ -5,16 +5,22 @@ from __future__ import annotations
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint import default_planner as torch_planner
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 import dcp_fast
-from dcp_fast.planning.flatten import flatten_at_once
+from dcp_fast.planning import planner
+from dcp_fast.planning.flatten import containers_of, flatten_at_once
 
 # Bound here so that an installed dcp_fast cannot become its own oracle.
 TorchPlanner = torch_planner.DefaultLoadPlanner
@@ -149,3 +155,40 @@ def test_lists_of_an_optimizer() -> None:
     flat, paths = flatten_at_once(make()) or ({}, {})
     assert flat["optim.param_groups.0.params"] == ["w", "b"]
     assert paths["optim.param_groups.1.lr"] == ("optim", "param_groups", 1, "lr")
+
+
+@pytest.mark.parametrize("odd", [0.0, 0.1])
+def test_keys_of_old_checkpoints_are_those_of_containers(odd: float) -> None:
+    """Before torch 2.4 containers without tensors were leaves. All other keys are the same."""
+    told = old_only = 0
+    for seed in range(600):
+        rng = random.Random(seed)
+        state = {f"top{i}": nested(rng, 4, odd, []) for i in range(rng.randrange(6))}
+        containers = containers_of(state)
+        if containers is None:
+            continue
+        try:
+            new, _ = flatten_state_dict(state)
+            with mock.patch.object(_version, "_derived_version", "2_3"):
+                old, _ = flatten_state_dict(state)
+        except ValueError:  # keys that clash
+            continue
+        assert old.keys() - new.keys() <= containers
+        told += 1
+        old_only += bool(old.keys() - new.keys())
+    assert told > (500 if odd == 0 else 200)
+    assert old_only > (100 if odd == 0 else 20)
+
+
+def test_a_part_of_a_checkpoint_is_flattened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = {"model": {"w": torch.ones(3), "list": [torch.ones(1)]}, "optimizer": {"step": 1, "m": torch.ones(3)}}
+    dcp.save(saved, checkpoint_id=tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("torch was asked to flatten")
+
+    monkeypatch.setattr(planner, "flatten_state_dict", refuse)
+    state = {"model": {"w": torch.zeros(3), "list": [torch.zeros(1)]}}
+    dcp_fast.load(state, checkpoint_id=tmp_path)
+    assert state["model"]["w"].equal(saved["model"]["w"])
+    assert state["model"]["list"][0].equal(torch.ones(1))

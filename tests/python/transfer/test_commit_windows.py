@@ -294,5 +294,7 @@ def test_windows_have_each_tensor_once() -> None:
     for window in windows:
         names = [fqns[item] for item in window if item >= 0]
         assert len(set(names)) == len(names)
-    assert [len(window) for window in windows[:5]] == [1, 1, 1, 1, 2]
+    assert [len(window) for window in windows[:5]] == [1, 1, 1, 1, 7]
+    lengths = [len(window) for window in windows_of(range(10_000), [str(i) for i in range(10_000)])]
+    assert lengths == [1, 1, 1, 1, 8, 64, 512, 4096, 4096, 10_000 - 2 * 4096 - 588]
     assert windows_of([], []) == []

@@ -302,6 +302,17 @@ class Mirroring(dcp.DefaultLoadPlanner):
         self.state_dict[f"t{COUNT - 1:03}"].fill_(7)
 
 
+class Moving(dcp.DefaultLoadPlanner):
+    """Gives a tensor that comes later in the same window other memory."""
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        return super().resolve_tensor(item)
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        if item.dest_index.fqn == "t036" and item.dest_offsets[0] == 0:
+            self.state_dict["t040"].data = torch.full(sizes(40), 3.0)
+
+
 class Scaling(dcp.DefaultLoadPlanner):
     """Goes by the values that have come."""
 
@@ -341,7 +352,7 @@ class Delegating(Slotted):
 
 NOTICING = [
     *(Rarely, Scratch, ScratchElsewhere, Replacing, Counting, Collecting, Slotted),
-    *(SameKey, Awaking, Forgetting, Mirroring, Scaling, LookingAtValues, Delegating),
+    *(SameKey, Awaking, Forgetting, Mirroring, Moving, Scaling, LookingAtValues, Delegating),
 ]
 
 
