@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from typing_extensions import Buffer, Self
@@ -233,6 +234,13 @@ def read_metadata(path: str) -> MetadataColumns | str: ...
 class Rows(Buffer): ...  # int64
 
 def bytes_rows(columns: MetadataColumns, fqns: Sequence[str]) -> Rows: ...  # file, offset, length, is transformed
+def destination_rows(
+    tensors: list[torch.Tensor],
+    types: tuple[type, ...],
+    strided: torch.layout,
+    dtypes: dict[torch.dtype, tuple[int, int]],
+    other: Callable[[torch.Tensor], Sequence[int]],
+) -> tuple[Rows, bool]: ...
 
 class PlannedRecords:
     """The stored tensors that boxes are parts of."""

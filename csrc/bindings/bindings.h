@@ -7,6 +7,7 @@ namespace dcp_fast {
 
 void bind_cuda(pybind11::module_& module);
 void bind_dequantize(pybind11::module_& module);
+void bind_destinations(pybind11::module_& module);
 void bind_elements(pybind11::module_& module);
 void bind_exchange(pybind11::module_& module);
 void bind_faults(pybind11::module_& module);

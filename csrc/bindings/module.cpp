@@ -74,6 +74,7 @@ PYBIND11_MODULE(_native, module) {
   bind_cuda(module);
   bind_transfer(module);
   bind_program(module);
+  bind_destinations(module);
   bind_exchange(module);
   bind_dequantize(module);
   bind_metadata(module);

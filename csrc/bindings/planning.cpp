@@ -13,6 +13,7 @@
 #include "bindings/python.h"
 #include "bindings/read_items.h"
 #include "bindings/requests.h"
+#include "bindings/rows.h"
 #include "box/overlap.h"
 #include "planning/boxes.h"
 
@@ -27,11 +28,6 @@ using metadata::StorageRows;
 using planning::Box;
 using planning::Boxes;
 using planning::Records;
-
-// Rows of integers, as a buffer.
-struct Rows {
-  std::vector<int64_t> values;
-};
 
 struct PlannedBoxes {
   std::shared_ptr<const Columns> columns;

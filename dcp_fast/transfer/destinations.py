@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from functools import cache
 
 import torch
@@ -16,6 +15,9 @@ DTYPES: list[torch.dtype | None] = [getattr(torch, name, None) for name in _nati
 _CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(DTYPES) if dtype is not None}
 _STRIDED = torch.strided
 _REAL = frozenset(dtype for dtype in _CODES if not dtype.is_complex)
+# Of these types and dtypes a tensor on the host is plain if it is strided and not negated: see is_plain.
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_PLAIN_DTYPES = {dtype: (code, dtype.itemsize) for dtype, code in _CODES.items() if dtype in _REAL}
 
 _UNKNOWN = -1
 
@@ -31,20 +33,20 @@ class Destinations:
     Sizes and strides are in elements.
 
     Attributes:
-        tensors: what was added. They stay alive as long as this does.
+        tensors: all of them. They stay alive as long as this does.
+        column: the rows, one after another.
         devices: ordinals of the CUDA devices that the engine writes to.
         all_have_addresses: whether it can be told which of the tensors share memory.
     """
 
-    def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self.tensors = tensors
         self.devices: set[int] = set()
-        self.all_have_addresses = True
-        self._column: list[int] = []
+        self.column, self.all_have_addresses = _native.destination_rows(
+            tensors, _PLAIN_TYPES, _STRIDED, _PLAIN_DTYPES, self._row
+        )
 
-    def add(self, tensor: torch.Tensor) -> int:
-        """Add a tensor, and return its index."""
-        # A load may have tens of thousands of tensors, and to ask one for anything takes time.
+    def _row(self, tensor: torch.Tensor) -> tuple[int, ...]:
         sizes = tensor.size()
         if is_plain(tensor):
             address, strides = tensor.data_ptr(), tensor.stride()
@@ -52,12 +54,8 @@ class Destinations:
         else:
             address, device = address_of(tensor), _ELSEWHERE
             strides = tensor.stride() if tensor.layout is _STRIDED else (0,) * len(sizes)
-        if address == 0 and tensor.numel() > 0:
-            self.all_have_addresses = False
         dtype = tensor.dtype
-        self._column += (address, device, _CODES.get(dtype, _UNKNOWN), dtype.itemsize, len(sizes), *sizes, *strides)
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
+        return (address, device, _CODES.get(dtype, _UNKNOWN), dtype.itemsize, len(sizes), *sizes, *strides)
 
     def _device(self, tensor: torch.Tensor) -> int:
         device = served_device(tensor)
@@ -68,14 +66,7 @@ class Destinations:
 
     def anew(self) -> Destinations:
         """The same tensors, after a driver has refused what the engine needs to write to its device."""
-        result = Destinations()
-        for tensor in self.tensors:
-            result.add(tensor)
-        return result
-
-    def column(self) -> array[int]:
-        """The rows, one after another."""
-        return array("q", self._column)
+        return Destinations(self.tensors)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -186,7 +186,7 @@ class _ListedItems:
         return _by_file(list(zip(self._items, self._records, strict=True)), self._records, self.record_rows)
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
-        destinations = Destinations()
+        destinations: list[torch.Tensor] = []
         known: dict[tuple[str, torch.Size | None, int | None], int] = {}
         rows: list[int] = []
         items: list[ReadItem] = []
@@ -203,7 +203,8 @@ class _ListedItems:
             key = (index.fqn, index.offset, index.index)
             number = known.get(key)
             if number is None:
-                number = known[key] = destinations.add(find_state_dict_object(state_dict, index))
+                number = known[key] = len(destinations)
+                destinations.append(find_state_dict_object(state_dict, index))
             storage_offsets, dest_offsets, lengths = box_of(item)
             rows += (record, number, len(lengths), *storage_offsets, *dest_offsets, *lengths)
             items.append(item)
@@ -211,7 +212,7 @@ class _ListedItems:
             numbers.append(number)
         byte_fqns = [item.dest_index.fqn for item in byte_items]
         bytes_entries = BytesEntries(byte_items, byte_fqns, byte_records, self.record_rows.transformed)
-        return Resolved(items, records, numbers, array("q", rows), destinations, bytes_entries)
+        return Resolved(items, records, numbers, array("q", rows), Destinations(destinations), bytes_entries)
 
 
 class _ColumnItems:
@@ -269,7 +270,7 @@ class _ColumnItems:
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
         tensors, boxes = self._tensors, self._tensors.boxes
-        destinations = Destinations()
+        destinations: list[torch.Tensor] = []
         fqns, chunks = tensors.fqns, tensors.wanted
         for request, wanted, dims in boxes.destinations():
             fqn = fqns[request]
@@ -280,12 +281,12 @@ class _ColumnItems:
                 value = None
             if value is None or value.dim() != dims:
                 value = find_state_dict_object(state_dict, tensors.destination(request, wanted, dims))
-            destinations.add(value)
+            destinations.append(value)
         return Resolved(
             tensors,
             self._planned.of_box,
             boxes.destination_of_box,
             boxes.rows(self._planned),
-            destinations,
+            Destinations(destinations),
             self._bytes_entries,
         )

@@ -90,7 +90,7 @@ class Placer:
         # Refusals are remembered, so that there is one for each device, unless another thread calls release_staging()
         # all the time.
         for _ in range(_MOST_DEVICES):
-            program = _native.Program(self._layouts, rows, destinations.column())
+            program = _native.Program(self._layouts, rows, destinations.column)
             waves = range(program.waves)
             if self.run(program, waves, items, records, destinations, destinations.tensors, target):
                 return

@@ -166,7 +166,7 @@ class PlanTransfer:
             with report.stage("transfer"), paused_collection():
                 resolved = self.items.resolve(planner.state_dict)
                 destinations, numbers = resolved.destinations, resolved.numbers
-                program = _native.Program(self.layouts, resolved.rows, destinations.column())
+                program = _native.Program(self.layouts, resolved.rows, destinations.column)
                 if program.waves > 1 or not destinations.all_have_addresses:
                     return Done(0)
                 windows = windows_of(self.items.order(), resolved.fqns())
@@ -213,10 +213,9 @@ class PlanTransfer:
 
     def _place_window(self, placements: Sequence[Placement]) -> None:
         with self.report.stage("transfer"):
-            destinations = Destinations()
+            destinations = Destinations([placement.tensor for placement in placements])
             rows: list[int] = []
-            for placement in placements:
-                number = destinations.add(placement.tensor)
+            for number, placement in enumerate(placements):
                 storage_offsets, _, lengths = box_of(placement.item)
                 dims = len(lengths)
                 rows += (placement.record, number, dims, *storage_offsets, *(0,) * dims, *lengths)
