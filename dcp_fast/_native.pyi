@@ -95,6 +95,9 @@ class DeviceStats:
     launches: int
     copy_seconds: float
 
+class PinnedBuffer(Buffer):
+    def __init__(self, size: int, device: int) -> None: ...
+
 class PinnedRing:
     pinned_bytes: int
     device_bytes: int
@@ -117,6 +120,8 @@ class Need:
     def of_records(
         layouts: Layouts, records: Sequence[int], most_bytes: int, names: Sequence[str], options: Options
     ) -> Need: ...
+    @staticmethod
+    def of_quantized(layouts: Layouts, rows: Buffer, names: Sequence[str]) -> Need: ...
     def is_on(self, device: int) -> bool: ...
     def encode(self) -> bytes: ...
 

@@ -10,6 +10,7 @@
 #include "bindings/bindings.h"
 #include "bindings/python.h"
 #include "bindings/streams.h"
+#include "cuda/pinned_buffer.h"
 #include "cuda/pinned_ring.h"
 
 namespace py = pybind11;
@@ -25,16 +26,20 @@ void synchronize(cuda::PinnedRing& ring, const StreamsByDevice& streams) {
 }
 
 // A ring waits for the GPUs before it goes. In a forked child nothing of the driver may be called, so a child's copy of
-// the ring is left as it is.
-struct DeleteRing {
+// what is pinned is left as it is.
+template <typename Pinned>
+struct Delete {
   pid_t owner = ::getpid();
 
-  void operator()(cuda::PinnedRing* ring) const {
+  void operator()(Pinned* pinned) const {
     if (::getpid() != owner) return;
     const py::gil_scoped_release release;
-    delete ring;
+    delete pinned;
   }
 };
+
+using OwnedRing = std::unique_ptr<cuda::PinnedRing, Delete<cuda::PinnedRing>>;
+using OwnedBuffer = std::unique_ptr<cuda::PinnedBuffer, Delete<cuda::PinnedBuffer>>;
 
 }  // namespace
 
@@ -50,10 +55,19 @@ void bind_cuda(py::module_& module) {
       .def_readonly("launches", &cuda::DeviceStats::launches)
       .def_readonly("copy_seconds", &cuda::DeviceStats::copy_seconds);
 
-  py::class_<cuda::PinnedRing, std::unique_ptr<cuda::PinnedRing, DeleteRing>>(module, "PinnedRing")
+  py::class_<cuda::PinnedBuffer, OwnedBuffer>(module, "PinnedBuffer", py::buffer_protocol())
+      .def(py::init([](size_t size, int device) {
+             const py::gil_scoped_release release;
+             return OwnedBuffer(new cuda::PinnedBuffer(size, device));
+           }),
+           py::arg("size"), py::arg("device"))
+      .def_buffer([](const cuda::PinnedBuffer& buffer) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(buffer.data()), static_cast<py::ssize_t>(buffer.size()));
+      });
+
+  py::class_<cuda::PinnedRing, OwnedRing>(module, "PinnedRing")
       .def(py::init([](int64_t pinned_bytes, int64_t device_bytes, int64_t block_bytes) {
-             return std::unique_ptr<cuda::PinnedRing, DeleteRing>(
-                 new cuda::PinnedRing(pinned_bytes, device_bytes, block_bytes));
+             return OwnedRing(new cuda::PinnedRing(pinned_bytes, device_bytes, block_bytes));
            }),
            py::kw_only(), py::arg("pinned_bytes"), py::arg("device_bytes"), py::arg("block_bytes"))
       .def_property_readonly("pinned_bytes", &cuda::PinnedRing::pinned_bytes)

@@ -17,8 +17,10 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/column.h"
 #include "bindings/file_options.h"
 #include "bindings/python.h"
+#include "bindings/quantized_rows.h"
 #include "bindings/streams.h"
 #include "cuda/pinned_ring.h"
 #include "transfer/layouts.h"
@@ -43,6 +45,25 @@ std::vector<std::string> system_paths(const std::vector<py::str>& names) {
   texts.reserve(names.size());
   for (const py::str& name : names) texts.push_back(system_path(name));
   return texts;
+}
+
+std::vector<exchange::QuantizedElements> elements_of(const py::buffer& rows, size_t records) {
+  Column column(rows);
+  std::vector<exchange::QuantizedElements> result;
+  while (!column.done()) {
+    exchange::QuantizedElements elements;
+    elements.record = column.next_index(records);
+    elements.begin = column.next();
+    elements.stored_row_bytes = column.next();
+    elements.target.row_bytes = column.next();
+    elements.target.unit_bytes = column.next();
+    elements.target.unit_columns = column.next();
+    const QuantizedRow row = next_row(column);
+    elements.target.how = row.dequantization();
+    elements.target.box = row.box;
+    result.push_back(elements);
+  }
+  return result;
 }
 
 std::unique_ptr<Exchange> make_exchange(const std::vector<Memory>& encoded, std::vector<uint32_t> need_of_rank,
@@ -133,6 +154,17 @@ void bind_exchange(py::module_& module) {
           },
           py::arg("layouts"), py::arg("records"), py::arg("most_bytes"), py::arg("names"), py::arg("options"),
           "The headers of all records, and some from beginning to end, as far as memory for them goes.")
+      .def_static(
+          "of_quantized",
+          [](const Layouts& layouts, const py::buffer& rows, const std::vector<py::str>& names) {
+            const std::vector<std::string> texts = system_paths(names);
+            const auto elements = elements_of(rows, layouts.records.size());
+            return without_gil([&] { return exchange::need_of_quantized(layouts, elements, texts); });
+          },
+          py::arg("layouts"), py::arg("rows"), py::arg("names"),
+          "Elements in rows that are dequantized as they arrive. A row of integers for each box: its record, where it "
+          "begins there, bytes from row to row and in a row, bytes and elements of a unit (an element, or a block of "
+          "MXFP4), and what _native.dequantize takes, but for where the elements lie.")
       .def_readonly("converted_items", &LocalNeed::converted_items)
       .def("is_on", &LocalNeed::is_on, py::arg("device"),
            "Whether all boxes are for one device, and none for the host.")

@@ -75,7 +75,7 @@ class Rows {
   void place(int64_t row) {
     const std::byte* from = box_.from + row * box_.from_stride;
     const std::byte* scales =
-        box_.scales + (box_.first_row + row) / box_.block_rows * box_.scales_stride * scale_bytes();
+        box_.scales + (box_.first_row + row) / box_.block_rows * box_.scales_stride * bytes_of(how_.scales);
     std::byte* to = box_.to + row * box_.to_row_stride;
     int64_t tile = kRun;
     if (streamed_) {  // all tiles but the first begin where a line does
@@ -167,8 +167,6 @@ class Rows {
     if (!contiguous_) return scatter(to, box_.to_column_stride, from, count, how_.to_bytes);
     std::memcpy(to, from, bytes);
   }
-
-  int64_t scale_bytes() const { return how_.scales == Scales::kE8M0 ? 1 : static_cast<int64_t>(sizeof(float)); }
 
   const Dequantization& how_;
   const QuantizedBox& box_;

@@ -27,6 +27,8 @@ enum class Scales : int8_t {
   kE8M0,  // the exponent of a power of two (the same, 5.4.1)
 };
 
+constexpr int64_t bytes_of(Scales scales) { return scales == Scales::kE8M0 ? 1 : sizeof(float); }
+
 struct Dequantization {
   Quantization quantization = Quantization::kElements;
   Scales scales = Scales::kFloat32;

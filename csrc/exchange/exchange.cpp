@@ -358,6 +358,7 @@ transfer::Stats Exchange::place(uint32_t round, const std::byte* memory, const L
   if (local.boxes.size() != own_boxes_) throw std::invalid_argument("the exchange is of another need");
   const std::vector<Parcel> parcels = parcels_to_receive(round);
   transfer::Boxes boxes;
+  QuantizedPieces quantized;
   for (const Parcel& parcel : parcels) {
     const Unit& unit = assignment_->units()[parcel.unit];
     const Need& need = common(*parcel.share).need;
@@ -366,6 +367,11 @@ transfer::Stats Exchange::place(uint32_t round, const std::byte* memory, const L
       const LocalBox& to = local.boxes[box.number];
       const copy::Conversion* conversion = to.conversion ? &*to.conversion : nullptr;
       for (box::Part& part : box::cut(to.loops.data(), to.loops.size(), unit.begin - box.begin, unit.end - box.begin)) {
+        if (to.quantized) {
+          if (memory == nullptr) throw std::invalid_argument("quantized elements are needed on the host");
+          quantized.add(*to.quantized, part, memory + position + part.packed);
+          continue;
+        }
         pack_side(part.loops, &box::Dim::source_stride);
         boxes.add(to.device, {0, position + part.packed, to.destination + part.destination, box.number,
                               std::move(part.loops), conversion});
@@ -389,7 +395,10 @@ transfer::Stats Exchange::place(uint32_t round, const std::byte* memory, const L
     error.offset = -1;
     layouts.attribute(error, local.boxes[box].record);
   };
-  return transfer::run_boxes(std::move(boxes), sources, attribute, options, cuda, interrupted);
+  transfer::Stats stats = transfer::run_boxes(std::move(boxes), sources, attribute, options, cuda, interrupted);
+  stats.bytes_placed +=
+      quantized.place(transfer::limits_of(options, io::access_of(layouts.sources)).threads, interrupted);
+  return stats;
 }
 
 }  // namespace dcp_fast::exchange

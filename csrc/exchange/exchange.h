@@ -22,6 +22,7 @@
 #include "exchange/cost.h"
 #include "exchange/job_needs.h"
 #include "exchange/need.h"
+#include "exchange/quantized_target.h"
 #include "io/kept_source.h"
 #include "transfer/engine.h"
 #include "transfer/layouts.h"
@@ -38,7 +39,8 @@ struct LocalBox {
   std::byte* destination = nullptr;
   box::Loops loops;
   std::optional<copy::Conversion> conversion;
-  size_t record = 0;  // of the layouts
+  size_t record = 0;                         // of the layouts
+  std::optional<QuantizedTarget> quantized;  // then it tells where the box goes
 };
 
 // What a rank needs, and where it goes.
@@ -63,6 +65,17 @@ LocalNeed need_of(const transfer::Program& program, int64_t most_bytes, const st
 // The headers of all records, and `records` from beginning to end, as far as `most_bytes` of memory go.
 LocalNeed need_of_records(const transfer::Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
                           const std::vector<std::string>& names, const transfer::Options& options);
+
+// Elements that are dequantized as they arrive.
+struct QuantizedElements {
+  size_t record = 0;             // of the layouts
+  int64_t begin = 0;             // of the first byte, in the record
+  int64_t stored_row_bytes = 0;  // from row to row
+  QuantizedTarget target;
+};
+// Throws std::invalid_argument if they do not lie in their record, or if a unit is larger than kMostGrain.
+LocalNeed need_of_quantized(const transfer::Layouts& layouts, const std::vector<QuantizedElements>& elements,
+                            const std::vector<std::string>& names);
 
 // Has the layouts' sources take from memory what was kept.
 void keep(transfer::Layouts& layouts, LocalNeed& local);

@@ -2,6 +2,7 @@
 #include <cstddef>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 
@@ -76,7 +77,7 @@ void add_kept(LocalNeed& local, const Layouts& layouts, const std::vector<Range>
     const int64_t size = range.end - range.begin;
     const box::Loops run = {{size, 1, 1}};
     local.need.add(static_cast<uint32_t>(range.file), range.begin, run, 1);
-    local.boxes.push_back({transfer::kHost, data, run, std::nullopt, first_record[range.file]});
+    local.boxes.push_back({transfer::kHost, data, run, std::nullopt, first_record[range.file], std::nullopt});
     local.kept[range.file].push_back({range.begin, range.end, data});
     data += size;
   }
@@ -102,7 +103,8 @@ LocalNeed need_of(const transfer::Program& program, int64_t most_bytes, const st
     if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
     const auto grain = static_cast<int32_t>(checkpoint::info(layouts.parsed[record].layout.dtype).itemsize);
     local.need.add(static_cast<uint32_t>(where.file), transfer.source, transfer.loops, grain);
-    local.boxes.push_back({transfer.device, transfer.destination, transfer.loops, transfer.conversion, record});
+    local.boxes.push_back(
+        {transfer.device, transfer.destination, transfer.loops, transfer.conversion, record, std::nullopt});
     if (transfer.conversion) ++local.converted_items;
   }
   add_kept(local, layouts, fitting(std::move(whole), most_bytes));
@@ -118,6 +120,26 @@ LocalNeed need_of_records(const Layouts& layouts, const std::vector<size_t>& rec
   }
   LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
   add_kept(local, layouts, fitting(std::move(ranges), most_bytes));
+  return local;
+}
+
+LocalNeed need_of_quantized(const Layouts& layouts, const std::vector<QuantizedElements>& elements,
+                            const std::vector<std::string>& names) {
+  LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
+  for (const auto& [record, begin, stored_row_bytes, target] : elements) {
+    const transfer::Record& where = layouts.records.at(record);
+    const int64_t rows = target.box.rows;
+    if (target.unit_bytes < 1 || target.unit_bytes > kMostGrain || target.unit_columns < 1 || rows < 1 ||
+        target.box.columns < 1 || target.row_bytes < target.unit_bytes || target.row_bytes % target.unit_bytes != 0 ||
+        (rows > 1 && (stored_row_bytes < target.row_bytes || (where.length - begin) / stored_row_bytes < rows - 1)) ||
+        begin < 0 || begin + (rows - 1) * stored_row_bytes + target.row_bytes > where.length) {
+      throw std::invalid_argument("quantized elements do not lie in their record");
+    }
+    const box::Loops loops = target.loops(stored_row_bytes);
+    local.need.add(static_cast<uint32_t>(where.file), where.offset + begin, loops,
+                   static_cast<int32_t>(target.unit_bytes));
+    local.boxes.push_back({transfer::kHost, nullptr, loops, std::nullopt, record, target});
+  }
   return local;
 }
 

@@ -15,7 +15,6 @@ namespace {
 
 constexpr size_t kWordBytes = sizeof(int64_t);
 constexpr int64_t kMostDepth = 64 + 1;  // torch's own limit is 64 dimensions, and elements have bytes
-constexpr int64_t kMostGrain = 16;
 
 size_t words_of(size_t bytes) { return (bytes + kWordBytes - 1) / kWordBytes; }
 

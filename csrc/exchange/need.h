@@ -10,6 +10,8 @@
 
 namespace dcp_fast::exchange {
 
+inline constexpr int64_t kMostGrain = 16;  // bytes
+
 struct NeededFile {
   std::string name;  // the same on all ranks
   int64_t size = 0;  // by these two ranks notice that they see different files

@@ -32,8 +32,8 @@ class LoadReport:
         planner_fallback_reason: why planning took a slower way, or why items were read in windows, in the order of the
             plan, and not all at once; empty if neither is the case.
         metadata_received: whether another rank read the metadata and sent its bytes here (``share_metadata``).
-        sharing_fallback_reason: why this rank read what it needs alone, although it was told to share reads
-            (``share_reads``); empty if it did share.
+        sharing_fallback_reason: why this rank read what it needs, or some of it again, alone, although it was told to
+            share reads (``share_reads``); empty if it did share.
         bytes_read_by_job: bytes that all ranks together asked storage for in an exchange (``share_reads``); bytes_sent,
             bytes_received: what this rank exchanged with others; exchange_rounds: in how many rounds. 0 without.
         bytes_needed: payload bytes of all boxes that this rank asked for, in their stored dtype, and of bytes entries.

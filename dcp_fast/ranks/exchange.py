@@ -39,8 +39,9 @@ MIN_EXCHANGE_BYTES = 1 << 20
 Result = TypeVar("Result")
 
 _EXCHANGES = 2  # of a load, see Sharing
+_QUANTIZED_EXCHANGES = 2  # more of a load with quantized tensors
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
-_VERSION = 2  # of what ranks send each other
+_VERSION = 3  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -91,6 +92,8 @@ class Exchange:
         self._report = report
         self._device = collective_device(ranks)
         self._left = _EXCHANGES
+        self._expected = 0  # more exchanges, which this rank has yet to tell the others of
+        self._more = 0  # that any rank told of last
 
     def share(self, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
@@ -98,10 +101,15 @@ class Exchange:
         need, step = (None, None) if found.error is not None else found.value
         return self._take_part(need, step, found.error)
 
+    def expect_quantized(self) -> None:
+        """See :class:`dcp_fast.transfer.sharing.Sharing`."""
+        self._expected = _QUANTIZED_EXCHANGES
+
     def decline(self, reason: str) -> None:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
-        self._report.sharing_fallback_reason = reason
-        self._take_part(None, None, None)
+        if self._left > 0:
+            self._report.sharing_fallback_reason = reason
+            self.leave(None)
 
     def leave(self, error: BaseException | None) -> None:
         """Take part in what exchanges are left, and tell the other ranks of an error that came before them."""
@@ -110,7 +118,7 @@ class Exchange:
 
     def _take_part(self, need: _native.Need | None, step: ExchangeStep | None, error: BaseException | None) -> bool:
         if self._left <= 0:
-            raise RuntimeError("a load has two exchanges, and no more")
+            raise RuntimeError("a load has no more exchanges than its ranks have agreed on")
         encoded = Outcome(lambda: _EMPTY_NEED if need is None else need.encode())
         last: BaseException | None = None
         with deferred_interrupt() as interrupt:
@@ -120,7 +128,7 @@ class Exchange:
                 self._report.sharing_fallback_reason = exchange.obstacle
             else:
                 last = self._run(exchange, step, interrupt)
-            self._left = left
+            self._left = left + self._more
         if last is not None:
             raise last  # of which others learn in the next exchange, or at the end of the load
         return not exchange.obstacle
@@ -134,8 +142,9 @@ class Exchange:
         digest = hashlib.sha256(encoded).digest()
         # 63 bits each, as the numbers of a tensor have signs.
         hashes = [int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8)]
-        mine = [_VERSION, error is not None, len(encoded), self.most_bytes, _node(), *hashes]
+        mine = [_VERSION, error is not None, len(encoded), self.most_bytes, _node(), self._expected, *hashes]
         of_ranks = self._all_gather(mine)
+        self._expected = 0
         if error is not None:
             raise error
         if any(failed for _, failed, *_ in of_ranks):
@@ -145,11 +154,12 @@ class Exchange:
         numbers: dict[tuple[int, ...], int] = {}  # of all different needs
         senders: list[int] = []  # the first rank of each
         need_of_rank = []
-        for rank, (_, _, size, _, _, *hashes) in enumerate(of_ranks):
+        for rank, (_, _, size, _, _, _, *hashes) in enumerate(of_ranks):
             number = numbers.setdefault((size, *hashes), len(numbers))
             if number == len(senders):
                 senders.append(rank)
             need_of_rank.append(number)
+        self._more = max(expected for _, _, _, _, _, expected, *_ in of_ranks)
         most_bytes = min(most for _, _, _, most, *_ in of_ranks)
         sizes = [of_ranks[rank][2] for rank in senders]
         if sum(sizes) > most_bytes:
@@ -224,9 +234,11 @@ class Exchange:
         def two_rounds(size: int, device: torch.device) -> list[torch.Tensor]:
             return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, rounds))]
 
-        host = torch.device("cpu")
-        self._sent = two_rounds(sizes[0], host)
-        self._received = two_rounds(0 if all(self._stays) else sizes[1], host)
+        def two_rounds_on_host(size: int) -> list[torch.Tensor]:
+            return [_on_host(size, self._device) for _ in range(min(2, rounds))]
+
+        self._sent = two_rounds_on_host(sizes[0])
+        self._received = two_rounds_on_host(0 if all(self._stays) else sizes[1])
         # What collective calls take: where the process group wants it.
         is_on_host = self._device.type == "cpu"
         self._to_send = self._sent if is_on_host else two_rounds(sizes[0], self._device)
@@ -313,6 +325,15 @@ class Exchange:
         places = _places_of_headers(sizes).to(received.device)
         failures, reads = received[: sum(sizes)].view(torch.int64)[places].tolist()
         return list(zip(map(bool, failures), reads, strict=True))
+
+
+def _on_host(size: int, device: torch.device) -> torch.Tensor:
+    """Memory on the host: pinned if it is copied from and to a GPU, unless the driver refuses that."""
+    if device.type != "cpu" and size > 0:
+        with suppress(_native.NativeError):
+            # torch's own pinned memory may take twice as much.
+            return torch.frombuffer(_native.PinnedBuffer(size, device.index), dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _places_of_headers(sizes: list[int]) -> torch.Tensor:

@@ -49,26 +49,33 @@ class Dequantizer:
         tensors: all that boxes may be of.
         options: for the native reads.
 
+    Attributes:
+        layouts: of elements and scales.
+        records: the number of each stored tensor in the layouts.
+        fqns: of each of these.
+        paths: of the files of the layouts.
+
     Raises:
         LoadError: a file cannot be read.
     """
 
     def __init__(self, tensors: Iterable[QuantizedTensor], options: _native.Options) -> None:
         self._options = options
-        self._records: dict[StoredTensor, int] = {}
+        self.records: dict[StoredTensor, int] = {}
         files: dict[str, int] = {}
         rows, payloads = array("q"), array("q")
         for tensor in tensors:
             for stored in (tensor.stored, tensor.scales):
-                if stored in self._records:
+                if stored in self.records:
                     continue
-                self._records[stored] = len(self._records)
+                self.records[stored] = len(self.records)
                 file = files.setdefault(stored.path, len(files))
                 rows.extend((file, stored.offset, stored.length, 0))
                 payloads.extend((stored.code, len(stored.sizes), *stored.sizes))
-        self._fqns = [stored.fqn for stored in self._records]
-        with typed_errors(self._fqns):
-            self._layouts = _native.open_files(list(files), rows, options, payloads)
+        self.paths = list(files)
+        self.fqns = [stored.fqn for stored in self.records]
+        with typed_errors(self.fqns):
+            self.layouts = _native.open_files(list(files), rows, options, payloads)
 
     def place(self, boxes: Sequence[QuantizedBox], buffer_bytes: int, cuda: CudaLoad) -> list[_native.Stats]:
         """Read boxes, dequantize them and bring them to their targets, no two of which may share memory.
@@ -93,7 +100,7 @@ class Dequantizer:
             cut = CutBox(box)
             by_device.setdefault(cut.device, []).append(cut)
         stats: list[_native.Stats] = []
-        with typed_errors(self._fqns):
+        with typed_errors(self.fqns):
             for device, of_device in by_device.items():
                 if device is None:
                     stats += self._place_through_host(of_device, buffer_bytes)
@@ -103,13 +110,13 @@ class Dequantizer:
 
     def _place_through_host(self, boxes: Sequence[CutBox], buffer_bytes: int) -> list[_native.Stats]:
         at_once = all(is_on_host(box.target) and not may_overlap(box.target) for box in boxes)
-        threads = self._layouts.threads(self._options) if at_once else 1
+        threads = self.layouts.threads(self._options) if at_once else 1
         batches_of = partial(batches_of_parts, boxes)
         return place_in_threads(batches_of, self._place_batch, threads, self._options, buffer_bytes)
 
     def _place_batch(self, parts: Sequence[Part], buffer: torch.Tensor, options: _native.Options) -> _native.Stats:
-        batch = _Batch(parts, self._records, buffer, HOST)
-        stats = batch.program(self._layouts).run(0, options)
+        batch = _Batch(parts, self.records, buffer, HOST)
+        stats = batch.program(self.layouts).run(0, options)
         with span(options.recorder, "dequantize", stats.bytes_placed):
             _native.dequantize(batch.rows)
             copy_on_host(batch.copies)
@@ -118,7 +125,7 @@ class Dequantizer:
     def _place_through_device(self, device: int, boxes: Sequence[CutBox], cuda: CudaLoad) -> _native.Stats:
         halves = cuda.halves(device, sum(box.most_bytes() for box in boxes))
         parts = batches_of_parts(boxes, halves[0].numel())
-        batches = [_Batch(batch, self._records, halves[i % 2], device) for i, batch in enumerate(parts)]
+        batches = [_Batch(batch, self.records, halves[i % 2], device) for i, batch in enumerate(parts)]
 
         def place(i: int) -> None:
             for target, source in batches[i].widenings:
@@ -127,7 +134,7 @@ class Dequantizer:
             for target, source in batches[i].copies:
                 target.copy_(source)
 
-        programs = [batch.program(self._layouts) for batch in batches]
+        programs = [batch.program(self.layouts) for batch in batches]
         return cuda.run_in_turns(programs, self._options, device, place)
 
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from typing_extensions import Buffer
 
 from dcp_fast import _native
-from dcp_fast.errors import CudaError
+from dcp_fast.errors import CudaError, typed_errors
 from dcp_fast.observe.report import LoadReport, count_stats
 from dcp_fast.transfer.batches import ConvertedBox
 from dcp_fast.transfer.conversion import place_converted
@@ -25,6 +25,7 @@ from dcp_fast.transfer.quantized_parts import QuantizedBox
 from dcp_fast.transfer.quantized_tensors import QuantizedTensor
 from dcp_fast.transfer.record_rows import RecordRows
 from dcp_fast.transfer.records import Records
+from dcp_fast.transfer.shared_quantized import SharedBoxes
 from dcp_fast.transfer.shared_reads import SharedReads
 
 _MOST_DEVICES = 64  # of a process
@@ -195,9 +196,28 @@ class Placer:
             self._dequantizer = Dequantizer(self._quantized.values(), self._half)
         self._report.dequantized_items += len(boxes)
         self._count_refused([box.target for box in boxes])
+        if self._shared.is_wanted_for_quantized:
+            boxes = self._share_quantized(boxes, self._dequantizer)
         for stats in self._dequantizer.place(boxes, self._staging_bytes // 2, self._cuda):
             self._report.bytes_needed += stats.bytes_placed
             count_stats(self._report, stats)
+
+    def _share_quantized(self, boxes: list[QuantizedBox], dequantizer: Dequantizer) -> list[QuantizedBox]:
+        """Place boxes together with other ranks. Returns those that this rank is to read alone."""
+        shared = SharedBoxes(boxes, dequantizer.records)
+        if len(shared) == 0 or shared.scale_bytes > self._shared.most_bytes:
+            why = "their scales take more than exchange_bytes" if len(shared) else "GPUs or torch dequantize them"
+            needs_none = len(shared) == len(shared.alone) == 0
+            self._shared.decline("" if needs_none else f"quantized tensors are read alone: {why}")
+            return boxes
+        shared.allocate()
+        layouts = dequantizer.layouts
+        with typed_errors(dequantizer.fqns):
+            scales = shared.scales(layouts)
+            if not self._shared.place_quantized(layouts, dequantizer.paths, scales, shared.elements(), self._half):
+                return boxes
+        self._report.bytes_needed += scales.bytes_needed + shared.bytes_needed
+        return shared.alone
 
     def _count_refused(self, targets: Sequence[torch.Tensor]) -> None:
         """Count those that torch brings to their device, as its driver refuses what the engine needs."""

@@ -25,13 +25,14 @@ from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.gpu import CudaLoad
 from dcp_fast.transfer.items import BytesEntries, box_of, find_items
 from dcp_fast.transfer.placing import Placer
-from dcp_fast.transfer.planner_state import hides_state
+from dcp_fast.transfer.planner_state import hides_state, version_of
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.shared_reads import SharedReads
 from dcp_fast.transfer.sharing import Sharing
 from dcp_fast.transfer.windows import Placement, Windows
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
+_AGAIN = "commits changed tensors of which boxes were in place already, so that these were read again"
 
 
 class PlanTransfer:
@@ -136,12 +137,15 @@ class PlanTransfer:
 
     def _place_in_order(self) -> None:
         """For planners with hooks: resolve and commit all items in torch's order."""
-        self._shared.decline("items are placed in the order of the plan, not in that of the bytes")
+        shares = self._shared.is_wanted
         with self.report.stage("commit"):
             known = has_only_commit(self.planner) and not hides_state(self.planner)
             done = self._commit_windows() if known else Done(0)
         if done.is_all:
             return
+        # Does nothing if the windows had their part in the exchange.
+        self._shared.decline("items are placed in the order of the plan, not in that of the bytes")
+        self._note_reads_alone(shares)
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()[done.items :]
         # Tensors of the state dict are there anyway; a planner with a way of its own may have allocated others.
@@ -159,8 +163,16 @@ class PlanTransfer:
                     windows.add(item, record)
             windows.finish()
 
+    def _note_reads_alone(self, shares: bool) -> None:
+        """Report that a rank which shares reads something alone, unless it is known why."""
+        if shares and not self.report.sharing_fallback_reason:
+            self.report.sharing_fallback_reason = _AGAIN
+
     def _commit_windows(self) -> Done:
-        """Place windows of a program of all items."""
+        """Place windows of a program of all items; or all of them at once, with other ranks that share reads.
+
+        What is left is for windows. Nothing is placed, and the exchange is yet to come, if none of it was in place.
+        """
         report, planner = self.report, cast(DefaultLoadPlanner, self.planner)
         try:
             with report.stage("transfer"), paused_collection():
@@ -169,17 +181,32 @@ class PlanTransfer:
                 program = _native.Program(self.layouts, resolved.rows, destinations.column)
                 if program.waves > 1 or not destinations.all_have_addresses:
                     return Done(0)
+                if self._shared.is_wanted and any(tensor.is_inference() for tensor in destinations.tensors):
+                    return Done(0)  # nobody would notice that a commit has written to what is in place already
                 windows = windows_of(self.items.order(), resolved.fqns())
                 program.cut([[item for item in window if item >= 0] for window in windows])
         except Exception:
             return Done(0)  # it is raised again where its item has its turn
         self.cuda.keep(destinations.tensors)
+        in_place: list[int] = []  # by destination the version that has all of its boxes
+        if self._shared.is_wanted:
+            with report.stage("transfer"), paused_collection():
+                self.placer.place(resolved.items, resolved.records, resolved.rows, destinations, resolved.target)
+            in_place = list(map(version_of, destinations.tensors))
 
         def place(number: int, boxes: Sequence[int]) -> bool:
             written = [destinations.tensors[numbers[box]] for box in boxes]
+            here = {numbers[box] for box in boxes} if in_place else set()
+            untouched = [n for n in here if version_of(destinations.tensors[n]) == in_place[n]]
+            if in_place and len(untouched) == len(here):
+                return True
             items, records = resolved.items, resolved.records
             with report.stage("transfer"):
-                return self.placer.run(program, [number], items, records, destinations, written, resolved.target)
+                is_placed = self.placer.run(program, [number], items, records, destinations, written, resolved.target)
+            for n in untouched:  # so far as other boxes of them go
+                in_place[n] = version_of(destinations.tensors[n])
+            self._note_reads_alone(bool(in_place))
+            return is_placed
 
         entries = resolved.bytes_entries
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
+from typing_extensions import Buffer
 
 from dcp_fast import _native
 from dcp_fast.errors import CudaError
@@ -26,7 +27,8 @@ class SharedReads:
     """
 
     def __init__(self, exchange: Sharing | None, cuda: CudaLoad, report: LoadReport) -> None:
-        self._exchange = exchange  # until this rank has taken part in all of it
+        self._exchange = exchange  # until this rank has taken part in that of boxes
+        self._of_quantized: Sharing | None = None  # from then on, until it has taken part in all
         self._cuda = cuda
         self._report = report
         self._names: list[str] = []
@@ -55,12 +57,12 @@ class SharedReads:
         """
         if self._exchange is None:
             return
-        # What ranks know files by: names, relative to the checkpoint or absolute, and what tells them from other files.
-        ids = [self._exchange.save_id or str(os.stat(path).st_ino) for path in paths]
-        self._names = [f"{file} ({number})" for file, number in zip(rows.files, ids, strict=True)]
+        if quantized:
+            self._exchange.expect_quantized()
+        self._names = _names_of(rows.files, paths, self._exchange)
         whole = [i for i, is_whole in enumerate(rows.rows[3::4]) if is_whole and i not in quantized]
         find = partial(_native.Need.of_records, layouts, whole, self._exchange.most_bytes, self._names, options)
-        need = self._share(layouts, find, options, ())
+        need = self._share(self._exchange, layouts, find, options, ())
         if need is not None:
             _native.keep(layouts, need)
 
@@ -86,22 +88,66 @@ class SharedReads:
         if devices:
             self._cuda.prepare(devices)
         find = partial(_native.Need.of_program, program, self._exchange.most_bytes, self._names)
-        need = self._share(layouts, find, options, devices)
-        self._exchange = None
+        need = self._share(self._exchange, layouts, find, options, devices)
+        self._exchange, self._of_quantized = None, self._exchange
         if need is None:
             return False
         _native.keep(layouts, need)
         self._report.staged_items += need.converted_items
         return True
 
+    @property
+    def is_wanted_for_quantized(self) -> bool:
+        """Whether there are exchanges of quantized tensors that this rank has yet to take part in."""
+        return self._of_quantized is not None
+
+    @property
+    def most_bytes(self) -> int:
+        """Memory for what is received and kept."""
+        exchange = self._exchange or self._of_quantized
+        return 0 if exchange is None else exchange.most_bytes
+
+    def place_quantized(
+        self,
+        layouts: _native.Layouts,
+        paths: Sequence[str],
+        scales: _native.Program,
+        elements: Buffer,
+        options: _native.Options,
+    ) -> bool:
+        """Get scales, and then place elements that are dequantized as they arrive.
+
+        Args:
+            layouts: of the stored tensors.
+            paths: of their files.
+            scales: brings the scales to where the elements expect them.
+            elements: as ``_native.Need.of_quantized`` has them.
+            options: for reading.
+
+        Returns:
+            Whether they are in place. If not, this rank is to read them alone.
+        """
+        exchange, self._of_quantized = self._of_quantized, None
+        if exchange is None:
+            return False
+        names = _names_of(paths, paths, exchange)
+        find = partial(_native.Need.of_program, scales, exchange.most_bytes, names)
+        if self._share(exchange, layouts, find, options, ()) is None:
+            exchange.decline(self._report.sharing_fallback_reason)
+            return False
+        find = partial(_native.Need.of_quantized, layouts, elements, names)
+        return self._share(exchange, layouts, find, options, ()) is not None
+
     def decline(self, reason: str) -> None:
-        """Take part in the exchange of boxes of all other ranks, but read this rank's alone."""
-        if self._exchange is not None:
-            exchange, self._exchange = self._exchange, None
+        """Take part in what exchanges of all other ranks are left, but read alone what this rank needs of them."""
+        exchange = self._exchange or self._of_quantized
+        self._exchange = self._of_quantized = None
+        if exchange is not None:
             exchange.decline(reason)
 
     def _share(
         self,
+        ranks: Sharing,
         layouts: _native.Layouts,
         find: Callable[[], _native.Need],
         options: _native.Options,
@@ -131,8 +177,13 @@ class SharedReads:
             self._report.bytes_read += stats.bytes_read
             return stats
 
-        assert self._exchange is not None
-        return need if self._exchange.share(found) else None
+        return need if ranks.share(found) else None
+
+
+def _names_of(files: Sequence[str], paths: Sequence[str], exchange: Sharing) -> list[str]:
+    """What ranks know files by: names, relative to the checkpoint or absolute, and what tells them from other files."""
+    ids = [exchange.save_id or str(os.stat(path).st_ino) for path in paths]
+    return [f"{file} ({number})" for file, number in zip(files, ids, strict=True)]
 
 
 def _memory_of(memory: torch.Tensor | None) -> tuple[int, int]:

@@ -42,8 +42,9 @@ class ExchangeStep(Protocol):
 class Sharing(Protocol):
     """What a load gives a transfer if its ranks share reads.
 
-    There are two exchanges: of headers and whole records, and of boxes. Each is collective: the transfer calls
-    :meth:`share` or :meth:`decline` once for each on every rank.
+    There are two exchanges: of headers and whole records, and of boxes. If any rank expects quantized tensors, there
+    are two more: of their scales, and of their elements. Each is collective: on every rank the transfer calls
+    :meth:`share` once for each, or :meth:`decline` once for all that are left.
 
     Attributes:
         most_bytes: memory for what is received in the first exchange, and for rounds.
@@ -70,8 +71,11 @@ class Sharing(Protocol):
             Exception: what ``find`` or a step raised, or the process group.
         """
 
+    def expect_quantized(self) -> None:
+        """Say, ahead of the first exchange, that this rank has quantized tensors."""
+
     def decline(self, reason: str) -> None:
-        """Take part in the exchange of all other ranks, but read what this rank needs alone."""
+        """Take part in what exchanges of all other ranks are left, but read what this rank needs alone."""
 
 
 sharing: ContextVar[Sharing | None] = ContextVar("dcp_fast_sharing", default=None)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import fill, torch_load, torch_reader
 from processes import SIMULATED, use_devices
+from quantized_files import fast_quantized_reader, finite, write_quantized
 from ranks import Ranks
 from shared_reads import be_on_nodes, failure_of, load_shared
 from simulated_cuda.control import Simulator
@@ -28,6 +29,7 @@ from dcp_fast.ranks import exchange
 WORLD = 2
 FAILING = 1
 SIZE = (811, 203)
+NOT_SUPPORTED = 801  # CUresult
 STORED = {"single": torch.float32, "half": torch.float16, "long": torch.int64}
 PLACEMENTS: list[list[Any]] = [[Replicate()], [Shard(1)], [Shard(0)]]
 
@@ -59,6 +61,13 @@ def end() -> None:
     torch.cuda.synchronize()
     if SIMULATED:
         assert not Simulator().reports(clear=True)
+
+
+def refuse_pinned_memory() -> None:
+    dcp_fast.release_staging()
+    for nth in range(1, 50):
+        for name in ("cuMemHostRegister_v2", "cuMemHostAlloc"):
+            Simulator().fault(name, nth, NOT_SUPPORTED)
 
 
 def state_dict(device: str, placements: list[Any], half: torch.dtype = torch.float16) -> dict[str, Any]:
@@ -148,7 +157,10 @@ def load_on_devices(path: Path) -> None:
             expected, state = state_dict("cpu", placements), state_dict("cuda", placements)
             torch_load(expected, storage_reader=torch_reader(path))
             copies = simulator.calls("cuMemcpyDtoDAsync_v2")
-            report = load_shared(state, path)
+            with mock.patch.object(_native, "PinnedBuffer", side_effect=_native.PinnedBuffer) as pinned:
+                report = load_shared(state, path)
+            assert pinned.call_count >= 4  # of two exchanges two rounds each, and so is what others are to get
+            assert all(call.args[1] == dist.get_rank() % torch.cuda.device_count() for call in pinned.mock_calls)
             assert bits(state) == bits(expected), placements
             assert report.exchange_rounds > 2
             assert simulator.calls("cuMemcpyDtoDAsync_v2") > copies
@@ -158,6 +170,32 @@ def load_on_devices(path: Path) -> None:
             )
             assert report.bytes_to_device <= 1.05 * sent
     end()
+
+
+def load_pageable(path: Path) -> None:
+    """The driver has no pinned memory to give to an exchange, but torch has what it allocated before."""
+    begin()
+    original = _native.PinnedBuffer
+    refused = []
+
+    def refuse(size: int, device: int) -> Any:
+        for name in ("cuMemHostRegister_v2", "cuMemHostAlloc"):
+            Simulator().fault(name, 1, NOT_SUPPORTED)
+        refused.append(size)
+        return original(size, device)
+
+    with exchange_on_devices(), mock.patch.object(_native, "PinnedBuffer", refuse):
+        expected, state = state_dict("cpu", [Replicate()]), state_dict("cpu", [Replicate()])
+        torch_load(expected, storage_reader=torch_reader(path))
+        assert load_shared(state, path).exchange_rounds > 2
+        assert bits(state) == bits(expected)
+    assert len(refused) > 4
+    end()
+
+
+@only_simulated
+def test_memory_that_cannot_be_pinned(pool: Ranks, checkpoint: Path) -> None:
+    pool.run(WORLD, load_pageable, checkpoint, timeout=180)
 
 
 @only_simulated
@@ -213,3 +251,83 @@ def test_faults_of_devices(pool: Ranks, checkpoint: Path) -> None:
     for found in pool.run(WORLD, load_on_devices_with_faults, checkpoint, timeout=180):
         assert found[:4] == [{FAILING: "MetadataAccessError"}, *[{FAILING: "FileAccessError"}] * 3]
         assert found[4:] == [{FAILING: "CudaError"}] * 3
+
+
+def load_quantized(path: Path) -> list[str]:
+    """Quantized tensors for the host are shared, those for a GPU are read alone; another rank has none."""
+    begin()
+    reasons = []
+    sizes = {"host.weight": (300, 200), "device.weight": (100, 300)}
+    for device in ("cpu", "cuda"):
+        expected = {name: torch.zeros(size) for name, size in sizes.items()}
+        dcp_fast.load(expected, storage_reader=fast_quantized_reader(path), no_dist=True)
+        state = {name: torch.zeros(size, device=device if "device" in name else "cpu") for name, size in sizes.items()}
+        if device == "cuda" and dist.get_rank() == FAILING:
+            state["host.weight"] = state["host.weight"].to("cuda")
+        report = load_shared(state, path, storage_reader=fast_quantized_reader(path))
+        assert all(torch.equal(state[name].cpu(), tensor) for name, tensor in expected.items())
+        reasons.append(report.sharing_fallback_reason)
+    end()
+    return reasons
+
+
+@pytest.mark.parametrize("on_devices", [False, pytest.param(True, marks=only_simulated)])
+def test_quantized_tensors(pool: Ranks, tmp_path: Path, on_devices: bool) -> None:
+    tensors = {}
+    for number, (name, size) in enumerate([("host.weight", (300, 200)), ("device.weight", (100, 300))]):
+        tensors[name] = finite(size, torch.float8_e4m3fn, number, 100.0)
+        tensors[name + "_scale_inv"] = torch.rand([-(-length // 128) for length in size])
+    path = write_quantized(tmp_path / "model", tensors)
+    first, second = pool.run(WORLD, load_quantized_on_devices if on_devices else load_quantized, path, timeout=180)
+    assert first == ["", ""]
+    assert second[0] == ""
+    assert "GPUs" in second[1]
+
+
+def load_quantized_on_devices(path: Path) -> list[str]:
+    with exchange_on_devices():
+        return load_quantized(path)
+
+
+class Committing(dcp.DefaultLoadPlanner):
+    """Adds to what has come, on the device."""
+
+    def commit_tensor(self, item: Any, tensor: torch.Tensor) -> None:
+        tensor.add_(1)
+
+
+def load_with_commits(path: Path) -> None:
+    begin()
+    for placements in PLACEMENTS:
+        expected, state = state_dict("cpu", placements), state_dict("cuda", placements)
+        torch_load(expected, storage_reader=torch_reader(path), planner=Committing())
+        report = load_shared(state, path, planner=Committing())
+        assert bits(state) == bits(expected), placements
+        assert report.exchange_rounds > 2
+        assert report.sharing_fallback_reason == ""
+    end()
+
+
+def test_planners_that_commit(pool: Ranks, checkpoint: Path) -> None:
+    pool.run(WORLD, load_with_commits, checkpoint, timeout=180)
+
+
+def load_with_commits_where_a_driver_refuses(path: Path) -> str:
+    """The rank whose driver has no pinned memory to give takes part, and gets what it needs from torch."""
+    begin()
+    expected, state = state_dict("cpu", [Replicate()]), state_dict("cuda", [Replicate()])
+    torch_load(expected, storage_reader=torch_reader(path), planner=Committing())
+    if dist.get_rank() == FAILING:
+        refuse_pinned_memory()
+    report = load_shared(state, path, planner=Committing())
+    assert bits(state) == bits(expected)
+    if dist.get_rank() == FAILING:
+        Simulator().reset()
+    dcp_fast.release_staging()
+    return report.device_fallback_reason
+
+
+@only_simulated
+def test_planners_that_commit_where_a_driver_refuses(pool: Ranks, checkpoint: Path) -> None:
+    reasons = pool.run(WORLD, load_with_commits_where_a_driver_refuses, checkpoint, timeout=180)
+    assert [bool(reason) for reason in reasons] == [rank == FAILING for rank in range(WORLD)]

@@ -217,6 +217,18 @@ TEST_CASE("relays: from 8 to 4,096 ranks on nodes of 8") {
   }
 }
 
+TEST_CASE("relays: rounds of a large checkpoint are full") {
+  constexpr int64_t kBytes = 280'000'000;
+  constexpr int64_t kTensors = 50;
+  Job job = job_of(1, kTensors, kBytes, [](Need& need, size_t, int64_t at) { need.add(0, at, rows(kBytes), 4); });
+  job.needs[0].number_files({0});
+  job.ranks = {std::vector<uint32_t>(512, 0), {}};
+  for (int64_t rank = 0; rank < 512; ++rank) job.ranks.nodes.push_back(rank / 8);
+  const Assignment assignment = assign(job, kLimits);
+  CHECK(static_cast<double>(assignment.rounds()) <=
+        1.05 * kTensors * kBytes / static_cast<double>(kLimits.receive_bytes));
+}
+
 TEST_CASE("relays: what is the same of different needs takes no memory for each of them") {
   const Job job = model(512, 8, 30, [](int64_t) { return Place{0, 1, 0, 1, true}; });
   const Assignment assignment = assign(job, kLimits);
