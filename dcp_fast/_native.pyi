@@ -281,9 +281,11 @@ WHOLE: int  # a request for a whole tensor: its entry, and this in place of the 
 def holds(container: object, elements: list[Any]) -> bool | None: ...  # None: not a dict, list or class of Python's own
 def all_hold(watched: list[tuple[object, list[Any]]], lengths: list[tuple[Any, int]]) -> bool: ...
 def flatten(
-    state_dict: dict[str, Any], tensors: tuple[type, ...], ordered_dict: type
+    state_dict: dict[str, Any], tensors: tuple[type, ...], sharded_tensor: type, ordered_dict: type
 ) -> tuple[dict[str, Any], dict[str, tuple[str | int, ...]]] | None: ...
-def containers(state_dict: dict[str, Any], tensors: tuple[type, ...], ordered_dict: type) -> set[str] | None: ...
+def containers(
+    state_dict: dict[str, Any], tensors: tuple[type, ...], sharded_tensor: type, ordered_dict: type
+) -> set[str] | None: ...
 
 class Requests:
     """What is wanted of tensors: one request for each."""

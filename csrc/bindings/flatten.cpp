@@ -78,22 +78,36 @@ py::str joined(const py::str& first, const py::object& second) {
 // What the values of a state dict are to torch.
 class Types {
  public:
-  Types(const py::tuple& tensors, const py::type& ordered_dict) : tensors_(tensors), ordered_dict_(ordered_dict) {}
+  Types(const py::tuple& tensors, const py::type& sharded_tensor, const py::type& ordered_dict)
+      : tensors_(tensors), sharded_tensor_(sharded_tensor), ordered_dict_(ordered_dict) {}
 
   bool is_tensor(PyObject* value) const {
     for (size_t i = 0; i < tensors_.size(); ++i) {  // as most values are
-      if (reinterpret_cast<PyObject*>(Py_TYPE(value)) == PyTuple_GET_ITEM(tensors_.ptr(), i)) return true;
+      if (is_of(PyTuple_GET_ITEM(tensors_.ptr(), i), value)) return true;
     }
     return false;
   }
 
-  bool is_dict(PyObject* value) const {
-    return PyDict_CheckExact(value) || py::handle(reinterpret_cast<PyObject*>(Py_TYPE(value))).is(ordered_dict_);
+  // A tensor among the local shards of a ShardedTensor of plain tensors; nullptr for all else. torch leaves out a
+  // ShardedTensor without local shards, and makes another one of a nested one.
+  py::object local_tensor(PyObject* value) const {
+    if (!is_of(sharded_tensor_.ptr(), value)) return {};
+    const py::object shards = checked(PyObject_GetAttr(value, local_shards_.ptr()));
+    if (!PyList_CheckExact(shards.ptr()) || PyList_GET_SIZE(shards.ptr()) == 0) return {};
+    py::object tensor = checked(PyObject_GetAttr(PyList_GET_ITEM(shards.ptr(), 0), tensor_.ptr()));
+    return is_tensor(tensor.ptr()) ? tensor : py::object();
   }
 
+  bool is_dict(PyObject* value) const { return PyDict_CheckExact(value) || is_of(ordered_dict_.ptr(), value); }
+
  private:
+  static bool is_of(PyObject* type, PyObject* value) { return reinterpret_cast<PyObject*>(Py_TYPE(value)) == type; }
+
   const py::tuple& tensors_;
+  const py::type& sharded_tensor_;
   const py::type& ordered_dict_;
+  const py::str local_shards_{"_local_shards"};
+  const py::str tensor_{"tensor"};
 };
 
 class Walk {
@@ -166,8 +180,13 @@ class Walk {
   }
 
   bool is_leaf(PyObject* value) const {
-    if (!types_.is_tensor(value)) return is_inert(value);
-    return !checked(PyObject_GetAttr(value, is_meta_.ptr())).is(py::handle(Py_True));
+    if (types_.is_tensor(value)) return is_there(value);
+    if (const py::object tensor = types_.local_tensor(value)) return is_there(tensor.ptr());
+    return is_inert(value);
+  }
+
+  bool is_there(PyObject* tensor) const {
+    return !checked(PyObject_GetAttr(tensor, is_meta_.ptr())).is(py::handle(Py_True));
   }
 
   const Types& types_;
@@ -177,8 +196,9 @@ class Walk {
   py::dict paths_;
 };
 
-py::object flatten(const py::dict& state_dict, const py::tuple& tensors, const py::type& ordered_dict) {
-  const Types types(tensors, ordered_dict);
+py::object flatten(const py::dict& state_dict, const py::tuple& tensors, const py::type& sharded_tensor,
+                   const py::type& ordered_dict) {
+  const Types types(tensors, sharded_tensor, ordered_dict);
   Walk walk(types);
   if (!walk.through_dict(state_dict, py::str(), py::tuple())) return py::none();
   return py::cast(walk.result());
@@ -210,7 +230,7 @@ class Containers {
 
  private:
   bool add(PyObject* value, const py::str& prefix, PyObject* key) {
-    if (types_.is_tensor(value) || is_inert(value)) return true;
+    if (types_.is_tensor(value) || types_.local_tensor(value) || is_inert(value)) return true;
     if (!types_.is_dict(value) && !PyList_CheckExact(value)) return false;
     const py::str name = joined(prefix, py::reinterpret_borrow<py::object>(key));
     names_.add(name);
@@ -222,8 +242,9 @@ class Containers {
   py::set names_;
 };
 
-py::object containers(const py::dict& state_dict, const py::tuple& tensors, const py::type& ordered_dict) {
-  const Types types(tensors, ordered_dict);
+py::object containers(const py::dict& state_dict, const py::tuple& tensors, const py::type& sharded_tensor,
+                      const py::type& ordered_dict) {
+  const Types types(tensors, sharded_tensor, ordered_dict);
   Containers containers(types);
   if (!containers.through(state_dict, py::str())) return py::none();
   return containers.names();
@@ -232,10 +253,11 @@ py::object containers(const py::dict& state_dict, const py::tuple& tensors, cons
 }  // namespace
 
 void bind_flatten(py::module_& module) {
-  module.def("flatten", &flatten, py::arg("state_dict"), py::arg("tensors"), py::arg("ordered_dict"),
-             "Leaves by FQN, and their paths; None if torch has to do it.");
+  module.def("flatten", &flatten, py::arg("state_dict"), py::arg("tensors"), py::arg("sharded_tensor"),
+             py::arg("ordered_dict"), "Leaves by FQN, and their paths; None if torch has to do it.");
   module.def(
-      "containers", &containers, py::arg("state_dict"), py::arg("tensors"), py::arg("ordered_dict"),
+      "containers", &containers, py::arg("state_dict"), py::arg("tensors"), py::arg("sharded_tensor"),
+      py::arg("ordered_dict"),
       "FQNs of all dicts and lists in a state dict; None if it has values of other types, which torch may know.");
 }
 

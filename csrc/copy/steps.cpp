@@ -165,6 +165,7 @@ DCP_FAST_AVX2 void Loop<Decode<Format::kFloat8E4M3Fn>>::avx2(void* __restrict to
 template <typename Element>
 Step choose(Vectors vectors) {
 #if defined(__x86_64__)
+  // Wider vectors gain little: the memory is what limits conversions (docs/benchmarks.md).
   if (vectors == Vectors::kAvx2 || vectors == Vectors::kAvx512) return Loop<Element>::avx2;
 #endif
   static_cast<void>(vectors);

@@ -84,6 +84,15 @@ class LazyDict(dict[Key, Item]):
             dict.__setitem__(self, key, value)
             return value
 
+    def peek(self) -> Iterator[tuple[Key, Item]]:
+        """All keys and values, to be looked at and not changed. Values that were not made before are not kept."""
+        source = self._source
+        if source is None or not source.keys_are_cheap:
+            yield from self.items()
+            return
+        for key, make in source.items():
+            yield key, dict.__getitem__(self, key) if dict.__contains__(self, key) else make()
+
     def get(self, key: Any, default: Any = None) -> Any:
         try:
             return self[key]

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import STORAGE_TYPES, BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from dcp_fast.errors import OptimizerStateError
+from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.optimizer.sharding import (
     ParameterSlice,
     RowSharding,
@@ -133,7 +134,9 @@ def optimizer_entries(metadata: Metadata, optimizer_key: str) -> dict[str, tuple
         )
     entries = {}
     keys = set()
-    for key, entry in metadata.state_dict_metadata.items():
+    stored = metadata.state_dict_metadata
+    # Entries that nobody else has seen are planned with natively.
+    for key, entry in stored.peek() if isinstance(stored, LazyDict) else stored.items():
         if key not in paths:
             raise OptimizerStateError("the planner data of the checkpoint lacks a key", fqn=key)
         path = paths[key]

@@ -116,6 +116,19 @@ def test_values_are_kept() -> None:
     assert next(value for key, value in ours.items() if key == "sharded") is entry
 
 
+def test_peeking_keeps_nothing() -> None:
+    ours, theirs = lazy()
+    assert list(ours.peek()) == list(theirs.items())
+    assert not any(map(ours.made, theirs))
+    entry = ours["sharded"]
+    entry.size = torch.Size([1])
+    assert dict(ours.peek())["sharded"] is entry
+    assert [key for key in theirs if ours.made(key)] == ["sharded"]
+    ours["new"] = 5  # from here on it is a dict like any other
+    assert list(ours.peek()) == [(key, ours[key]) for key in (*theirs, "new")]
+    assert dict(ours.peek())["sharded"] is entry
+
+
 def test_pickles_need_no_dcp_fast() -> None:
     metadata = parse_metadata(pickle.dumps(make_metadata()), "path")
     for protocol in range(6):

@@ -12,6 +12,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
@@ -19,6 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 import dcp_fast
+from dcp_fast._torch import LocalShard, ShardedTensor, ShardedTensorMetadata
 from dcp_fast.planning import planner
 from dcp_fast.planning.flatten import containers_of, flatten_at_once
 
@@ -142,6 +145,55 @@ def test_random_state_dicts(odd: float, gloo: None) -> None:
 )
 def test_what_torch_has_to_do(make: Callable[[], dict[str, Any]]) -> None:
     assert assert_same(make) == (make() == {} and type(make()) is dict)
+
+
+def sharded(*shards: torch.Tensor) -> ShardedTensor:
+    """Of this rank's shards, one below the other."""
+    local, begin = [], 0
+    for shard in shards:
+        local.append(LocalShard(shard, ShardMetadata([begin, 0], list(shard.size()), f"rank:0/{shard.device}")))
+        begin += shard.size(0)
+    properties = TensorProperties(dtype=torch.float32)
+    whole = ShardedTensorMetadata([shard.metadata for shard in local], torch.Size([begin, 2]), properties)
+    return ShardedTensor._init_from_local_shards_and_global_metadata(local, whole)
+
+
+def image(found: Any) -> Any:
+    """What was set up: the error; or keys, paths, and of each tensor which memory it has."""
+    if isinstance(found[0], type):
+        return found
+    leaves = []
+    for key, value in found[0].items():
+        shards = value.local_shards() if isinstance(value, ShardedTensor) else ()
+        addresses = [
+            shard.tensor if isinstance(shard.tensor, ShardedTensor) else shard.tensor.data_ptr() for shard in shards
+        ]
+        leaves.append((key, type(value), addresses or id(value)))
+    return leaves, found[1]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_sharded_tensors(gloo: None) -> None:
+    """Those of plain tensors are leaves. torch leaves out empty ones, and makes one of two that are nested."""
+    leaf, empty = sharded(torch.ones(2, 2)), sharded(torch.ones(2, 2))
+    empty.local_shards().clear()  # as on a rank past the last row
+    cases = {
+        "leaf": (leaf, True),
+        "several": (sharded(torch.ones(1, 2), torch.zeros(2, 2)), True),
+        "parameter": (sharded(torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)), True),
+        "empty": (empty, False),
+        "nested": (sharded(sharded(torch.ones(2, 2))), False),
+        "meta": (sharded(torch.ones(2, 2, device="meta")), False),
+    }
+    for name, (value, is_leaf) in cases.items():
+        state = {"a": {"b": [value, torch.ones(1)]}, "c": value, "n": 3}
+        assert (flatten_at_once(state) is not None) == is_leaf, name
+        assert (containers_of(state) is not None) == (is_leaf or name == "meta"), name
+        for flattens in (True, False):
+            ours = set_up(dcp_fast.DefaultLoadPlanner(flatten_sharded_tensors=flattens), dict(state))
+            theirs = set_up(TorchPlanner(flatten_sharded_tensors=flattens), dict(state))
+            assert image(ours) == image(theirs), name
+    assert flatten_at_once({"a": {"b": leaf}}) == ({"a.b": leaf}, {"a.b": ("a", "b")})
 
 
 def test_lists_of_an_optimizer() -> None:
