@@ -108,7 +108,7 @@ class CommitWindows:
             if not self._are_as_resolved(boxes):
                 return Done(done)
             try:
-                if not self._place(number, boxes):
+                if boxes and not self._place(number, boxes):
                     return Done(done)
             except Exception:
                 return Done(done)  # it is raised again when all before it is committed

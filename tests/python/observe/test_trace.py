@@ -163,7 +163,8 @@ def test_planner_with_hooks(tmp_path: Path) -> None:
     dcp_fast.load(state, checkpoint_id=tmp_path / "checkpoint", planner=Planner(), trace=tmp_path / "load.json")
     trace = Trace(tmp_path / "load.json")
     trace.check(last_report())
-    assert len(trace.named("transfer")) == 2
+    # All destinations are found at once, and each of the two tensors has a window of its own.
+    assert len(trace.named("transfer")) == 3
 
 
 def test_reader_that_torch_serves_has_stages_only(tmp_path: Path) -> None:
