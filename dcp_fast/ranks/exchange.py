@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar, TypeVar, cast
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ import torch.distributed as dist
 from dcp_fast import _native
 from dcp_fast._torch import DistWrapper
 from dcp_fast.observe.report import LoadReport
+from dcp_fast.ranks.all_to_all import start_all_to_all
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
 from dcp_fast.ranks.interrupts import deferred_interrupt
 from dcp_fast.transfer.sharing import ExchangeStep, Received, Sending
@@ -305,11 +306,11 @@ class Exchange:
             there.copy_(sent[:begin])
             self._report.bytes_to_device += begin
         with _group_errors():
-            work = dist.all_to_all_single(back, there, to_receive, to_send, group=self._ranks.group, async_op=True)
+            pending = start_all_to_all(back, there, to_receive, to_send, self._ranks)
 
         def wait() -> None:
             with _group_errors():
-                cast(dist.Work, work).wait()
+                pending()
             if back.device.type != "cpu" and not self._stays[round]:
                 self._received[round % 2][:count].copy_(back)
 
