@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -96,6 +97,7 @@ def _serve(connection: Connection, crashes: str) -> None:
     crash = Path(crashes, str(os.getpid())).open("w")  # noqa: SIM115 - it is open as long as the process lives
     faulthandler.enable(crash, all_threads=False)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     while True:
         try:
             function, args, rank, world_size, store = connection.recv()
