@@ -109,7 +109,7 @@ class Exchange:
     def decline(self, reason: str) -> None:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
         if self._left > 0:
-            self._report.sharing_fallback_reason = reason
+            self._report.sharing_fallback_reason = reason or self._report.sharing_fallback_reason
             self.leave(None)
 
     def leave(self, error: BaseException | None) -> None:

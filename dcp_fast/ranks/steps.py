@@ -29,6 +29,7 @@ from dcp_fast.planning.hooks import why_planner_is_slow
 from dcp_fast.planning.planner import faster_method
 from dcp_fast.ranks.collectives import Outcome, largest
 from dcp_fast.ranks.exchange import EXCHANGE_BYTES, Exchange, GroupError, OtherRankError
+from dcp_fast.ranks.interrupts import deferred_interrupt
 from dcp_fast.ranks.shared_metadata import share_metadata
 from dcp_fast.readers.others import read_plan, why_alone
 from dcp_fast.readers.proof import class_name
@@ -199,11 +200,13 @@ def _load(
         share_reads.look_at(storage_reader, metadata, has_global_metadata)
     with report.stage("ranks"):
         own_flag = 0 if _has_no_global_step(planner, storage_reader) else _GATHER_PLANS
-        flag, *words = _all_flags(ranks, "plan", local, own_flag, share_reads.word)
-        if not flag & _FAILED:
-            share_reads.agree(*words)
-        if flag & _FAILED:
-            _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
+        with deferred_interrupt() as interrupt:
+            flag, *words = _all_flags(ranks, "plan", local, own_flag, share_reads.word)
+            if not flag & _FAILED:
+                share_reads.agree(*words)
+            if flag & _FAILED:
+                _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
+            interrupted = Outcome(interrupt)  # the others go on to read, and learn of it there
         plan = local.value
         if flag & _GATHER_PLANS and has_global_metadata:
             plan = ranks.reduce_scatter("plan", lambda: local.value, global_step)
@@ -212,13 +215,14 @@ def _load(
 
     @dcp_method_logger(**arguments)
     def read_data() -> None:
+        interrupted.get()
         read_plan(storage_reader, planner.finish_plan(plan), planner).wait()
 
     report.enter("commit")
     read = share_reads.read(read_data)
     if isinstance(read.error, GroupError):  # the others know as well, or wait for what will never come
         raise CheckpointException("read", {ranks.rank: wrap_exception(cast(Exception, read.error.__cause__))})
-    with report.stage("ranks"):
+    with report.stage("ranks"), deferred_interrupt():
         if _all_flags(ranks, "read", read)[0] & _FAILED:
             _raise_failures(ranks, "read", read, alone=not has_global_metadata)
 

@@ -164,6 +164,8 @@ class Placer:
             self._place_converted(converted)
         fallback = [(item, records[i], target(i, item)) for i, item in _pick(items, program.fallback(wave))]
         self.place_fallback(sorted(fallback, key=lambda box: self._rows.place_of(box[1])))
+        # Whoever has no quantized tensors keeps no other rank waiting for what hooks and bytes entries take.
+        self._shared.decline("")
 
     def _converted_box(
         self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor

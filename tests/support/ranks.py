@@ -24,7 +24,15 @@ __all__ = ["CollectiveCounter", "RankError", "Ranks"]
 
 _COLLECTIVES = (
     "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_to_all",
+    "all_to_all_single",
+    "batch_isend_irecv",
     "broadcast",
+    "gather",
+    "reduce_scatter_tensor",
+    "scatter",
     "all_gather_object",
     "gather_object",
     "scatter_object_list",

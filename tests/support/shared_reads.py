@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "ROUNDS_BYTES",
     "be_on_nodes",
     "counted",
+    "failing_step",
     "failure_of",
     "load_shared",
     "save_by_rows",
@@ -136,6 +138,29 @@ def load_shared(state: dict[str, Any], path: Path, **options: Any) -> dcp_fast.L
 
 def load_by_torch(state: dict[str, Any], path: Path, planner: Any = None) -> None:
     torch_load(state, storage_reader=torch_reader(path), planner=planner)
+
+
+@contextmanager
+def failing_step(nth: int, rank: int, error: type[BaseException]) -> Iterator[None]:
+    """Fail in the nth step of the rounds of all exchanges of a load, on one rank."""
+    original = exchange.Exchange.share
+    calls = itertools.count(-nth)
+
+    def share(self: exchange.Exchange, find: Callable[[], tuple[Any, Any]]) -> bool:
+        def found() -> tuple[Any, Any]:
+            need, step = find()
+
+            def acting(*args: Any) -> Any:
+                if next(calls) == 0 and dist.get_rank() == rank:
+                    raise error("in a round")
+                return step(*args)
+
+            return need, acting
+
+        return original(self, found)
+
+    with mock.patch.object(exchange.Exchange, "share", share):
+        yield
 
 
 def failure_of(load: Callable[[], Any]) -> dict[int, str] | str:

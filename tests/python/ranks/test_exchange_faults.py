@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from helpers import torch_load, torch_planner, torch_reader
 from ranks import RankError, Ranks
 from shared_reads import failure_of, load_shared, save_by_rows, state_dict, values_of
+from torch.distributed.checkpoint.planner import LoadPlan
 
 import dcp_fast
 from dcp_fast import _native
@@ -336,3 +338,28 @@ def test_a_rank_that_dies(fresh_ranks: Ranks, checkpoint: Path, nth: int, ranks_
         seconds, _, failure = (checkpoint.parent / f"died {nth} {ranks_per_node} {rank}").read_text().partition(" ")
         assert float(seconds) < 10
         assert "RuntimeError" in failure or "DistBackendError" in failure
+
+
+class Slow(dcp_fast.DefaultLoadPlanner):
+    """Plans for a second on all ranks but one, which waits for them meanwhile."""
+
+    def create_local_plan(self) -> LoadPlan:
+        if dist.get_rank() != FAILING:
+            time.sleep(1)
+        return super().create_local_plan()
+
+
+def interrupt_between(path: Path, share: bool) -> dict[int, str] | str:
+    if dist.get_rank() == FAILING:
+        threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    load = partial(dcp_fast.load, state_dict(LAYOUT), checkpoint_id=path, share_reads=share, planner=Slow())
+    failure = failure_of(load)
+    assert time.monotonic() - began < 5
+    return failure
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_an_interrupt_while_ranks_agree(ranks: Ranks, checkpoint: Path, share: bool) -> None:
+    """It takes effect when the others can hear of it, and they do not wait for this rank."""
+    assert ranks.run(WORLD, interrupt_between, checkpoint, share) == [{FAILING: "KeyboardInterrupt"}] * WORLD

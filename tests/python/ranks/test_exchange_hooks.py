@@ -17,13 +17,21 @@ import torch.distributed.checkpoint as dcp
 from helpers import image
 from hooked_planners import Doubling
 from ranks import Ranks
-from shared_reads import LAYOUTS, failure_of, load_by_torch, load_shared, save_by_rows, state_dict, values_of
+from shared_reads import (
+    LAYOUTS,
+    failing_step,
+    failure_of,
+    load_by_torch,
+    load_shared,
+    save_by_rows,
+    state_dict,
+    values_of,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor
 
 import dcp_fast
 from dcp_fast import _native
-from dcp_fast.ranks.exchange import Exchange
 from dcp_fast.transfer import plan_transfer
 
 WORLD = 4
@@ -212,25 +220,9 @@ def test_a_commit_that_raises(ranks: Ranks, checkpoint: Path, at: int) -> None:
 def fail_in_rounds(path: Path, error: type[BaseException]) -> list[tuple[dict[int, str] | str, int]]:
     """Fail in every step of rounds, one load after another. What loads failed with, and how many commits they made."""
     found = []
-    original = Exchange.share
     for nth in range(1000):
-        calls = itertools.count(-nth)
-
-        def share(self: Exchange, find: Any, calls: Any = calls) -> bool:
-            def found() -> Any:
-                need, step = find()
-
-                def acting(*args: Any) -> Any:
-                    if next(calls) == 0 and dist.get_rank() == FAILING:
-                        raise error("in a round")
-                    return step(*args)
-
-                return need, acting
-
-            return original(self, found)
-
         commits: Calls = []
-        with mock.patch.object(Exchange, "share", share):
+        with failing_step(nth, FAILING, error):
             failure = failure_of(partial(load_shared, state_dict("replicas"), path, planner=Committing(commits)))
         found.append((failure, len(commits)))
         if failure == "nothing":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,12 @@ import torch.distributed.checkpoint as dcp
 from helpers import image, torch_load, torch_planner
 from quantized_files import FLOAT8, fast_quantized_reader, finite, make_mxfp4, torch_quantized_reader, write_quantized
 from ranks import Ranks
-from shared_reads import be_on_nodes, failure_of, load_shared
+from shared_reads import be_on_nodes, failing_step, failure_of, load_shared
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
 from dcp_fast import _native
-from dcp_fast.ranks.exchange import Exchange
 
 WORLD = 4
 FAILING = 2
@@ -207,24 +205,8 @@ def test_scales_that_do_not_fit(ranks: Ranks, checkpoint: Path) -> None:
 def fail_in_rounds(path: Path) -> list[dict[int, str] | str]:
     """Fail in every step of the rounds of all exchanges, one load after another."""
     found: list[dict[int, str] | str] = []
-    original = Exchange.share
     for nth in range(1000):
-        calls = itertools.count(-nth)
-
-        def share(self: Exchange, find: Any, calls: Any = calls) -> bool:
-            def found() -> Any:
-                need, step = find()
-
-                def acting(*args: Any) -> Any:
-                    if next(calls) == 0 and dist.get_rank() == FAILING:
-                        raise ArithmeticError("in a round")
-                    return step(*args)
-
-                return need, acting
-
-            return original(self, found)
-
-        with mock.patch.object(Exchange, "share", share):
+        with failing_step(nth, FAILING, ArithmeticError):
             load = partial(load_shared, state_dict("replicas"), path, storage_reader=readers(path)[1])
             found.append(failure_of(load))
         if found[-1] == "nothing":
