@@ -44,9 +44,10 @@ class Plain {
   Plain(const py::tuple& types, const py::object& strided, const py::dict& dtypes)
       : types_(types), strided_(strided), dtypes_(dtypes) {}
 
-  // Appends the row of a tensor on the host whose memory holds its elements as they are. False for any other one.
+  // Appends the row of a tensor on the host whose memory holds its elements as they are. False for any other one; the
+  // row is of no use then. Attributes of a tensor's own may hide what is asked of it.
   bool add(PyObject* tensor, std::vector<int64_t>& rows) const {
-    if (!is_known(tensor) || !get(tensor, names_.layout).is(strided_)) return false;
+    if (!is_known(tensor) || has_attributes(tensor) || !get(tensor, names_.layout).is(strided_)) return false;
     const py::object dtype = get(tensor, names_.dtype);
     PyObject* const kind = PyDict_GetItemWithError(dtypes_.ptr(), dtype.ptr());
     if (kind == nullptr) {
@@ -55,16 +56,21 @@ class Plain {
     }
     if (!get(tensor, names_.is_cpu).is(py::bool_(true)) || !call(tensor, names_.is_neg).is(py::bool_(false)))
       return false;
-    const auto sizes = py::reinterpret_steal<py::tuple>(get(tensor, names_.shape).release());
-    const auto strides = py::reinterpret_steal<py::tuple>(call(tensor, names_.stride).release());
-    rows.push_back(integer(call(tensor, names_.data_ptr).ptr()));
-    rows.push_back(transfer::kHost);
-    for (py::ssize_t i = 0; i < 2; ++i) rows.push_back(integer(PyTuple_GET_ITEM(kind, i)));
-    rows.push_back(PyTuple_GET_SIZE(sizes.ptr()));
-    for (const py::tuple* numbers : {&sizes, &strides}) {
-      for (const py::handle number : *numbers) rows.push_back(integer(number.ptr()));
+    const py::object sizes = get(tensor, names_.shape);
+    const py::object strides = call(tensor, names_.stride);
+    if (!PyTuple_Check(sizes.ptr()) || !PyTuple_Check(strides.ptr())) return false;
+    const auto dims = PyTuple_GET_SIZE(sizes.ptr());
+    if (PyTuple_GET_SIZE(strides.ptr()) != dims) return false;
+    const int64_t address = integer(call(tensor, names_.data_ptr).ptr());
+    rows.insert(rows.end(), {address, transfer::kHost, integer(PyTuple_GET_ITEM(kind, 0)),
+                             integer(PyTuple_GET_ITEM(kind, 1)), dims});
+    bool is_empty = false;
+    for (py::ssize_t dim = 0; dim < dims; ++dim) {
+      rows.push_back(integer(PyTuple_GET_ITEM(sizes.ptr(), dim)));
+      is_empty = is_empty || rows.back() == 0;
     }
-    return true;
+    for (py::ssize_t dim = 0; dim < dims; ++dim) rows.push_back(integer(PyTuple_GET_ITEM(strides.ptr(), dim)));
+    return address != 0 || is_empty;
   }
 
  private:
@@ -73,6 +79,10 @@ class Plain {
   }
   static py::object call(PyObject* tensor, py::handle name) {
     return checked_result(PyObject_CallMethodObjArgs(tensor, name.ptr(), nullptr));
+  }
+  static bool has_attributes(PyObject* tensor) {
+    PyObject** const dict = _PyObject_GetDictPtr(tensor);
+    return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) != 0;
   }
   bool is_known(PyObject* tensor) const {
     return std::any_of(types_.begin(), types_.end(),

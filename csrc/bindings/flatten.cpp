@@ -23,15 +23,23 @@ void check(int status) {
   if (status < 0) throw py::error_already_set();
 }
 
-// Within a call of a function that calls itself: RecursionError where Python's functions get it.
+// State dicts within state dicts are so many at the most; deeper ones are left to torch, whose calls Python counts.
+constexpr int kMostLevels = 300;
+struct TooDeep {};
+
+// Within a call of a function that calls itself.
 class Recursion {
  public:
   Recursion() {
-    if (Py_EnterRecursiveCall(" while a state dict is flattened") != 0) throw py::error_already_set();
+    if (level_ == kMostLevels) throw TooDeep();
+    ++level_;
   }
-  ~Recursion() { Py_LeaveRecursiveCall(); }
+  ~Recursion() { --level_; }
   Recursion(const Recursion&) = delete;
   Recursion& operator=(const Recursion&) = delete;
+
+ private:
+  inline static thread_local int level_ = 0;
 };
 
 bool is_inert_type(PyTypeObject* type) {
@@ -200,7 +208,11 @@ py::object flatten(const py::dict& state_dict, const py::tuple& tensors, const p
                    const py::type& ordered_dict) {
   const Types types(tensors, sharded_tensor, ordered_dict);
   Walk walk(types);
-  if (!walk.through_dict(state_dict, py::str(), py::tuple())) return py::none();
+  try {
+    if (!walk.through_dict(state_dict, py::str(), py::tuple())) return py::none();
+  } catch (const TooDeep&) {
+    return py::none();
+  }
   return py::cast(walk.result());
 }
 
@@ -220,8 +232,8 @@ class Containers {
     }
     const auto list = py::reinterpret_borrow<py::list>(container);
     for (size_t i = 0; i < list.size(); ++i) {
-      PyObject* const value = PyList_GET_ITEM(list.ptr(), i);
-      if (!add(value, prefix, py::str(py::int_(i)).ptr())) return false;
+      const py::object value = list[i];
+      if (!add(value.ptr(), prefix, py::str(py::int_(i)).ptr())) return false;
     }
     return true;
   }
@@ -246,7 +258,11 @@ py::object containers(const py::dict& state_dict, const py::tuple& tensors, cons
                       const py::type& ordered_dict) {
   const Types types(tensors, sharded_tensor, ordered_dict);
   Containers containers(types);
-  if (!containers.through(state_dict, py::str())) return py::none();
+  try {
+    if (!containers.through(state_dict, py::str())) return py::none();
+  } catch (const TooDeep&) {
+    return py::none();
+  }
   return containers.names();
 }
 

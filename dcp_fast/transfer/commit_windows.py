@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from dcp_fast.collector import paused_collection
+from dcp_fast.planning.values import plain_local_tensor
 from dcp_fast.transfer.items import Resolved
 from dcp_fast.transfer.planner_state import PlannerState, version_of
-from dcp_fast.transfer.windows import MOST_ITEMS, QUIET_ITEMS
+from dcp_fast.transfer.windows import MOST_ITEMS, QUIET_ITEMS, geometry_of, tensor_in
 
 # By how much windows grow. Each ends with threads that wait for the last one; a planner that is found to be in the way
 # has what was left of its window read twice.
@@ -91,7 +91,7 @@ class CommitWindows:
         self._load_bytes = load_bytes
         self._values: list[Any] = list(map(planner.state_dict.get, self._fqns))
         with paused_collection():
-            self._geometry = list(map(_geometry, self._tensors))
+            self._geometry = list(map(geometry_of, self._tensors))
         self._state = PlannerState(planner)
 
     def run(self, windows: Iterable[Sequence[int]]) -> Done:
@@ -100,12 +100,11 @@ class CommitWindows:
         Raises what a hook raises, with all before it in place and committed.
         """
         planner, has_changed, target = self._planner, self._state.has_changed, self._resolved.target
-        state_dict, fqns, values = planner.state_dict, self._fqns, self._values
-        tensors, geometry, numbers = self._tensors, self._geometry, self._numbers
+        tensors, numbers = self._tensors, self._numbers
         done = 0
         for number, window in enumerate(windows):
             boxes = [item for item in window if item >= 0]
-            if not self._are_as_resolved(boxes):
+            if not all(map(self._is_as_resolved, boxes)):
                 return Done(done)
             try:
                 if boxes and not self._place(number, boxes):
@@ -122,11 +121,7 @@ class CommitWindows:
                     self._load_bytes(~index)
                 else:
                     item, version = next(placed)
-                    tensor = tensors[numbers[index]]
-                    is_as_resolved = (
-                        state_dict.get(fqns[index]) is values[index] and _geometry(tensor) == geometry[numbers[index]]
-                    )
-                    if not is_as_resolved or version_of(tensor) != version:
+                    if not self._is_as_resolved(index) or version_of(tensors[numbers[index]]) != version:
                         return Done(done)
                     planner.commit_tensor(item, target(index, item))
                 done += 1
@@ -134,15 +129,15 @@ class CommitWindows:
                     return Done(done, one_by_one=True)
         return Done(done, is_all=True)
 
-    def _are_as_resolved(self, boxes: Sequence[int]) -> bool:
-        """Whether boxes still go where they went when all of them were resolved: hooks may put or do anything."""
-        state_dict, fqns, values = self._planner.state_dict, self._fqns, self._values
-        tensors, geometry, numbers = self._tensors, self._geometry, self._numbers
-        return all(
-            state_dict.get(fqns[box]) is values[box] and _geometry(tensors[number := numbers[box]]) == geometry[number]
-            for box in boxes
-        )
-
-
-def _geometry(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.size(), tensor.stride()
+    def _is_as_resolved(self, box: int) -> bool:
+        """Whether a box still goes where it went when all of them were resolved: hooks may put or do anything."""
+        state_dict, number = self._planner.state_dict, self._numbers[box]
+        value, tensor = state_dict.get(self._fqns[box]), self._tensors[number]
+        if value is not self._values[box] or geometry_of(tensor) != self._geometry[number]:
+            return False
+        if value is tensor or (local := plain_local_tensor(value)) is tensor:
+            return True
+        if local is not None:
+            return False
+        found = tensor_in(state_dict, self._resolved.take([box])[0], value)
+        return found is not None and geometry_of(found) == self._geometry[number]

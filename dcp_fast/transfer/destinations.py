@@ -21,6 +21,9 @@ _PLAIN_DTYPES = {dtype: (code, dtype.itemsize) for dtype, code in _CODES.items()
 
 _UNKNOWN = -1
 
+# As they are in torch: an attribute of a tensor's own may hide them.
+_data_ptr, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
+
 # Where elements lie, if not on a CUDA device: see csrc/transfer/program.h.
 HOST = -1
 _ELSEWHERE = -2
@@ -48,12 +51,12 @@ class Destinations:
 
     def _row(self, tensor: torch.Tensor) -> tuple[int, ...]:
         sizes = tensor.size()
-        if is_plain(tensor):
-            address, strides = tensor.data_ptr(), tensor.stride()
-            device = HOST if tensor.is_cpu else self._device(tensor)
+        address = address_of(tensor)
+        if not is_plain(tensor) or (address == 0 and tensor.numel() > 0):
+            device = _ELSEWHERE
         else:
-            address, device = address_of(tensor), _ELSEWHERE
-            strides = tensor.stride() if tensor.layout is _STRIDED else (0,) * len(sizes)
+            device = HOST if tensor.is_cpu else self._device(tensor)
+        strides = _stride(tensor) if tensor.layout is _STRIDED else (0,) * len(sizes)
         dtype = tensor.dtype
         return (address, device, _CODES.get(dtype, _UNKNOWN), dtype.itemsize, len(sizes), *sizes, *strides)
 
@@ -97,6 +100,6 @@ def _is_plain_type(cls: type) -> bool:
 def address_of(tensor: torch.Tensor) -> int:
     """Where a tensor's memory begins, to notice destinations that share memory; 0 if it has none of its own."""
     try:
-        return tensor.data_ptr()
+        return _data_ptr(tensor)
     except (RuntimeError, NotImplementedError):
         return 0

@@ -181,7 +181,7 @@ class PlanTransfer:
                 program = _native.Program(self.layouts, resolved.rows, destinations.column)
                 if program.waves > 1 or not destinations.all_have_addresses:
                     return Done(0)
-                if self._shared.is_wanted and any(tensor.is_inference() for tensor in destinations.tensors):
+                if any(tensor.is_inference() for tensor in destinations.tensors):
                     return Done(0)  # nobody would notice that a commit has written to what is in place already
                 windows = windows_of(self.items.order(), resolved.fqns())
                 program.cut([[item for item in window if item >= 0] for window in windows])

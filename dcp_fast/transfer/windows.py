@@ -10,11 +10,13 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+from torch.distributed.checkpoint.utils import find_state_dict_object
 
 from dcp_fast.planning.hooks import has_default_bytes, has_default_commit, has_default_resolve
 from dcp_fast.planning.values import is_whole, plain_local_tensor
@@ -24,6 +26,9 @@ from dcp_fast.transfer.planner_state import PlannerState, hides_state, version_o
 MOST_ITEMS = 4096
 # So many items must have left the planner as it was before there is a window of more than one.
 QUIET_ITEMS = 4
+
+
+Geometry = tuple[int, torch.Size, tuple[int, ...], torch.dtype, tuple[bool, bool]]
 
 
 @dataclass(slots=True)
@@ -42,13 +47,13 @@ class _Entry:
     Attributes:
         placement: of the item.
         value: in the state dict.
-        address: where the memory of the value begins.
+        geometry: of the tensor of the state dict that the item is a box of.
         version: of the tensor, when it was placed.
     """
 
     placement: Placement
     value: Any
-    address: int
+    geometry: Geometry | None
     version: int = 0
 
 
@@ -131,7 +136,9 @@ class Windows:
         window.fqns.add(fqn)
         window.bytes += size
         value = self._value_of(fqn)
-        self._add(_Entry(placement, value, _memory_of(value)))
+        if tensor.is_inference():  # nobody counts writes to it
+            self._one_by_one, self._most = True, 1
+        self._add(_Entry(placement, value, self._geometry_of(item, value)))
 
     def add_bytes(self, load: Callable[[], None]) -> None:
         """A bytes entry, which is loaded when all before it is committed."""
@@ -155,7 +162,7 @@ class Windows:
             if isinstance(entry, _Entry):
                 placement = entry.placement
                 value = value_of(placement.item.dest_index.fqn)
-                if again or value is not entry.value or _memory_of(value) != entry.address:
+                if again or value is not entry.value or self._geometry_of(placement.item, value) != entry.geometry:
                     entry.placement = placement = self._resolve(placement.item, placement.record)
                     self._place_all([entry])
                 elif version_of(placement.tensor) != entry.version:
@@ -180,6 +187,10 @@ class Windows:
         values = getattr(self._planner, "state_dict", None)
         return values.get(fqn) if isinstance(values, dict) else None
 
+    def _geometry_of(self, item: ReadItem, value: Any) -> Geometry | None:
+        tensor = tensor_in(self._planner.state_dict, item, value) if value is not None else None  # type: ignore[attr-defined]
+        return None if tensor is None else geometry_of(tensor)
+
     def _add(self, entry: _Entry | Callable[[], None]) -> None:
         window = self._window
         window.entries.append(entry)
@@ -190,10 +201,20 @@ class Windows:
                 self._most = min(2 * self._most, MOST_ITEMS)
 
 
-def _memory_of(value: Any) -> int:
-    """Where the memory of a value of the state dict begins, which a hook may change; 0 if there is nothing to tell."""
+def tensor_in(state_dict: dict[str, Any], item: ReadItem, value: Any) -> torch.Tensor | None:
+    """The tensor that an item is a box of, which a value of the state dict is or has; None if there is none."""
     tensor = value if is_whole(value) else plain_local_tensor(value)
-    return 0 if tensor is None else address_of(tensor)
+    if tensor is None and isinstance(value, torch.Tensor):
+        with suppress(Exception):  # of torch: then there is none any more
+            tensor = find_state_dict_object(state_dict, item.dest_index)
+    return tensor
+
+
+def geometry_of(tensor: torch.Tensor) -> Geometry:
+    """Where a tensor's elements are, and what its memory means. A hook may change all of that."""
+    dtype = tensor.dtype
+    bits = (tensor.is_neg(), dtype.is_complex and tensor.is_conj())
+    return address_of(tensor), tensor.size(), tensor.stride() if tensor.layout is torch.strided else (), dtype, bits
 
 
 def _span(tensor: torch.Tensor, size: int) -> tuple[int, int]:

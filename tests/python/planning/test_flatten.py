@@ -244,3 +244,15 @@ def test_a_part_of_a_checkpoint_is_flattened_once(tmp_path: Path, monkeypatch: p
     dcp_fast.load(state, checkpoint_id=tmp_path)
     assert state["model"]["w"].equal(saved["model"]["w"])
     assert state["model"]["list"][0].equal(torch.ones(1))
+
+
+def test_deep_state_dicts_are_left_to_torch() -> None:
+    def nested_dicts(levels: int) -> dict[str, Any]:
+        state: dict[str, Any] = {"w": 1}
+        for _ in range(levels):
+            state = {"a": state}
+        return state
+
+    assert flatten_at_once(nested_dicts(200)) is not None
+    assert flatten_at_once(nested_dicts(100_000)) is None
+    assert containers_of(nested_dicts(100_000)) is None

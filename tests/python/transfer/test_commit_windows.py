@@ -21,7 +21,11 @@ from helpers import (
     torch_reader,
     write_checkpoint,
 )
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import dcp_fast
 from dcp_fast.transfer.commit_windows import windows_of
@@ -114,6 +118,15 @@ class Counting(Committing):
             self.later().add_(1)
 
 
+class Writing(Committing):
+    """Writes to a tensor that comes later, in inference mode."""
+
+    def act(self, fqn: str, is_first: bool, tensor: torch.Tensor) -> None:
+        if fqn == "t036":
+            with torch.inference_mode():
+                self.later().fill_(7)
+
+
 class Moving(Committing):
     """Moves a tensor that comes later to other memory, and frees what it had."""
 
@@ -144,6 +157,19 @@ class Freeing(Committing):
             del self.kept
 
 
+class OtherElements(Committing):
+    """Gives tensors that come later other strides, another dtype or a negative bit, in the memory that they have."""
+
+    def act(self, fqn: str, is_first: bool, tensor: torch.Tensor) -> None:
+        if fqn == "t036" and is_first:
+            self.later(40).as_strided_(SHAPE, (1, 8))
+            self.later(41).data = self.later(41).view(torch.int32)
+            self.later(42).data = torch._neg_view(self.later(42))
+        if fqn == "t043" and is_first:
+            self.original_state_dict["t044"] = self.state_dict["t044"] = torch.ones(SHAPE)
+            self.later(45).as_strided_(SHAPE, (1, 8))
+
+
 class Adding(Committing):
     """Adds a key to the state dict."""
 
@@ -153,7 +179,7 @@ class Adding(Committing):
 
 
 PLANNERS = [
-    *(Committing, Replacing, ReplacingLater, Mirroring, Counting, Moving, Transposing, Freeing, Adding),
+    *(Committing, Replacing, ReplacingLater, Mirroring, Counting, Moving, Transposing, OtherElements, Freeing, Adding),
 ]
 
 
@@ -284,6 +310,50 @@ def test_strided_and_converted(stored: Path) -> None:
         return into
 
     assert_same_load(stored, mixed, planner=lambda: Committing([]))
+
+
+class NewLocalTensor(Committing):
+    """Puts other local tensors into DTensors and ShardedTensors that come later."""
+
+    def act(self, fqn: str, is_first: bool, tensor: torch.Tensor) -> None:
+        if fqn == "t036" and is_first:
+            for i in (40, 55):
+                value: Any = self.later(i)
+                if isinstance(value, DTensor):
+                    value._local_tensor = torch.zeros(SHAPE)
+                else:
+                    value.local_shards()[0].tensor = torch.zeros(SHAPE)
+
+
+@pytest.mark.parametrize("kind", ["DTensor", "ShardedTensor"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_parts_of_tensors_whose_local_tensor_is_replaced(stored: Path, kind: str, gloo: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+
+    def part() -> Any:
+        local = torch.zeros(SHAPE)
+        if kind == "DTensor":
+            return DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+        return init_from_local_shards([LocalShard.from_tensor_and_offsets(local, [0, 0], 0)], *SHAPE)
+
+    states = [{f"t{i:03}": part() for i in range(COUNT)} for _ in range(2)]
+    theirs, ours, errors = both(stored, NewLocalTensor, states)
+    assert errors == [None, None]
+    assert ours == theirs
+    for i in range(COUNT):
+        value = states[1][f"t{i:03}"]
+        local = value.to_local() if kind == "DTensor" else value.local_shards()[0].tensor
+        assert image(local) == image(fill(SHAPE, torch.float32, i))
+
+
+def test_tensors_of_inference_mode(stored: Path) -> None:
+    """Nobody counts writes to them, so that they come one by one."""
+    with torch.inference_mode():
+        states = [state(), state()]
+    theirs, ours, errors = both(stored, Writing, states)
+    assert errors == [None, None]
+    assert ours == theirs
+    assert image(states[1]) == image(states[0])
 
 
 def test_windows_have_each_tensor_once() -> None:

@@ -319,3 +319,31 @@ def test_layouts_are_read_once(stored: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 1
     assert report is not None
     assert report.records == 2
+
+
+# Tensors whose own attributes hide what is asked of them
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stride", 5), ("stride", (3,)), ("data_ptr", None), ("data_ptr", 64), ("is_neg", True)],
+)
+def test_attributes_that_hide_methods(stored: Path, name: str, value: Any) -> None:
+    def make() -> torch.Tensor:
+        tensor = torch.zeros(6, 4)
+        setattr(tensor, name, lambda: value)
+        return tensor
+
+    states = [{"t": make()}, {"t": make()}]
+    torch_load(states[0], storage_reader=torch_reader(stored))
+    dcp_fast.load(states[1], storage_reader=fast_reader(stored))
+    assert torch.Tensor.equal(states[0]["t"], fill((6, 4), FLOAT))
+    assert torch.Tensor.equal(states[1]["t"], fill((6, 4), FLOAT))
+
+
+def test_strided_tensors_without_an_address(stored: Path) -> None:
+    """torch copies to them; there is no memory for the engine."""
+    state = {"t": torch._to_functional_tensor(torch.zeros(6, 4)), "u": torch.zeros(3)}
+    dcp_fast.load(state, storage_reader=fast_reader(stored))
+    torch._sync(state["t"])
+    assert torch._from_functional_tensor(state["t"]).equal(fill((6, 4), FLOAT))
