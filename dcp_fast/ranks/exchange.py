@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -284,9 +285,12 @@ class Exchange:
             report.exchange_rounds += 1
             report.bytes_sent += sum(sizes[0]) - sizes[0][self._ranks.rank]
             report.bytes_received += sum(sizes[1]) - sizes[1][self._ranks.rank]
-            headers = self._headers(round, sizes[1])
-            report.bytes_read_by_job = read_before + sum(of_rank for _, of_rank in headers)
-            if any(failed for failed, _ in headers):
+            headers = Outcome(partial(self._headers, round, sizes[1]))
+            if headers.error is not None:  # the others go on, and learn of it in the next round
+                error = error or headers.error
+                continue
+            report.bytes_read_by_job = read_before + sum(of_rank for _, of_rank in headers.value)
+            if any(failed for failed, _ in headers.value):
                 raise error or OtherRankError
         work(rounds, rounds - 1)
         return error

@@ -363,3 +363,21 @@ def interrupt_between(path: Path, share: bool) -> dict[int, str] | str:
 def test_an_interrupt_while_ranks_agree(ranks: Ranks, checkpoint: Path, share: bool) -> None:
     """It takes effect when the others can hear of it, and they do not wait for this rank."""
     assert ranks.run(WORLD, interrupt_between, checkpoint, share) == [{FAILING: "KeyboardInterrupt"}] * WORLD
+
+
+def fail_to_look_at_headers(at: int, faults: ExitStack) -> None:
+    original, calls = Exchange._headers, iter(range(1_000_000))
+
+    def headers(self: Exchange, round: int, sizes: list[int]) -> list[tuple[bool, int]]:
+        if next(calls) == at:
+            raise MemoryError
+        return original(self, round, sizes)
+
+    faults.enter_context(mock.patch.object(Exchange, "_headers", headers))
+
+
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_no_memory_for_what_others_said(ranks: Ranks, checkpoint: Path, at: int) -> None:
+    """The others learn of it one round later."""
+    failures = ranks.run(WORLD, load_with, partial(fail_to_look_at_headers, at), checkpoint)
+    assert failures == [{FAILING: "OutOfMemoryError"}] * WORLD
