@@ -355,7 +355,7 @@ def interrupt_between(path: Path, share: bool) -> dict[int, str] | str:
     began = time.monotonic()
     load = partial(dcp_fast.load, state_dict(LAYOUT), checkpoint_id=path, share_reads=share, planner=Slow())
     failure = failure_of(load)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     return failure
 
 
