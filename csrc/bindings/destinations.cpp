@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/python.h"
 #include "bindings/rows.h"
 #include "transfer/program.h"
 
@@ -27,11 +28,6 @@ struct TensorNames {
   py::handle stride = PyUnicode_InternFromString("stride");
 };
 
-py::object checked_result(PyObject* object) {
-  if (object == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(object);
-}
-
 int64_t integer(PyObject* object) {
   const int64_t value = PyLong_AsLongLong(object);
   if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -47,7 +43,7 @@ class Plain {
   // Appends the row of a tensor on the host whose memory holds its elements as they are. False for any other one; the
   // row is of no use then. Attributes of a tensor's own may hide what is asked of it.
   bool add(PyObject* tensor, std::vector<int64_t>& rows) const {
-    if (!is_known(tensor) || has_attributes(tensor) || !get(tensor, names_.layout).is(strided_)) return false;
+    if (!is_known(tensor) || !has_no_attributes(tensor) || !get(tensor, names_.layout).is(strided_)) return false;
     const py::object dtype = get(tensor, names_.dtype);
     PyObject* const kind = PyDict_GetItemWithError(dtypes_.ptr(), dtype.ptr());
     if (kind == nullptr) {
@@ -74,15 +70,9 @@ class Plain {
   }
 
  private:
-  static py::object get(PyObject* tensor, py::handle name) {
-    return checked_result(PyObject_GetAttr(tensor, name.ptr()));
-  }
+  static py::object get(PyObject* tensor, py::handle name) { return checked(PyObject_GetAttr(tensor, name.ptr())); }
   static py::object call(PyObject* tensor, py::handle name) {
-    return checked_result(PyObject_CallMethodObjArgs(tensor, name.ptr(), nullptr));
-  }
-  static bool has_attributes(PyObject* tensor) {
-    PyObject** const dict = _PyObject_GetDictPtr(tensor);
-    return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) != 0;
+    return checked(PyObject_CallMethodObjArgs(tensor, name.ptr(), nullptr));
   }
   bool is_known(PyObject* tensor) const {
     return std::any_of(types_.begin(), types_.end(),
@@ -102,10 +92,9 @@ std::pair<Rows, bool> destination_rows(const py::list& tensors, const py::tuple&
   bool all_have_addresses = true;
   for (const py::handle tensor : tensors) {
     const size_t begin = rows.values.size();
-    if (!plain.add(tensor.ptr(), rows.values)) {
-      rows.values.resize(begin);
-      for (const py::handle number : py::tuple(other(tensor))) rows.values.push_back(integer(number.ptr()));
-    }
+    if (plain.add(tensor.ptr(), rows.values)) continue;  // it has an address, or no elements
+    rows.values.resize(begin);
+    for (const py::handle number : py::tuple(other(tensor))) rows.values.push_back(integer(number.ptr()));
     const auto sizes = rows.values.begin() + static_cast<std::ptrdiff_t>(begin) + 5;
     const bool is_empty = std::find(sizes, sizes + rows.values.at(begin + 4), 0) != sizes + rows.values.at(begin + 4);
     all_have_addresses = all_have_addresses && (is_empty || rows.values[begin] != 0);

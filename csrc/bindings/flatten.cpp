@@ -7,17 +7,12 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "bindings/python.h"
 
 namespace py = pybind11;
 
 namespace dcp_fast {
 namespace {
-
-// A reference that a call of Python's API gave; its exception if it gave none.
-py::object checked(PyObject* object) {
-  if (object == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(object);
-}
 
 void check(int status) {
   if (status < 0) throw py::error_already_set();

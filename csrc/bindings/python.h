@@ -28,6 +28,23 @@ auto without_gil(const Function& function) {
   }
 }
 
+// A reference that a call of Python's API gave; its exception if it gave none.
+inline pybind11::object checked(PyObject* object) {
+  if (object == nullptr) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(object);
+}
+
+// What is in the object's __dict__; nothing if it has none yet. To ask for it by name would make one.
+inline PyObject* attributes_of(PyObject* object) {
+  PyObject** dict = _PyObject_GetDictPtr(object);
+  return dict == nullptr ? nullptr : *dict;
+}
+
+inline bool has_no_attributes(PyObject* object) {
+  PyObject* const dict = attributes_of(object);
+  return dict == nullptr || PyDict_GET_SIZE(dict) == 0;
+}
+
 // A path as Python's os functions pass it to the system: any bytes but NUL.
 inline std::string system_path(const pybind11::str& path) {
   PyObject* encoded = nullptr;

@@ -49,17 +49,6 @@ bool contains(const py::tuple& objects, const void* object) {
   return false;
 }
 
-// What is in the object's __dict__; nothing if it has none yet. To ask for it by name would make one.
-PyObject* attributes(PyObject* object) {
-  PyObject** dict = _PyObject_GetDictPtr(object);
-  return dict == nullptr ? nullptr : *dict;
-}
-
-bool has_no_attributes(PyObject* object) {
-  PyObject* const dict = attributes(object);
-  return dict == nullptr || PyDict_GET_SIZE(dict) == 0;
-}
-
 bool are_equal(PyObject* a, PyObject* b) {
   if (a == b) return true;
   const auto count = PyTuple_GET_SIZE(a);
@@ -186,7 +175,7 @@ bool Requests::is_whole_type(PyObject* value) const { return contains(types_.who
 bool Requests::is_plain(PyObject* dtensor) const {
   if (!has_no_attributes(dtensor)) {
     for (const py::handle override : types_.overrides) {
-      if (PyDict_Contains(attributes(dtensor), override.ptr()) != 0) return false;
+      if (PyDict_Contains(attributes_of(dtensor), override.ptr()) != 0) return false;
     }
   }
   const py::object local = attribute(dtensor, names().local_tensor);
