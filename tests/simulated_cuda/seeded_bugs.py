@@ -306,7 +306,7 @@ class Build:
             # A bug is put into one file, which is compiled alone.
             f"-DDCP_FAST_APART={';'.join(sorted({f'csrc/{bug.source}' for bug in BUGS}))}",
             "-DCMAKE_BUILD_TYPE=None",
-            "-DCMAKE_CXX_FLAGS=-O1",
+            "-DCMAKE_CXX_FLAGS=-O0",
         ]
         _run(["cmake", "-S", str(REPOSITORY), "-B", str(folder), "-G", "Ninja", *options])
         targets = [Path(_PROGRAM).name]

@@ -1,4 +1,4 @@
-"""Processes of tests, forked from one that has torch and no threads: to import torch takes seconds."""
+"""Processes of tests, forked from one that has torch and pytest and no threads: to import these takes seconds."""
 
 from __future__ import annotations
 
@@ -15,5 +15,6 @@ FORKS.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
         "dcp_fast",
+        "pytest",  # which the modules of tests import
     ]
 )
