@@ -24,14 +24,13 @@ int64_t version_of(PyObject* tensor) {
 }  // namespace
 
 PlacedBoxes::PlacedBoxes(PlainTensors plain, py::list fqns, py::list values, std::vector<size_t> numbers,
-                         py::list tensors, py::object dtensor, py::tuple overrides)
+                         py::list tensors, TensorTypes types)
     : plain_(std::move(plain)),
       fqns_(std::move(fqns)),
       values_(std::move(values)),
       numbers_(std::move(numbers)),
       tensors_(std::move(tensors)),
-      dtensor_(std::move(dtensor)),
-      overrides_(std::move(overrides)),
+      types_(std::move(types)),
       is_known_(numbers_.size()),
       versions_(numbers_.size()) {
   if (fqns_.size() != numbers_.size() || values_.size() != numbers_.size()) throw py::value_error("lengths differ");
@@ -85,11 +84,7 @@ bool PlacedBoxes::is_as_resolved(const py::object& state_dict, size_t box, const
 
 // Whether a value is a tensor, or a DTensor with this local one.
 bool PlacedBoxes::is_or_has(PyObject* value, PyObject* tensor) const {
-  static const py::handle name = PyUnicode_InternFromString("_local_tensor");  // is never freed
-  if (value == tensor) return true;
-  if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != dtensor_.ptr() || has_attribute_of(value, overrides_))
-    return false;
-  return checked(PyObject_GetAttr(value, name.ptr())).ptr() == tensor;
+  return value == tensor || types_.local_of(value).ptr() == tensor;
 }
 
 PyObject* PlacedBoxes::tensor_of(size_t box) const {
