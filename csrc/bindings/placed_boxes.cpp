@@ -34,9 +34,10 @@ PlacedBoxes::PlacedBoxes(PlainTensors plain, py::list fqns, py::list values, std
       is_known_(numbers_.size()),
       versions_(numbers_.size()) {
   if (fqns_.size() != numbers_.size() || values_.size() != numbers_.size()) throw py::value_error("lengths differ");
+  int refused = 0;
   for (const py::handle tensor : tensors_) {
     const size_t begin = geometry_.size();
-    if (!plain_.add(tensor.ptr(), geometry_)) geometry_.resize(begin);
+    if (!plain_.add(tensor.ptr(), geometry_, refused)) geometry_.resize(begin);
     rows_.push_back({begin, geometry_.size()});
   }
   for (size_t box = 0; box < numbers_.size(); ++box) {
@@ -75,9 +76,10 @@ bool PlacedBoxes::is_as_resolved(const py::object& state_dict, size_t box, const
   PyObject* const tensor = tensor_of(box);
   if (value != PyList_GET_ITEM(values_.ptr(), index) || !is_or_has(value, tensor)) return false;
   row_.clear();
+  int refused = 0;
   const Range row = rows_[numbers_[box]];
   const auto geometry = geometry_.begin();
-  return plain_.add(tensor, row_) &&
+  return plain_.add(tensor, row_, refused) &&
          std::equal(row_.begin(), row_.end(), geometry + static_cast<std::ptrdiff_t>(row.begin),
                     geometry + static_cast<std::ptrdiff_t>(row.end));
 }
