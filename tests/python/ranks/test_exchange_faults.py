@@ -368,10 +368,10 @@ def test_an_interrupt_while_ranks_agree(ranks: Ranks, checkpoint: Path, share: b
 def fail_to_look_at_headers(at: int, faults: ExitStack) -> None:
     original, calls = Exchange._headers, iter(range(1_000_000))
 
-    def headers(self: Exchange, round: int, sizes: list[int]) -> list[tuple[bool, int]]:
+    def headers(self: Exchange, *args: Any) -> list[tuple[bool, int]]:
         if next(calls) == at:
             raise MemoryError
-        return original(self, round, sizes)
+        return original(self, *args)
 
     faults.enter_context(mock.patch.object(Exchange, "_headers", headers))
 
