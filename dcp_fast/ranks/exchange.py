@@ -256,10 +256,14 @@ class Exchange:
         error: BaseException | None = None
         bytes_read, read_before = 0, report.bytes_read_by_job
 
-        def work(to_send: int, to_place: int) -> None:
-            nonlocal error, bytes_read
+        def heed_interrupt() -> None:
+            nonlocal error
             if error is None:
                 error = Outcome(interrupt).error
+
+        def work(to_send: int, to_place: int) -> None:
+            nonlocal error, bytes_read
+            heed_interrupt()
             if step is None or error is not None:
                 return
             send = Sending(to_send, self._sent[to_send % 2]) if to_send < rounds else None
@@ -275,6 +279,7 @@ class Exchange:
             sizes = exchange.bytes_to_send(round), exchange.bytes_to_receive(round)
             recorder = None if report.timeline is None else report.timeline.recorder
             began = 0 if recorder is None else recorder.now()
+            heed_interrupt()
             pending, failure = self._begin_round(round, sizes, error is not None, bytes_read)
             error = error or failure
             work(round + 1, round - 1)
