@@ -49,7 +49,7 @@ def load_into_devices(path: Path, seeds: list[int], on_devices: bool) -> list[Sa
     torch.cuda.set_device(mine)
     with ExitStack() as stack:
         if on_devices:
-            stack.enter_context(mock.patch.object(exchange, "collective_device", lambda _: mine))
+            stack.enter_context(mock.patch.object(exchange, "collective_device", return_value=mine))
         said = load_cases(path, seeds, [mine, torch.device("cpu")] if dist.get_rank() else [mine])
     dcp_fast.release_staging()
     torch.cuda.synchronize()
