@@ -184,7 +184,7 @@ class Placer:
 
     def place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
         quantized = [
-            QuantizedBox(self._quantized[record], box_of(item)[0], target)
+            QuantizedBox(self._quantized[record], *box_of(item)[::2], target)
             for item, record, target in boxes
             if record in self._quantized
         ]
