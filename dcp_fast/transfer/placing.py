@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from functools import partial
 
 import torch
 from torch.autograd.graph import increment_version
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from typing_extensions import Buffer
 
 from dcp_fast import _native
 from dcp_fast.errors import CudaError, typed_errors
 from dcp_fast.observe.report import LoadReport, count_stats
-from dcp_fast.transfer.batches import ConvertedBox
-from dcp_fast.transfer.conversion import place_converted
+from dcp_fast.transfer.batches import ALIGNMENT, Batch, Box, ConvertedBox, Part, StoredBox, batches_of, bytes_of
+from dcp_fast.transfer.conversion import by_device, empty, place_converted
 from dcp_fast.transfer.dequantization import Dequantizer
-from dcp_fast.transfer.destinations import DTYPES, Destinations
+from dcp_fast.transfer.destinations import DTYPES, ELSEWHERE, UNKNOWN, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.fallback import place_fallback
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
@@ -25,9 +27,14 @@ from dcp_fast.transfer.quantized_parts import QuantizedBox
 from dcp_fast.transfer.quantized_tensors import QuantizedTensor
 from dcp_fast.transfer.record_rows import RecordRows
 from dcp_fast.transfer.records import Records
+from dcp_fast.transfer.shared_batches import SharedBatches
 from dcp_fast.transfer.shared_quantized import SharedBoxes
 from dcp_fast.transfer.shared_reads import SharedReads
+from dcp_fast.transfer.staged_boxes import StagedBoxes
 
+_ConvertedBatches = SharedBatches[Part[ConvertedBox], Batch[ConvertedBox]]
+
+_BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 _MOST_DEVICES = 64  # of a process
 # Figures of a report that start again where an attempt ends because a driver refuses what it needs.
 _COUNTED_ANEW = (
@@ -76,6 +83,40 @@ class Placer:
         self._report = report
         self._dequantizer: Dequantizer | None = None
         self._refusal = ""
+
+    def alone(self) -> Placer:
+        """One that places boxes without other ranks."""
+        placer = copy(self)
+        placer._shared = SharedReads(None, self._cuda, self._report)
+        return placer
+
+    def stage(self, items: Sequence[tuple[ReadItem, int]]) -> StagedBoxes | None:
+        """Have boxes arrive from other ranks, to wait until it is known where they go.
+
+        Args:
+            items: and their records, in the order in which they are wanted.
+
+        Returns:
+            None if a box is not in the tensor that is stored: an error for when its item has its turn. The exchange is
+            yet to come.
+        """
+        tensors = [(item, record) for item, record in items if item.type is not _BYTE_IO]
+        rows, destinations = array("q"), array("q")
+        try:
+            for number, (item, record) in enumerate(tensors):
+                offsets, _, lengths = box_of(item)
+                dims = len(lengths)
+                rows.extend((record, number, dims, *offsets, *(0,) * dims, *lengths))
+                destinations.extend((0, ELSEWHERE, UNKNOWN, 1, dims, *lengths, *(0,) * dims))
+            program = _native.Program(self._layouts, rows, destinations)
+            boxes = {id(tensors[i][0]): self._stored_box(*tensors[i], *program.box(i)) for i in program.converted(0)}
+        except Exception:
+            return None
+        batches = self._batches_of([*boxes.values()], None)
+        self._shared.place_boxes(self._layouts, program, self._options, (), len(batches))
+        if any(record in self._quantized for _, record in tensors):
+            self._report.sharing_fallback_reason = "quantized tensors of a planner with hooks are read alone"
+        return StagedBoxes(boxes, batches)
 
     def is_placed_alone(self, record: int) -> bool:
         return record in self._quantized or self._layouts.is_tensor(record)
@@ -150,35 +191,52 @@ class Placer:
     ) -> None:
         self._report.bytes_needed += program.bytes_needed_of(wave)
         options = self._half if destinations.devices else self._options
-        if not self._shared.place_boxes(self._layouts, program, options, destinations.devices):
+        converted = [
+            self._converted_box(item, records[i], *program.box(i), target(i, item))
+            for i, item in _pick(items, program.converted(wave))
+        ]
+        batches: list[_ConvertedBatches] = []
+        if self._shared.is_wanted:
+            batches = [self._batches_of(boxes, device) for device, boxes in by_device(converted).items()]
+        count = sum(map(len, batches))
+        if not self._shared.place_boxes(self._layouts, program, options, destinations.devices, count):
             if destinations.devices:
                 stats = self._cuda.run(program, wave, options, destinations.devices)
             else:
                 stats = program.run(wave, options)
             count_stats(self._report, stats)
-        converted = [
-            self._converted_box(item, records[i], *program.box(i), target(i, item))
-            for i, item in _pick(items, program.converted(wave))
-        ]
         if converted:
-            self._place_converted(converted)
+            self._place_converted(converted, batches)
+            del batches  # with their memory
         fallback = [(item, records[i], target(i, item)) for i, item in _pick(items, program.fallback(wave))]
         self.place_fallback(sorted(fallback, key=lambda box: self._rows.place_of(box[1])))
         # Whoever has no quantized tensors keeps no other rank waiting for what hooks and bytes entries take.
         self._shared.decline("")
 
-    def _converted_box(
-        self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
-    ) -> ConvertedBox:
+    def _stored_box(self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int]) -> StoredBox:
         code = self._layouts.dtype(record)
         dtype = DTYPES[code]
         if dtype is None:
             raise TypeError(f"this torch has no dtype {_native.DTYPES[code]}, which {item.storage_index} is stored in")
-        return ConvertedBox(record, code, dtype, storage_offsets, lengths, self._layouts.strides(record), target)
+        return StoredBox(record, code, dtype, storage_offsets, lengths, self._layouts.strides(record))
 
-    def _place_converted(self, boxes: list[ConvertedBox]) -> None:
+    def _converted_box(
+        self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
+    ) -> ConvertedBox:
+        return ConvertedBox(**vars(self._stored_box(item, record, storage_offsets, lengths)), target=target)
+
+    def _batches_of(self, boxes: Sequence[Box], device: int | None) -> SharedBatches[Part[Box], Batch[Box]]:
+        wanted = sum(map(bytes_of, boxes)) + ALIGNMENT
+        return self._shared.batches(partial(batches_of, boxes), wanted, Batch, device, self._layouts, self._half)
+
+    def _place_converted(self, boxes: list[ConvertedBox], shared: Sequence[_ConvertedBatches]) -> None:
         self._report.staged_items += len(boxes)
         self._count_refused([box.target for box in boxes])
+        for batches in shared:
+            for batch in batches:
+                empty(batch, batches.device, self._half)
+        if shared:
+            return
         for stats in place_converted(boxes, self._layouts, self._half, self._staging_bytes // 2, self._cuda):
             count_stats(self._report, stats)
 
@@ -198,7 +256,7 @@ class Placer:
             self._dequantizer = Dequantizer(self._quantized.values(), self._half)
         self._report.dequantized_items += len(boxes)
         self._count_refused([box.target for box in boxes])
-        if self._shared.is_wanted_for_quantized:
+        if self._shared.goes_on:
             boxes = self._share_quantized(boxes, self._dequantizer)
         for stats in self._dequantizer.place(boxes, self._staging_bytes // 2, self._cuda):
             self._report.bytes_needed += stats.bytes_placed

@@ -1,10 +1,23 @@
-"""What a transfer reads together with other ranks."""
+"""What a transfer reads together with other ranks.
+
+Exchanges come in this order on all ranks:
+
+1. headers, bytes entries and whole records,
+2. boxes that the engine places,
+3. boxes that torch places, one batch after another (shared_batches.py),
+4. scales of quantized tensors, and their elements (shared_quantized.py).
+
+Of 3 there are as many as the rank with the most batches needs, and 4 is there if any rank has quantized tensors. A rank
+that needs less takes part without needing anything, so that what several ranks need comes to all of them in the same
+exchange.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from typing_extensions import Buffer
@@ -12,9 +25,22 @@ from typing_extensions import Buffer
 from dcp_fast import _native
 from dcp_fast.errors import CudaError
 from dcp_fast.observe.report import LoadReport, count_stats
+from dcp_fast.transfer.destinations import HOST
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.record_rows import RecordRows
+from dcp_fast.transfer.shared_batches import SharedBatches
 from dcp_fast.transfer.sharing import ExchangeStep, Received, Sending, Sharing
+from dcp_fast.transfer.staging_memory import allocate
+
+
+class _Batch(Protocol):
+    def program(self, layouts: _native.Layouts) -> _native.Program: ...
+
+
+PartT = TypeVar("PartT")
+BatchT = TypeVar("BatchT", bound=_Batch)
+
+_OF_QUANTIZED = 2  # exchanges: scales, and elements
 
 
 class SharedReads:
@@ -27,16 +53,26 @@ class SharedReads:
     """
 
     def __init__(self, exchange: Sharing | None, cuda: CudaLoad, report: LoadReport) -> None:
-        self._exchange = exchange  # until this rank has taken part in that of boxes
-        self._of_quantized: Sharing | None = None  # from then on, until it has taken part in all
+        self._exchange = exchange  # until this rank has taken part in all
+        self._has_boxes = False
         self._cuda = cuda
         self._report = report
         self._names: list[str] = []
 
     @property
     def is_wanted(self) -> bool:
-        """Whether there is an exchange that this rank has yet to take part in."""
+        """Whether there is an exchange of boxes that this rank has yet to take part in."""
+        return self._exchange is not None and not self._has_boxes
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there may be any exchanges that this rank has yet to take part in."""
         return self._exchange is not None
+
+    @property
+    def most_bytes(self) -> int:
+        """Memory for what is received and kept."""
+        return 0 if self._exchange is None else self._exchange.most_bytes
 
     def get_records(
         self,
@@ -58,7 +94,7 @@ class SharedReads:
         if self._exchange is None:
             return
         if quantized:
-            self._exchange.expect_quantized()
+            self._exchange.expect(_OF_QUANTIZED)
         self._names = _names_of(rows.files, paths, self._exchange)
         whole = [i for i, is_whole in enumerate(rows.rows[3::4]) if is_whole and i not in quantized]
         find = partial(_native.Need.of_records, layouts, whole, self._exchange.most_bytes, self._names, options)
@@ -67,7 +103,12 @@ class SharedReads:
             _native.keep(layouts, need)
 
     def place_boxes(
-        self, layouts: _native.Layouts, program: _native.Program, options: _native.Options, devices: Collection[int]
+        self,
+        layouts: _native.Layouts,
+        program: _native.Program,
+        options: _native.Options,
+        devices: Collection[int],
+        batches: int,
     ) -> bool:
         """Place the boxes of a program's first wave, and get records of it that only torch can read.
 
@@ -76,6 +117,7 @@ class SharedReads:
             program: what this rank needs.
             options: for reading.
             devices: ordinals of the GPUs that it has destinations on.
+            batches: how many :meth:`batches` this rank has arrive after this.
 
         Returns:
             Whether they are in place. If not, this rank is to read them alone.
@@ -83,29 +125,65 @@ class SharedReads:
         Raises:
             CudaRefusedError: a load can only be run with destinations elsewhere. The exchange is yet to come.
         """
-        if self._exchange is None:
+        if self._exchange is None or self._has_boxes:
             return False
         if devices:
             self._cuda.prepare(devices)
+        self._exchange.expect(batches)
         find = partial(_native.Need.of_program, program, self._exchange.most_bytes, self._names)
         need = self._share(self._exchange, layouts, find, options, devices)
-        self._exchange, self._of_quantized = None, self._exchange
+        self._has_boxes = True
         if need is None:
             return False
         _native.keep(layouts, need)
         self._report.staged_items += need.converted_items
         return True
 
-    @property
-    def is_wanted_for_quantized(self) -> bool:
-        """Whether there are exchanges of quantized tensors that this rank has yet to take part in."""
-        return self._of_quantized is not None
+    def batches(
+        self,
+        cut: Callable[[int], Iterator[Sequence[PartT]]],
+        wanted: int,
+        make: Callable[[Sequence[PartT], torch.Tensor, int], BatchT],
+        device: int | None,
+        layouts: _native.Layouts,
+        options: _native.Options,
+    ) -> SharedBatches[PartT, BatchT]:
+        """Batches each of which arrives in an exchange of its own.
 
-    @property
-    def most_bytes(self) -> int:
-        """Memory for what is received and kept."""
-        exchange = self._exchange or self._of_quantized
-        return 0 if exchange is None else exchange.most_bytes
+        Args:
+            cut: the parts of all batches, for buffers of so many bytes.
+            wanted: bytes of a buffer that has room for all parts.
+            make: a batch of parts, for a buffer on a device, as destinations.py names it.
+            device: that buffers lie on, as an ordinal; None: the host.
+            layouts: that batches read from.
+            options: for reading.
+
+        Raises:
+            MemoryError: there is no memory for a buffer.
+            CudaOutOfMemoryError: the same on a device.
+        """
+        if device is None:
+            # On the CPU, though the caller may have made another device the default one.
+            buffers: Sequence[torch.Tensor] = [allocate(min(wanted, self.most_bytes), torch.device("cpu"))]
+        else:
+            buffers = self._cuda.halves(device, wanted)
+
+        def fill(parts: Sequence[PartT], buffer: torch.Tensor) -> BatchT:
+            batch = make(parts, buffer, HOST if device is None else device)
+            self._fill(batch.program(layouts), layouts, options, () if device is None else (device,))
+            return batch
+
+        return SharedBatches(list(cut(buffers[0].numel())), buffers, device, fill)
+
+    def _fill(
+        self, program: _native.Program, layouts: _native.Layouts, options: _native.Options, devices: Collection[int]
+    ) -> None:
+        if self._exchange is not None:
+            find = partial(_native.Need.of_program, program, self._exchange.most_bytes, self._names)
+            if self._share(self._exchange, layouts, find, options, devices) is not None:
+                return
+        run = self._cuda.run(program, 0, options, devices) if devices else program.run(0, options)
+        count_stats(self._report, run)
 
     def place_quantized(
         self,
@@ -127,9 +205,10 @@ class SharedReads:
         Returns:
             Whether they are in place. If not, this rank is to read them alone.
         """
-        exchange, self._of_quantized = self._of_quantized, None
+        exchange, self._exchange = self._exchange, None
         if exchange is None:
             return False
+        exchange.skip(exchange.left - _OF_QUANTIZED)  # batches of ranks that have more of them
         names = _names_of(paths, paths, exchange)
         find = partial(_native.Need.of_program, scales, exchange.most_bytes, names)
         if self._share(exchange, layouts, find, options, ()) is None:
@@ -140,8 +219,7 @@ class SharedReads:
 
     def decline(self, reason: str) -> None:
         """Take part in what exchanges of all other ranks are left, but read alone what this rank needs of them."""
-        exchange = self._exchange or self._of_quantized
-        self._exchange = self._of_quantized = None
+        exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.decline(reason)
 

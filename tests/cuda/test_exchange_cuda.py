@@ -25,6 +25,7 @@ from torch.distributed.tensor import zeros as zeros_on
 import dcp_fast
 from dcp_fast import _native
 from dcp_fast.ranks import exchange
+from dcp_fast.transfer.gpu import CudaLoad
 
 WORLD = 2
 FAILING = 1
@@ -82,10 +83,11 @@ def bits(state: dict[str, Any]) -> dict[str, list[int]]:
     return {name: value.to_local().cpu().contiguous().view(torch.uint8).tolist() for name, value in state.items()}
 
 
-def load(path: Path) -> None:
+def load(path: Path) -> list[int]:
     begin()
+    read = []
     for placements in PLACEMENTS:
-        for half in (torch.float16, torch.bfloat16):  # the second is converted on the device, and read alone
+        for half in (torch.float16, torch.bfloat16):  # the second is converted on the device
             expected, state = state_dict("cpu", placements, half), state_dict("cuda", placements, half)
             torch_load(expected, storage_reader=torch_reader(path))
             report = load_shared(state, path)
@@ -93,11 +95,28 @@ def load(path: Path) -> None:
             assert isinstance(state["long"], DTensor)
             assert report.exchange_rounds > 2
             assert report.bytes_to_device >= report.bytes_needed - state["half"].to_local().nbytes
+            assert report.sharing_fallback_reason == ""
+            read.append(report.bytes_read)
     end()
+    return read
 
 
-def test_loads(pool: Ranks, checkpoint: Path) -> None:
-    pool.run(WORLD, load, checkpoint, timeout=180)
+def load_in_batches(path: Path) -> list[int]:
+    """There is little memory on the device for what is converted there."""
+    original = CudaLoad.halves
+
+    def halves(self: CudaLoad, device: int, wanted: int) -> Any:
+        return original(self, device, min(wanted, 50_000))
+
+    with mock.patch.object(CudaLoad, "halves", halves):
+        return load(path)
+
+
+@pytest.mark.parametrize("load", [load, load_in_batches])
+def test_loads(pool: Ranks, checkpoint: Path, load: Any) -> None:
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
+    for read in zip(*pool.run(WORLD, load, checkpoint, timeout=180), strict=True):
+        assert sum(read) <= 1.1 * stored
 
 
 def load_on_nodes(path: Path) -> None:
@@ -169,6 +188,11 @@ def load_on_devices(path: Path) -> None:
                 report.bytes_sent + report.bytes_read + report.exchange_rounds * 2 * 2 * _native.EXCHANGE_HEADER_BYTES
             )
             assert report.bytes_to_device <= 1.05 * sent
+            expected = state_dict("cpu", placements, torch.bfloat16)
+            state = state_dict("cuda", placements, torch.bfloat16)  # converted on the device
+            torch_load(expected, storage_reader=torch_reader(path))
+            assert load_shared(state, path).sharing_fallback_reason == ""
+            assert bits(state) == bits(expected), placements
     end()
 
 
@@ -310,6 +334,44 @@ def load_with_commits(path: Path) -> None:
 
 def test_planners_that_commit(pool: Ranks, checkpoint: Path) -> None:
     pool.run(WORLD, load_with_commits, checkpoint, timeout=180)
+
+
+class Resolving(dcp.DefaultLoadPlanner):
+    """Loads some into memory of its own."""
+
+    def resolve_tensor(self, item: Any) -> torch.Tensor:
+        self.target = super().resolve_tensor(item)
+        return torch.empty_like(self.target) if item.dest_index.fqn == "single" else self.target
+
+    def commit_tensor(self, item: Any, tensor: torch.Tensor) -> None:
+        self.target.copy_(tensor)
+        self.target.add_(1)
+
+
+def load_resolved(path: Path) -> list[int]:
+    begin()
+    read = []
+    for placements in PLACEMENTS:
+        expected, state = state_dict("cpu", placements), state_dict("cuda", placements)
+        torch_load(expected, storage_reader=torch_reader(path), planner=Resolving())
+        report = load_shared(state, path, planner=Resolving())
+        assert bits(state) == bits(expected), placements
+        assert report.sharing_fallback_reason == ""
+        read.append(report.bytes_read)
+    end()
+    return read
+
+
+def load_resolved_on_devices(path: Path) -> list[int]:
+    with exchange_on_devices():
+        return load_resolved(path)
+
+
+@pytest.mark.parametrize("load", [load_resolved, pytest.param(load_resolved_on_devices, marks=only_simulated)])
+def test_planners_that_resolve(pool: Ranks, checkpoint: Path, load: Any) -> None:
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
+    for read in zip(*pool.run(WORLD, load, checkpoint, timeout=180), strict=True):
+        assert sum(read) <= 1.1 * stored
 
 
 def load_with_commits_where_a_driver_refuses(path: Path) -> str:

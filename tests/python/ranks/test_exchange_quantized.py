@@ -186,7 +186,7 @@ def of_other_kinds(path: Path) -> tuple[str, int]:
 def test_ranks_of_other_kinds(ranks: Ranks, checkpoint: Path) -> None:
     commits, resolves, nothing, by_torch = ranks.run(WORLD, of_other_kinds, checkpoint)
     assert commits[0] == nothing[0] == ""
-    assert "order of the plan" in resolves[0]
+    assert "planner with hooks" in resolves[0]
     assert "quantized" in by_torch[0]
 
 
