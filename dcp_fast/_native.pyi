@@ -239,13 +239,34 @@ def read_metadata(path: str) -> MetadataColumns | str: ...
 class Rows(Buffer): ...  # int64
 
 def bytes_rows(columns: MetadataColumns, fqns: Sequence[str]) -> Rows: ...  # file, offset, length, is transformed
-def destination_rows(
-    tensors: list[torch.Tensor],
-    types: tuple[type, ...],
-    strided: torch.layout,
-    dtypes: dict[torch.dtype, tuple[int, int]],
-    other: Callable[[torch.Tensor], Sequence[int]],
-) -> tuple[Rows, bool]: ...
+
+class PlainTensors:
+    """Knows tensors on the host whose memory holds their elements as they are."""
+
+    def __init__(self, types: tuple[type, ...], api: object, samples: list[tuple[torch.Tensor, int, int]]) -> None: ...
+    def rows(
+        self, tensors: list[torch.Tensor], other: Callable[[torch.Tensor], Sequence[int]]
+    ) -> tuple[Rows, bool]: ...
+
+class PlacedBoxes:
+    """Whether boxes are still where they were resolved and placed."""
+
+    def __init__(
+        self,
+        plain: PlainTensors,
+        fqns: list[str],
+        values: list[Any],
+        numbers: Sequence[int],
+        tensors: list[torch.Tensor],
+        dtensor: type,
+        overrides: tuple[str, ...],
+    ) -> None: ...
+    def others(self) -> list[int]: ...  # boxes of which only `look` knows
+    def are_as_resolved(
+        self, state_dict: dict[str, Any], boxes: Sequence[int], look: Callable[[int], bool]
+    ) -> bool: ...
+    def keep_versions(self, boxes: Sequence[int]) -> None: ...
+    def is_as_placed(self, state_dict: dict[str, Any], box: int, look: Callable[[int], bool]) -> bool: ...
 
 class PlannedRecords:
     """The stored tensors that boxes are parts of."""

@@ -45,6 +45,17 @@ inline bool has_no_attributes(PyObject* object) {
   return dict == nullptr || PyDict_GET_SIZE(dict) == 0;
 }
 
+// Whether any of its own attributes has one of these names.
+inline bool has_attribute_of(PyObject* object, const pybind11::tuple& names) {
+  if (has_no_attributes(object)) return false;
+  for (const pybind11::handle name : names) {
+    const int found = PyDict_Contains(attributes_of(object), name.ptr());
+    if (found < 0) throw pybind11::error_already_set();
+    if (found != 0) return true;
+  }
+  return false;
+}
+
 // A path as Python's os functions pass it to the system: any bytes but NUL.
 inline std::string system_path(const pybind11::str& path) {
   PyObject* encoded = nullptr;

@@ -173,11 +173,7 @@ bool Requests::add_like_before(const py::object& fqn, const py::object& value, u
 bool Requests::is_whole_type(PyObject* value) const { return contains(types_.whole, Py_TYPE(value)); }
 
 bool Requests::is_plain(PyObject* dtensor) const {
-  if (!has_no_attributes(dtensor)) {
-    for (const py::handle override : types_.overrides) {
-      if (PyDict_Contains(attributes_of(dtensor), override.ptr()) != 0) return false;
-    }
-  }
+  if (has_attribute_of(dtensor, types_.overrides)) return false;
   const py::object local = attribute(dtensor, names().local_tensor);
   return local && is_whole_type(local.ptr()) && has_no_attributes(local.ptr());
 }

@@ -16,8 +16,15 @@ _CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(DTYPE
 _STRIDED = torch.strided
 _REAL = frozenset(dtype for dtype in _CODES if not dtype.is_complex)
 # Of these types and dtypes a tensor on the host is plain if it is strided and not negated: see is_plain.
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-_PLAIN_DTYPES = {dtype: (code, dtype.itemsize) for dtype, code in _CODES.items() if dtype in _REAL}
+PLAIN_TENSORS = _native.PlainTensors(
+    (torch.Tensor, torch.nn.Parameter),
+    getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+    [
+        (torch.empty(0, dtype=dtype, device="cpu"), code, dtype.itemsize)
+        for dtype, code in _CODES.items()
+        if dtype in _REAL
+    ],
+)
 
 UNKNOWN = -1
 
@@ -45,9 +52,7 @@ class Destinations:
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self.tensors = tensors
         self.devices: set[int] = set()
-        self.column, self.all_have_addresses = _native.destination_rows(
-            tensors, _PLAIN_TYPES, _STRIDED, _PLAIN_DTYPES, self._row
-        )
+        self.column, self.all_have_addresses = PLAIN_TENSORS.rows(tensors, self._row)
 
     def _row(self, tensor: torch.Tensor) -> tuple[int, ...]:
         sizes = tensor.size()

@@ -83,7 +83,9 @@ class Resolved:
             return narrow_tensor_by_index(tensor.detach(), offsets, lengths)
         for dim, length in enumerate(lengths):
             if length < sizes[dim]:
-                tensor = tensor.narrow(dim, offsets[dim], length)
+                begin = offsets[dim]
+                # The same view; torch takes a third longer for narrow.
+                tensor = tensor[begin : begin + length] if dim == 0 else tensor.narrow(dim, begin, length)
         return tensor
 
     def fqns(self) -> list[str]:
