@@ -264,20 +264,29 @@ class Placer:
 
     def _share_quantized(self, boxes: list[QuantizedBox], dequantizer: Dequantizer) -> list[QuantizedBox]:
         """Place boxes together with other ranks. Returns those that this rank is to read alone."""
-        shared = SharedBoxes(boxes, dequantizer.records)
-        if len(shared) == 0 or shared.scale_bytes > self._shared.most_bytes:
-            why = "their scales take more than exchange_bytes" if len(shared) else "GPUs or torch dequantize them"
-            needs_none = len(shared) == len(shared.alone) == 0
-            self._shared.decline("" if needs_none else f"quantized tensors are read alone: {why}")
-            return boxes
-        shared.allocate()
-        layouts = dequantizer.layouts
+        shared = SharedBoxes(boxes, dequantizer.records, self._shared.most_bytes)
+        batches = dequantizer.share(shared.others, self._shared)
+        self._shared.begin_quantized(sum(map(len, batches)), places=len(shared) > 0)
+        alone = [] if len(shared) == 0 or self._place_as_they_arrive(shared, dequantizer) else shared.boxes
+        try:
+            with typed_errors(dequantizer.fqns):
+                for of_device in batches:
+                    for batch in of_device:
+                        self._report.bytes_needed += batch.empty(self._half, self._cuda)
+        except CudaRefusedError:
+            self._shared.decline("a driver refuses what it takes to dequantize")
+            raise
+        return alone
+
+    def _place_as_they_arrive(self, boxes: SharedBoxes, dequantizer: Dequantizer) -> bool:
+        boxes.allocate()
+        layouts, paths = dequantizer.layouts, dequantizer.paths
         with typed_errors(dequantizer.fqns):
-            scales = shared.scales(layouts)
-            if not self._shared.place_quantized(layouts, dequantizer.paths, scales, shared.elements(), self._half):
-                return boxes
-        self._report.bytes_needed += scales.bytes_needed + shared.bytes_needed
-        return shared.alone
+            scales = boxes.scales(layouts)
+            if not self._shared.place_quantized(layouts, paths, scales, boxes.elements(), self._half):
+                return False
+        self._report.bytes_needed += scales.bytes_needed + boxes.bytes_needed
+        return True
 
     def _count_refused(self, targets: Sequence[torch.Tensor]) -> None:
         """Count those that torch brings to their device, as its driver refuses what the engine needs."""

@@ -20,7 +20,7 @@ class SharedBatches(Generic[PartT, BatchT]):
 
     Args:
         parts: of each batch.
-        buffers: each has room for any of them.
+        allocate: makes the buffers, each of which has room for any batch.
         device: that the buffers lie on, as an ordinal; None: the host.
         fill: has the parts of a batch arrive in a buffer.
     """
@@ -28,19 +28,25 @@ class SharedBatches(Generic[PartT, BatchT]):
     def __init__(
         self,
         parts: Sequence[Sequence[PartT]],
-        buffers: Sequence[torch.Tensor],
+        allocate: Callable[[], Sequence[torch.Tensor]],
         device: int | None,
         fill: Callable[[Sequence[PartT], torch.Tensor], BatchT],
     ) -> None:
         self.parts = parts
         self.device = device
-        self._buffers = buffers
+        self._allocate = allocate
         self._fill = fill
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __iter__(self) -> Iterator[BatchT]:
-        """Have all batches arrive. Each must be emptied before the next one is asked for."""
+        """Have all batches arrive. Each must be emptied before the next one is asked for.
+
+        Raises:
+            MemoryError: there is no memory for a buffer.
+            CudaOutOfMemoryError: the same on a device.
+        """
+        buffers = self._allocate() if self.parts else ()
         for number, parts in enumerate(self.parts):
-            yield self._fill(parts, self._buffers[number % len(self._buffers)])
+            yield self._fill(parts, buffers[number % len(buffers)])

@@ -5,11 +5,12 @@ Exchanges come in this order on all ranks:
 1. headers, bytes entries and whole records,
 2. boxes that the engine places,
 3. boxes that torch places, one batch after another (shared_batches.py),
-4. scales of quantized tensors, and their elements (shared_quantized.py).
+4. scales of quantized tensors, and elements that are dequantized as they arrive (shared_quantized.py),
+5. scales and elements that are dequantized batch by batch (dequantization.py).
 
-Of 3 there are as many as the rank with the most batches needs, and 4 is there if any rank has quantized tensors. A rank
-that needs less takes part without needing anything, so that what several ranks need comes to all of them in the same
-exchange.
+Of 3 and 5 there are as many as the rank with the most batches needs, and 4 is there if any rank has quantized tensors.
+A rank that needs less takes part without needing anything, so that what several ranks need comes to all of them in the
+same exchange.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ class SharedReads:
         device: int | None,
         layouts: _native.Layouts,
         options: _native.Options,
+        paths: Sequence[str] = (),
     ) -> SharedBatches[PartT, BatchT]:
         """Batches each of which arrives in an exchange of its own.
 
@@ -157,33 +159,51 @@ class SharedReads:
             device: that buffers lie on, as an ordinal; None: the host.
             layouts: that batches read from.
             options: for reading.
-
-        Raises:
-            MemoryError: there is no memory for a buffer.
-            CudaOutOfMemoryError: the same on a device.
+            paths: of the files of these layouts, unless they are those of :meth:`get_records`.
         """
-        if device is None:
-            # On the CPU, though the caller may have made another device the default one.
-            buffers: Sequence[torch.Tensor] = [allocate(min(wanted, self.most_bytes), torch.device("cpu"))]
-        else:
-            buffers = self._cuda.halves(device, wanted)
+        size = min(wanted, self.most_bytes) if device is None else self._cuda.half_bytes(wanted)
+
+        def buffers() -> Sequence[torch.Tensor]:
+            if device is None:
+                # On the CPU, though the caller may have made another device the default one.
+                return [allocate(size, torch.device("cpu"))]
+            return self._cuda.halves(device, wanted)
 
         def fill(parts: Sequence[PartT], buffer: torch.Tensor) -> BatchT:
             batch = make(parts, buffer, HOST if device is None else device)
-            self._fill(batch.program(layouts), layouts, options, () if device is None else (device,))
+            self._fill(batch.program(layouts), layouts, paths, options, () if device is None else (device,))
             return batch
 
-        return SharedBatches(list(cut(buffers[0].numel())), buffers, device, fill)
+        return SharedBatches(list(cut(size)), buffers, device, fill)
 
     def _fill(
-        self, program: _native.Program, layouts: _native.Layouts, options: _native.Options, devices: Collection[int]
+        self,
+        program: _native.Program,
+        layouts: _native.Layouts,
+        paths: Sequence[str],
+        options: _native.Options,
+        devices: Collection[int],
     ) -> None:
         if self._exchange is not None:
-            find = partial(_native.Need.of_program, program, self._exchange.most_bytes, self._names)
+            names = _names_of(paths, paths, self._exchange) if paths else self._names
+            find = partial(_native.Need.of_program, program, self._exchange.most_bytes, names)
             if self._share(self._exchange, layouts, find, options, devices) is not None:
                 return
         run = self._cuda.run(program, 0, options, devices) if devices else program.run(0, options)
         count_stats(self._report, run)
+
+    def begin_quantized(self, batches: int, places: bool) -> None:
+        """Begin with quantized tensors, when all other ranks do.
+
+        Args:
+            batches: how many :meth:`batches` of them this rank has arrive.
+            places: whether it calls :meth:`place_quantized` before.
+        """
+        if self._exchange is not None:
+            self._exchange.skip(self._exchange.left - _OF_QUANTIZED)  # batches of ranks that have more of them
+            self._exchange.expect(batches)
+            if not places:
+                self._exchange.skip(_OF_QUANTIZED)
 
     def place_quantized(
         self,
@@ -193,7 +213,7 @@ class SharedReads:
         elements: Buffer,
         options: _native.Options,
     ) -> bool:
-        """Get scales, and then place elements that are dequantized as they arrive.
+        """Get scales, and then place elements that are dequantized as they arrive. After :meth:`begin_quantized`.
 
         Args:
             layouts: of the stored tensors.
@@ -205,14 +225,13 @@ class SharedReads:
         Returns:
             Whether they are in place. If not, this rank is to read them alone.
         """
-        exchange, self._exchange = self._exchange, None
+        exchange = self._exchange
         if exchange is None:
             return False
-        exchange.skip(exchange.left - _OF_QUANTIZED)  # batches of ranks that have more of them
         names = _names_of(paths, paths, exchange)
         find = partial(_native.Need.of_program, scales, exchange.most_bytes, names)
         if self._share(exchange, layouts, find, options, ()) is None:
-            exchange.decline(self._report.sharing_fallback_reason)
+            exchange.skip(1)
             return False
         find = partial(_native.Need.of_quantized, layouts, elements, names)
         return self._share(exchange, layouts, find, options, ()) is not None

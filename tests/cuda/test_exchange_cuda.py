@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from cuda_ranks import begin, end, exchange_on_devices, only_simulated
 from helpers import fill, torch_load, torch_reader
-from processes import SIMULATED, use_devices
-from quantized_files import fast_quantized_reader, finite, write_quantized
 from ranks import Ranks
 from shared_reads import be_on_nodes, failure_of, load_shared
 from simulated_cuda.control import Simulator
@@ -24,7 +23,6 @@ from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
 from dcp_fast import _native
-from dcp_fast.ranks import exchange
 from dcp_fast.transfer.gpu import CudaLoad
 
 WORLD = 2
@@ -50,18 +48,6 @@ def checkpoint(tmp_path: Path) -> Path:
         checkpoint_id=tmp_path / "checkpoint",
     )
     return tmp_path / "checkpoint"
-
-
-def begin() -> None:
-    use_devices()
-    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-
-
-def end() -> None:
-    dcp_fast.release_staging()
-    torch.cuda.synchronize()
-    if SIMULATED:
-        assert not Simulator().reports(clear=True)
 
 
 def refuse_pinned_memory() -> None:
@@ -155,17 +141,6 @@ def load_with_faults(path: Path) -> list[Any]:
 def test_reads_that_fail(pool: Ranks, checkpoint: Path) -> None:
     for found in pool.run(WORLD, load_with_faults, checkpoint, timeout=180):
         assert found == [{FAILING: "MetadataAccessError"}, *[{FAILING: "FileAccessError"}] * 3]
-
-
-# A process group such as NCCL's, which exchanges in the memory of devices. For simulated devices gloo does that too.
-only_simulated = pytest.mark.skipif(not SIMULATED, reason="gloo has no all_to_all for the memory of a real GPU")
-
-
-def exchange_on_devices() -> Any:
-    def device(_: Any) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device())
-
-    return mock.patch.object(exchange, "collective_device", device)
 
 
 def load_on_devices(path: Path) -> None:
@@ -275,42 +250,6 @@ def test_faults_of_devices(pool: Ranks, checkpoint: Path) -> None:
     for found in pool.run(WORLD, load_on_devices_with_faults, checkpoint, timeout=180):
         assert found[:4] == [{FAILING: "MetadataAccessError"}, *[{FAILING: "FileAccessError"}] * 3]
         assert found[4:] == [{FAILING: "CudaError"}] * 3
-
-
-def load_quantized(path: Path) -> list[str]:
-    """Quantized tensors for the host are shared, those for a GPU are read alone; another rank has none."""
-    begin()
-    reasons = []
-    sizes = {"host.weight": (300, 200), "device.weight": (100, 300)}
-    for device in ("cpu", "cuda"):
-        expected = {name: torch.zeros(size) for name, size in sizes.items()}
-        dcp_fast.load(expected, storage_reader=fast_quantized_reader(path), no_dist=True)
-        state = {name: torch.zeros(size, device=device if "device" in name else "cpu") for name, size in sizes.items()}
-        if device == "cuda" and dist.get_rank() == FAILING:
-            state["host.weight"] = state["host.weight"].to("cuda")
-        report = load_shared(state, path, storage_reader=fast_quantized_reader(path))
-        assert all(torch.equal(state[name].cpu(), tensor) for name, tensor in expected.items())
-        reasons.append(report.sharing_fallback_reason)
-    end()
-    return reasons
-
-
-@pytest.mark.parametrize("on_devices", [False, pytest.param(True, marks=only_simulated)])
-def test_quantized_tensors(pool: Ranks, tmp_path: Path, on_devices: bool) -> None:
-    tensors = {}
-    for number, (name, size) in enumerate([("host.weight", (300, 200)), ("device.weight", (100, 300))]):
-        tensors[name] = finite(size, torch.float8_e4m3fn, number, 100.0)
-        tensors[name + "_scale_inv"] = torch.rand([-(-length // 128) for length in size])
-    path = write_quantized(tmp_path / "model", tensors)
-    first, second = pool.run(WORLD, load_quantized_on_devices if on_devices else load_quantized, path, timeout=180)
-    assert first == ["", ""]
-    assert second[0] == ""
-    assert "GPUs" in second[1]
-
-
-def load_quantized_on_devices(path: Path) -> list[str]:
-    with exchange_on_devices():
-        return load_quantized(path)
 
 
 class Committing(dcp.DefaultLoadPlanner):
