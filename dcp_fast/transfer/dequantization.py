@@ -38,8 +38,6 @@ from dcp_fast.transfer.quantized_parts import (
     may_overlap,
 )
 from dcp_fast.transfer.quantized_tensors import MXFP4, QuantizedTensor, StoredTensor
-from dcp_fast.transfer.shared_batches import SharedBatches
-from dcp_fast.transfer.shared_reads import SharedReads
 
 _Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -97,7 +95,7 @@ class Dequantizer:
         """
         stats: list[_native.Stats] = []
         with typed_errors(self.fqns):
-            for device, of_device in _by_device(boxes).items():
+            for device, of_device in cut_by_device(boxes).items():
                 if device is None:
                     stats += self._place_through_host(of_device, buffer_bytes, cuda)
                 else:
@@ -106,7 +104,7 @@ class Dequantizer:
 
     def _place_through_host(self, boxes: Sequence[CutBox], buffer_bytes: int, cuda: CudaLoad) -> list[_native.Stats]:
         def place(parts: Sequence[Part], buffer: torch.Tensor, options: _native.Options) -> _native.Stats:
-            batch = self._batch(parts, buffer, HOST)
+            batch = self.batch(parts, buffer, HOST)
             stats = batch.program(self.layouts).run(0, options)
             batch.empty(options, cuda)
             return stats
@@ -116,13 +114,14 @@ class Dequantizer:
         batches_of = partial(batches_of_parts, boxes)
         return place_in_threads(batches_of, place, threads, self._options, buffer_bytes)
 
-    def _batch(self, parts: Sequence[Part], buffer: torch.Tensor, device: int) -> QuantizedBatch:
+    def batch(self, parts: Sequence[Part], buffer: torch.Tensor, device: int) -> QuantizedBatch:
+        """A batch that reads from the layouts."""
         return QuantizedBatch(parts, self.records, buffer, device)
 
     def _place_through_device(self, device: int, boxes: Sequence[CutBox], cuda: CudaLoad) -> _native.Stats:
         halves = cuda.halves(device, sum(box.most_bytes() for box in boxes))
         parts = batches_of_parts(boxes, halves[0].numel())
-        batches = [self._batch(batch, halves[i % 2], device) for i, batch in enumerate(parts)]
+        batches = [self.batch(batch, halves[i % 2], device) for i, batch in enumerate(parts)]
 
         def place(i: int) -> None:
             batches[i].empty(self._options, cuda)
@@ -130,34 +129,14 @@ class Dequantizer:
         programs = [batch.program(self.layouts) for batch in batches]
         return cuda.run_in_turns(programs, self._options, device, place)
 
-    def share(self, boxes: Sequence[QuantizedBox], shared: SharedReads) -> list[SharedBatches[Part, QuantizedBatch]]:
-        """Batches of boxes that arrive from other ranks, and that are to be emptied then.
 
-        Args:
-            boxes: in the order in which they are wanted. No two targets may share memory.
-            shared: the exchange.
+def cut_by_device(boxes: Sequence[QuantizedBox]) -> dict[int | None, list[CutBox]]:
+    """Boxes by the CUDA device whose kernel dequantizes them; None: the host does.
 
-        Raises:
-            LoadError: a box does not fit.
-            RuntimeError: several elements of a target share memory, as ``copy_`` raises.
-            MemoryError, CudaOutOfMemoryError: there is no memory for a batch.
-        """
-        return [
-            shared.batches(
-                partial(batches_of_parts, of_device),
-                sum(box.most_bytes() for box in of_device),
-                self._batch,
-                device,
-                self.layouts,
-                self._options,
-                self.paths,
-            )
-            for device, of_device in _by_device(boxes).items()
-        ]
-
-
-def _by_device(boxes: Sequence[QuantizedBox]) -> dict[int | None, list[CutBox]]:
-    """Boxes by the CUDA device whose kernel dequantizes them; None: the host does."""
+    Raises:
+        LoadError: a box does not fit.
+        RuntimeError: several elements of a target share memory, as ``copy_`` raises.
+    """
     found: dict[int | None, list[CutBox]] = {}
     for box in boxes:
         box.check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 
@@ -17,13 +17,13 @@ from dcp_fast.errors import CudaError, typed_errors
 from dcp_fast.observe.report import LoadReport, count_stats
 from dcp_fast.transfer.batches import ALIGNMENT, Batch, Box, ConvertedBox, Part, StoredBox, batches_of, bytes_of
 from dcp_fast.transfer.conversion import by_device, empty, place_converted
-from dcp_fast.transfer.dequantization import Dequantizer
+from dcp_fast.transfer.dequantization import Dequantizer, cut_by_device
 from dcp_fast.transfer.destinations import DTYPES, ELSEWHERE, UNKNOWN, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.fallback import place_fallback
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import box_of
-from dcp_fast.transfer.quantized_parts import QuantizedBox
+from dcp_fast.transfer.quantized_parts import QuantizedBox, batches_of_parts
 from dcp_fast.transfer.quantized_tensors import QuantizedTensor
 from dcp_fast.transfer.record_rows import RecordRows
 from dcp_fast.transfer.records import Records
@@ -113,7 +113,7 @@ class Placer:
         except Exception:
             return None
         batches = self._batches_of([*boxes.values()], None)
-        self._shared.place_boxes(self._layouts, program, self._options, (), len(batches))
+        self._shared.place_boxes(self._layouts, program, 0, self._options, (), len(batches))
         if any(record in self._quantized for _, record in tensors):
             self._report.sharing_fallback_reason = "quantized tensors of a planner with hooks are read alone"
         return StagedBoxes(boxes, batches)
@@ -143,7 +143,7 @@ class Placer:
     def run(
         self,
         program: _native.Program,
-        waves: Iterable[int],
+        waves: Sequence[int],
         items: Sequence[ReadItem],
         records: Sequence[int],
         destinations: Destinations,
@@ -167,8 +167,23 @@ class Placer:
         """
         before = {name: copy(getattr(self._report, name)) for name in _COUNTED_ANEW}
         try:
+            shared = self._shared_waves(program, waves, items, records, target) if self._shared.is_wanted else {}
+            more = sum(1 + sum(map(len, batches)) for _, batches in shared.values()) - 1
             for wave in waves:
-                self._run_wave(program, wave, items, records, destinations, target)
+                self._report.bytes_needed += program.bytes_needed_of(wave)
+                if wave in shared:
+                    converted, batches = shared.pop(wave)
+                    self._run_shared(program, wave, destinations, more)
+                    more = 0
+                else:
+                    converted, batches = self._converted_boxes(program, wave, items, records, target), []
+                    self._run_alone(program, wave, destinations)
+                if converted:
+                    self._place_converted(converted, batches)
+                fallback = [(item, records[i], target(i, item)) for i, item in _pick(items, program.fallback(wave))]
+                self.place_fallback(sorted(fallback, key=lambda box: self._rows.place_of(box[1])))
+            # Whoever needs no more keeps no other rank waiting for what hooks and bytes entries take.
+            self._shared.decline("")
             return True
         except CudaRefusedError as error:
             self._refusal = str(error)
@@ -180,38 +195,49 @@ class Placer:
         vars(self._report).update(before)
         return False
 
-    def _run_wave(
+    def _shared_waves(
+        self,
+        program: _native.Program,
+        waves: Sequence[int],
+        items: Sequence[ReadItem],
+        records: Sequence[int],
+        target: Callable[[int, ReadItem], torch.Tensor],
+    ) -> dict[int, tuple[list[ConvertedBox], list[_ConvertedBatches]]]:
+        """Of each wave that ranks share the boxes that torch converts, and the batches that they come in."""
+        shared = {}
+        # Quantized tensors come after all waves, and some may be of the first one: then the others are read alone.
+        for wave in waves[:1] if self._quantized else waves:
+            converted = self._converted_boxes(program, wave, items, records, target)
+            batches = [self._batches_of(boxes, device) for device, boxes in by_device(converted).items()]
+            shared[wave] = (converted, batches)
+        return shared
+
+    def _run_shared(self, program: _native.Program, wave: int, destinations: Destinations, more: int) -> None:
+        """Place the boxes of a wave that the engine places together with other ranks; ``more`` as of SharedReads."""
+        options, devices = self._options_for(destinations), destinations.devices
+        if not self._shared.place_boxes(self._layouts, program, wave, options, devices, more):
+            self._run_alone(program, wave, destinations)
+
+    def _run_alone(self, program: _native.Program, wave: int, destinations: Destinations) -> None:
+        options, devices = self._options_for(destinations), destinations.devices
+        stats = self._cuda.run(program, wave, options, devices) if devices else program.run(wave, options)
+        count_stats(self._report, stats)
+
+    def _options_for(self, destinations: Destinations) -> _native.Options:
+        return self._half if destinations.devices else self._options
+
+    def _converted_boxes(
         self,
         program: _native.Program,
         wave: int,
         items: Sequence[ReadItem],
         records: Sequence[int],
-        destinations: Destinations,
         target: Callable[[int, ReadItem], torch.Tensor],
-    ) -> None:
-        self._report.bytes_needed += program.bytes_needed_of(wave)
-        options = self._half if destinations.devices else self._options
-        converted = [
-            self._converted_box(item, records[i], *program.box(i), target(i, item))
+    ) -> list[ConvertedBox]:
+        return [
+            ConvertedBox(**vars(self._stored_box(item, records[i], *program.box(i))), target=target(i, item))
             for i, item in _pick(items, program.converted(wave))
         ]
-        batches: list[_ConvertedBatches] = []
-        if self._shared.is_wanted:
-            batches = [self._batches_of(boxes, device) for device, boxes in by_device(converted).items()]
-        count = sum(map(len, batches))
-        if not self._shared.place_boxes(self._layouts, program, options, destinations.devices, count):
-            if destinations.devices:
-                stats = self._cuda.run(program, wave, options, destinations.devices)
-            else:
-                stats = program.run(wave, options)
-            count_stats(self._report, stats)
-        if converted:
-            self._place_converted(converted, batches)
-            del batches  # with their memory
-        fallback = [(item, records[i], target(i, item)) for i, item in _pick(items, program.fallback(wave))]
-        self.place_fallback(sorted(fallback, key=lambda box: self._rows.place_of(box[1])))
-        # Whoever has no quantized tensors keeps no other rank waiting for what hooks and bytes entries take.
-        self._shared.decline("")
 
     def _stored_box(self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int]) -> StoredBox:
         code = self._layouts.dtype(record)
@@ -219,11 +245,6 @@ class Placer:
         if dtype is None:
             raise TypeError(f"this torch has no dtype {_native.DTYPES[code]}, which {item.storage_index} is stored in")
         return StoredBox(record, code, dtype, storage_offsets, lengths, self._layouts.strides(record))
-
-    def _converted_box(
-        self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
-    ) -> ConvertedBox:
-        return ConvertedBox(**vars(self._stored_box(item, record, storage_offsets, lengths)), target=target)
 
     def _batches_of(self, boxes: Sequence[Box], device: int | None) -> SharedBatches[Part[Box], Batch[Box]]:
         wanted = sum(map(bytes_of, boxes)) + ALIGNMENT
@@ -265,7 +286,18 @@ class Placer:
     def _share_quantized(self, boxes: list[QuantizedBox], dequantizer: Dequantizer) -> list[QuantizedBox]:
         """Place boxes together with other ranks. Returns those that this rank is to read alone."""
         shared = SharedBoxes(boxes, dequantizer.records, self._shared.most_bytes)
-        batches = dequantizer.share(shared.others, self._shared)
+        batches = [
+            self._shared.batches(
+                partial(batches_of_parts, of_device),
+                sum(box.most_bytes() for box in of_device),
+                dequantizer.batch,
+                device,
+                dequantizer.layouts,
+                self._half,
+                dequantizer.paths,
+            )
+            for device, of_device in cut_by_device(shared.others).items()
+        ]
         self._shared.begin_quantized(sum(map(len, batches)), places=len(shared) > 0)
         alone = [] if len(shared) == 0 or self._place_as_they_arrive(shared, dequantizer) else shared.boxes
         try:
@@ -276,6 +308,7 @@ class Placer:
         except CudaRefusedError:
             self._shared.decline("a driver refuses what it takes to dequantize")
             raise
+        self._shared.decline("")
         return alone
 
     def _place_as_they_arrive(self, boxes: SharedBoxes, dequantizer: Dequantizer) -> bool:

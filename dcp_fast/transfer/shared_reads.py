@@ -4,11 +4,11 @@ Exchanges come in this order on all ranks:
 
 1. headers, bytes entries and whole records,
 2. boxes that the engine places,
-3. boxes that torch places, one batch after another (shared_batches.py),
+3. boxes that torch places, one batch after another (shared_batches.py), and boxes that are written over others,
 4. scales of quantized tensors, and elements that are dequantized as they arrive (shared_quantized.py),
 5. scales and elements that are dequantized batch by batch (dequantization.py).
 
-Of 3 and 5 there are as many as the rank with the most batches needs, and 4 is there if any rank has quantized tensors.
+Of 3 and 5 there are as many as the rank that needs most of them has, and 4 is there if any rank has quantized tensors.
 A rank that needs less takes part without needing anything, so that what several ranks need comes to all of them in the
 same exchange.
 """
@@ -107,18 +107,20 @@ class SharedReads:
         self,
         layouts: _native.Layouts,
         program: _native.Program,
+        wave: int,
         options: _native.Options,
         devices: Collection[int],
-        batches: int,
+        more: int,
     ) -> bool:
-        """Place the boxes of a program's first wave, and get records of it that only torch can read.
+        """Place the boxes of a wave, and get records that only torch can read, if it is the first one.
 
         Args:
             layouts: of the program.
-            program: what this rank needs.
+            program, wave: what this rank needs.
             options: for reading.
             devices: ordinals of the GPUs that it has destinations on.
-            batches: how many :meth:`batches` this rank has arrive after this.
+            more: how many exchanges of :meth:`batches` and other waves this rank needs after this one, unless it has
+                said so.
 
         Returns:
             Whether they are in place. If not, this rank is to read them alone.
@@ -126,12 +128,13 @@ class SharedReads:
         Raises:
             CudaRefusedError: a load can only be run with destinations elsewhere. The exchange is yet to come.
         """
-        if self._exchange is None or self._has_boxes:
+        if self._exchange is None:
             return False
         if devices:
             self._cuda.prepare(devices)
-        self._exchange.expect(batches)
-        find = partial(_native.Need.of_program, program, self._exchange.most_bytes, self._names)
+        self._exchange.expect(more)
+        most_bytes = 0 if self._has_boxes else self._exchange.most_bytes
+        find = partial(_native.Need.of_program, program, wave, most_bytes, self._names)
         need = self._share(self._exchange, layouts, find, options, devices)
         self._has_boxes = True
         if need is None:
@@ -186,7 +189,7 @@ class SharedReads:
     ) -> None:
         if self._exchange is not None:
             names = _names_of(paths, paths, self._exchange) if paths else self._names
-            find = partial(_native.Need.of_program, program, self._exchange.most_bytes, names)
+            find = partial(_native.Need.of_program, program, 0, 0, names)
             if self._share(self._exchange, layouts, find, options, devices) is not None:
                 return
         run = self._cuda.run(program, 0, options, devices) if devices else program.run(0, options)
@@ -229,7 +232,7 @@ class SharedReads:
         if exchange is None:
             return False
         names = _names_of(paths, paths, exchange)
-        find = partial(_native.Need.of_program, scales, exchange.most_bytes, names)
+        find = partial(_native.Need.of_program, scales, 0, 0, names)
         if self._share(exchange, layouts, find, options, ()) is None:
             exchange.skip(1)
             return False

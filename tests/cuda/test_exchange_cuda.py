@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cuda_ranks import begin, end, exchange_on_devices, only_simulated
+from cuda_ranks import begin, end, exchange_on_devices, little_device_memory, only_simulated
 from helpers import fill, torch_load, torch_reader
 from ranks import Ranks
 from shared_reads import be_on_nodes, failure_of, load_shared
@@ -23,7 +23,6 @@ from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
 from dcp_fast import _native
-from dcp_fast.transfer.gpu import CudaLoad
 
 WORLD = 2
 FAILING = 1
@@ -89,12 +88,7 @@ def load(path: Path) -> list[int]:
 
 def load_in_batches(path: Path) -> list[int]:
     """There is little memory on the device for what is converted there."""
-    original = CudaLoad.halves
-
-    def halves(self: CudaLoad, device: int, wanted: int) -> Any:
-        return original(self, device, min(wanted, 50_000))
-
-    with mock.patch.object(CudaLoad, "halves", halves):
+    with little_device_memory(50_000):
         return load(path)
 
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from cuda_ranks import begin, end, exchange_on_devices, only_simulated
+from cuda_ranks import begin, end, exchange_on_devices, little_device_memory, only_simulated
 from quantized_files import FLOAT8, fast_quantized_reader, finite, make_mxfp4, write_quantized
 from ranks import Ranks
 from shared_reads import failing_step, failure_of, load_shared
@@ -20,7 +19,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
-from dcp_fast.transfer.gpu import CudaLoad
 
 WORLD = 2
 FAILING = 1
@@ -112,13 +110,8 @@ def compare_on_devices(*args: Any) -> list[int]:
         return compare(*args)
 
 
-def little_memory() -> Any:
-    original = CudaLoad.half_bytes
-    return mock.patch.object(CudaLoad, "half_bytes", lambda self, wanted: original(self, min(wanted, 20_000)))
-
-
 def compare_with_little_memory(*args: Any) -> list[int]:
-    with little_memory():
+    with little_device_memory(20_000):
         return compare(*args)
 
 
@@ -143,7 +136,7 @@ def fail_in_rounds(path: Path) -> list[dict[int, str] | str]:
     found: list[dict[int, str] | str] = []
     for nth in range(1000):
         state = state_dict(on_both, [Replicate()], torch.float32)
-        with failing_step(nth, FAILING, ArithmeticError), little_memory():
+        with failing_step(nth, FAILING, ArithmeticError), little_device_memory(20_000):
             found.append(failure_of(partial(load_shared, state, path, storage_reader=reader(path))))
         if found[-1] == "nothing":
             break

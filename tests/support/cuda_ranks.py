@@ -13,8 +13,9 @@ from simulated_cuda.control import Simulator
 
 import dcp_fast
 from dcp_fast.ranks import exchange
+from dcp_fast.transfer.gpu import CudaLoad
 
-__all__ = ["begin", "end", "exchange_on_devices", "only_simulated"]
+__all__ = ["begin", "end", "exchange_on_devices", "little_device_memory", "only_simulated"]
 
 # A process group such as NCCL's, which exchanges in the memory of devices. For simulated devices gloo does that too.
 only_simulated = pytest.mark.skipif(not SIMULATED, reason="gloo has no all_to_all for the memory of a real GPU")
@@ -37,3 +38,9 @@ def exchange_on_devices() -> Any:
         return torch.device("cuda", torch.cuda.current_device())
 
     return mock.patch.object(exchange, "collective_device", device)
+
+
+def little_device_memory(most_bytes: int) -> Any:
+    """What is converted or dequantized on a device has buffers of so many bytes there."""
+    original = CudaLoad.half_bytes
+    return mock.patch.object(CudaLoad, "half_bytes", lambda self, wanted: original(self, min(wanted, most_bytes)))

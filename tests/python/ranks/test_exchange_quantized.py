@@ -206,6 +206,25 @@ def test_scales_that_do_not_fit(ranks: Ranks, checkpoint: Path) -> None:
     assert ranks.run(2, with_little_memory, checkpoint) == [["", ""]] * 2
 
 
+def with_batches_before(path: Path) -> int:
+    """Some ranks have boxes that torch converts, in batches of other numbers, before all have quantized tensors."""
+
+    def make() -> dict[str, Any]:
+        plain = torch.zeros(300, 7, dtype=[torch.float32, torch.bool, torch.complex64][dist.get_rank() % 3])
+        return {**state_dict("replicas"), "plain": plain}
+
+    state = make()
+    with mock.patch("dcp_fast.transfer.shared_reads.SharedReads.most_bytes", 8_000 if dist.get_rank() else 9_000):
+        report = load_shared(state, path, storage_reader=readers(path)[1])
+    assert image(state) == expected_of(path, make)
+    return report.bytes_read
+
+
+def test_batches_before_quantized_tensors(ranks: Ranks, checkpoint: Path) -> None:
+    """All ranks have the same bytes in the same exchange."""
+    assert sum(ranks.run(WORLD, with_batches_before, checkpoint)) <= 1.05 * stored_bytes(checkpoint)
+
+
 def that_torch_writes_to(path: Path) -> list[tuple[int, str]]:
     said = []
     for layout in LAYOUTS:
