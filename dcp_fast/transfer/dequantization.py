@@ -155,6 +155,9 @@ class QuantizedBatch:
         buffer: bytes that have room for it.
         device: where the buffer lies, as in destinations.py.
 
+    Attributes:
+        staged: of what torch brings to a target the box, offsets and lengths in it, and where it is in the buffer.
+        bytes: that are stored of it.
     """
 
     def __init__(
@@ -162,12 +165,12 @@ class QuantizedBatch:
     ) -> None:
         self._widenings: _Copies = []  # targets, and sources in the buffer, before anything is dequantized
         self._rows = array("q")  # for _native.dequantize
-        self._copies: _Copies = []  # after that
+        self.staged: list[tuple[CutBox, Sequence[int], Sequence[int], torch.Tensor]] = []
         self._records = records
         self._device = device
         self._items, self._destinations = array("q"), array("q")  # rows for _native.Program
         self._reads = 0
-        self._bytes = 0
+        self.bytes = 0
         begin = 0
         for part in parts:
             self._add(part, buffer[begin : begin + part.size])
@@ -184,20 +187,34 @@ class QuantizedBatch:
         """Dequantize what a filled buffer has, and bring it to its targets. Returns how many bytes were stored of it.
 
         Args:
+            options, cuda: as of :meth:`dequantize`.
+        """
+        self.dequantize(options, cuda)
+        copies = [
+            (narrow_tensor_by_index(box.target, offsets, lengths), source)
+            for box, offsets, lengths, source in self.staged
+        ]
+        if self._device == HOST:
+            copy_on_host(copies)
+        else:
+            for target, source in copies:
+                target.copy_(source)
+        return self.bytes
+
+    def dequantize(self, options: _native.Options, cuda: CudaLoad) -> None:
+        """Dequantize what a filled buffer has, to where targets are or to where torch takes it from.
+
+        Args:
             options: whose recorder notes the time on the host.
             cuda: has the kernel of a device, which does it there, on torch's current stream.
         """
         if self._device == HOST:
-            with span(options.recorder, "dequantize", self._bytes):
+            with span(options.recorder, "dequantize", self.bytes):
                 _native.dequantize(self._rows)
-                copy_on_host(self._copies)
-            return self._bytes
+            return
         for target, source in self._widenings:
             target.copy_(source)
         cuda.dequantize(self._device, self._rows)
-        for target, source in self._copies:
-            target.copy_(source)
-        return self._bytes
 
     def _add(self, part: Part, memory: torch.Tensor) -> None:
         """Add a part. ``memory`` is its piece of the buffer."""
@@ -239,7 +256,7 @@ class QuantizedBatch:
         if box.is_staged:
             lengths, dtype = (*ones, *height, part.columns), tensor.target_dtype
             staged = memory[starts.staged :][: prod(lengths) * dtype.itemsize].view(dtype).view(lengths)
-            self._copies.append((narrow_tensor_by_index(box.target, begin, lengths), staged))
+            self.staged.append((box, begin, lengths, staged))
             to, itemsize, row_stride, column_stride = address + starts.staged, dtype.itemsize, part.columns, 1
         else:
             strides, itemsize = box.target.stride(), box.target.dtype.itemsize
@@ -257,7 +274,7 @@ class QuantizedBatch:
         strides = [*accumulate(lengths[:0:-1], mul, initial=1)][::-1]
         self._destinations.extend((to, self._device, code, itemsize_of(code), dims, *lengths, *strides))
         self._reads += 1
-        self._bytes += prod(lengths) * itemsize_of(code)
+        self.bytes += prod(lengths) * itemsize_of(code)
 
     def _widen(self, code: int, count: int, memory: torch.Tensor, wide: torch.Tensor) -> None:
         """Have so many elements at the begin of one piece of memory become float32 at that of another."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch.autograd.graph import increment_version
@@ -17,22 +17,24 @@ from dcp_fast.errors import CudaError, typed_errors
 from dcp_fast.observe.report import LoadReport, count_stats
 from dcp_fast.transfer.batches import ALIGNMENT, Batch, Box, ConvertedBox, Part, StoredBox, batches_of, bytes_of
 from dcp_fast.transfer.conversion import by_device, empty, place_converted
-from dcp_fast.transfer.dequantization import Dequantizer, cut_by_device
+from dcp_fast.transfer.dequantization import Dequantizer, QuantizedBatch, cut_by_device
 from dcp_fast.transfer.destinations import DTYPES, ELSEWHERE, UNKNOWN, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.fallback import place_fallback
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import box_of
-from dcp_fast.transfer.quantized_parts import QuantizedBox, batches_of_parts
+from dcp_fast.transfer.quantized_parts import CutBox, QuantizedBox, batches_of_parts
+from dcp_fast.transfer.quantized_parts import Part as QuantizedPart
 from dcp_fast.transfer.quantized_tensors import QuantizedTensor
 from dcp_fast.transfer.record_rows import RecordRows
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.shared_batches import SharedBatches
 from dcp_fast.transfer.shared_quantized import SharedBoxes
 from dcp_fast.transfer.shared_reads import SharedReads
-from dcp_fast.transfer.staged_boxes import StagedBoxes
+from dcp_fast.transfer.staged_boxes import Piece, StagedBoxes
 
 _ConvertedBatches = SharedBatches[Part[ConvertedBox], Batch[ConvertedBox]]
+_QuantizedBatches = SharedBatches[QuantizedPart, QuantizedBatch]
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 _MOST_DEVICES = 64  # of a process
@@ -81,7 +83,6 @@ class Placer:
         self._cuda = cuda
         self._shared = shared
         self._report = report
-        self._dequantizer: Dequantizer | None = None
         self._refusal = ""
 
     def alone(self) -> Placer:
@@ -90,33 +91,50 @@ class Placer:
         placer._shared = SharedReads(None, self._cuda, self._report)
         return placer
 
-    def stage(self, items: Sequence[tuple[ReadItem, int]]) -> StagedBoxes | None:
+    def stage(self, items: Sequence[tuple[ReadItem, int]]) -> list[StagedBoxes]:
         """Have boxes arrive from other ranks, to wait until it is known where they go.
 
         Args:
             items: and their records, in the order in which they are wanted.
 
         Returns:
-            None if a box is not in the tensor that is stored: an error for when its item has its turn. The exchange is
-            yet to come.
+            Those as they are stored, and those of quantized tensors. Nothing if a box does not fit what is stored: an
+            error for when its item has its turn. The exchange is yet to come then.
         """
         tensors = [(item, record) for item, record in items if item.type is not _BYTE_IO]
         rows, destinations = array("q"), array("q")
+        quantized: dict[int, QuantizedBox] = {}
         try:
             for number, (item, record) in enumerate(tensors):
                 offsets, _, lengths = box_of(item)
                 dims = len(lengths)
                 rows.extend((record, number, dims, *offsets, *(0,) * dims, *lengths))
                 destinations.extend((0, ELSEWHERE, UNKNOWN, 1, dims, *lengths, *(0,) * dims))
+                if (tensor := self._quantized.get(record)) is not None:
+                    # Of the target that torch will bring it to nothing is known.
+                    target = torch.empty(tuple(lengths), dtype=tensor.target_dtype, device="meta")
+                    quantized[id(item)] = QuantizedBox(tensor, offsets, target)
             program = _native.Program(self._layouts, rows, destinations)
             boxes = {id(tensors[i][0]): self._stored_box(*tensors[i], *program.box(i)) for i in program.converted(0)}
+            cut = dict(zip(quantized, cut_by_device([*quantized.values()]).get(None, []), strict=True))
         except Exception:
-            return None
+            return []
         batches = self._batches_of([*boxes.values()], None)
-        self._shared.place_boxes(self._layouts, program, 0, self._options, (), len(batches))
-        if any(record in self._quantized for _, record in tensors):
-            self._report.sharing_fallback_reason = "quantized tensors of a planner with hooks are read alone"
-        return StagedBoxes(boxes, batches)
+        staged = [StagedBoxes(boxes, batches.parts, _arriving(batches))]
+        more = len(batches)
+        if cut:
+            self._report.dequantized_items += len(cut)
+            of_quantized = self._quantized_batches([*cut.values()], None)
+            staged.append(StagedBoxes(cut, of_quantized.parts, self._dequantized(of_quantized)))
+            more += len(of_quantized)
+        self._shared.place_boxes(self._layouts, program, 0, self._options, (), more)
+        return staged
+
+    def _dequantized(self, batches: _QuantizedBatches) -> Iterator[tuple[Sequence[Piece], int]]:
+        with typed_errors(self._dequantizer.fqns):
+            for batch in batches:
+                batch.dequantize(self._half, self._cuda)
+                yield batch.staged, batch.bytes
 
     def is_placed_alone(self, record: int) -> bool:
         return record in self._quantized or self._layouts.is_tensor(record)
@@ -272,36 +290,40 @@ class Placer:
             boxes = [box for box in boxes if box[1] not in self._quantized]
         place_fallback(boxes, self._records, self._layouts, self._half, self._staging_bytes, self._report)
 
+    @cached_property
+    def _dequantizer(self) -> Dequantizer:
+        return Dequantizer(self._quantized.values(), self._half)
+
+    def _quantized_batches(self, boxes: Sequence[CutBox], device: int | None) -> _QuantizedBatches:
+        return self._shared.batches(
+            partial(batches_of_parts, boxes),
+            sum(box.most_bytes() for box in boxes),
+            self._dequantizer.batch,
+            device,
+            self._dequantizer.layouts,
+            self._half,
+            self._dequantizer.paths,
+        )
+
     def _place_quantized(self, boxes: list[QuantizedBox]) -> None:
-        if self._dequantizer is None:
-            self._dequantizer = Dequantizer(self._quantized.values(), self._half)
         self._report.dequantized_items += len(boxes)
         self._count_refused([box.target for box in boxes])
         if self._shared.goes_on:
-            boxes = self._share_quantized(boxes, self._dequantizer)
+            boxes = self._share_quantized(boxes)
         for stats in self._dequantizer.place(boxes, self._staging_bytes // 2, self._cuda):
             self._report.bytes_needed += stats.bytes_placed
             count_stats(self._report, stats)
 
-    def _share_quantized(self, boxes: list[QuantizedBox], dequantizer: Dequantizer) -> list[QuantizedBox]:
+    def _share_quantized(self, boxes: list[QuantizedBox]) -> list[QuantizedBox]:
         """Place boxes together with other ranks. Returns those that this rank is to read alone."""
-        shared = SharedBoxes(boxes, dequantizer.records, self._shared.most_bytes)
+        shared = SharedBoxes(boxes, self._dequantizer.records, self._shared.most_bytes)
         batches = [
-            self._shared.batches(
-                partial(batches_of_parts, of_device),
-                sum(box.most_bytes() for box in of_device),
-                dequantizer.batch,
-                device,
-                dequantizer.layouts,
-                self._half,
-                dequantizer.paths,
-            )
-            for device, of_device in cut_by_device(shared.others).items()
+            self._quantized_batches(of_device, device) for device, of_device in cut_by_device(shared.others).items()
         ]
         self._shared.begin_quantized(sum(map(len, batches)), places=len(shared) > 0)
-        alone = [] if len(shared) == 0 or self._place_as_they_arrive(shared, dequantizer) else shared.boxes
+        alone = [] if len(shared) == 0 or self._place_as_they_arrive(shared) else shared.boxes
         try:
-            with typed_errors(dequantizer.fqns):
+            with typed_errors(self._dequantizer.fqns):
                 for of_device in batches:
                     for batch in of_device:
                         self._report.bytes_needed += batch.empty(self._half, self._cuda)
@@ -311,10 +333,10 @@ class Placer:
         self._shared.decline("")
         return alone
 
-    def _place_as_they_arrive(self, boxes: SharedBoxes, dequantizer: Dequantizer) -> bool:
+    def _place_as_they_arrive(self, boxes: SharedBoxes) -> bool:
         boxes.allocate()
-        layouts, paths = dequantizer.layouts, dequantizer.paths
-        with typed_errors(dequantizer.fqns):
+        layouts, paths = self._dequantizer.layouts, self._dequantizer.paths
+        with typed_errors(self._dequantizer.fqns):
             scales = boxes.scales(layouts)
             if not self._shared.place_quantized(layouts, paths, scales, boxes.elements(), self._half):
                 return False
@@ -327,6 +349,13 @@ class Placer:
             if (device := device_of(target)) is not None and served_device(target) is None:
                 self._report.device_fallback_items += 1
                 self._report.device_fallback_reason = refusals[device]
+
+
+def _arriving(batches: SharedBatches[Part[StoredBox], Batch[StoredBox]]) -> Iterator[tuple[Sequence[Piece], int]]:
+    for batch in batches:
+        parts = zip(batch.parts, batch.sources, strict=True)
+        pieces = [(part.box, part.offsets, part.lengths, source) for part, source in parts]
+        yield pieces, sum(source.nbytes for source in batch.sources)
 
 
 def _pick(items: Sequence[ReadItem], indices: Sequence[int]) -> Iterator[tuple[int, ReadItem]]:

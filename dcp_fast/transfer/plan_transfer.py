@@ -147,12 +147,12 @@ class PlanTransfer:
         self._note_reads_alone(shares and not self._shared.is_wanted)
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()[done.items :]
-        staged = None
+        staged: list[StagedBoxes] = []
         if self._shared.is_wanted:
             with self.report.stage("transfer"), paused_collection():
                 staged = self.placer.stage(items)
-            if staged is None:
-                self._shared.decline("a box of the plan is not in the tensor that is stored")
+            if not staged:
+                self._shared.decline("a box of the plan does not fit what is stored")
         # Tensors of the state dict are there anyway; a planner with a way of its own may have allocated others.
         in_state_dict = has_default_resolve(self.planner)
         resolve = self._resolve_in_state_dict if in_state_dict else self.planner.resolve_tensor
@@ -243,19 +243,19 @@ class PlanTransfer:
             raise self.records.error(SizeMismatchError, reason, item)
         return Placement(item, record, tensor)
 
-    def _place_window(self, staged: StagedBoxes | None, placer: Placer, placements: Sequence[Placement]) -> None:
-        if staged is None:
-            self._place_alone(placer, placements)
-            return
-        for is_here, group in groupby(placements, lambda placement: staged.can_place(placement.item, placement.tensor)):
-            if not is_here:
+    def _place_window(self, staged: Sequence[StagedBoxes], placer: Placer, placements: Sequence[Placement]) -> None:
+        def boxes_of(placement: Placement) -> StagedBoxes | None:
+            return next((boxes for boxes in staged if boxes.can_place(placement.item, placement.tensor)), None)
+
+        for boxes, group in groupby(placements, boxes_of):
+            if boxes is None:
                 of_group = list(group)
-                self._note_reads_alone(any(placement.item in staged for placement in of_group))
+                self._note_reads_alone(any(placement.item in boxes for boxes in staged for placement in of_group))
                 self._place_alone(placer, of_group)
                 continue
             for placement in group:
                 with self.report.stage("transfer"):
-                    self.report.bytes_needed += staged.place(placement.item, placement.tensor)
+                    self.report.bytes_needed += boxes.place(placement.item, placement.tensor)
                 self.report.staged_items += 1
 
     def _place_alone(self, placer: Placer, placements: Sequence[Placement]) -> None:

@@ -7,15 +7,28 @@ their turn. The planner is called as without sharing, and cannot notice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch.distributed.checkpoint.planner import ReadItem
 
 from dcp_fast._torch import narrow_tensor_by_index
-from dcp_fast.transfer.batches import Batch, Part, StoredBox
 from dcp_fast.transfer.bounce import check_internal_overlap
-from dcp_fast.transfer.shared_batches import SharedBatches
+
+
+class _Box(Protocol):
+    @property
+    def lengths(self) -> Sequence[int]: ...
+
+
+class _Part(Protocol):
+    @property
+    def box(self) -> _Box: ...
+
+
+# A box, offsets and lengths in it, and these elements.
+Piece = tuple[_Box, Sequence[int], Sequence[int], torch.Tensor]
 
 
 class StagedBoxes:
@@ -23,21 +36,26 @@ class StagedBoxes:
 
     Args:
         boxes: by the identity of their items, in the order in which these are wanted.
-        batches: of these boxes.
+        parts: of each batch.
+        batches: has one batch after another arrive in the same memory. Of each its pieces, and how many bytes are
+            stored of it.
     """
 
     def __init__(
-        self, boxes: Mapping[int, StoredBox], batches: SharedBatches[Part[StoredBox], Batch[StoredBox]]
+        self,
+        boxes: Mapping[int, _Box],
+        parts: Sequence[Sequence[_Part]],
+        batches: Iterator[tuple[Sequence[Piece], int]],
     ) -> None:
         self._boxes = boxes
-        self._batches = iter(batches)
+        self._batches = batches
         self._spans: dict[int, tuple[int, int]] = {}  # first and last batch, by the identity of a box
-        for number, parts in enumerate(batches.parts):
-            for part in parts:
+        for number, of_batch in enumerate(parts):
+            for part in of_batch:
                 first, _ = self._spans.get(id(part.box), (number, number))
                 self._spans[id(part.box)] = (first, number)
         self._here = -1  # number of the batch that is in memory
-        self._pieces: dict[int, list[tuple[Part[StoredBox], torch.Tensor]]] = {}  # of it, by the identity of a box
+        self._pieces: dict[int, list[Piece]] = {}  # of it, by the identity of a box
         self._error: BaseException | None = None
 
     def __contains__(self, item: ReadItem) -> bool:
@@ -53,7 +71,7 @@ class StagedBoxes:
         return first >= self._here
 
     def place(self, item: ReadItem, target: torch.Tensor) -> int:
-        """Bring the box of an item to its target. Returns how many bytes are stored of it.
+        """Bring the box of an item to its target. Returns how many stored bytes have arrived for that.
 
         Raises:
             RuntimeError: several elements of the target share memory, as ``copy_`` raises.
@@ -61,25 +79,27 @@ class StagedBoxes:
         """
         check_internal_overlap(target)
         box = self._boxes[id(item)]
-        size = 0
+        arrived = 0
         first, last = self._spans.get(id(box), (0, -1))
         for number in range(first, last + 1):
-            self._go_to(number)
-            for part, source in self._pieces[id(box)]:
-                narrow_tensor_by_index(target, part.offsets, part.lengths).copy_(source)
-                size += source.nbytes
-        return size
+            arrived += self._go_to(number)
+            for _, offsets, lengths, source in self._pieces[id(box)]:
+                narrow_tensor_by_index(target, offsets, lengths).copy_(source)
+        return arrived
 
-    def _go_to(self, number: int) -> None:
+    def _go_to(self, number: int) -> int:
         if self._error is not None:
             raise self._error
+        arrived = 0
         while self._here < number:
             try:
-                batch = next(self._batches)
+                pieces, size = next(self._batches)
             except BaseException as error:
                 self._error = error
                 raise
             self._here += 1
+            arrived += size
             self._pieces = {}
-            for part, source in zip(batch.parts, batch.sources, strict=True):
-                self._pieces.setdefault(id(part.box), []).append((part, source))
+            for piece in pieces:
+                self._pieces.setdefault(id(piece[0]), []).append(piece)
+        return arrived

@@ -185,9 +185,41 @@ def of_other_kinds(path: Path) -> tuple[str, int]:
 
 def test_ranks_of_other_kinds(ranks: Ranks, checkpoint: Path) -> None:
     commits, resolves, nothing, by_torch = ranks.run(WORLD, of_other_kinds, checkpoint)
-    assert commits[0] == nothing[0] == ""
-    assert "planner with hooks" in resolves[0]
-    assert by_torch[0] == ""
+    assert commits[0] == resolves[0] == nothing[0] == by_torch[0] == ""
+
+
+class Doubling(dcp.DefaultLoadPlanner):
+    """Tells only when it is asked where a box goes: into temporary memory of another dtype."""
+
+    def resolve_tensor(self, item: Any) -> torch.Tensor:
+        self.target = super().resolve_tensor(item)
+        return torch.empty(self.target.shape, dtype=torch.float64)
+
+    def commit_tensor(self, item: Any, tensor: torch.Tensor) -> None:
+        self.target.copy_(tensor * 2)
+
+
+def resolved(path: Path, planner: Any, most_bytes: int) -> list[tuple[int, str]]:
+    said = []
+    for layout in LAYOUTS:
+        for dtype, target in [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)]:
+            expected, state = state_dict(layout, dtype), state_dict(layout, dtype)
+            dcp_fast.load(expected, storage_reader=readers(path, target)[1], planner=planner())
+            with mock.patch("dcp_fast.transfer.shared_reads.SharedReads.most_bytes", most_bytes):
+                report = load_shared(state, path, storage_reader=readers(path, target)[1], planner=planner())
+            assert image(state) == image(expected), (layout, dtype, target)
+            assert report.dequantized_items > 0
+            said.append((report.bytes_read, report.sharing_fallback_reason))
+    return said
+
+
+@pytest.mark.parametrize("planner", [Resolving, Doubling])
+@pytest.mark.parametrize("most_bytes", [128 << 20, 300_000])
+def test_planners_that_resolve(ranks: Ranks, checkpoint: Path, planner: Any, most_bytes: int) -> None:
+    for of_ranks in zip(*ranks.run(WORLD, resolved, checkpoint, planner, most_bytes, timeout=180), strict=True):
+        assert all(reason == "" for _, reason in of_ranks)
+        if most_bytes > 300_000:  # else parts are of rows, between which what is not needed is read, too
+            assert sum(read for read, _ in of_ranks) <= 1.05 * stored_bytes(checkpoint)
 
 
 def with_little_memory(path: Path) -> list[str]:
