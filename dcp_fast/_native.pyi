@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
-from typing_extensions import Buffer, Self
+from typing_extensions import Buffer, Self, TypeIs
 
 DTYPES: tuple[str, ...]
 METADATA_DTYPES: tuple[str, ...]
@@ -240,6 +240,13 @@ class Rows(Buffer): ...  # int64
 
 def bytes_rows(columns: MetadataColumns, fqns: Sequence[str]) -> Rows: ...  # file, offset, length, is transformed
 
+class TensorTypes:
+    """Tells what values of state dicts are, by their exact types; see dcp_fast/planning/values.py."""
+
+    def __init__(self, dtensor: type, whole: tuple[type, ...], overrides: tuple[str, ...]) -> None: ...
+    def is_whole(self, value: object) -> TypeIs[torch.Tensor]: ...
+    def plain_local_tensor(self, value: object) -> torch.Tensor | None: ...
+
 class PlainTensors:
     """Knows tensors on the host whose memory holds their elements as they are."""
 
@@ -258,8 +265,7 @@ class PlacedBoxes:
         values: list[Any],
         numbers: Sequence[int],
         tensors: list[torch.Tensor],
-        dtensor: type,
-        overrides: tuple[str, ...],
+        types: TensorTypes,
     ) -> None: ...
     def others(self) -> list[int]: ...  # boxes of which only `look` knows
     def are_as_resolved(
@@ -292,7 +298,14 @@ class PlannedBoxes:
         size: type,
         tensor: LoadItemType,
     ) -> list[ReadItem]: ...
-    def destinations(self) -> list[tuple[int, int, int]]: ...  # request, wanted chunk and dimensions of each
+    def destinations(
+        self,
+        fqns: list[str],
+        wanted: list[Sequence[ChunkStorageMetadata] | None],
+        state_dict: dict[str, Any],
+        types: TensorTypes,
+        other: Callable[[int, int, int], torch.Tensor],  # given request, wanted chunk and dimensions
+    ) -> list[torch.Tensor]: ...
     destination_of_box: list[int]
     def find_records(self) -> PlannedRecords: ...
     def rows(self, records: PlannedRecords) -> Rows: ...  # for Program
@@ -317,10 +330,8 @@ class Requests:
         self,
         columns: MetadataColumns,
         made: dict[str, Any],  # entries that are left to Python
-        dtensor: type,
-        whole: tuple[type, ...],
+        types: TensorTypes,
         placements: tuple[type, ...],
-        overrides: tuple[str, ...],
     ) -> None: ...
     def __len__(self) -> int: ...
     def add_all(self, items: Iterable[tuple[str, Any]], other: Callable[[str, Any], None]) -> None: ...

@@ -24,20 +24,20 @@ int64_t version_of(PyObject* tensor) {
 }  // namespace
 
 PlacedBoxes::PlacedBoxes(PlainTensors plain, py::list fqns, py::list values, std::vector<size_t> numbers,
-                         py::list tensors, py::object dtensor, py::tuple overrides)
+                         py::list tensors, TensorTypes types)
     : plain_(std::move(plain)),
       fqns_(std::move(fqns)),
       values_(std::move(values)),
       numbers_(std::move(numbers)),
       tensors_(std::move(tensors)),
-      dtensor_(std::move(dtensor)),
-      overrides_(std::move(overrides)),
+      types_(std::move(types)),
       is_known_(numbers_.size()),
       versions_(numbers_.size()) {
   if (fqns_.size() != numbers_.size() || values_.size() != numbers_.size()) throw py::value_error("lengths differ");
+  int refused = 0;
   for (const py::handle tensor : tensors_) {
     const size_t begin = geometry_.size();
-    if (!plain_.add(tensor.ptr(), geometry_)) geometry_.resize(begin);
+    if (!plain_.add(tensor.ptr(), geometry_, refused)) geometry_.resize(begin);
     rows_.push_back({begin, geometry_.size()});
   }
   for (size_t box = 0; box < numbers_.size(); ++box) {
@@ -76,20 +76,17 @@ bool PlacedBoxes::is_as_resolved(const py::object& state_dict, size_t box, const
   PyObject* const tensor = tensor_of(box);
   if (value != PyList_GET_ITEM(values_.ptr(), index) || !is_or_has(value, tensor)) return false;
   row_.clear();
+  int refused = 0;
   const Range row = rows_[numbers_[box]];
   const auto geometry = geometry_.begin();
-  return plain_.add(tensor, row_) &&
+  return plain_.add(tensor, row_, refused) &&
          std::equal(row_.begin(), row_.end(), geometry + static_cast<std::ptrdiff_t>(row.begin),
                     geometry + static_cast<std::ptrdiff_t>(row.end));
 }
 
 // Whether a value is a tensor, or a DTensor with this local one.
 bool PlacedBoxes::is_or_has(PyObject* value, PyObject* tensor) const {
-  static const py::handle name = PyUnicode_InternFromString("_local_tensor");  // is never freed
-  if (value == tensor) return true;
-  if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != dtensor_.ptr() || has_attribute_of(value, overrides_))
-    return false;
-  return checked(PyObject_GetAttr(value, name.ptr())).ptr() == tensor;
+  return value == tensor || types_.local_of(value).ptr() == tensor;
 }
 
 PyObject* PlacedBoxes::tensor_of(size_t box) const {

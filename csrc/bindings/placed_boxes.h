@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/plain_tensors.h"
+#include "bindings/tensor_types.h"
 
 namespace dcp_fast {
 
@@ -15,10 +16,9 @@ namespace dcp_fast {
 // and DTensors that have one; `look`, a function that is given a box, knows all others.
 class PlacedBoxes {
  public:
-  // `fqns` and `values` of a state dict, and `numbers` of the tensors that they go into, are of each box. `dtensor` is
-  // the class, of which an instance is more than its local tensor if it has attributes of the names `overrides`.
+  // `fqns` and `values` of a state dict, and `numbers` of the tensors that they go into, are of each box.
   PlacedBoxes(PlainTensors plain, pybind11::list fqns, pybind11::list values, std::vector<size_t> numbers,
-              pybind11::list tensors, pybind11::object dtensor, pybind11::tuple overrides);
+              pybind11::list tensors, TensorTypes types);
 
   // The boxes of which only `look` knows.
   std::vector<size_t> others() const;
@@ -47,8 +47,7 @@ class PlacedBoxes {
   pybind11::list values_;
   std::vector<size_t> numbers_;
   pybind11::list tensors_;
-  pybind11::object dtensor_;
-  pybind11::tuple overrides_;
+  TensorTypes types_;
   std::vector<bool> is_known_;        // by box
   std::vector<Range> rows_;           // by tensor, in numbers; empty if it is not plain
   std::vector<int64_t> geometry_;     // rows of all plain tensors

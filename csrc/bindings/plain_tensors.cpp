@@ -12,6 +12,8 @@ namespace py = pybind11;
 namespace dcp_fast {
 namespace {
 
+constexpr int kMostRefused = 8;
+
 int64_t integer(PyObject* object) {
   const int64_t value = PyLong_AsLongLong(object);
   if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -51,10 +53,11 @@ bool PlainTensors::is_known(PyObject* tensor) const {
                      [&](py::handle type) { return type.ptr() == reinterpret_cast<PyObject*>(Py_TYPE(tensor)); });
 }
 
-bool PlainTensors::add(PyObject* tensor, std::vector<int64_t>& rows) const {
-  if (api_ == nullptr || !is_known(tensor) || !has_no_attributes(tensor)) return false;
+bool PlainTensors::add(PyObject* tensor, std::vector<int64_t>& rows, int& refused) const {
+  if (api_ == nullptr || refused == kMostRefused || !is_known(tensor) || !has_no_attributes(tensor)) return false;
   dlpack::Tensor described{};
   if (api_->describe(tensor, &described) != 0) {
+    ++refused;
     PyErr_Clear();  // no elements in memory, or none that DLPack has a name for
     return false;
   }
@@ -70,10 +73,11 @@ bool PlainTensors::add(PyObject* tensor, std::vector<int64_t>& rows) const {
 
 std::pair<Rows, bool> PlainTensors::rows(const py::list& tensors, const py::function& other) const {
   Rows rows;
+  int refused = 0;
   bool all_have_addresses = true;
   for (const py::handle tensor : tensors) {
     const size_t begin = rows.values.size();
-    if (add(tensor.ptr(), rows.values)) continue;  // it has an address, or no elements
+    if (add(tensor.ptr(), rows.values, refused)) continue;  // it has an address, or no elements
     rows.values.resize(begin);
     for (const py::handle number : py::tuple(other(tensor))) rows.values.push_back(integer(number.ptr()));
     const auto sizes = rows.values.begin() + static_cast<std::ptrdiff_t>(begin) + 5;

@@ -22,7 +22,9 @@ class PlainTensors {
 
   // Appends the row of a plain tensor: address, device, dtype, bytes of an element, dimensions, sizes, strides. False
   // for any other one; the row is of no use then. Attributes of a tensor's own may hide what is asked of it.
-  bool add(PyObject* tensor, std::vector<int64_t>& rows) const;
+  // `refused` counts tensors that DLPack refuses to describe. torch takes a millisecond to say so, so that none is
+  // asked any more after the first few.
+  bool add(PyObject* tensor, std::vector<int64_t>& rows, int& refused) const;
 
   // A row for each tensor, of which `other` makes those that are not plain; and whether all that have elements have
   // addresses.

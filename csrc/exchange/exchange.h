@@ -91,7 +91,8 @@ struct RoundStats {
 class Exchange {
  public:
   // `needs`: all different ones, as they were decoded, on all ranks in the same order. `ranks.needs[rank]` is the own
-  // one. Throws std::invalid_argument, std::bad_alloc.
+  // one. `limits`: headers included, unless these take more than half of them. Throws std::invalid_argument,
+  // std::bad_alloc.
   Exchange(std::vector<Need> needs, const Ranks& ranks, uint32_t rank, const RoundLimits& limits,
            const Network& network = {});
 

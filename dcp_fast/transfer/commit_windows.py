@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.tensor import DTensor
 
 from dcp_fast import _native
 from dcp_fast.collector import paused_collection
-from dcp_fast.planning.values import OVERRIDES, plain_local_tensor
+from dcp_fast.planning.values import TENSOR_TYPES, plain_local_tensor
 from dcp_fast.transfer.destinations import PLAIN_TENSORS
 from dcp_fast.transfer.items import Resolved
 from dcp_fast.transfer.planner_state import PlannerState
@@ -94,7 +93,7 @@ class CommitWindows:
         self._load_bytes = load_bytes
         self._values: list[Any] = list(map(planner.state_dict.get, self._fqns))
         self._boxes = _native.PlacedBoxes(
-            PLAIN_TENSORS, self._fqns, self._values, self._numbers, self._tensors, DTensor, OVERRIDES
+            PLAIN_TENSORS, self._fqns, self._values, self._numbers, self._tensors, TENSOR_TYPES
         )
         others = self._boxes.others() if type(planner.state_dict) is dict else range(len(self._values))
         with paused_collection():

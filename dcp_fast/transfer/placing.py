@@ -113,7 +113,7 @@ class Placer:
                 if (tensor := self._quantized.get(record)) is not None:
                     # Of the target that torch will bring it to nothing is known.
                     target = torch.empty(tuple(lengths), dtype=tensor.target_dtype, device="meta")
-                    quantized[id(item)] = QuantizedBox(tensor, offsets, target)
+                    quantized[id(item)] = QuantizedBox(tensor, offsets, lengths, target)
             program = _native.Program(self._layouts, rows, destinations)
             boxes = {id(tensors[i][0]): self._stored_box(*tensors[i], *program.box(i)) for i in program.converted(0)}
             cut = dict(zip(quantized, cut_by_device([*quantized.values()]).get(None, []), strict=True))
@@ -281,7 +281,7 @@ class Placer:
 
     def place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
         quantized = [
-            QuantizedBox(self._quantized[record], box_of(item)[0], target)
+            QuantizedBox(self._quantized[record], *box_of(item)[::2], target)
             for item, record, target in boxes
             if record in self._quantized
         ]

@@ -23,11 +23,13 @@ from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
 from dcp_fast import _native
+from dcp_fast.ranks import exchange
 
 WORLD = 2
 FAILING = 1
 SIZE = (811, 203)
 NOT_SUPPORTED = 801  # CUresult
+LAUNCH_FAILED = 719
 STORED = {"single": torch.float32, "half": torch.float16, "long": torch.int64}
 PLACEMENTS: list[list[Any]] = [[Replicate()], [Shard(1)], [Shard(0)]]
 
@@ -244,6 +246,64 @@ def test_faults_of_devices(pool: Ranks, checkpoint: Path) -> None:
     for found in pool.run(WORLD, load_on_devices_with_faults, checkpoint, timeout=180):
         assert found[:4] == [{FAILING: "MetadataAccessError"}, *[{FAILING: "FileAccessError"}] * 3]
         assert found[4:] == [{FAILING: "CudaError"}] * 3
+
+
+def load_with_a_copy_that_fails(path: Path, nth: int, direction: str) -> tuple[Any, int]:
+    """A copy between host and GPU fails on one rank in the nth round.
+
+    Returns:
+        What the load fails with, and how many rounds this rank takes part in.
+    """
+    begun = 0
+    original, start = exchange.Exchange._begin_round, exchange.start_all_to_all
+
+    def fail(at: str) -> None:
+        if at == direction and begun == nth + 1 and dist.get_rank() == FAILING:
+            Simulator().fault(f"cuMemcpy{direction}Async_v2", 1, LAUNCH_FAILED)
+
+    def begin_round(self: exchange.Exchange, *args: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        fail("HtoD")  # what is sent is copied next
+        return original(self, *args)
+
+    def start_all_to_all(*args: Any) -> Any:
+        wait = start(*args)
+
+        def then_fail() -> None:
+            wait()
+            fail("DtoH")  # what was received is copied next
+
+        return then_fail
+
+    with (
+        exchange_on_devices(),
+        mock.patch.object(exchange.Exchange, "_begin_round", begin_round),
+        mock.patch.object(exchange, "start_all_to_all", start_all_to_all),
+    ):
+        state = {**state_dict("cpu", [Replicate()]), "single": state_dict("cuda", [Replicate()])["single"]}
+        return failure_of(partial(load_shared, state, path)), begun
+
+
+def load_with_copies_that_fail(path: Path, direction: str) -> list[tuple[Any, int, int]]:
+    begin()
+    _, rounds = load_with_a_copy_that_fails(path, -1, direction)
+    rounds_of = [0, rounds // 2, rounds - 1]
+    found = [(nth, *load_with_a_copy_that_fails(path, nth, direction)) for nth in rounds_of]
+    assert load_with_a_copy_that_fails(path, -1, direction) == ("nothing", rounds)  # the process group is as it was
+    end()
+    return found
+
+
+@only_simulated
+@pytest.mark.parametrize("direction", ["HtoD", "DtoH"])
+def test_copies_that_fail(pool: Ranks, checkpoint: Path, direction: str) -> None:
+    """Nobody waits for the rank: all learn of it in the round of a copy to the GPU, or in the one after a copy back."""
+    first, second = pool.run(WORLD, load_with_copies_that_fail, checkpoint, direction, timeout=180)
+    assert first == second
+    for nth, failure, begun in first:
+        assert failure == {FAILING: "AcceleratorError"}
+        assert begun <= nth + (1 if direction == "HtoD" else 2)
 
 
 class Committing(dcp.DefaultLoadPlanner):

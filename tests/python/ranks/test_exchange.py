@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -392,16 +393,32 @@ def test_without_sharing_a_load_takes_two_small_calls(ranks: Ranks, checkpoint: 
     assert ranks.run(2, count_calls, checkpoint) == [(["all_reduce"] * 2, 32)] * 2
 
 
-def trace(path: Path) -> str:
-    load_shared(state_dict("replicas"), path, trace=path.parent / "trace {rank}.json")
-    return (path.parent / f"trace {dist.get_rank()}.json").read_text()
+def trace(path: Path) -> tuple[list[dict[str, Any]], dcp_fast.LoadReport]:
+    report = load_shared(state_dict("replicas"), path, trace=path.parent / "trace {rank}.json")
+    content = json.loads((path.parent / f"trace {dist.get_rank()}.json").read_text())
+    return content["traceEvents"], report
 
 
 def test_report_and_trace_tell_of_the_exchange(ranks: Ranks, checkpoint: Path) -> None:
-    for text in ranks.run(2, trace, checkpoint):
-        assert '"exchange"' in text
-    report = dcp_fast.LoadReport(exchange_rounds=3, bytes_read_by_job=1000, bytes_sent=5, bytes_received=6)
-    assert "bytes read by all ranks" in str(report)
+    """Reads, rounds and placement have tracks of their own, and go on at the same time."""
+    for events, report in ranks.run(2, trace, checkpoint):
+        tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+        spans: dict[str, list[tuple[float, float]]] = {"exchange": [], "placement": [], "read": []}
+        placed = 0
+        for event in events:
+            if event["ph"] == "X":
+                kind = event["name"] if event["name"] == "read" else tracks[event["tid"]]
+                spans.setdefault(kind, []).append((event["ts"], event["ts"] + event["dur"]))
+                placed += event["args"]["bytes"] if kind == "placement" else 0
+        rounds = spans["exchange"]
+        assert len(rounds) == len(spans["placement"]) == report.exchange_rounds
+        assert placed >= report.bytes_needed - 1000  # of bytes entries
+        for kind in ("placement", "read"):
+            within = [any(b <= begin and end <= e for b, e in rounds) for begin, end in spans[kind]]
+            assert sum(within) >= len(rounds) - 4, (
+                kind
+            )  # beside a round; the first reads and the last placement are not
+        assert "bytes read by all ranks" in str(report)
 
 
 def test_too_little_memory_is_refused(checkpoint: Path) -> None:
