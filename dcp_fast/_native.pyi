@@ -115,7 +115,7 @@ class Need:
 
     converted_items: int
     @staticmethod
-    def of_program(program: Program, most_bytes: int, names: Sequence[str]) -> Need: ...
+    def of_program(program: Program, wave: int, most_bytes: int, names: Sequence[str]) -> Need: ...
     @staticmethod
     def of_records(
         layouts: Layouts, records: Sequence[int], most_bytes: int, names: Sequence[str], options: Options

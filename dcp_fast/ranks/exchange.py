@@ -40,8 +40,7 @@ MIN_EXCHANGE_BYTES = 1 << 20
 
 Result = TypeVar("Result")
 
-_EXCHANGES = 2  # of a load, see Sharing
-_QUANTIZED_EXCHANGES = 2  # more of a load with quantized tensors
+_EXCHANGES = 2  # of a load, see Sharing; ranks tell each other of more
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
 _VERSION = 3  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
@@ -103,9 +102,19 @@ class Exchange:
         need, step = (None, None) if found.error is not None else found.value
         return self._take_part(need, step, found.error)
 
-    def expect_quantized(self) -> None:
+    @property
+    def left(self) -> int:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
-        self._expected = _QUANTIZED_EXCHANGES
+        return self._left
+
+    def expect(self, exchanges: int) -> None:
+        """See :class:`dcp_fast.transfer.sharing.Sharing`."""
+        self._expected = exchanges
+
+    def skip(self, exchanges: int) -> None:
+        """See :class:`dcp_fast.transfer.sharing.Sharing`."""
+        for _ in range(exchanges):
+            self._take_part(None, None, None)
 
     def decline(self, reason: str) -> None:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""

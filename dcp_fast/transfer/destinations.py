@@ -26,14 +26,14 @@ PLAIN_TENSORS = _native.PlainTensors(
     ],
 )
 
-_UNKNOWN = -1
+UNKNOWN = -1
 
 # As they are in torch: an attribute of a tensor's own may hide them.
 _data_ptr, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
 
 # Where elements lie, if not on a CUDA device: see csrc/transfer/program.h.
 HOST = -1
-_ELSEWHERE = -2
+ELSEWHERE = -2
 
 
 class Destinations:
@@ -58,17 +58,17 @@ class Destinations:
         sizes = tensor.size()
         address = address_of(tensor)
         if not is_plain(tensor) or (address == 0 and tensor.numel() > 0):
-            device = _ELSEWHERE
+            device = ELSEWHERE
         else:
             device = HOST if tensor.is_cpu else self._device(tensor)
         strides = _stride(tensor) if tensor.layout is _STRIDED else (0,) * len(sizes)
         dtype = tensor.dtype
-        return (address, device, _CODES.get(dtype, _UNKNOWN), dtype.itemsize, len(sizes), *sizes, *strides)
+        return (address, device, _CODES.get(dtype, UNKNOWN), dtype.itemsize, len(sizes), *sizes, *strides)
 
     def _device(self, tensor: torch.Tensor) -> int:
         device = served_device(tensor)
         if device is None:
-            return _ELSEWHERE
+            return ELSEWHERE
         self.devices.add(device)
         return device
 
