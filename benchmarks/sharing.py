@@ -1,7 +1,7 @@
 """Ranks that share reads, through storage of one bandwidth for all of them: when does that pay?
 
-Reads of all ranks wait for one bandwidth, as those of clients of a file server do (``_native.SlowStorage``). The limit
-is the time in which the storage gives each byte once.
+Reads of all ranks wait for one bandwidth, as those of clients of a file server do, and each request for a latency, as
+those of an object store do (``_native.SlowStorage``). The limit is the time in which the storage gives each byte once.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from benchmarks.sharing_ranks import LAYOUTS, RANKS, WAYS, Case, Load, run_ranks
 from benchmarks.verify import VerificationError
 
 NAME = "sharing"
-TITLE = f"loads of {RANKS} ranks that share reads, through storage of several bandwidths"
+TITLE = f"loads of {RANKS} ranks that share reads, through storage of several bandwidths and latencies"
 
 _TENSORS, _ROWS, _COLUMNS = 16, 8192, 1024  # 512 MiB at scale 1
 _ITEMSIZE = 4
 _ROUNDS = 3
 _GIGABYTE = 1e9
-# What the storage gives in a second; 0: the page cache, through no such storage.
-BANDWIDTHS = (0.1 * _GIGABYTE, 0.3 * _GIGABYTE, 0.5 * _GIGABYTE, 1 * _GIGABYTE, 2 * _GIGABYTE, 10 * _GIGABYTE, 0.0)
+# What storages give in a second, and what each request waits on top of that. 0 and 0: the page cache.
+STORAGES = (
+    *((bandwidth * _GIGABYTE, 0.0) for bandwidth in (0.1, 0.3, 0.5, 1, 2, 10)),
+    *((1 * _GIGABYTE, latency) for latency in (0.01, 0.1)),
+    (0.0, 0.0),
+)
 # torch, which would take minutes, is loaded with through these alone.
-_TORCH_BANDWIDTHS = {("whole by all", 0.1 * _GIGABYTE)}
+_WITH_TORCH = {Case("whole by all", 0.1 * _GIGABYTE)}
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class Measurement:
 
     @property
     def limit(self) -> float | None:
-        """Seconds in which the storage gives each byte once."""
-        return self.stored_bytes / self.case.bytes_per_second if self.case.bytes_per_second else None
+        """Seconds in which the storage gives each byte once, with all requests under way at the same time."""
+        if not self.case.bytes_per_second:
+            return None
+        return self.stored_bytes / self.case.bytes_per_second + self.case.latency_seconds
 
 
 def run(data: Path, scale: float, rounds: int | None, say: Callable[[str], None]) -> list[Measurement]:
@@ -53,9 +59,9 @@ def run(data: Path, scale: float, rounds: int | None, say: Callable[[str], None]
     stored = _TENSORS * rows * _COLUMNS * _ITEMSIZE
     measurements = []
     for layout in LAYOUTS:
-        for bandwidth in BANDWIDTHS:
-            case = Case(layout, bandwidth)
-            ways = WAYS if (layout, bandwidth) in _TORCH_BANDWIDTHS else tuple(way for way in WAYS if way != "torch")
+        for bandwidth, latency in STORAGES:
+            case = Case(layout, bandwidth, latency)
+            ways = WAYS if case in _WITH_TORCH else tuple(way for way in WAYS if way != "torch")
             measurement = Measurement(case, stored, run_ranks(checkpoint, case, ways, rounds or _ROUNDS))
             if any(load.differing for loads in measurement.loads.values() for load in loads):
                 raise VerificationError(f"{layout}: ranks load something else than torch does")
@@ -110,4 +116,7 @@ def table_lines(measurements: Sequence[Measurement]) -> list[list[str]]:
 
 
 def _storage(case: Case) -> str:
-    return f"{case.bytes_per_second / _GIGABYTE:g} GB/s" if case.bytes_per_second else "page cache"
+    if not case.bytes_per_second:
+        return "page cache"
+    latency = f", {case.latency_seconds * 1e3:g} ms" if case.latency_seconds else ""
+    return f"{case.bytes_per_second / _GIGABYTE:g} GB/s{latency}"

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
-from typing_extensions import Buffer, Self
+from typing_extensions import Buffer, Self, TypeIs
 
 DTYPES: tuple[str, ...]
 METADATA_DTYPES: tuple[str, ...]
@@ -115,7 +115,7 @@ class Need:
 
     converted_items: int
     @staticmethod
-    def of_program(program: Program, most_bytes: int, names: Sequence[str]) -> Need: ...
+    def of_program(program: Program, wave: int, most_bytes: int, names: Sequence[str]) -> Need: ...
     @staticmethod
     def of_records(
         layouts: Layouts, records: Sequence[int], most_bytes: int, names: Sequence[str], options: Options
@@ -239,13 +239,40 @@ def read_metadata(path: str) -> MetadataColumns | str: ...
 class Rows(Buffer): ...  # int64
 
 def bytes_rows(columns: MetadataColumns, fqns: Sequence[str]) -> Rows: ...  # file, offset, length, is transformed
-def destination_rows(
-    tensors: list[torch.Tensor],
-    types: tuple[type, ...],
-    strided: torch.layout,
-    dtypes: dict[torch.dtype, tuple[int, int]],
-    other: Callable[[torch.Tensor], Sequence[int]],
-) -> tuple[Rows, bool]: ...
+
+class TensorTypes:
+    """Tells what values of state dicts are, by their exact types; see dcp_fast/planning/values.py."""
+
+    def __init__(self, dtensor: type, whole: tuple[type, ...], overrides: tuple[str, ...]) -> None: ...
+    def is_whole(self, value: object) -> TypeIs[torch.Tensor]: ...
+    def plain_local_tensor(self, value: object) -> torch.Tensor | None: ...
+
+class PlainTensors:
+    """Knows tensors on the host whose memory holds their elements as they are."""
+
+    def __init__(self, types: tuple[type, ...], api: object, samples: list[tuple[torch.Tensor, int, int]]) -> None: ...
+    def rows(
+        self, tensors: list[torch.Tensor], other: Callable[[torch.Tensor], Sequence[int]]
+    ) -> tuple[Rows, bool]: ...
+
+class PlacedBoxes:
+    """Whether boxes are still where they were resolved and placed."""
+
+    def __init__(
+        self,
+        plain: PlainTensors,
+        fqns: list[str],
+        values: list[Any],
+        numbers: Sequence[int],
+        tensors: list[torch.Tensor],
+        types: TensorTypes,
+    ) -> None: ...
+    def others(self) -> list[int]: ...  # boxes of which only `look` knows
+    def are_as_resolved(
+        self, state_dict: dict[str, Any], boxes: Sequence[int], look: Callable[[int], bool]
+    ) -> bool: ...
+    def keep_versions(self, boxes: Sequence[int]) -> None: ...
+    def is_as_placed(self, state_dict: dict[str, Any], box: int, look: Callable[[int], bool]) -> bool: ...
 
 class PlannedRecords:
     """The stored tensors that boxes are parts of."""
@@ -271,7 +298,14 @@ class PlannedBoxes:
         size: type,
         tensor: LoadItemType,
     ) -> list[ReadItem]: ...
-    def destinations(self) -> list[tuple[int, int, int]]: ...  # request, wanted chunk and dimensions of each
+    def destinations(
+        self,
+        fqns: list[str],
+        wanted: list[Sequence[ChunkStorageMetadata] | None],
+        state_dict: dict[str, Any],
+        types: TensorTypes,
+        other: Callable[[int, int, int], torch.Tensor],  # given request, wanted chunk and dimensions
+    ) -> list[torch.Tensor]: ...
     destination_of_box: list[int]
     def find_records(self) -> PlannedRecords: ...
     def rows(self, records: PlannedRecords) -> Rows: ...  # for Program
@@ -296,10 +330,8 @@ class Requests:
         self,
         columns: MetadataColumns,
         made: dict[str, Any],  # entries that are left to Python
-        dtensor: type,
-        whole: tuple[type, ...],
+        types: TensorTypes,
         placements: tuple[type, ...],
-        overrides: tuple[str, ...],
     ) -> None: ...
     def __len__(self) -> int: ...
     def add_all(self, items: Iterable[tuple[str, Any]], other: Callable[[str, Any], None]) -> None: ...

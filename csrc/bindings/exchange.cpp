@@ -139,12 +139,12 @@ void bind_exchange(py::module_& module) {
   py::class_<LocalNeed>(module, "Need", "What this rank needs of the files, and where it goes.")
       .def_static(
           "of_program",
-          [](const Program& program, int64_t most_bytes, const std::vector<py::str>& names) {
+          [](const Program& program, int32_t wave, int64_t most_bytes, const std::vector<py::str>& names) {
             const std::vector<std::string> texts = system_paths(names);
-            return without_gil([&] { return exchange::need_of(program, most_bytes, texts); });
+            return without_gil([&] { return exchange::need_of(program, wave, most_bytes, texts); });
           },
-          py::arg("program"), py::arg("most_bytes"), py::arg("names"),
-          "The boxes of the first wave that the engine places, and records of it that only torch can read.")
+          py::arg("program"), py::arg("wave"), py::arg("most_bytes"), py::arg("names"),
+          "The boxes of a wave that the engine places, and records of it that only torch can read.")
       .def_static(
           "of_records",
           [](const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,

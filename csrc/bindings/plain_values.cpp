@@ -65,8 +65,8 @@ class PlainUnpickler {
         return push_bytes(pickle_.u32());
       case 'C':  // SHORT_BINBYTES
         return push_bytes(pickle_.u8());
-      case 0x95:  // FRAME: pickles as small as these have one
-        return pickle_.u64() == pickle_.size() - pickle_.position();
+      case 0x95:  // FRAME: so much may be read at once
+        return pickle_.u64() <= pickle_.size() - pickle_.position();
       default:
         return false;
     }

@@ -50,11 +50,41 @@ PlannedBoxes find_requested(const Requests& requests) {
   return {requests.columns(), planning::find_boxes(*requests.columns(), requests.rows())};
 }
 
-py::list destinations(const Boxes& boxes) {
-  py::list result(boxes.destinations);
+// Whether it is a dict whose `get` is that of dict.
+bool is_dict(const py::object& object) {
+  static const py::handle name = PyUnicode_InternFromString("get");  // is never freed
+  if (PyDict_CheckExact(object.ptr())) return true;
+  if (!PyDict_Check(object.ptr())) return false;
+  const auto get = [](PyTypeObject* type) { return attribute(reinterpret_cast<PyObject*>(type), name); };
+  return get(Py_TYPE(object.ptr())).is(get(&PyDict_Type));
+}
+
+// The tensor of a state dict that a request goes into, if it is certain which one it is.
+py::object destination_of(PyObject* value, bool is_part, uint32_t dims, const TensorTypes& types) {
+  static const py::handle name = PyUnicode_InternFromString("ndim");  // is never freed
+  py::object tensor = is_part                 ? types.local_of(value)
+                      : types.is_whole(value) ? py::reinterpret_borrow<py::object>(value)
+                                              : py::object();
+  if (!tensor) return {};
+  const py::object has = checked(PyObject_GetAttr(tensor.ptr(), name.ptr()));
+  return PyLong_AsLongLong(has.ptr()) == dims ? std::move(tensor) : py::object();
+}
+
+// The tensors that boxes go into. `other` is called with request, wanted chunk and dimensions for those that it is not
+// certain of.
+py::list destinations(const PlannedBoxes& planned, const py::list& fqns, const py::list& wanted,
+                      const py::object& state_dict, const TensorTypes& types, const py::function& other) {
+  const bool can_look = is_dict(state_dict);
+  py::list result(planned.boxes.destinations);
   size_t next = 0;
-  for (const Box& box : boxes.boxes) {
-    if (box.destination == next) result[next++] = py::make_tuple(box.request, box.wanted, box.dims);
+  for (const Box& box : planned.boxes.boxes) {
+    if (box.destination != next) continue;
+    const py::object fqn = fqns[box.request];
+    const bool is_part = !py::object(wanted[box.request]).is_none();
+    PyObject* const value = can_look ? PyDict_GetItemWithError(state_dict.ptr(), fqn.ptr()) : nullptr;
+    if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    py::object tensor = value == nullptr ? py::object() : destination_of(value, is_part, box.dims, types);
+    result[next++] = tensor ? std::move(tensor) : other(box.request, box.wanted, box.dims);
   }
   return result;
 }
@@ -172,7 +202,8 @@ void bind_planning(py::module_& module) {
                                for (const Box& box : planned.boxes.boxes) numbers.push_back(box.request);
                                return numbers;
                              })
-      .def("destinations", [](const PlannedBoxes& planned) { return destinations(planned.boxes); })
+      .def("destinations", &destinations, py::arg("fqns"), py::arg("wanted"), py::arg("state_dict"), py::arg("types"),
+           py::arg("other"))
       .def("find_records",
            [](const PlannedBoxes& planned) {
              return PlannedRecords{planned.columns, planning::find_records(*planned.columns, planned.boxes)};
@@ -191,13 +222,8 @@ void bind_planning(py::module_& module) {
       .def("rows", &record_rows, py::arg("all_fallback"))
       .def("payloads", &payload_rows);
   py::class_<Requests>(module, "Requests")
-      .def(py::init([](std::shared_ptr<const Columns> columns, py::dict made, py::object dtensor, py::tuple whole,
-                       py::tuple placements, py::tuple overrides) {
-             return Requests(std::move(columns), std::move(made),
-                             {std::move(dtensor), std::move(whole), std::move(placements), std::move(overrides)});
-           }),
-           py::arg("columns"), py::arg("made"), py::arg("dtensor"), py::arg("whole"), py::arg("placements"),
-           py::arg("overrides"))
+      .def(py::init<std::shared_ptr<const Columns>, py::dict, TensorTypes, py::tuple>(), py::arg("columns"),
+           py::arg("made"), py::arg("types"), py::arg("placements"))
       .def("__len__", [](const Requests& requests) { return requests.fqns().size(); })
       .def_property_readonly("fqns", &Requests::fqns)
       .def_property_readonly("wanted", &Requests::wanted)

@@ -34,6 +34,20 @@ inline pybind11::object checked(PyObject* object) {
   return pybind11::reinterpret_steal<pybind11::object>(object);
 }
 
+// An attribute, or nothing if it is not there.
+inline pybind11::object attribute(PyObject* object, pybind11::handle name) {
+  PyObject* const value = PyObject_GetAttr(object, name.ptr());
+  if (value == nullptr) PyErr_Clear();
+  return pybind11::reinterpret_steal<pybind11::object>(value);
+}
+
+inline bool contains(const pybind11::tuple& objects, const PyObject* object) {
+  for (size_t i = 0; i < objects.size(); ++i) {
+    if (PyTuple_GET_ITEM(objects.ptr(), i) == object) return true;
+  }
+  return false;
+}
+
 // What is in the object's __dict__; nothing if it has none yet. To ask for it by name would make one.
 inline PyObject* attributes_of(PyObject* object) {
   PyObject** dict = _PyObject_GetDictPtr(object);
@@ -43,6 +57,17 @@ inline PyObject* attributes_of(PyObject* object) {
 inline bool has_no_attributes(PyObject* object) {
   PyObject* const dict = attributes_of(object);
   return dict == nullptr || PyDict_GET_SIZE(dict) == 0;
+}
+
+// Whether any of its own attributes has one of these names.
+inline bool has_attribute_of(PyObject* object, const pybind11::tuple& names) {
+  if (has_no_attributes(object)) return false;
+  for (const pybind11::handle name : names) {
+    const int found = PyDict_Contains(attributes_of(object), name.ptr());
+    if (found < 0) throw pybind11::error_already_set();
+    if (found != 0) return true;
+  }
+  return false;
 }
 
 // A path as Python's os functions pass it to the system: any bytes but NUL.

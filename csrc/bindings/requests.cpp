@@ -23,7 +23,6 @@ constexpr size_t kMostPlacements = 64;
 
 // Names of attributes, which are never freed.
 struct Names {
-  py::handle local_tensor = PyUnicode_InternFromString("_local_tensor");
   py::handle spec = PyUnicode_InternFromString("_spec");
   py::handle mesh = PyUnicode_InternFromString("mesh");
   py::handle placements = PyUnicode_InternFromString("placements");
@@ -33,20 +32,6 @@ struct Names {
 const Names& names() {
   static const Names names;
   return names;
-}
-
-// An attribute, or nothing if it is not there.
-py::object attribute(PyObject* object, py::handle name) {
-  PyObject* value = PyObject_GetAttr(object, name.ptr());
-  if (value == nullptr) PyErr_Clear();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-bool contains(const py::tuple& objects, const void* object) {
-  for (size_t i = 0; i < objects.size(); ++i) {
-    if (PyTuple_GET_ITEM(objects.ptr(), i) == object) return true;
-  }
-  return false;
 }
 
 bool are_equal(PyObject* a, PyObject* b) {
@@ -79,8 +64,11 @@ Layout layout_of(PyObject* dtensor) {
 
 }  // namespace
 
-Requests::Requests(std::shared_ptr<const Columns> columns, py::dict made, TensorTypes types)
-    : columns_(std::move(columns)), made_(std::move(made)), types_(std::move(types)) {}
+Requests::Requests(std::shared_ptr<const Columns> columns, py::dict made, TensorTypes types, py::tuple placements)
+    : columns_(std::move(columns)),
+      made_(std::move(made)),
+      types_(std::move(types)),
+      placements_(std::move(placements)) {}
 
 void Requests::add_all(const py::iterable& items, const py::function& other) {
   std::vector<std::pair<py::object, py::object>> group;
@@ -104,11 +92,9 @@ void Requests::add_all(const py::iterable& items, const py::function& other) {
 }
 
 void Requests::fetch_ahead(PyObject* value) const {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != types_.dtensor.ptr()) return;
-  for (const py::handle name : {names().local_tensor, names().spec}) {
-    const py::object found = attribute(value, name);
-    __builtin_prefetch(found.ptr());
-  }
+  if (!types_.is_dtensor(value)) return;
+  __builtin_prefetch(TensorTypes::local_attribute_of(value).ptr());
+  __builtin_prefetch(attribute(value, names().spec).ptr());
 }
 
 void Requests::add(const py::object& fqn, int64_t entry, const py::list& chunks, const std::vector<int64_t>& values) {
@@ -120,7 +106,8 @@ void Requests::add(const py::object& fqn, int64_t entry, const py::list& chunks,
 
 void Requests::learn(const py::object& dtensor, const py::list& chunks, const std::vector<int64_t>& values) {
   const Layout layout = layout_of(dtensor.ptr());
-  if (!is_plain(dtensor.ptr()) || !layout || !take_shape(dtensor.ptr()) || !are_known_placements(layout.placements))
+  if (!types_.local_of(dtensor.ptr()) || !layout || !take_shape(dtensor.ptr()) ||
+      !are_known_placements(layout.placements))
     return;
   Placed* placed = find_placed(layout.mesh, layout.placements);
   if (placed == nullptr) {
@@ -135,8 +122,8 @@ void Requests::learn(const py::object& dtensor, const py::list& chunks, const st
 }
 
 bool Requests::add_alone(const py::object& fqn, const py::object& value) {
-  const bool is_dtensor = py::handle(reinterpret_cast<PyObject*>(Py_TYPE(value.ptr()))).is(types_.dtensor);
-  if (!PyUnicode_CheckExact(fqn.ptr()) || !(is_dtensor || is_whole_type(value.ptr()))) return false;
+  const bool is_dtensor = types_.is_dtensor(value.ptr());
+  if (!PyUnicode_CheckExact(fqn.ptr()) || !(is_dtensor || types_.is_whole_type(value.ptr()))) return false;
   // Asks the dict itself: its class makes what is not there.
   if (PyDict_GET_SIZE(made_.ptr()) != 0 && PyDict_Contains(made_.ptr(), fqn.ptr()) != 0) return false;
   const uint32_t number = columns_->fqns.find(Utf8(fqn).view(), next_);
@@ -154,7 +141,7 @@ bool Requests::add_whole(const py::object& fqn, const py::object& value, uint32_
 }
 
 bool Requests::add_like_before(const py::object& fqn, const py::object& value, uint32_t number) {
-  if (!is_plain(value.ptr())) return false;
+  if (!types_.local_of(value.ptr())) return false;
   const Layout layout = layout_of(value.ptr());
   if (!layout) return false;
   const Placed* placed = find_placed(layout.mesh, layout.placements);
@@ -168,18 +155,6 @@ bool Requests::add_like_before(const py::object& fqn, const py::object& value, u
   fqns_.append(fqn);
   wanted_.append(wanted.chunks);
   return true;
-}
-
-bool Requests::is_whole_type(PyObject* value) const { return contains(types_.whole, Py_TYPE(value)); }
-
-bool Requests::is_plain(PyObject* dtensor) const {
-  if (!has_no_attributes(dtensor)) {
-    for (const py::handle override : types_.overrides) {
-      if (PyDict_Contains(attributes_of(dtensor), override.ptr()) != 0) return false;
-    }
-  }
-  const py::object local = attribute(dtensor, names().local_tensor);
-  return local && is_whole_type(local.ptr()) && has_no_attributes(local.ptr());
 }
 
 bool Requests::take_shape(PyObject* tensor) {
@@ -212,7 +187,7 @@ Requests::Placed* Requests::find_placed(const py::object& mesh, const py::object
 
 bool Requests::are_known_placements(const py::object& placements) const {
   for (const py::handle placement : py::reinterpret_borrow<py::tuple>(placements)) {
-    if (!contains(types_.placements, Py_TYPE(placement.ptr()))) return false;
+    if (!contains(placements_, reinterpret_cast<PyObject*>(Py_TYPE(placement.ptr())))) return false;
   }
   return true;
 }

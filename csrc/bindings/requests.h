@@ -11,24 +11,19 @@
 #include <unordered_map>
 #include <vector>
 
+#include "bindings/tensor_types.h"
 #include "metadata/columns.h"
 
 namespace dcp_fast {
-
-// Of types only exact ones count: subclasses may do everything in another way.
-struct TensorTypes {
-  pybind11::object dtensor;
-  pybind11::tuple whole;       // whose tensors are no parts of others, unless attributes say so
-  pybind11::tuple placements;  // whose equal instances split a tensor in the same way
-  pybind11::tuple overrides;   // names of attributes by which a DTensor is more than its specification
-};
 
 // One request for each tensor. The geometry of DTensors (mesh, placements, shape of the global tensor) tells what a
 // rank holds of them, so that it is asked for once for all that are alike.
 class Requests {
  public:
   // `made` has the entries that exist as objects, which somebody may have changed: these are left to Python.
-  Requests(std::shared_ptr<const metadata::Columns> columns, pybind11::dict made, TensorTypes types);
+  // `placements`: types whose equal instances split a tensor in the same way.
+  Requests(std::shared_ptr<const metadata::Columns> columns, pybind11::dict made, TensorTypes types,
+           pybind11::tuple placements);
 
   // Calls `other` with key and value of all items that it cannot add by itself, when it is their turn.
   void add_all(const pybind11::iterable& items, const pybind11::function& other);
@@ -62,8 +57,6 @@ class Requests {
   bool add_alone(const pybind11::object& fqn, const pybind11::object& value);
   bool add_whole(const pybind11::object& fqn, const pybind11::object& value, uint32_t number);
   bool add_like_before(const pybind11::object& fqn, const pybind11::object& value, uint32_t number);
-  bool is_whole_type(PyObject* value) const;
-  bool is_plain(PyObject* dtensor) const;
   // The shape of a tensor, in shape_. False if it is not of plain numbers.
   bool take_shape(PyObject* tensor);
   bool has_size(uint32_t number) const;  // shape_
@@ -73,6 +66,7 @@ class Requests {
   std::shared_ptr<const metadata::Columns> columns_;
   pybind11::dict made_;
   TensorTypes types_;
+  pybind11::tuple placements_;
   std::vector<int64_t> rows_;
   pybind11::list fqns_;
   pybind11::list wanted_;

@@ -150,18 +150,34 @@ py::tuple read_record(const Layouts& layouts, size_t index, const FileOptions& o
   return py::make_tuple(bytes, counters.requests.load(), counters.bytes.load());
 }
 
+// The pickles that are in memory at the same time, unless one record has more.
+constexpr int64_t kMostPickles = 16 << 20;
+
 py::tuple read_plain_values(const Layouts& layouts, const std::vector<size_t>& records, const FileOptions& options) {
-  const transfer::ValuePickles read =
-      without_gil([&] { return transfer::read_value_pickles(layouts, records, options, interrupted); });
   PlainValues values;
   py::list result(records.size());
-  for (size_t i = 0; i < records.size(); ++i) {
-    py::object value;
-    if (i % 4096 == 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (!read.pickles[i].empty()) value = values.parse(read.pickles[i]);
-    result[i] = value ? value : py::reinterpret_borrow<py::object>(Py_Ellipsis);
+  int64_t requests = 0;
+  int64_t bytes = 0;
+  for (size_t begin = 0; begin < records.size();) {
+    size_t end = begin;
+    for (int64_t size = 0; end < records.size() && (end == begin || size <= kMostPickles); ++end) {
+      size += layouts.records.at(records[end]).length;
+    }
+    const std::vector<size_t> batch(records.begin() + static_cast<std::ptrdiff_t>(begin),
+                                    records.begin() + static_cast<std::ptrdiff_t>(end));
+    const transfer::ValuePickles read =
+        without_gil([&] { return transfer::read_value_pickles(layouts, batch, options, interrupted); });
+    for (size_t i = 0; i < batch.size(); ++i) {
+      py::object value;
+      if (i % 4096 == 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (!read.pickles[i].empty()) value = values.parse(read.pickles[i]);
+      result[begin + i] = value ? value : py::reinterpret_borrow<py::object>(Py_Ellipsis);
+    }
+    requests += read.requests;
+    bytes += read.bytes;
+    begin = end;
   }
-  return py::make_tuple(result, read.requests, read.bytes);
+  return py::make_tuple(result, requests, bytes);
 }
 
 transfer::Stats read_records(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,

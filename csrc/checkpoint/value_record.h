@@ -8,8 +8,8 @@
 
 namespace dcp_fast::checkpoint {
 
-// More than this is not worth a reader of its own.
-inline constexpr int64_t kMaxValueRecord = 64 << 10;
+// Names of all parameters, as optimizers keep them, take less. The pickle of more is not kept beside its value.
+inline constexpr int64_t kMaxValueRecord = 1 << 20;
 
 // The content of data.pkl; nullopt if the record is anything but an archive as torch.save writes it of a value without
 // tensors, all of whose checksums are right. torch must decide then what it is.

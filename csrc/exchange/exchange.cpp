@@ -62,6 +62,14 @@ void pack_side(box::Loops& loops, int64_t box::Dim::* stride_of) {
   }
 }
 
+// What a round has room for beside the headers of all ranks' segments, and what fills these up. Where there are so many
+// ranks that this would be little, it is half.
+RoundLimits without_headers(const RoundLimits& limits, size_t ranks) {
+  const auto headers = static_cast<int64_t>(ranks) * (2 * kHeaderBytes - 1);
+  const auto rest = [headers](int64_t bytes) { return std::max(bytes - headers, (bytes + 1) / 2); };
+  return {rest(limits.send_bytes), rest(limits.receive_bytes)};
+}
+
 // The index of a record that has a byte of a file, or nothing.
 std::optional<size_t> record_at(const Layouts& layouts, size_t source, int64_t offset) {
   for (size_t i = 0; i < layouts.records.size(); ++i) {
@@ -96,8 +104,8 @@ Exchange::Exchange(std::vector<Need> needs, const Ranks& ranks, uint32_t rank, c
     const auto found = sources.find(name);
     sources_.push_back(found == sources.end() ? sources.size() : found->second);  // past the end: only others need it
   }
-  assignment_ =
-      std::make_unique<Assignment>(needs_of_job(std::move(needs), ranks, ranks.needs[rank_]), limits, network);
+  assignment_ = std::make_unique<Assignment>(needs_of_job(std::move(needs), ranks, ranks.needs[rank_]),
+                                             without_headers(limits, ranks.needs.size()), network);
   obstacle_ = assignment_->obstacle();
   for (const CommonNeed& common : assignment_->job().needs) {
     const auto found = std::find_if(common.groups.begin(), common.groups.end(), [&](const Group& group) {

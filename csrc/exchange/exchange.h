@@ -57,10 +57,11 @@ struct LocalNeed {
   std::vector<std::vector<io::KeptRange>> kept;  // by source
 };
 
-// The boxes of a program's first wave that the engine places; and the records of that wave whose headers tell that only
+// The boxes of a wave of a program that the engine places; and the records of that wave whose headers tell that only
 // torch can read them, as far as `most_bytes` of memory go. `names`: of the files of the program's sources, the same on
-// all ranks. The sources are opened for their sizes.
-LocalNeed need_of(const transfer::Program& program, int64_t most_bytes, const std::vector<std::string>& names);
+// all ranks. The sources are opened for their sizes. Throws std::out_of_range if there is no such wave.
+LocalNeed need_of(const transfer::Program& program, int32_t wave, int64_t most_bytes,
+                  const std::vector<std::string>& names);
 
 // The headers of all records, and `records` from beginning to end, as far as `most_bytes` of memory go.
 LocalNeed need_of_records(const transfer::Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
@@ -90,7 +91,8 @@ struct RoundStats {
 class Exchange {
  public:
   // `needs`: all different ones, as they were decoded, on all ranks in the same order. `ranks.needs[rank]` is the own
-  // one. Throws std::invalid_argument, std::bad_alloc.
+  // one. `limits`: headers included, unless these take more than half of them. Throws std::invalid_argument,
+  // std::bad_alloc.
   Exchange(std::vector<Need> needs, const Ranks& ranks, uint32_t rank, const RoundLimits& limits,
            const Network& network = {});
 

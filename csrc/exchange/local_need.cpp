@@ -91,11 +91,12 @@ bool LocalNeed::is_on(int device) const {
   return std::all_of(boxes.begin(), boxes.end(), [=](const LocalBox& box) { return box.device == device; });
 }
 
-LocalNeed need_of(const transfer::Program& program, int64_t most_bytes, const std::vector<std::string>& names) {
+LocalNeed need_of(const transfer::Program& program, int32_t wave, int64_t most_bytes,
+                  const std::vector<std::string>& names) {
   const Layouts& layouts = program.layouts();
   LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
   std::vector<Range> whole;
-  for (const size_t item : program.items_in_wave(0)) {
+  for (const size_t item : program.items_in_wave(wave)) {
     const Transfer& transfer = program.transfers()[item];
     const size_t record = program.items()[item].record;
     const transfer::Record& where = layouts.records[record];

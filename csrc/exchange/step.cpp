@@ -8,6 +8,7 @@
 
 #include "error.h"
 #include "exchange/exchange.h"
+#include "trace/recorder.h"
 
 namespace dcp_fast::exchange {
 
@@ -73,7 +74,13 @@ RoundStats step(const Exchange& exchange, std::optional<Send> send, std::optiona
     exchange.pack(send->round, send->memory, can_pass_on ? receive->memory : nullptr, layouts, options, stops, stats);
   };
   const auto place = [&] {
+    // On a track of its own, beside reads and the exchange.
+    trace::Recorder* const recorder = options.recorder.get();
+    const int64_t began = recorder != nullptr ? recorder->now() : 0;
     stats.placed = exchange.place(receive->round, receive->memory, layouts, local, options, cuda, interrupted);
+    if (recorder != nullptr) {
+      recorder->add(recorder->track("placement"), "place", began, recorder->now(), {stats.placed.bytes_placed});
+    }
   };
   std::optional<Aside> packing;
   if (send && receive) {

@@ -49,7 +49,8 @@ class LoadReport:
         device_fallback_items: boxes for GPUs that torch's ``copy_`` brought there, from memory that is not pinned, as
             the driver refused what it takes to do better; device_fallback_reason: what that was.
         staged_items: boxes that were converted to another dtype, or that passed through staging to be placed by torch
-            (another device, or a dtype that the engine does not convert).
+            (another device, a dtype that the engine does not convert, or a planner with hooks on ranks that share
+            reads).
         dequantized_items: boxes of quantized tensors, which became numbers on their way.
         bytes_to_device: bytes that were copied from the host to GPUs, descriptors of boxes included.
         device_copies: how many copies brought them there.

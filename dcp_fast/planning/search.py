@@ -28,7 +28,7 @@ from dcp_fast._torch import ShardedTensor, StridedShard, create_chunk_list, is_c
 from dcp_fast.metadata.lazy import LazyDict, columns_of
 from dcp_fast.observe.report import current_report
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedTensors, bytes_item
-from dcp_fast.planning.values import OVERRIDES, WHOLE_TYPES, plain_local_tensor
+from dcp_fast.planning.values import TENSOR_TYPES, plain_local_tensor
 
 logger = logging.getLogger("dcp_fast")
 
@@ -146,9 +146,7 @@ class _Search:
         self.columns = columns_of(metadata)
         self.requests: _native.Requests | None = None
         if self.columns is not None:
-            self.requests = _native.Requests(
-                self.columns, self.metadata, DTensor, WHOLE_TYPES, _KNOWN_PLACEMENTS, OVERRIDES
-            )
+            self.requests = _native.Requests(self.columns, self.metadata, TENSOR_TYPES, _KNOWN_PLACEMENTS)
         self.made: list[tuple[int, ReadItem | str]] = []  # of bytes entries: the FQN
         self.incomplete: set[str] = set()
 

@@ -40,8 +40,7 @@ MIN_EXCHANGE_BYTES = 1 << 20
 
 Result = TypeVar("Result")
 
-_EXCHANGES = 2  # of a load, see Sharing
-_QUANTIZED_EXCHANGES = 2  # more of a load with quantized tensors
+_EXCHANGES = 2  # of a load, see Sharing; ranks tell each other of more
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
 _VERSION = 3  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
@@ -103,9 +102,19 @@ class Exchange:
         need, step = (None, None) if found.error is not None else found.value
         return self._take_part(need, step, found.error)
 
-    def expect_quantized(self) -> None:
+    @property
+    def left(self) -> int:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
-        self._expected = _QUANTIZED_EXCHANGES
+        return self._left
+
+    def expect(self, exchanges: int) -> None:
+        """See :class:`dcp_fast.transfer.sharing.Sharing`."""
+        self._expected = exchanges
+
+    def skip(self, exchanges: int) -> None:
+        """See :class:`dcp_fast.transfer.sharing.Sharing`."""
+        for _ in range(exchanges):
+            self._take_part(None, None, None)
 
     def decline(self, reason: str) -> None:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
@@ -256,10 +265,14 @@ class Exchange:
         error: BaseException | None = None
         bytes_read, read_before = 0, report.bytes_read_by_job
 
-        def work(to_send: int, to_place: int) -> None:
-            nonlocal error, bytes_read
+        def heed_interrupt() -> None:
+            nonlocal error
             if error is None:
                 error = Outcome(interrupt).error
+
+        def work(to_send: int, to_place: int) -> None:
+            nonlocal error, bytes_read
+            heed_interrupt()
             if step is None or error is not None:
                 return
             send = Sending(to_send, self._sent[to_send % 2]) if to_send < rounds else None
@@ -275,7 +288,9 @@ class Exchange:
             sizes = exchange.bytes_to_send(round), exchange.bytes_to_receive(round)
             recorder = None if report.timeline is None else report.timeline.recorder
             began = 0 if recorder is None else recorder.now()
-            pending = self._begin_round(round, sizes, error is not None, bytes_read)
+            heed_interrupt()
+            pending, failure = self._begin_round(round, sizes, error is not None, bytes_read)
+            error = error or failure
             work(round + 1, round - 1)
             begin = time.perf_counter()
             pending()
@@ -285,20 +300,25 @@ class Exchange:
             report.exchange_rounds += 1
             report.bytes_sent += sum(sizes[0]) - sizes[0][self._ranks.rank]
             report.bytes_received += sum(sizes[1]) - sizes[1][self._ranks.rank]
-            headers = Outcome(partial(self._headers, round, sizes[1]))
+            arrived = Outcome(partial(self._bring_to_host, round, sum(sizes[1])))
+            headers = Outcome(partial(self._headers, round, sizes[1], arrived.value or False))
+            error = error or arrived.error or headers.error
             if headers.error is not None:  # the others go on, and learn of it in the next round
-                error = error or headers.error
                 continue
-            report.bytes_read_by_job = read_before + sum(of_rank for _, of_rank in headers.value)
             if any(failed for failed, _ in headers.value):
                 raise error or OtherRankError
+            report.bytes_read_by_job = read_before + sum(of_rank for _, of_rank in headers.value)
         work(rounds, rounds - 1)
         return error
 
     def _begin_round(
         self, round: int, sizes: tuple[list[int], list[int]], failed: bool, bytes_read: int
-    ) -> Callable[[], None]:
-        """Send and receive what belongs to a round. Returns what waits for its end."""
+    ) -> tuple[Callable[[], None], BaseException | None]:
+        """Send and receive what belongs to a round.
+
+        Returns:
+            What waits for its end; and an error of this rank, of which all others learn in this round.
+        """
         sent = self._sent[round % 2]
         to_send, to_receive = sizes
         begin, count = sum(to_send), sum(to_receive)
@@ -306,30 +326,46 @@ class Exchange:
         failures, reads = _places_of_headers(to_send)
         headers[failures], headers[reads] = failed, bytes_read
         there, back = self._to_send[round % 2][:begin], self._to_receive[round % 2][:count]
-        if there.device.type != "cpu":
-            there.copy_(sent[:begin])
-            self._report.bytes_to_device += begin
+        copied = Outcome(partial(_copy_to_device, there, sent[:begin]))
         with _group_errors():
+            if copied.error is not None:
+                there.fill_(1)  # no header that says anything else
             pending = start_all_to_all(back, there, to_receive, to_send, self._ranks)
+        self._report.bytes_to_device += copied.value or 0
 
         def wait() -> None:
             with _group_errors():
                 pending()
-            if back.device.type != "cpu" and not self._stays[round]:
-                self._received[round % 2][:count].copy_(back)
 
-        return wait
+        return wait, copied.error
+
+    def _bring_to_host(self, round: int, count: int) -> bool:
+        """Have what was received in a round on the host, if it is needed there. Returns whether it is there."""
+        if self._stays[round]:
+            return False
+        here, there = (memory[round % 2][:count] for memory in (self._received, self._to_receive))
+        if there.device.type != "cpu":
+            here.copy_(there)
+        return True
 
     def _received_in(self, round: int) -> Received:
         on_device = self._to_receive[round % 2] if self._device.type != "cpu" else None
         return Received(round, None if self._stays[round] else self._received[round % 2], on_device)
 
-    def _headers(self, round: int, sizes: list[int]) -> list[tuple[bool, int]]:
+    def _headers(self, round: int, sizes: list[int], on_host: bool) -> list[tuple[bool, int]]:
         """Of each rank whether it has failed, and how many bytes it has read."""
-        received = (self._to_receive if self._stays[round] else self._received)[round % 2]
+        received = (self._received if on_host else self._to_receive)[round % 2]
         places = _places_of_headers(sizes).to(received.device)
         failures, reads = received[: sum(sizes)].view(torch.int64)[places].tolist()
         return list(zip(map(bool, failures), reads, strict=True))
+
+
+def _copy_to_device(to: torch.Tensor, memory: torch.Tensor) -> int:
+    """Copy bytes to where the process group wants them. Returns how many went to a GPU."""
+    if to.device.type == "cpu":
+        return 0  # they are there
+    to.copy_(memory)
+    return memory.nbytes
 
 
 def _on_host(size: int, device: torch.device) -> torch.Tensor:

@@ -309,7 +309,7 @@ class _Checkpoint:
                         needed_bytes=program.bytes_needed,
                         alone_bytes=program.bytes_to_read(self.options),
                         other_bytes=other_bytes + sum(lengths[record] for record in left_to_torch),
-                        need=_native.Need.of_program(program, 0, names).encode(),
+                        need=_native.Need.of_program(program, 0, 0, names).encode(),
                     )
                 )
         return parts

@@ -10,18 +10,18 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Generic, TypeVar
 
 import torch
 
 from dcp_fast import _native
-from dcp_fast._torch import narrow_tensor_by_index
 
 ALIGNMENT = 64  # bytes: as torch aligns its own allocations
 
 
 @dataclass
-class ConvertedBox:
-    """A box on its way from a record to a tensor of another dtype or device.
+class StoredBox:
+    """A box of a stored tensor.
 
     Attributes:
         record: its index in the layouts.
@@ -29,7 +29,6 @@ class ConvertedBox:
         storage_offsets: where the box begins in the stored tensor, in elements of each dimension.
         lengths: of the box, in elements.
         strides: of the stored tensor, in elements.
-        target: the tensor to write, of sizes ``lengths``.
     """
 
     record: int
@@ -38,11 +37,23 @@ class ConvertedBox:
     storage_offsets: Sequence[int]
     lengths: Sequence[int]
     strides: Sequence[int]
+
+
+@dataclass
+class ConvertedBox(StoredBox):
+    """A box on its way from a record to a tensor of another dtype or device.
+
+    ``target`` is the tensor to write, of sizes ``lengths``.
+    """
+
     target: torch.Tensor
 
 
+Box = TypeVar("Box", bound=StoredBox)
+
+
 @dataclass(slots=True)
-class Part:
+class Part(Generic[Box]):
     """A part of a box.
 
     Attributes:
@@ -51,20 +62,20 @@ class Part:
         size: what it takes of a buffer, in bytes.
     """
 
-    box: ConvertedBox
+    box: Box
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
     size: int
 
 
-def bytes_of(box: ConvertedBox) -> int:
+def bytes_of(box: StoredBox) -> int:
     """What a box takes of a buffer if it is not cut."""
     return _aligned(prod(box.lengths) * box.dtype.itemsize)
 
 
-def batches_of(boxes: Sequence[ConvertedBox], capacity: int) -> Iterator[list[Part]]:
+def batches_of(boxes: Sequence[Box], capacity: int) -> Iterator[list[Part[Box]]]:
     """Cut boxes into parts, and gather these into batches of at most ``capacity`` bytes, in order."""
-    batch: list[Part] = []
+    batch: list[Part[Box]] = []
     used = 0
     for box in boxes:
         for offsets, lengths in _cut(tuple(box.lengths), (capacity - ALIGNMENT) // box.dtype.itemsize):
@@ -80,8 +91,8 @@ def batches_of(boxes: Sequence[ConvertedBox], capacity: int) -> Iterator[list[Pa
         yield batch
 
 
-class Batch:
-    """A batch in a buffer: the transfer program that fills it, and the copies that empty it.
+class Batch(Generic[Box]):
+    """A batch in a buffer, and the transfer program that fills it.
 
     Args:
         parts: what it consists of.
@@ -89,11 +100,12 @@ class Batch:
         device: where the buffer lies, as in destinations.py.
 
     Attributes:
-        copies: target and source of each part. The source is a view of the buffer in the stored dtype.
+        sources: of each part a view of the buffer in the stored dtype.
     """
 
-    def __init__(self, parts: Sequence[Part], buffer: torch.Tensor, device: int) -> None:
-        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def __init__(self, parts: Sequence[Part[Box]], buffer: torch.Tensor, device: int) -> None:
+        self.parts = parts
+        self.sources: list[torch.Tensor] = []
         self._items: list[int] = []  # rows for _native.Program, as are those of destinations
         self._destinations: list[int] = []
         begin = 0
@@ -102,9 +114,14 @@ class Batch:
             begin += part.size
 
     def program(self, layouts: _native.Layouts) -> _native.Program:
-        return _native.Program(layouts, array("q", self._items), array("q", self._destinations))
+        program = _native.Program(layouts, array("q", self._items), array("q", self._destinations))
+        # A buffer has the stored dtype, and lies where the engine can write. What was left out would be copied from
+        # memory that nobody filled.
+        assert not program.converted(0)
+        assert not program.fallback(0)
+        return program
 
-    def _add(self, part: Part, memory: torch.Tensor, device: int) -> None:
+    def _add(self, part: Part[Box], memory: torch.Tensor, device: int) -> None:
         box, lengths = part.box, part.lengths
         dims = len(lengths)
         # The source has its dimensions in the order of the stored strides. The bytes are then read as they lie, and
@@ -113,7 +130,7 @@ class Batch:
         source = memory[: prod(lengths) * box.dtype.itemsize].view(box.dtype).view([lengths[dim] for dim in order])
         source = source.permute([order.index(dim) for dim in range(dims)])
         begin = [start + offset for start, offset in zip(box.storage_offsets, part.offsets, strict=True)]
-        self._items += (box.record, len(self.copies), dims, *begin, *(0,) * dims, *lengths)
+        self._items += (box.record, len(self.sources), dims, *begin, *(0,) * dims, *lengths)
         self._destinations += (
             source.data_ptr(),
             device,
@@ -123,7 +140,7 @@ class Batch:
             *lengths,
             *source.stride(),
         )
-        self.copies.append((narrow_tensor_by_index(box.target, part.offsets, lengths), source))
+        self.sources.append(source)
 
 
 def _cut(lengths: tuple[int, ...], most: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

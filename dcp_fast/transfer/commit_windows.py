@@ -13,10 +13,12 @@ from typing import Any
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+from dcp_fast import _native
 from dcp_fast.collector import paused_collection
-from dcp_fast.planning.values import plain_local_tensor
+from dcp_fast.planning.values import TENSOR_TYPES, plain_local_tensor
+from dcp_fast.transfer.destinations import PLAIN_TENSORS
 from dcp_fast.transfer.items import Resolved
-from dcp_fast.transfer.planner_state import PlannerState, version_of
+from dcp_fast.transfer.planner_state import PlannerState
 from dcp_fast.transfer.windows import MOST_ITEMS, QUIET_ITEMS, geometry_of, tensor_in
 
 # By how much windows grow. Each ends with threads that wait for the last one; a planner that is found to be in the way
@@ -90,8 +92,14 @@ class CommitWindows:
         self._place = place
         self._load_bytes = load_bytes
         self._values: list[Any] = list(map(planner.state_dict.get, self._fqns))
+        self._boxes = _native.PlacedBoxes(
+            PLAIN_TENSORS, self._fqns, self._values, self._numbers, self._tensors, TENSOR_TYPES
+        )
+        others = self._boxes.others() if type(planner.state_dict) is dict else range(len(self._values))
         with paused_collection():
-            self._geometry = list(map(geometry_of, self._tensors))
+            self._geometry = {
+                number: geometry_of(self._tensors[number]) for number in {self._numbers[i] for i in others}
+            }
         self._state = PlannerState(planner)
 
     def run(self, windows: Iterable[Sequence[int]]) -> Done:
@@ -100,11 +108,11 @@ class CommitWindows:
         Raises what a hook raises, with all before it in place and committed.
         """
         planner, has_changed, target = self._planner, self._state.has_changed, self._resolved.target
-        tensors, numbers = self._tensors, self._numbers
+        placed, look = self._boxes, self._is_as_resolved
         done = 0
         for number, window in enumerate(windows):
             boxes = [item for item in window if item >= 0]
-            if not all(map(self._is_as_resolved, boxes)):
+            if not placed.are_as_resolved(planner.state_dict, boxes, look):
                 return Done(done)
             try:
                 if boxes and not self._place(number, boxes):
@@ -112,17 +120,16 @@ class CommitWindows:
             except Exception:
                 return Done(done)  # it is raised again when all before it is committed
             self._state.keep_versions()
+            placed.keep_versions(boxes)
             with paused_collection():
-                items = self._resolved.take(boxes)
-            versions = [version_of(tensors[numbers[box]]) for box in boxes]
-            placed = zip(items, versions, strict=True)
+                items = iter(self._resolved.take(boxes))
             for index in window:
                 if index < 0:
                     self._load_bytes(~index)
                 else:
-                    item, version = next(placed)
-                    if not self._is_as_resolved(index) or version_of(tensors[numbers[index]]) != version:
+                    if not placed.is_as_placed(planner.state_dict, index, look):
                         return Done(done)
+                    item = next(items)
                     planner.commit_tensor(item, target(index, item))
                 done += 1
                 if has_changed():
@@ -130,14 +137,17 @@ class CommitWindows:
         return Done(done, is_all=True)
 
     def _is_as_resolved(self, box: int) -> bool:
-        """Whether a box still goes where it went when all of them were resolved: hooks may put or do anything."""
+        """Whether a box that PlacedBoxes does not know still goes where it went when all of them were resolved.
+
+        Hooks may put or do anything.
+        """
         state_dict, number = self._planner.state_dict, self._numbers[box]
-        value, tensor = state_dict.get(self._fqns[box]), self._tensors[number]
-        if value is not self._values[box] or geometry_of(tensor) != self._geometry[number]:
+        value, tensor, geometry = state_dict.get(self._fqns[box]), self._tensors[number], self._geometry.get(number)
+        if value is not self._values[box] or geometry_of(tensor) != geometry:
             return False
         if value is tensor or (local := plain_local_tensor(value)) is tensor:
             return True
         if local is not None:
             return False
         found = tensor_in(state_dict, self._resolved.take([box])[0], value)
-        return found is not None and geometry_of(found) == self._geometry[number]
+        return found is not None and geometry_of(found) == geometry

@@ -9,6 +9,8 @@ The engine reads a batch of boxes (batches.py) into that memory, in the dtype in
   reader thread. The thread reads a batch and converts it at once, while it is still in the cache.
 - For targets on a CUDA device, the memory is staging memory on that device. It has two halves: one batch arrives in one
   of them while torch converts the batch before, which lies in the other.
+
+Where ranks share reads, each batch arrives in an exchange of its own (shared_batches.py).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from functools import partial
 import torch
 
 from dcp_fast import _native
+from dcp_fast._torch import narrow_tensor_by_index
 from dcp_fast.observe.trace import span
 from dcp_fast.transfer.batches import ALIGNMENT, Batch, ConvertedBox, Part, batches_of, bytes_of
 from dcp_fast.transfer.bounce import check_internal_overlap, copy_on_host, is_on_host, place_in_threads
@@ -52,12 +55,8 @@ def place_converted(
         CudaOutOfMemoryError: the same on a device.
         CudaRefusedError, NativeError: as ``CudaLoad.run``.
     """
-    by_device: dict[int | None, list[ConvertedBox]] = {}
-    for box in boxes:
-        check_internal_overlap(box.target)
-        by_device.setdefault(served_device(box.target), []).append(box)
     stats: list[_native.Stats] = []
-    for device, of_device in by_device.items():
+    for device, of_device in by_device(boxes).items():
         if device is None:
             stats += _place_through_host(of_device, layouts, options, buffer_bytes)
         else:
@@ -65,26 +64,51 @@ def place_converted(
     return stats
 
 
+def by_device(boxes: Sequence[ConvertedBox]) -> dict[int | None, list[ConvertedBox]]:
+    """Boxes by the CUDA device that they pass through on their way; None: the host.
+
+    Raises:
+        RuntimeError: several elements of a target share memory, as ``copy_`` raises.
+    """
+    found: dict[int | None, list[ConvertedBox]] = {}
+    for box in boxes:
+        check_internal_overlap(box.target)
+        found.setdefault(served_device(box.target), []).append(box)
+    return found
+
+
+def empty(batch: Batch[ConvertedBox], device: int | None, options: _native.Options) -> None:
+    """Convert what a buffer has, and bring it to its targets.
+
+    Args:
+        batch: in a buffer that is filled.
+        device: that the buffer lies on; None: the host.
+        options: whose recorder notes the time on the host.
+    """
+    copies = [
+        (narrow_tensor_by_index(part.box.target, part.offsets, part.lengths), source)
+        for part, source in zip(batch.parts, batch.sources, strict=True)
+    ]
+    if device is None:
+        with span(options.recorder, "convert", sum(source.nbytes for source in batch.sources)):
+            copy_on_host(copies)
+        return
+    # torch's allocator may give the memory away after this. Its streams see to it that this copy is done before.
+    for target, source in copies:
+        target.copy_(source)
+
+
 def _place_through_host(
     boxes: list[ConvertedBox], layouts: _native.Layouts, options: _native.Options, buffer_bytes: int
 ) -> list[_native.Stats]:
-    def place(parts: list[Part], buffer: torch.Tensor, options: _native.Options) -> _native.Stats:
-        return _place_batch(Batch(parts, buffer, HOST), layouts, options)
+    def place(parts: list[Part[ConvertedBox]], buffer: torch.Tensor, options: _native.Options) -> _native.Stats:
+        batch = Batch(parts, buffer, HOST)
+        stats = batch.program(layouts).run(0, options)
+        empty(batch, None, options)
+        return stats
 
     threads = layouts.threads(options) if all(is_on_host(box.target) for box in boxes) else 1
     return place_in_threads(partial(batches_of, boxes), place, threads, options, buffer_bytes)
-
-
-def _place_batch(batch: Batch, layouts: _native.Layouts, options: _native.Options) -> _native.Stats:
-    program = batch.program(layouts)
-    stats = program.run(0, options)
-    # A buffer has the stored dtype, and lies where the engine can write. What was left out would be converted from
-    # memory that nobody filled.
-    assert not program.converted(0)
-    assert not program.fallback(0)
-    with span(options.recorder, "convert", stats.bytes_placed):
-        copy_on_host(batch.copies)
-    return stats
 
 
 # Through staging memory on a device
@@ -98,8 +122,6 @@ def _place_through_device(
     batches = [Batch(parts, halves[i % 2], device) for i, parts in enumerate(parts_of_batches)]
 
     def convert(i: int) -> None:
-        # torch's allocator may give the memory away after this. Its streams see to it that this copy is done before.
-        for target, source in batches[i].copies:
-            target.copy_(source)
+        empty(batches[i], device, options)
 
     return cuda.run_in_turns([batch.program(layouts) for batch in batches], options, device, convert)

@@ -93,52 +93,60 @@ class Dequantizer:
             RuntimeError: several elements of a target share memory, as ``copy_`` raises.
             CudaRefusedError, NativeError: as ``CudaLoad.run``.
         """
-        by_device: dict[int | None, list[CutBox]] = {}
-        for box in boxes:
-            box.check()
-            check_internal_overlap(box.target)
-            cut = CutBox(box)
-            by_device.setdefault(cut.device, []).append(cut)
         stats: list[_native.Stats] = []
         with typed_errors(self.fqns):
-            for device, of_device in by_device.items():
+            for device, of_device in cut_by_device(boxes).items():
                 if device is None:
-                    stats += self._place_through_host(of_device, buffer_bytes)
+                    stats += self._place_through_host(of_device, buffer_bytes, cuda)
                 else:
                     stats.append(self._place_through_device(device, of_device, cuda))
         return stats
 
-    def _place_through_host(self, boxes: Sequence[CutBox], buffer_bytes: int) -> list[_native.Stats]:
+    def _place_through_host(self, boxes: Sequence[CutBox], buffer_bytes: int, cuda: CudaLoad) -> list[_native.Stats]:
+        def place(parts: Sequence[Part], buffer: torch.Tensor, options: _native.Options) -> _native.Stats:
+            batch = self.batch(parts, buffer, HOST)
+            stats = batch.program(self.layouts).run(0, options)
+            batch.empty(options, cuda)
+            return stats
+
         at_once = all(is_on_host(box.target) and not may_overlap(box.target) for box in boxes)
         threads = self.layouts.threads(self._options) if at_once else 1
         batches_of = partial(batches_of_parts, boxes)
-        return place_in_threads(batches_of, self._place_batch, threads, self._options, buffer_bytes)
+        return place_in_threads(batches_of, place, threads, self._options, buffer_bytes)
 
-    def _place_batch(self, parts: Sequence[Part], buffer: torch.Tensor, options: _native.Options) -> _native.Stats:
-        batch = _Batch(parts, self.records, buffer, HOST)
-        stats = batch.program(self.layouts).run(0, options)
-        with span(options.recorder, "dequantize", stats.bytes_placed):
-            _native.dequantize(batch.rows)
-            copy_on_host(batch.copies)
-        return stats
+    def batch(self, parts: Sequence[Part], buffer: torch.Tensor, device: int) -> QuantizedBatch:
+        """A batch that reads from the layouts."""
+        return QuantizedBatch(parts, self.records, buffer, device)
 
     def _place_through_device(self, device: int, boxes: Sequence[CutBox], cuda: CudaLoad) -> _native.Stats:
         halves = cuda.halves(device, sum(box.most_bytes() for box in boxes))
         parts = batches_of_parts(boxes, halves[0].numel())
-        batches = [_Batch(batch, self.records, halves[i % 2], device) for i, batch in enumerate(parts)]
+        batches = [self.batch(batch, halves[i % 2], device) for i, batch in enumerate(parts)]
 
         def place(i: int) -> None:
-            for target, source in batches[i].widenings:
-                target.copy_(source)
-            cuda.dequantize(device, batches[i].rows)
-            for target, source in batches[i].copies:
-                target.copy_(source)
+            batches[i].empty(self._options, cuda)
 
         programs = [batch.program(self.layouts) for batch in batches]
         return cuda.run_in_turns(programs, self._options, device, place)
 
 
-class _Batch:
+def cut_by_device(boxes: Sequence[QuantizedBox]) -> dict[int | None, list[CutBox]]:
+    """Boxes by the CUDA device whose kernel dequantizes them; None: the host does.
+
+    Raises:
+        LoadError: a box does not fit.
+        RuntimeError: several elements of a target share memory, as ``copy_`` raises.
+    """
+    found: dict[int | None, list[CutBox]] = {}
+    for box in boxes:
+        box.check()
+        check_internal_overlap(box.target)
+        cut = CutBox(box)
+        found.setdefault(cut.device, []).append(cut)
+    return found
+
+
+class QuantizedBatch:
     """A batch in a buffer: the transfer program that fills it, and what is done with it then.
 
     Args:
@@ -148,21 +156,21 @@ class _Batch:
         device: where the buffer lies, as in destinations.py.
 
     Attributes:
-        widenings: targets and sources in the buffer that torch copies before anything is dequantized.
-        rows: for ``_native.dequantize``.
-        copies: targets, and sources in the buffer, that torch copies after that.
+        staged: of what torch brings to a target the box, offsets and lengths in it, and where it is in the buffer.
+        bytes: that are stored of it.
     """
 
     def __init__(
         self, parts: Sequence[Part], records: Mapping[StoredTensor, int], buffer: torch.Tensor, device: int
     ) -> None:
-        self.widenings: _Copies = []
-        self.rows = array("q")
-        self.copies: _Copies = []
+        self._widenings: _Copies = []  # targets, and sources in the buffer, before anything is dequantized
+        self._rows = array("q")  # for _native.dequantize
+        self.staged: list[tuple[CutBox, Sequence[int], Sequence[int], torch.Tensor]] = []
         self._records = records
         self._device = device
         self._items, self._destinations = array("q"), array("q")  # rows for _native.Program
         self._reads = 0
+        self.bytes = 0
         begin = 0
         for part in parts:
             self._add(part, buffer[begin : begin + part.size])
@@ -174,6 +182,39 @@ class _Batch:
         assert not program.converted(0)
         assert not program.fallback(0)
         return program
+
+    def empty(self, options: _native.Options, cuda: CudaLoad) -> int:
+        """Dequantize what a filled buffer has, and bring it to its targets. Returns how many bytes were stored of it.
+
+        Args:
+            options, cuda: as of :meth:`dequantize`.
+        """
+        self.dequantize(options, cuda)
+        copies = [
+            (narrow_tensor_by_index(box.target, offsets, lengths), source)
+            for box, offsets, lengths, source in self.staged
+        ]
+        if self._device == HOST:
+            copy_on_host(copies)
+        else:
+            for target, source in copies:
+                target.copy_(source)
+        return self.bytes
+
+    def dequantize(self, options: _native.Options, cuda: CudaLoad) -> None:
+        """Dequantize what a filled buffer has, to where targets are or to where torch takes it from.
+
+        Args:
+            options: whose recorder notes the time on the host.
+            cuda: has the kernel of a device, which does it there, on torch's current stream.
+        """
+        if self._device == HOST:
+            with span(options.recorder, "dequantize", self.bytes):
+                _native.dequantize(self._rows)
+            return
+        for target, source in self._widenings:
+            target.copy_(source)
+        cuda.dequantize(self._device, self._rows)
 
     def _add(self, part: Part, memory: torch.Tensor) -> None:
         """Add a part. ``memory`` is its piece of the buffer."""
@@ -215,16 +256,16 @@ class _Batch:
         if box.is_staged:
             lengths, dtype = (*ones, *height, part.columns), tensor.target_dtype
             staged = memory[starts.staged :][: prod(lengths) * dtype.itemsize].view(dtype).view(lengths)
-            self.copies.append((narrow_tensor_by_index(box.target, begin, lengths), staged))
+            self.staged.append((box, begin, lengths, staged))
             to, itemsize, row_stride, column_stride = address + starts.staged, dtype.itemsize, part.columns, 1
         else:
             strides, itemsize = box.target.stride(), box.target.dtype.itemsize
             to = box.target.data_ptr() + itemsize * sum(map(int.__mul__, begin, strides))
             row_stride, column_stride = (0, *strides)[-2:]
-        self.rows.extend((box.code, tensor.has_exponents, box.target_code, box.result_code, part.rows, part.columns))
-        self.rows.extend((address + elements_at, row_bytes, address + scales_at, blocks, block_rows, block_columns))
-        self.rows.extend((part.row % block_rows, part.column % block_columns, to))
-        self.rows.extend((row_stride * itemsize, column_stride * itemsize))
+        self._rows.extend((box.code, tensor.has_exponents, box.target_code, box.result_code, part.rows, part.columns))
+        self._rows.extend((address + elements_at, row_bytes, address + scales_at, blocks, block_rows, block_columns))
+        self._rows.extend((part.row % block_rows, part.column % block_columns, to))
+        self._rows.extend((row_stride * itemsize, column_stride * itemsize))
 
     def _read(self, stored: StoredTensor, code: int, offsets: Sequence[int], lengths: Sequence[int], to: int) -> None:
         """Have a box of a stored tensor read to an address, in the dtype of that code."""
@@ -233,10 +274,11 @@ class _Batch:
         strides = [*accumulate(lengths[:0:-1], mul, initial=1)][::-1]
         self._destinations.extend((to, self._device, code, itemsize_of(code), dims, *lengths, *strides))
         self._reads += 1
+        self.bytes += prod(lengths) * itemsize_of(code)
 
     def _widen(self, code: int, count: int, memory: torch.Tensor, wide: torch.Tensor) -> None:
         """Have so many elements at the begin of one piece of memory become float32 at that of another."""
         dtype = DTYPES[code]
         assert dtype is not None  # else there is no conversion of it to float32
         source = memory[: count * dtype.itemsize].view(dtype)
-        self.widenings.append((wide[: count * torch.float32.itemsize].view(torch.float32), source))
+        self._widenings.append((wide[: count * torch.float32.itemsize].view(torch.float32), source))

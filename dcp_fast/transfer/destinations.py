@@ -16,17 +16,24 @@ _CODES: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(DTYPE
 _STRIDED = torch.strided
 _REAL = frozenset(dtype for dtype in _CODES if not dtype.is_complex)
 # Of these types and dtypes a tensor on the host is plain if it is strided and not negated: see is_plain.
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-_PLAIN_DTYPES = {dtype: (code, dtype.itemsize) for dtype, code in _CODES.items() if dtype in _REAL}
+PLAIN_TENSORS = _native.PlainTensors(
+    (torch.Tensor, torch.nn.Parameter),
+    getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+    [
+        (torch.empty(0, dtype=dtype, device="cpu"), code, dtype.itemsize)
+        for dtype, code in _CODES.items()
+        if dtype in _REAL
+    ],
+)
 
-_UNKNOWN = -1
+UNKNOWN = -1
 
 # As they are in torch: an attribute of a tensor's own may hide them.
 _data_ptr, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
 
 # Where elements lie, if not on a CUDA device: see csrc/transfer/program.h.
 HOST = -1
-_ELSEWHERE = -2
+ELSEWHERE = -2
 
 
 class Destinations:
@@ -45,25 +52,23 @@ class Destinations:
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self.tensors = tensors
         self.devices: set[int] = set()
-        self.column, self.all_have_addresses = _native.destination_rows(
-            tensors, _PLAIN_TYPES, _STRIDED, _PLAIN_DTYPES, self._row
-        )
+        self.column, self.all_have_addresses = PLAIN_TENSORS.rows(tensors, self._row)
 
     def _row(self, tensor: torch.Tensor) -> tuple[int, ...]:
         sizes = tensor.size()
         address = address_of(tensor)
         if not is_plain(tensor) or (address == 0 and tensor.numel() > 0):
-            device = _ELSEWHERE
+            device = ELSEWHERE
         else:
             device = HOST if tensor.is_cpu else self._device(tensor)
         strides = _stride(tensor) if tensor.layout is _STRIDED else (0,) * len(sizes)
         dtype = tensor.dtype
-        return (address, device, _CODES.get(dtype, _UNKNOWN), dtype.itemsize, len(sizes), *sizes, *strides)
+        return (address, device, _CODES.get(dtype, UNKNOWN), dtype.itemsize, len(sizes), *sizes, *strides)
 
     def _device(self, tensor: torch.Tensor) -> int:
         device = served_device(tensor)
         if device is None:
-            return _ELSEWHERE
+            return ELSEWHERE
         self.devices.add(device)
         return device
 

@@ -267,19 +267,27 @@ class CudaLoad:
             torch.cuda.empty_cache()
             return work(streams)
 
+    def half_bytes(self, wanted: int) -> int:
+        """How many bytes one of the :meth:`halves` has.
+
+        Args:
+            wanted: what it would need for all boxes. It gets no more than this load may use.
+        """
+        # Half of the limit is for slots of the pinned ring; each half of this memory gets half of the rest.
+        most = min(self.limits.device_staging_bytes // 4, _MOST_HALF_BYTES) // ALIGNMENT * ALIGNMENT
+        return min(most, wanted)
+
     def halves(self, device: int, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory on a device for what :meth:`run_in_turns` brings there: one program's boxes in each half.
 
         Args:
             device: as an ordinal.
-            wanted: bytes that one half would need for all boxes. It gets no more than this load may use.
+            wanted: as of :meth:`half_bytes`.
 
         Raises:
             CudaOutOfMemoryError: there is no such memory.
         """
-        # Half of the limit is for slots of the pinned ring; each half of this memory gets half of the rest.
-        most = min(self.limits.device_staging_bytes // 4, _MOST_HALF_BYTES) // ALIGNMENT * ALIGNMENT
-        capacity = min(most, wanted)
+        capacity = self.half_bytes(wanted)
         memory = allocate(2 * capacity, torch.device("cuda", device))
         self.conversion_bytes = max(self.conversion_bytes, 2 * capacity)
         return memory[:capacity], memory[capacity:]
@@ -292,10 +300,12 @@ class CudaLoad:
             rows: of the boxes, as ``_native.dequantize`` has them.
 
         Raises:
-            NativeError: see :func:`dcp_fast.errors.typed_errors`; of the kind ``cuda_refused`` without a kernel.
+            CudaRefusedError: there is no kernel.
+            NativeError: see :func:`dcp_fast.errors.typed_errors`.
         """
         assert self._staging is not None
-        _native.dequantize_on_device(self._staging, device, _current_streams([device])[device], rows)
+        with _told_refusals([device]):
+            _native.dequantize_on_device(self._staging, device, _current_streams([device])[device], rows)
 
     def finish(self) -> None:
         """Wait for the devices if ``synchronize`` is set, and leave the staging to the next load."""

@@ -22,7 +22,7 @@ from dcp_fast._torch import narrow_tensor_by_index
 from dcp_fast.errors import SizeMismatchError
 from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.planning.column_plan import ColumnPlan, PlannedBytes, PlannedTensors, in_plan_order
-from dcp_fast.planning.values import is_whole, plain_local_tensor
+from dcp_fast.planning.values import TENSOR_TYPES
 from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.record_rows import RecordRows
 from dcp_fast.transfer.records import Records
@@ -83,7 +83,9 @@ class Resolved:
             return narrow_tensor_by_index(tensor.detach(), offsets, lengths)
         for dim, length in enumerate(lengths):
             if length < sizes[dim]:
-                tensor = tensor.narrow(dim, offsets[dim], length)
+                begin = offsets[dim]
+                # The same view; torch takes a third longer for narrow.
+                tensor = tensor[begin : begin + length] if dim == 0 else tensor.narrow(dim, begin, length)
         return tensor
 
     def fqns(self) -> list[str]:
@@ -270,18 +272,12 @@ class _ColumnItems:
 
     def resolve(self, state_dict: dict[str, Any]) -> Resolved:
         tensors, boxes = self._tensors, self._tensors.boxes
-        destinations: list[torch.Tensor] = []
-        fqns, chunks = tensors.fqns, tensors.wanted
-        for request, wanted, dims in boxes.destinations():
-            fqn = fqns[request]
-            value: Any = state_dict.get(fqn)
-            if chunks[request] is not None:
-                value = plain_local_tensor(value)
-            elif not is_whole(value):
-                value = None
-            if value is None or value.dim() != dims:
-                value = find_state_dict_object(state_dict, tensors.destination(request, wanted, dims))
-            destinations.append(value)
+
+        def find(request: int, wanted: int, dims: int) -> torch.Tensor:
+            tensor: torch.Tensor = find_state_dict_object(state_dict, tensors.destination(request, wanted, dims))
+            return tensor
+
+        destinations = boxes.destinations(tensors.fqns, tensors.wanted, state_dict, TENSOR_TYPES, find)
         return Resolved(
             tensors,
             self._planned.of_box,

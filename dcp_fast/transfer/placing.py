@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from functools import cached_property, partial
 
 import torch
 from torch.autograd.graph import increment_version
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from typing_extensions import Buffer
 
 from dcp_fast import _native
 from dcp_fast.errors import CudaError, typed_errors
 from dcp_fast.observe.report import LoadReport, count_stats
-from dcp_fast.transfer.batches import ConvertedBox
-from dcp_fast.transfer.conversion import place_converted
-from dcp_fast.transfer.dequantization import Dequantizer
-from dcp_fast.transfer.destinations import DTYPES, Destinations
+from dcp_fast.transfer.batches import ALIGNMENT, Batch, Box, ConvertedBox, Part, StoredBox, batches_of, bytes_of
+from dcp_fast.transfer.conversion import by_device, empty, place_converted
+from dcp_fast.transfer.dequantization import Dequantizer, QuantizedBatch, cut_by_device
+from dcp_fast.transfer.destinations import DTYPES, ELSEWHERE, UNKNOWN, Destinations
 from dcp_fast.transfer.devices import device_of, refusals, served_device
 from dcp_fast.transfer.fallback import place_fallback
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.items import box_of
-from dcp_fast.transfer.quantized_parts import QuantizedBox
+from dcp_fast.transfer.quantized_parts import CutBox, QuantizedBox, batches_of_parts
+from dcp_fast.transfer.quantized_parts import Part as QuantizedPart
 from dcp_fast.transfer.quantized_tensors import QuantizedTensor
 from dcp_fast.transfer.record_rows import RecordRows
 from dcp_fast.transfer.records import Records
+from dcp_fast.transfer.shared_batches import SharedBatches
 from dcp_fast.transfer.shared_quantized import SharedBoxes
 from dcp_fast.transfer.shared_reads import SharedReads
+from dcp_fast.transfer.staged_boxes import Piece, StagedBoxes
 
+_ConvertedBatches = SharedBatches[Part[ConvertedBox], Batch[ConvertedBox]]
+_QuantizedBatches = SharedBatches[QuantizedPart, QuantizedBatch]
+
+_BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 _MOST_DEVICES = 64  # of a process
 # Figures of a report that start again where an attempt ends because a driver refuses what it needs.
 _COUNTED_ANEW = (
@@ -74,8 +83,58 @@ class Placer:
         self._cuda = cuda
         self._shared = shared
         self._report = report
-        self._dequantizer: Dequantizer | None = None
         self._refusal = ""
+
+    def alone(self) -> Placer:
+        """One that places boxes without other ranks."""
+        placer = copy(self)
+        placer._shared = SharedReads(None, self._cuda, self._report)
+        return placer
+
+    def stage(self, items: Sequence[tuple[ReadItem, int]]) -> list[StagedBoxes]:
+        """Have boxes arrive from other ranks, to wait until it is known where they go.
+
+        Args:
+            items: and their records, in the order in which they are wanted.
+
+        Returns:
+            Those as they are stored, and those of quantized tensors. Nothing if a box does not fit what is stored: an
+            error for when its item has its turn. The exchange is yet to come then.
+        """
+        tensors = [(item, record) for item, record in items if item.type is not _BYTE_IO]
+        rows, destinations = array("q"), array("q")
+        quantized: dict[int, QuantizedBox] = {}
+        try:
+            for number, (item, record) in enumerate(tensors):
+                offsets, _, lengths = box_of(item)
+                dims = len(lengths)
+                rows.extend((record, number, dims, *offsets, *(0,) * dims, *lengths))
+                destinations.extend((0, ELSEWHERE, UNKNOWN, 1, dims, *lengths, *(0,) * dims))
+                if (tensor := self._quantized.get(record)) is not None:
+                    # Of the target that torch will bring it to nothing is known.
+                    target = torch.empty(tuple(lengths), dtype=tensor.target_dtype, device="meta")
+                    quantized[id(item)] = QuantizedBox(tensor, offsets, lengths, target)
+            program = _native.Program(self._layouts, rows, destinations)
+            boxes = {id(tensors[i][0]): self._stored_box(*tensors[i], *program.box(i)) for i in program.converted(0)}
+            cut = dict(zip(quantized, cut_by_device([*quantized.values()]).get(None, []), strict=True))
+        except Exception:
+            return []
+        batches = self._batches_of([*boxes.values()], None)
+        staged = [StagedBoxes(boxes, batches.parts, _arriving(batches))]
+        more = len(batches)
+        if cut:
+            self._report.dequantized_items += len(cut)
+            of_quantized = self._quantized_batches([*cut.values()], None)
+            staged.append(StagedBoxes(cut, of_quantized.parts, self._dequantized(of_quantized)))
+            more += len(of_quantized)
+        self._shared.place_boxes(self._layouts, program, 0, self._options, (), more)
+        return staged
+
+    def _dequantized(self, batches: _QuantizedBatches) -> Iterator[tuple[Sequence[Piece], int]]:
+        with typed_errors(self._dequantizer.fqns):
+            for batch in batches:
+                batch.dequantize(self._half, self._cuda)
+                yield batch.staged, batch.bytes
 
     def is_placed_alone(self, record: int) -> bool:
         return record in self._quantized or self._layouts.is_tensor(record)
@@ -102,7 +161,7 @@ class Placer:
     def run(
         self,
         program: _native.Program,
-        waves: Iterable[int],
+        waves: Sequence[int],
         items: Sequence[ReadItem],
         records: Sequence[int],
         destinations: Destinations,
@@ -126,8 +185,23 @@ class Placer:
         """
         before = {name: copy(getattr(self._report, name)) for name in _COUNTED_ANEW}
         try:
+            shared = self._shared_waves(program, waves, items, records, target) if self._shared.is_wanted else {}
+            more = sum(1 + sum(map(len, batches)) for _, batches in shared.values()) - 1
             for wave in waves:
-                self._run_wave(program, wave, items, records, destinations, target)
+                self._report.bytes_needed += program.bytes_needed_of(wave)
+                if wave in shared:
+                    converted, batches = shared.pop(wave)
+                    self._run_shared(program, wave, destinations, more)
+                    more = 0
+                else:
+                    converted, batches = self._converted_boxes(program, wave, items, records, target), []
+                    self._run_alone(program, wave, destinations)
+                if converted:
+                    self._place_converted(converted, batches)
+                fallback = [(item, records[i], target(i, item)) for i, item in _pick(items, program.fallback(wave))]
+                self.place_fallback(sorted(fallback, key=lambda box: self._rows.place_of(box[1])))
+            # Whoever needs no more keeps no other rank waiting for what hooks and bytes entries take.
+            self._shared.decline("")
             return True
         except CudaRefusedError as error:
             self._refusal = str(error)
@@ -139,52 +213,75 @@ class Placer:
         vars(self._report).update(before)
         return False
 
-    def _run_wave(
+    def _shared_waves(
+        self,
+        program: _native.Program,
+        waves: Sequence[int],
+        items: Sequence[ReadItem],
+        records: Sequence[int],
+        target: Callable[[int, ReadItem], torch.Tensor],
+    ) -> dict[int, tuple[list[ConvertedBox], list[_ConvertedBatches]]]:
+        """Of each wave that ranks share the boxes that torch converts, and the batches that they come in."""
+        shared = {}
+        # Quantized tensors come after all waves, and some may be of the first one: then the others are read alone.
+        for wave in waves[:1] if self._quantized else waves:
+            converted = self._converted_boxes(program, wave, items, records, target)
+            batches = [self._batches_of(boxes, device) for device, boxes in by_device(converted).items()]
+            shared[wave] = (converted, batches)
+        return shared
+
+    def _run_shared(self, program: _native.Program, wave: int, destinations: Destinations, more: int) -> None:
+        """Place the boxes of a wave that the engine places together with other ranks; ``more`` as of SharedReads."""
+        options, devices = self._options_for(destinations), destinations.devices
+        if not self._shared.place_boxes(self._layouts, program, wave, options, devices, more):
+            self._run_alone(program, wave, destinations)
+
+    def _run_alone(self, program: _native.Program, wave: int, destinations: Destinations) -> None:
+        options, devices = self._options_for(destinations), destinations.devices
+        stats = self._cuda.run(program, wave, options, devices) if devices else program.run(wave, options)
+        count_stats(self._report, stats)
+
+    def _options_for(self, destinations: Destinations) -> _native.Options:
+        return self._half if destinations.devices else self._options
+
+    def _converted_boxes(
         self,
         program: _native.Program,
         wave: int,
         items: Sequence[ReadItem],
         records: Sequence[int],
-        destinations: Destinations,
         target: Callable[[int, ReadItem], torch.Tensor],
-    ) -> None:
-        self._report.bytes_needed += program.bytes_needed_of(wave)
-        options = self._half if destinations.devices else self._options
-        if not self._shared.place_boxes(self._layouts, program, options, destinations.devices):
-            if destinations.devices:
-                stats = self._cuda.run(program, wave, options, destinations.devices)
-            else:
-                stats = program.run(wave, options)
-            count_stats(self._report, stats)
-        converted = [
-            self._converted_box(item, records[i], *program.box(i), target(i, item))
+    ) -> list[ConvertedBox]:
+        return [
+            ConvertedBox(**vars(self._stored_box(item, records[i], *program.box(i))), target=target(i, item))
             for i, item in _pick(items, program.converted(wave))
         ]
-        if converted:
-            self._place_converted(converted)
-        fallback = [(item, records[i], target(i, item)) for i, item in _pick(items, program.fallback(wave))]
-        self.place_fallback(sorted(fallback, key=lambda box: self._rows.place_of(box[1])))
-        # Whoever has no quantized tensors keeps no other rank waiting for what hooks and bytes entries take.
-        self._shared.decline("")
 
-    def _converted_box(
-        self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int], target: torch.Tensor
-    ) -> ConvertedBox:
+    def _stored_box(self, item: ReadItem, record: int, storage_offsets: list[int], lengths: list[int]) -> StoredBox:
         code = self._layouts.dtype(record)
         dtype = DTYPES[code]
         if dtype is None:
             raise TypeError(f"this torch has no dtype {_native.DTYPES[code]}, which {item.storage_index} is stored in")
-        return ConvertedBox(record, code, dtype, storage_offsets, lengths, self._layouts.strides(record), target)
+        return StoredBox(record, code, dtype, storage_offsets, lengths, self._layouts.strides(record))
 
-    def _place_converted(self, boxes: list[ConvertedBox]) -> None:
+    def _batches_of(self, boxes: Sequence[Box], device: int | None) -> SharedBatches[Part[Box], Batch[Box]]:
+        wanted = sum(map(bytes_of, boxes)) + ALIGNMENT
+        return self._shared.batches(partial(batches_of, boxes), wanted, Batch, device, self._layouts, self._half)
+
+    def _place_converted(self, boxes: list[ConvertedBox], shared: Sequence[_ConvertedBatches]) -> None:
         self._report.staged_items += len(boxes)
         self._count_refused([box.target for box in boxes])
+        for batches in shared:
+            for batch in batches:
+                empty(batch, batches.device, self._half)
+        if shared:
+            return
         for stats in place_converted(boxes, self._layouts, self._half, self._staging_bytes // 2, self._cuda):
             count_stats(self._report, stats)
 
     def place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
         quantized = [
-            QuantizedBox(self._quantized[record], box_of(item)[0], target)
+            QuantizedBox(self._quantized[record], *box_of(item)[::2], target)
             for item, record, target in boxes
             if record in self._quantized
         ]
@@ -193,33 +290,58 @@ class Placer:
             boxes = [box for box in boxes if box[1] not in self._quantized]
         place_fallback(boxes, self._records, self._layouts, self._half, self._staging_bytes, self._report)
 
+    @cached_property
+    def _dequantizer(self) -> Dequantizer:
+        return Dequantizer(self._quantized.values(), self._half)
+
+    def _quantized_batches(self, boxes: Sequence[CutBox], device: int | None) -> _QuantizedBatches:
+        return self._shared.batches(
+            partial(batches_of_parts, boxes),
+            sum(box.most_bytes() for box in boxes),
+            self._dequantizer.batch,
+            device,
+            self._dequantizer.layouts,
+            self._half,
+            self._dequantizer.paths,
+        )
+
     def _place_quantized(self, boxes: list[QuantizedBox]) -> None:
-        if self._dequantizer is None:
-            self._dequantizer = Dequantizer(self._quantized.values(), self._half)
         self._report.dequantized_items += len(boxes)
         self._count_refused([box.target for box in boxes])
-        if self._shared.is_wanted_for_quantized:
-            boxes = self._share_quantized(boxes, self._dequantizer)
+        if self._shared.goes_on:
+            boxes = self._share_quantized(boxes)
         for stats in self._dequantizer.place(boxes, self._staging_bytes // 2, self._cuda):
             self._report.bytes_needed += stats.bytes_placed
             count_stats(self._report, stats)
 
-    def _share_quantized(self, boxes: list[QuantizedBox], dequantizer: Dequantizer) -> list[QuantizedBox]:
+    def _share_quantized(self, boxes: list[QuantizedBox]) -> list[QuantizedBox]:
         """Place boxes together with other ranks. Returns those that this rank is to read alone."""
-        shared = SharedBoxes(boxes, dequantizer.records)
-        if len(shared) == 0 or shared.scale_bytes > self._shared.most_bytes:
-            why = "their scales take more than exchange_bytes" if len(shared) else "GPUs or torch dequantize them"
-            needs_none = len(shared) == len(shared.alone) == 0
-            self._shared.decline("" if needs_none else f"quantized tensors are read alone: {why}")
-            return boxes
-        shared.allocate()
-        layouts = dequantizer.layouts
-        with typed_errors(dequantizer.fqns):
-            scales = shared.scales(layouts)
-            if not self._shared.place_quantized(layouts, dequantizer.paths, scales, shared.elements(), self._half):
-                return boxes
-        self._report.bytes_needed += scales.bytes_needed + shared.bytes_needed
-        return shared.alone
+        shared = SharedBoxes(boxes, self._dequantizer.records, self._shared.most_bytes)
+        batches = [
+            self._quantized_batches(of_device, device) for device, of_device in cut_by_device(shared.others).items()
+        ]
+        self._shared.begin_quantized(sum(map(len, batches)), places=len(shared) > 0)
+        alone = [] if len(shared) == 0 or self._place_as_they_arrive(shared) else shared.boxes
+        try:
+            with typed_errors(self._dequantizer.fqns):
+                for of_device in batches:
+                    for batch in of_device:
+                        self._report.bytes_needed += batch.empty(self._half, self._cuda)
+        except CudaRefusedError:
+            self._shared.decline("a driver refuses what it takes to dequantize")
+            raise
+        self._shared.decline("")
+        return alone
+
+    def _place_as_they_arrive(self, boxes: SharedBoxes) -> bool:
+        boxes.allocate()
+        layouts, paths = self._dequantizer.layouts, self._dequantizer.paths
+        with typed_errors(self._dequantizer.fqns):
+            scales = boxes.scales(layouts)
+            if not self._shared.place_quantized(layouts, paths, scales, boxes.elements(), self._half):
+                return False
+        self._report.bytes_needed += scales.bytes_needed + boxes.bytes_needed
+        return True
 
     def _count_refused(self, targets: Sequence[torch.Tensor]) -> None:
         """Count those that torch brings to their device, as its driver refuses what the engine needs."""
@@ -227,6 +349,13 @@ class Placer:
             if (device := device_of(target)) is not None and served_device(target) is None:
                 self._report.device_fallback_items += 1
                 self._report.device_fallback_reason = refusals[device]
+
+
+def _arriving(batches: SharedBatches[Part[StoredBox], Batch[StoredBox]]) -> Iterator[tuple[Sequence[Piece], int]]:
+    for batch in batches:
+        parts = zip(batch.parts, batch.sources, strict=True)
+        pieces = [(part.box, part.offsets, part.lengths, source) for part, source in parts]
+        yield pieces, sum(source.nbytes for source in batch.sources)
 
 
 def _pick(items: Sequence[ReadItem], indices: Sequence[int]) -> Iterator[tuple[int, ReadItem]]:

@@ -29,6 +29,7 @@ from dcp_fast.transfer.planner_state import hides_state, version_of
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.shared_reads import SharedReads
 from dcp_fast.transfer.sharing import Sharing
+from dcp_fast.transfer.staged_boxes import StagedBoxes
 from dcp_fast.transfer.windows import Placement, Windows
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
@@ -143,18 +144,21 @@ class PlanTransfer:
             done = self._commit_windows() if known else Done(0)
         if done.is_all:
             return
-        # Does nothing if the windows had their part in the exchange.
-        self._shared.decline("items are placed in the order of the plan, not in that of the bytes")
-        self._note_reads_alone(shares)
+        self._note_reads_alone(shares and not self._shared.is_wanted)
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()[done.items :]
+        staged: list[StagedBoxes] = []
+        if self._shared.is_wanted:
+            with self.report.stage("transfer"), paused_collection():
+                staged = self.placer.stage(items)
+            if not staged:
+                self._shared.decline("a box of the plan does not fit what is stored")
         # Tensors of the state dict are there anyway; a planner with a way of its own may have allocated others.
         in_state_dict = has_default_resolve(self.planner)
         resolve = self._resolve_in_state_dict if in_state_dict else self.planner.resolve_tensor
         most_bytes = sys.maxsize if in_state_dict else self.staging_bytes
-        windows = Windows(
-            self.planner, partial(self._resolve, resolve), self._place_window, most_bytes, done.one_by_one
-        )
+        place = partial(self._place_window, staged, self.placer.alone())
+        windows = Windows(self.planner, partial(self._resolve, resolve), place, most_bytes, done.one_by_one)
         with self.report.stage("commit"):
             for item, record in items:
                 if item.type is _BYTE_IO:
@@ -162,6 +166,7 @@ class PlanTransfer:
                 else:
                     windows.add(item, record)
             windows.finish()
+        self._shared.decline("")
 
     def _note_reads_alone(self, shares: bool) -> None:
         """Report that a rank which shares reads something alone, unless it is known why."""
@@ -238,7 +243,22 @@ class PlanTransfer:
             raise self.records.error(SizeMismatchError, reason, item)
         return Placement(item, record, tensor)
 
-    def _place_window(self, placements: Sequence[Placement]) -> None:
+    def _place_window(self, staged: Sequence[StagedBoxes], placer: Placer, placements: Sequence[Placement]) -> None:
+        def boxes_of(placement: Placement) -> StagedBoxes | None:
+            return next((boxes for boxes in staged if boxes.can_place(placement.item, placement.tensor)), None)
+
+        for boxes, group in groupby(placements, boxes_of):
+            if boxes is None:
+                of_group = list(group)
+                self._note_reads_alone(any(placement.item in boxes for boxes in staged for placement in of_group))
+                self._place_alone(placer, of_group)
+                continue
+            for placement in group:
+                with self.report.stage("transfer"):
+                    self.report.bytes_needed += boxes.place(placement.item, placement.tensor)
+                self.report.staged_items += 1
+
+    def _place_alone(self, placer: Placer, placements: Sequence[Placement]) -> None:
         with self.report.stage("transfer"):
             destinations = Destinations([placement.tensor for placement in placements])
             rows: list[int] = []
@@ -247,19 +267,19 @@ class PlanTransfer:
                 dims = len(lengths)
                 rows += (placement.record, number, dims, *storage_offsets, *(0,) * dims, *lengths)
             if not destinations.all_have_addresses and len(placements) > 1:
-                self._place_in_turn(placements)
+                self._place_in_turn(placer, placements)
                 return
             items, records = [p.item for p in placements], [p.record for p in placements]
-            self.placer.place(items, records, array("q", rows), destinations, lambda i, _: placements[i].tensor)
+            placer.place(items, records, array("q", rows), destinations, lambda i, _: placements[i].tensor)
 
-    def _place_in_turn(self, placements: Sequence[Placement]) -> None:
+    def _place_in_turn(self, placer: Placer, placements: Sequence[Placement]) -> None:
         """Place one after another: any of them may share its memory with any other."""
-        for is_alone, group in groupby(placements, lambda placement: self.placer.is_placed_alone(placement.record)):
+        for is_alone, group in groupby(placements, lambda placement: placer.is_placed_alone(placement.record)):
             if is_alone:
                 for placement in group:
-                    self._place_window([placement])
+                    self._place_alone(placer, [placement])
             else:
-                self.placer.place_fallback([(p.item, p.record, p.tensor) for p in group])
+                placer.place_fallback([(p.item, p.record, p.tensor) for p in group])
 
     def _load_all_bytes(self, entries: BytesEntries) -> None:
         """Plain values are read natively; all others are for the planner, one by one."""

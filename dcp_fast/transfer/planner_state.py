@@ -64,10 +64,9 @@ class PlannerState:
         # Asked after each call of a hook, so that it may take no longer than the call.
         if not _native.all_hold(self._plain, self._large):
             return True
-        for container, elements in self._others:
-            if not _holds(container, elements):
-                return True
-        return any(version_of(tensor) != version for tensor, version in self._tensors)
+        if self._others and not all(_holds(container, elements) for container, elements in self._others):
+            return True
+        return bool(self._tensors) and any(version_of(tensor) != version for tensor, version in self._tensors)
 
     def take_back(self) -> Change:
         """Put back what containers held. Returns what does again what was done to them. Tensors stay as they are."""

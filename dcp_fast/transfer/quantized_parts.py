@@ -22,18 +22,19 @@ _WIDE = torch.float32.itemsize
 
 @dataclass
 class QuantizedBox:
-    """A box on its way from a quantized tensor to a target, which has its sizes.
+    """A box on its way from a quantized tensor to a target.
 
-    ``offsets`` are those of the box in the dequantized tensor.
+    ``offsets`` and ``lengths`` are those of the box in the dequantized tensor.
     """
 
     tensor: QuantizedTensor
     offsets: Sequence[int]
+    lengths: Sequence[int]
     target: torch.Tensor
 
     def check(self) -> None:
-        """Raise SizeMismatchError where the box does not lie in the tensor."""
-        sizes, lengths = self.tensor.sizes, self.target.size()
+        """Raise SizeMismatchError where the box does not lie in the tensor, or the target has other sizes."""
+        sizes, lengths = self.tensor.sizes, self.lengths
         if len(sizes) != len(lengths) or any(
             offset < 0 or offset + length > size
             for offset, length, size in zip(self.offsets, lengths, sizes, strict=False)
@@ -42,6 +43,9 @@ class QuantizedBox:
                 f"the box at {list(self.offsets)} of lengths {list(lengths)} exceeds the dequantized tensor of sizes "
                 f"{list(sizes)}"
             )
+            raise self.tensor.stored.error(SizeMismatchError, reason)
+        if list(self.target.size()) != list(lengths):  # as hooks may resolve it
+            reason = f"the target of sizes {list(self.target.size())} is for a box of lengths {list(lengths)}"
             raise self.tensor.stored.error(SizeMismatchError, reason)
 
 

@@ -31,37 +31,42 @@ class SharedBoxes:
     Args:
         boxes: all of them.
         records: the number of each stored tensor in the layouts.
+        most_bytes: memory for scales.
 
     Attributes:
-        alone: those that each rank must read by itself.
-        scale_bytes: memory for the scales of the others.
-        bytes_needed: of their elements.
+        boxes: those that are shared so.
+        others: those that are not dequantized here, and those whose scales do not fit into memory.
+        bytes_needed: of elements.
     """
 
-    def __init__(self, boxes: Sequence[QuantizedBox], records: Mapping[StoredTensor, int]) -> None:
+    def __init__(self, boxes: Sequence[QuantizedBox], records: Mapping[StoredTensor, int], most_bytes: int) -> None:
         self._records = records
-        self.alone: list[QuantizedBox] = []
+        self.boxes: list[QuantizedBox] = []
+        self.others: list[QuantizedBox] = []
         self._boxes: list[CutBox] = []
         self._starts: list[int] = []
-        self.scale_bytes = 0
+        self._scale_bytes = 0
         self.bytes_needed = 0
         for box in boxes:
             box.check()
             cut = CutBox(box)
-            if not _can_share(cut):
-                self.alone.append(box)
-            elif 0 not in cut.lengths:
-                self._boxes.append(cut)
-                self._starts.append(self.scale_bytes)
-                size = prod(_scales_of(cut)[1]) * cut.scale_bytes
-                self.scale_bytes += -(-size // ALIGNMENT) * ALIGNMENT
+            if 0 in cut.lengths:
+                continue
+            size = -(-prod(_scales_of(cut)[1]) * cut.scale_bytes // ALIGNMENT) * ALIGNMENT
+            if not _can_share(cut) or self._scale_bytes + size > most_bytes:
+                self.others.append(box)
+                continue
+            self.boxes.append(box)
+            self._boxes.append(cut)
+            self._starts.append(self._scale_bytes)
+            self._scale_bytes += size
 
     def __len__(self) -> int:
         return len(self._boxes)
 
     def allocate(self) -> None:
         """Have memory for the scales. Raises MemoryError."""
-        self._scales = allocate(self.scale_bytes, torch.device("cpu"))
+        self._scales = allocate(self._scale_bytes, torch.device("cpu"))
 
     def scales(self, layouts: _native.Layouts) -> _native.Program:
         """The program that brings the scales to their memory."""

@@ -1,10 +1,24 @@
-"""What a transfer reads together with other ranks."""
+"""What a transfer reads together with other ranks.
+
+Exchanges come in this order on all ranks:
+
+1. headers, bytes entries and whole records,
+2. boxes that the engine places,
+3. boxes that torch places, one batch after another (shared_batches.py), and boxes that are written over others,
+4. scales of quantized tensors, and elements that are dequantized as they arrive (shared_quantized.py),
+5. scales and elements that are dequantized batch by batch (dequantization.py).
+
+Of 3 and 5 there are as many as the rank that needs most of them has, and 4 is there if any rank has quantized tensors.
+A rank that needs less takes part without needing anything, so that what several ranks need comes to all of them in the
+same exchange.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from typing_extensions import Buffer
@@ -12,9 +26,22 @@ from typing_extensions import Buffer
 from dcp_fast import _native
 from dcp_fast.errors import CudaError
 from dcp_fast.observe.report import LoadReport, count_stats
+from dcp_fast.transfer.destinations import HOST
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.record_rows import RecordRows
+from dcp_fast.transfer.shared_batches import SharedBatches
 from dcp_fast.transfer.sharing import ExchangeStep, Received, Sending, Sharing
+from dcp_fast.transfer.staging_memory import allocate
+
+
+class _Batch(Protocol):
+    def program(self, layouts: _native.Layouts) -> _native.Program: ...
+
+
+PartT = TypeVar("PartT")
+BatchT = TypeVar("BatchT", bound=_Batch)
+
+_OF_QUANTIZED = 2  # exchanges: scales, and elements
 
 
 class SharedReads:
@@ -27,16 +54,26 @@ class SharedReads:
     """
 
     def __init__(self, exchange: Sharing | None, cuda: CudaLoad, report: LoadReport) -> None:
-        self._exchange = exchange  # until this rank has taken part in that of boxes
-        self._of_quantized: Sharing | None = None  # from then on, until it has taken part in all
+        self._exchange = exchange  # until this rank has taken part in all
+        self._has_boxes = False
         self._cuda = cuda
         self._report = report
         self._names: list[str] = []
 
     @property
     def is_wanted(self) -> bool:
-        """Whether there is an exchange that this rank has yet to take part in."""
+        """Whether there is an exchange of boxes that this rank has yet to take part in."""
+        return self._exchange is not None and not self._has_boxes
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there may be any exchanges that this rank has yet to take part in."""
         return self._exchange is not None
+
+    @property
+    def most_bytes(self) -> int:
+        """Memory for what is received and kept."""
+        return 0 if self._exchange is None else self._exchange.most_bytes
 
     def get_records(
         self,
@@ -58,7 +95,7 @@ class SharedReads:
         if self._exchange is None:
             return
         if quantized:
-            self._exchange.expect_quantized()
+            self._exchange.expect(_OF_QUANTIZED)
         self._names = _names_of(rows.files, paths, self._exchange)
         whole = [i for i, is_whole in enumerate(rows.rows[3::4]) if is_whole and i not in quantized]
         find = partial(_native.Need.of_records, layouts, whole, self._exchange.most_bytes, self._names, options)
@@ -67,15 +104,23 @@ class SharedReads:
             _native.keep(layouts, need)
 
     def place_boxes(
-        self, layouts: _native.Layouts, program: _native.Program, options: _native.Options, devices: Collection[int]
+        self,
+        layouts: _native.Layouts,
+        program: _native.Program,
+        wave: int,
+        options: _native.Options,
+        devices: Collection[int],
+        more: int,
     ) -> bool:
-        """Place the boxes of a program's first wave, and get records of it that only torch can read.
+        """Place the boxes of a wave, and get records that only torch can read, if it is the first one.
 
         Args:
             layouts: of the program.
-            program: what this rank needs.
+            program, wave: what this rank needs.
             options: for reading.
             devices: ordinals of the GPUs that it has destinations on.
+            more: how many exchanges of :meth:`batches` and other waves this rank needs after this one, unless it has
+                said so.
 
         Returns:
             Whether they are in place. If not, this rank is to read them alone.
@@ -87,25 +132,81 @@ class SharedReads:
             return False
         if devices:
             self._cuda.prepare(devices)
-        find = partial(_native.Need.of_program, program, self._exchange.most_bytes, self._names)
+        self._exchange.expect(more)
+        most_bytes = 0 if self._has_boxes else self._exchange.most_bytes
+        find = partial(_native.Need.of_program, program, wave, most_bytes, self._names)
         need = self._share(self._exchange, layouts, find, options, devices)
-        self._exchange, self._of_quantized = None, self._exchange
+        self._has_boxes = True
         if need is None:
             return False
         _native.keep(layouts, need)
         self._report.staged_items += need.converted_items
         return True
 
-    @property
-    def is_wanted_for_quantized(self) -> bool:
-        """Whether there are exchanges of quantized tensors that this rank has yet to take part in."""
-        return self._of_quantized is not None
+    def batches(
+        self,
+        cut: Callable[[int], Iterator[Sequence[PartT]]],
+        wanted: int,
+        make: Callable[[Sequence[PartT], torch.Tensor, int], BatchT],
+        device: int | None,
+        layouts: _native.Layouts,
+        options: _native.Options,
+        paths: Sequence[str] = (),
+    ) -> SharedBatches[PartT, BatchT]:
+        """Batches each of which arrives in an exchange of its own.
 
-    @property
-    def most_bytes(self) -> int:
-        """Memory for what is received and kept."""
-        exchange = self._exchange or self._of_quantized
-        return 0 if exchange is None else exchange.most_bytes
+        Args:
+            cut: the parts of all batches, for buffers of so many bytes.
+            wanted: bytes of a buffer that has room for all parts.
+            make: a batch of parts, for a buffer on a device, as destinations.py names it.
+            device: that buffers lie on, as an ordinal; None: the host.
+            layouts: that batches read from.
+            options: for reading.
+            paths: of the files of these layouts, unless they are those of :meth:`get_records`.
+        """
+        size = min(wanted, self.most_bytes) if device is None else self._cuda.half_bytes(wanted)
+
+        def buffers() -> Sequence[torch.Tensor]:
+            if device is None:
+                # On the CPU, though the caller may have made another device the default one.
+                return [allocate(size, torch.device("cpu"))]
+            return self._cuda.halves(device, wanted)
+
+        def fill(parts: Sequence[PartT], buffer: torch.Tensor) -> BatchT:
+            batch = make(parts, buffer, HOST if device is None else device)
+            self._fill(batch.program(layouts), layouts, paths, options, () if device is None else (device,))
+            return batch
+
+        return SharedBatches(list(cut(size)), buffers, device, fill)
+
+    def _fill(
+        self,
+        program: _native.Program,
+        layouts: _native.Layouts,
+        paths: Sequence[str],
+        options: _native.Options,
+        devices: Collection[int],
+    ) -> None:
+        if self._exchange is not None:
+            names = _names_of(paths, paths, self._exchange) if paths else self._names
+            find = partial(_native.Need.of_program, program, 0, 0, names)
+            if self._share(self._exchange, layouts, find, options, devices) is not None:
+                return
+        run = self._cuda.run(program, 0, options, devices) if devices else program.run(0, options)
+        count_stats(self._report, run)
+
+    def begin_quantized(self, batches: int, places: bool) -> None:
+        """Begin with quantized tensors, when all other ranks do.
+
+        Args:
+            batches: how many :meth:`batches` of them this rank has arrive.
+            places: whether it calls :meth:`place_quantized` before.
+        """
+        if self._exchange is not None:
+            self._exchange.skip(self._exchange.left - _OF_QUANTIZED)  # batches of ranks that have more of them
+            self._exchange.expect(batches)
+            if not places:
+                self._exchange.skip(_OF_QUANTIZED)
 
     def place_quantized(
         self,
@@ -115,7 +216,7 @@ class SharedReads:
         elements: Buffer,
         options: _native.Options,
     ) -> bool:
-        """Get scales, and then place elements that are dequantized as they arrive.
+        """Get scales, and then place elements that are dequantized as they arrive. After :meth:`begin_quantized`.
 
         Args:
             layouts: of the stored tensors.
@@ -127,21 +228,20 @@ class SharedReads:
         Returns:
             Whether they are in place. If not, this rank is to read them alone.
         """
-        exchange, self._of_quantized = self._of_quantized, None
+        exchange = self._exchange
         if exchange is None:
             return False
         names = _names_of(paths, paths, exchange)
-        find = partial(_native.Need.of_program, scales, exchange.most_bytes, names)
+        find = partial(_native.Need.of_program, scales, 0, 0, names)
         if self._share(exchange, layouts, find, options, ()) is None:
-            exchange.decline(self._report.sharing_fallback_reason)
+            exchange.skip(1)
             return False
         find = partial(_native.Need.of_quantized, layouts, elements, names)
         return self._share(exchange, layouts, find, options, ()) is not None
 
     def decline(self, reason: str) -> None:
         """Take part in what exchanges of all other ranks are left, but read alone what this rank needs of them."""
-        exchange = self._exchange or self._of_quantized
-        self._exchange = self._of_quantized = None
+        exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.decline(reason)
 

@@ -42,13 +42,13 @@ class ExchangeStep(Protocol):
 class Sharing(Protocol):
     """What a load gives a transfer if its ranks share reads.
 
-    There are two exchanges: of headers and whole records, and of boxes. If any rank expects quantized tensors, there
-    are two more: of their scales, and of their elements. Each is collective: on every rank the transfer calls
-    :meth:`share` once for each, or :meth:`decline` once for all that are left.
+    There are two exchanges, and as many more as the rank that expects most. Each is collective: on every rank the
+    transfer calls :meth:`share` for each, or :meth:`skip`, or :meth:`decline` for all that are left.
 
     Attributes:
         most_bytes: memory for what is received in the first exchange, and for rounds.
         save_id: tells the checkpoint from others of the same names and sizes; empty where it has none.
+        left: exchanges that this rank has yet to take part in, as far as ranks have told each other.
     """
 
     @property
@@ -56,6 +56,9 @@ class Sharing(Protocol):
 
     @property
     def save_id(self) -> str: ...
+
+    @property
+    def left(self) -> int: ...
 
     def share(self, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
         """Read what this rank needs together with all other ranks, and place it.
@@ -71,8 +74,11 @@ class Sharing(Protocol):
             Exception: what ``find`` or a step raised, or the process group.
         """
 
-    def expect_quantized(self) -> None:
-        """Say, ahead of the first exchange, that this rank has quantized tensors."""
+    def expect(self, exchanges: int) -> None:
+        """Say in the next exchange that this rank needs so many more, behind those that are left."""
+
+    def skip(self, exchanges: int) -> None:
+        """Take part in so many exchanges without needing anything."""
 
     def decline(self, reason: str) -> None:
         """Take part in what exchanges of all other ranks are left, but read what this rank needs alone."""

@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from cuda_ranks import begin, end, exchange_on_devices, little_device_memory, only_simulated
 from helpers import fill, torch_load, torch_reader
-from processes import SIMULATED, use_devices
-from quantized_files import fast_quantized_reader, finite, write_quantized
 from ranks import Ranks
 from shared_reads import be_on_nodes, failure_of, load_shared
 from simulated_cuda.control import Simulator
@@ -30,6 +29,7 @@ WORLD = 2
 FAILING = 1
 SIZE = (811, 203)
 NOT_SUPPORTED = 801  # CUresult
+LAUNCH_FAILED = 719
 STORED = {"single": torch.float32, "half": torch.float16, "long": torch.int64}
 PLACEMENTS: list[list[Any]] = [[Replicate()], [Shard(1)], [Shard(0)]]
 
@@ -51,18 +51,6 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def begin() -> None:
-    use_devices()
-    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-
-
-def end() -> None:
-    dcp_fast.release_staging()
-    torch.cuda.synchronize()
-    if SIMULATED:
-        assert not Simulator().reports(clear=True)
-
-
 def refuse_pinned_memory() -> None:
     dcp_fast.release_staging()
     for nth in range(1, 50):
@@ -82,10 +70,11 @@ def bits(state: dict[str, Any]) -> dict[str, list[int]]:
     return {name: value.to_local().cpu().contiguous().view(torch.uint8).tolist() for name, value in state.items()}
 
 
-def load(path: Path) -> None:
+def load(path: Path) -> list[int]:
     begin()
+    read = []
     for placements in PLACEMENTS:
-        for half in (torch.float16, torch.bfloat16):  # the second is converted on the device, and read alone
+        for half in (torch.float16, torch.bfloat16):  # the second is converted on the device
             expected, state = state_dict("cpu", placements, half), state_dict("cuda", placements, half)
             torch_load(expected, storage_reader=torch_reader(path))
             report = load_shared(state, path)
@@ -93,11 +82,23 @@ def load(path: Path) -> None:
             assert isinstance(state["long"], DTensor)
             assert report.exchange_rounds > 2
             assert report.bytes_to_device >= report.bytes_needed - state["half"].to_local().nbytes
+            assert report.sharing_fallback_reason == ""
+            read.append(report.bytes_read)
     end()
+    return read
 
 
-def test_loads(pool: Ranks, checkpoint: Path) -> None:
-    pool.run(WORLD, load, checkpoint, timeout=180)
+def load_in_batches(path: Path) -> list[int]:
+    """There is little memory on the device for what is converted there."""
+    with little_device_memory(50_000):
+        return load(path)
+
+
+@pytest.mark.parametrize("load", [load, load_in_batches])
+def test_loads(pool: Ranks, checkpoint: Path, load: Any) -> None:
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
+    for read in zip(*pool.run(WORLD, load, checkpoint, timeout=180), strict=True):
+        assert sum(read) <= 1.1 * stored
 
 
 def load_on_nodes(path: Path) -> None:
@@ -138,17 +139,6 @@ def test_reads_that_fail(pool: Ranks, checkpoint: Path) -> None:
         assert found == [{FAILING: "MetadataAccessError"}, *[{FAILING: "FileAccessError"}] * 3]
 
 
-# A process group such as NCCL's, which exchanges in the memory of devices. For simulated devices gloo does that too.
-only_simulated = pytest.mark.skipif(not SIMULATED, reason="gloo has no all_to_all for the memory of a real GPU")
-
-
-def exchange_on_devices() -> Any:
-    def device(_: Any) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device())
-
-    return mock.patch.object(exchange, "collective_device", device)
-
-
 def load_on_devices(path: Path) -> None:
     begin()
     simulator = Simulator()
@@ -169,6 +159,11 @@ def load_on_devices(path: Path) -> None:
                 report.bytes_sent + report.bytes_read + report.exchange_rounds * 2 * 2 * _native.EXCHANGE_HEADER_BYTES
             )
             assert report.bytes_to_device <= 1.05 * sent
+            expected = state_dict("cpu", placements, torch.bfloat16)
+            state = state_dict("cuda", placements, torch.bfloat16)  # converted on the device
+            torch_load(expected, storage_reader=torch_reader(path))
+            assert load_shared(state, path).sharing_fallback_reason == ""
+            assert bits(state) == bits(expected), placements
     end()
 
 
@@ -253,40 +248,62 @@ def test_faults_of_devices(pool: Ranks, checkpoint: Path) -> None:
         assert found[4:] == [{FAILING: "CudaError"}] * 3
 
 
-def load_quantized(path: Path) -> list[str]:
-    """Quantized tensors for the host are shared, those for a GPU are read alone; another rank has none."""
+def load_with_a_copy_that_fails(path: Path, nth: int, direction: str) -> tuple[Any, int]:
+    """A copy between host and GPU fails on one rank in the nth round.
+
+    Returns:
+        What the load fails with, and how many rounds this rank takes part in.
+    """
+    begun = 0
+    original, start = exchange.Exchange._begin_round, exchange.start_all_to_all
+
+    def fail(at: str) -> None:
+        if at == direction and begun == nth + 1 and dist.get_rank() == FAILING:
+            Simulator().fault(f"cuMemcpy{direction}Async_v2", 1, LAUNCH_FAILED)
+
+    def begin_round(self: exchange.Exchange, *args: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        fail("HtoD")  # what is sent is copied next
+        return original(self, *args)
+
+    def start_all_to_all(*args: Any) -> Any:
+        wait = start(*args)
+
+        def then_fail() -> None:
+            wait()
+            fail("DtoH")  # what was received is copied next
+
+        return then_fail
+
+    with (
+        exchange_on_devices(),
+        mock.patch.object(exchange.Exchange, "_begin_round", begin_round),
+        mock.patch.object(exchange, "start_all_to_all", start_all_to_all),
+    ):
+        state = {**state_dict("cpu", [Replicate()]), "single": state_dict("cuda", [Replicate()])["single"]}
+        return failure_of(partial(load_shared, state, path)), begun
+
+
+def load_with_copies_that_fail(path: Path, direction: str) -> list[tuple[Any, int, int]]:
     begin()
-    reasons = []
-    sizes = {"host.weight": (300, 200), "device.weight": (100, 300)}
-    for device in ("cpu", "cuda"):
-        expected = {name: torch.zeros(size) for name, size in sizes.items()}
-        dcp_fast.load(expected, storage_reader=fast_quantized_reader(path), no_dist=True)
-        state = {name: torch.zeros(size, device=device if "device" in name else "cpu") for name, size in sizes.items()}
-        if device == "cuda" and dist.get_rank() == FAILING:
-            state["host.weight"] = state["host.weight"].to("cuda")
-        report = load_shared(state, path, storage_reader=fast_quantized_reader(path))
-        assert all(torch.equal(state[name].cpu(), tensor) for name, tensor in expected.items())
-        reasons.append(report.sharing_fallback_reason)
+    _, rounds = load_with_a_copy_that_fails(path, -1, direction)
+    rounds_of = [0, rounds // 2, rounds - 1]
+    found = [(nth, *load_with_a_copy_that_fails(path, nth, direction)) for nth in rounds_of]
+    assert load_with_a_copy_that_fails(path, -1, direction) == ("nothing", rounds)  # the process group is as it was
     end()
-    return reasons
+    return found
 
 
-@pytest.mark.parametrize("on_devices", [False, pytest.param(True, marks=only_simulated)])
-def test_quantized_tensors(pool: Ranks, tmp_path: Path, on_devices: bool) -> None:
-    tensors = {}
-    for number, (name, size) in enumerate([("host.weight", (300, 200)), ("device.weight", (100, 300))]):
-        tensors[name] = finite(size, torch.float8_e4m3fn, number, 100.0)
-        tensors[name + "_scale_inv"] = torch.rand([-(-length // 128) for length in size])
-    path = write_quantized(tmp_path / "model", tensors)
-    first, second = pool.run(WORLD, load_quantized_on_devices if on_devices else load_quantized, path, timeout=180)
-    assert first == ["", ""]
-    assert second[0] == ""
-    assert "GPUs" in second[1]
-
-
-def load_quantized_on_devices(path: Path) -> list[str]:
-    with exchange_on_devices():
-        return load_quantized(path)
+@only_simulated
+@pytest.mark.parametrize("direction", ["HtoD", "DtoH"])
+def test_copies_that_fail(pool: Ranks, checkpoint: Path, direction: str) -> None:
+    """Nobody waits for the rank: all learn of it in the round of a copy to the GPU, or in the one after a copy back."""
+    first, second = pool.run(WORLD, load_with_copies_that_fail, checkpoint, direction, timeout=180)
+    assert first == second
+    for nth, failure, begun in first:
+        assert failure == {FAILING: "AcceleratorError"}
+        assert begun <= nth + (1 if direction == "HtoD" else 2)
 
 
 class Committing(dcp.DefaultLoadPlanner):
@@ -310,6 +327,44 @@ def load_with_commits(path: Path) -> None:
 
 def test_planners_that_commit(pool: Ranks, checkpoint: Path) -> None:
     pool.run(WORLD, load_with_commits, checkpoint, timeout=180)
+
+
+class Resolving(dcp.DefaultLoadPlanner):
+    """Loads some into memory of its own."""
+
+    def resolve_tensor(self, item: Any) -> torch.Tensor:
+        self.target = super().resolve_tensor(item)
+        return torch.empty_like(self.target) if item.dest_index.fqn == "single" else self.target
+
+    def commit_tensor(self, item: Any, tensor: torch.Tensor) -> None:
+        self.target.copy_(tensor)
+        self.target.add_(1)
+
+
+def load_resolved(path: Path) -> list[int]:
+    begin()
+    read = []
+    for placements in PLACEMENTS:
+        expected, state = state_dict("cpu", placements), state_dict("cuda", placements)
+        torch_load(expected, storage_reader=torch_reader(path), planner=Resolving())
+        report = load_shared(state, path, planner=Resolving())
+        assert bits(state) == bits(expected), placements
+        assert report.sharing_fallback_reason == ""
+        read.append(report.bytes_read)
+    end()
+    return read
+
+
+def load_resolved_on_devices(path: Path) -> list[int]:
+    with exchange_on_devices():
+        return load_resolved(path)
+
+
+@pytest.mark.parametrize("load", [load_resolved, pytest.param(load_resolved_on_devices, marks=only_simulated)])
+def test_planners_that_resolve(pool: Ranks, checkpoint: Path, load: Any) -> None:
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
+    for read in zip(*pool.run(WORLD, load, checkpoint, timeout=180), strict=True):
+        assert sum(read) <= 1.1 * stored
 
 
 def load_with_commits_where_a_driver_refuses(path: Path) -> str:

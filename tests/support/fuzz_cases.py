@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ __all__ = [
     "CONVERSIONS",
     "HOST_ONLY",
     "Case",
+    "Part",
     "compare_cases",
     "compare_for_long",
     "make_case",
     "random_boxes",
     "random_destination",
-    "random_options",
+    "random_load",
     "random_size",
-    "random_state",
     "values",
 ]
 
@@ -53,10 +54,25 @@ HOST_ONLY = (torch.device("cpu"),)
 
 
 @dataclass
+class Part:
+    """One rank of a job whose ranks load one checkpoint.
+
+    Attributes:
+        rng: tells what this rank wants of the checkpoint, and how it reads. That of the checkpoint is the same on all.
+        rank, ranks: which part it wants of tensors that all ranks want a part of.
+    """
+
+    rng: random.Random
+    rank: int
+    ranks: int
+
+
+@dataclass
 class Case:
-    """A checkpoint on disk, and how to load it."""
+    """A checkpoint, and how to load it."""
 
     path: Path
+    write: Callable[[], Any]
     make: Callable[[], dict[str, Any]]
     options: dict[str, Any]
     description: list[str] = field(default_factory=list)
@@ -64,13 +80,14 @@ class Case:
     fast_reader: Callable[..., Any] = fast_reader
 
 
-def make_case(path: Path, seed: int, devices: Sequence[torch.device] = HOST_ONLY) -> Case:
-    """Write the checkpoint of a seed; the case is the same wherever and whenever it is made.
+def make_case(path: Path, seed: int, devices: Sequence[torch.device] = HOST_ONLY, part: Part | None = None) -> Case:
+    """The case of a seed, which is the same wherever and whenever it is made.
 
     Args:
         path: where the checkpoint goes.
         seed: of the case.
         devices: where destinations lie, each on one of them.
+        part: which rank this is; None: the job has one.
     """
     rng = random.Random(seed)
     entries: dict[str, Entry] = {}
@@ -87,16 +104,27 @@ def make_case(path: Path, seed: int, devices: Sequence[torch.device] = HOST_ONLY
             continue
         entry, stored = random_entry(rng, files)
         entries[fqn] = entry
-        builder, wanted = random_destination(rng, entry)
+        builder, wanted = random_destination(rng, entry, part)
         builders.append((fqn, builder))
         description.append(f"{fqn}: {tuple(entry.size)} {entry.dtype} {stored} -> {wanted}")
     if rng.random() < 0.15:
         entries["extra"] = Entry.of(torch.ones(3))
+    make, options = random_load(rng if part is None else part.rng, builders, devices, description)
+    return Case(path, partial(write_checkpoint, path, entries), make, options, description)
+
+
+def random_load(
+    rng: random.Random,
+    builders: list[tuple[str, Callable[[Arena], Any]]],
+    devices: Sequence[torch.device],
+    description: list[str],
+) -> tuple[Callable[[], dict[str, Any]], dict[str, Any]]:
+    """What makes a state dict of builders by FQN, and options of the reader."""
     rng.shuffle(builders)
     make = random_state(rng, builders, devices, description)
     options = random_options(rng)
     description.append(f"options={options} devices={[str(device) for device in devices]}")
-    return Case(write_checkpoint(path, entries), make, options, description)
+    return make, options
 
 
 def random_state(
@@ -130,6 +158,7 @@ def compare(case: Case) -> tuple[bool, bool, bool]:
     Returns:
         Whether the load changed anything, whether torch.load had to help dcp_fast, and whether anything was mapped.
     """
+    case.write()
     try:
         before = case.make()
         untouched = image(before)
@@ -315,13 +344,22 @@ class Arena:
         return self.shared[device][start : start + size].view(dtype).view(torch.Size(sizes))
 
 
-def random_destination(rng: random.Random, entry: Entry) -> tuple[Callable[[Arena], Any], str]:
+def random_destination(
+    rng: random.Random, entry: Entry, part: Part | None = None
+) -> tuple[Callable[[Arena], Any], str]:
+    boxes = None
+    if part is not None:
+        # Ranks shard it, or each wants something of its own.
+        if entry.size and rng.random() < 0.5:
+            boxes = [shard_of(tuple(entry.size), rng.randrange(len(entry.size)), part)]
+        rng = part.rng
     dtype = rng.choice(CONVERSIONS) if entry.value and rng.random() < 0.4 else entry.dtype
     seed = rng.random()
-    if rng.random() < 0.5 or not entry.size:
+    if boxes is None and (rng.random() < 0.5 or not entry.size):
         kind = rng.choice(["contiguous", "permuted", "padded", "strided", "parameter"])
         return lambda arena: destination(random.Random(seed), entry.size, dtype, kind, arena), f"{dtype} {kind}"
-    boxes = random_boxes(rng, tuple(entry.size))
+    if boxes is None:
+        boxes = random_boxes(rng, tuple(entry.size))
     kinds = [rng.choice(["contiguous", "permuted", "padded", "strided"]) for _ in boxes]
 
     def build(arena: Arena) -> ShardedBuffer:
@@ -330,6 +368,15 @@ def random_destination(rng: random.Random, entry: Entry) -> tuple[Callable[[Aren
         return ShardedBuffer.make(entry.size, [at for at, _ in boxes], shards)
 
     return build, f"{dtype} {boxes}"
+
+
+def shard_of(size: tuple[int, ...], dim: int, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and sizes of what a rank has of a tensor that all ranks shard by one dimension."""
+    length = -(-size[dim] // part.ranks)
+    begin, end = (min(size[dim], length * rank) for rank in (part.rank, part.rank + 1))
+    offsets, sizes = [0] * len(size), list(size)
+    offsets[dim], sizes[dim] = begin, end - begin
+    return tuple(offsets), tuple(sizes)
 
 
 def destination(rng: random.Random, sizes: Sequence[int], dtype: torch.dtype, kind: str, arena: Arena) -> torch.Tensor:

@@ -12,11 +12,11 @@ from fuzz_cases import (
     CONVERSIONS,
     HOST_ONLY,
     Case,
+    Part,
     random_boxes,
     random_destination,
-    random_options,
+    random_load,
     random_size,
-    random_state,
     values,
 )
 from helpers import Entry
@@ -28,8 +28,10 @@ __all__ = ["make_safetensors_case"]
 FILES = 40  # more than a tensor has chunks
 
 
-def make_safetensors_case(path: Path, seed: int, devices: Sequence[torch.device] = HOST_ONLY) -> Case:
-    """Write the directory of a seed: whole tensors, or chunks of each in several files."""
+def make_safetensors_case(
+    path: Path, seed: int, devices: Sequence[torch.device] = HOST_ONLY, part: Part | None = None
+) -> Case:
+    """The case of a seed (``make_case``): whole tensors, or chunks of each in several files."""
     rng = random.Random(seed)
     is_sharded = rng.random() < 0.6
     files: list[dict[str, tuple[tuple[int, ...], torch.Tensor]]] = [{} for _ in range(FILES)]
@@ -42,22 +44,22 @@ def make_safetensors_case(path: Path, seed: int, devices: Sequence[torch.device]
         size = random_size(rng)
         boxes = list(dict(random_boxes(rng, size)).items()) if is_sharded else [((0,) * len(size), size)]
         parts = [(offsets, values(rng, sizes, dtype, convertible)) for offsets, sizes in boxes]
-        for file, part in zip(rng.sample(files, len(parts)), parts, strict=True):
-            file[fqn] = part
+        for file, chunk in zip(rng.sample(files, len(parts)), parts, strict=True):
+            file[fqn] = chunk
         ends = [[start + length for start, length in zip(*box, strict=True)] for box in boxes]
         entry = Entry(tuple(map(max, zip(*ends, strict=True))), dtype, parts)
         entry.value = convertible
-        builder, wanted = random_destination(rng, entry)
+        builder, wanted = random_destination(rng, entry, part)
         builders.append((fqn, builder))
         description.append(f"{fqn}: {entry.size} {dtype} {boxes} -> {wanted}")
-    rng.shuffle(builders)
-    make = random_state(rng, builders, devices, description)
-    options = random_options(rng)
-    description.append(f"options={options} devices={[str(device) for device in devices]}")
-    if is_sharded:
-        write_shards(path, files)
-    else:
+    make, options = random_load(rng if part is None else part.rng, builders, devices, description)
+
+    def write() -> None:
+        if is_sharded:
+            write_shards(path, files)
+            return
         path.mkdir()
         for number, tensors in enumerate(file for file in files if file):
-            save_file({fqn: part for fqn, (_, part) in tensors.items()}, path / f"{number}.safetensors")
-    return Case(path, make, options, description, lambda path: torch_hf_reader(str(path)), hf_reader)
+            save_file({fqn: chunk for fqn, (_, chunk) in tensors.items()}, path / f"{number}.safetensors")
+
+    return Case(path, write, make, options, description, lambda path: torch_hf_reader(str(path)), hf_reader)

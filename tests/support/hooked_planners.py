@@ -123,11 +123,12 @@ class Scratch(dcp_fast.DefaultLoadPlanner):
     """One scratch buffer for all items: each must be committed before the next one is resolved."""
 
     scratch: torch.Tensor | None = None
+    scratch_bytes = 1 << 14
 
     def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
         self.target = super().resolve_tensor(item)
         if self.scratch is None:
-            self.scratch = torch.empty(1 << 14, dtype=torch.uint8, device=self.target.device)
+            self.scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8, device=self.target.device)
         size = self.target.numel() * self.target.itemsize
         return self.scratch[:size].view(self.target.dtype).view(self.target.shape)
 

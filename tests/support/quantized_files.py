@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_cases import HOST_ONLY, Case, random_destination, random_options, random_state
+from fuzz_cases import HOST_ONLY, Case, Part, random_destination, random_load
 from helpers import Entry
 from safetensors.torch import save_file
 from safetensors_files import write_index
@@ -94,8 +94,10 @@ def make_mxfp4(
     return blocks, torch.randint(low, high, tuple(sizes), dtype=torch.uint8, generator=generator)
 
 
-def make_quantized_case(path: Path, seed: int, devices: Sequence[torch.device] = HOST_ONLY) -> Case:
-    """Write the directory of a seed: tensors of FP8 with scales, and others, in one file or several."""
+def make_quantized_case(
+    path: Path, seed: int, devices: Sequence[torch.device] = HOST_ONLY, part: Part | None = None
+) -> Case:
+    """The case of a seed (``make_case``): tensors of FP8 with scales, and others, in one file or several."""
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 3, 7, 16, 32, 128])
     target = rng.choice(TARGETS)
@@ -121,24 +123,21 @@ def make_quantized_case(path: Path, seed: int, devices: Sequence[torch.device] =
             rng.choice(files)[f"{fqn}_scale_inv"] = scales
         entry = Entry(sizes, target, [])
         entry.value = convertible
-        builder, wanted = random_destination(rng, entry)
+        builder, wanted = random_destination(rng, entry, part)
         builders.append((fqn, builder))
         description.append(f"{fqn}: {sizes} {dtype} scales {scales.dtype if has_scales else None} -> {wanted}")
         if rng.random() < 0.2:
             name = f"{fqn}_scale_inv" if has_scales else fqn
             raw = Entry(tuple(scales.shape) if has_scales else sizes, torch.float32, [])
-            builder, wanted = random_destination(rng, raw)
+            builder, wanted = random_destination(rng, raw, part)
             if has_scales:
                 builders.append((name, builder))
                 description.append(f"{name} -> {wanted}")
-    rng.shuffle(builders)
-    make = random_state(rng, builders, devices, description)
-    options = random_options(rng)
-    description.append(f"options={options} devices={[str(device) for device in devices]}")
-    write_quantized(path, *(file for file in files if file))
+    make, options = random_load(rng if part is None else part.rng, builders, devices, description)
     how = {"target_dtype": target, "block_size": block_size}
     return Case(
         path,
+        lambda: write_quantized(path, *(file for file in files if file)),
         make,
         options,
         description,

@@ -23,6 +23,7 @@ from dcp_fast.ranks import exchange
 __all__ = [
     "LAYOUTS",
     "ROUNDS_BYTES",
+    "at_step",
     "be_on_nodes",
     "counted",
     "failing_step",
@@ -141,8 +142,8 @@ def load_by_torch(state: dict[str, Any], path: Path, planner: Any = None) -> Non
 
 
 @contextmanager
-def failing_step(nth: int, rank: int, error: type[BaseException]) -> Iterator[None]:
-    """Fail in the nth step of the rounds of all exchanges of a load, on one rank."""
+def at_step(nth: int, action: Callable[[], None]) -> Iterator[None]:
+    """Do something before the nth step of the rounds of all exchanges of a load."""
     original = exchange.Exchange.share
     calls = itertools.count(-nth)
 
@@ -151,8 +152,8 @@ def failing_step(nth: int, rank: int, error: type[BaseException]) -> Iterator[No
             need, step = find()
 
             def acting(*args: Any) -> Any:
-                if next(calls) == 0 and dist.get_rank() == rank:
-                    raise error("in a round")
+                if next(calls) == 0:
+                    action()
                 return step(*args)
 
             return need, acting
@@ -160,6 +161,18 @@ def failing_step(nth: int, rank: int, error: type[BaseException]) -> Iterator[No
         return original(self, found)
 
     with mock.patch.object(exchange.Exchange, "share", share):
+        yield
+
+
+@contextmanager
+def failing_step(nth: int, rank: int, error: type[BaseException]) -> Iterator[None]:
+    """Fail in such a step, on one rank."""
+
+    def fail() -> None:
+        if dist.get_rank() == rank:
+            raise error("in a round")
+
+    with at_step(nth, fail):
         yield
 
 

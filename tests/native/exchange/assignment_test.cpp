@@ -1,6 +1,5 @@
 #include "exchange/assignment.h"
 
-#include <chrono>
 #include <numeric>
 #include <set>
 #include <utility>
@@ -228,15 +227,11 @@ TEST_CASE("rounds are small where there are few bytes, unless there are many ran
   CHECK(rounds_of(16, 512) == doctest::Approx(8).epsilon(0.2));
 }
 
-TEST_CASE("a job of 512 ranks and 1,000 tensors is assigned in seconds") {
+TEST_CASE("a job of 512 ranks and 1,000 tensors is assigned evenly") {
   Job job = job_of(512, 1000, 64 * kMiB, [](Need& need, size_t rank, int64_t at) {
     need.add(0, at + static_cast<int64_t>(rank) * 128 * 1024, rows(128 * 1024), 4);
   });
   job.each_its_own(64);
-  const auto begin = std::chrono::steady_clock::now();
-  const Assignment assignment = assign(job, kLimits);
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-  MESSAGE("seconds: ", seconds.count());
-  CHECK(imbalance(assignment) <= 1.1);
-  CHECK(seconds.count() < 30);  // with sanitizers
+  // What that takes, tests/python/ranks/test_assignment_budget.py looks at, without sanitizers.
+  CHECK(imbalance(assign(job, kLimits)) <= 1.1);
 }

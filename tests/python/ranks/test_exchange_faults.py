@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +17,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from fault_watch import ATTEMPTS, MOST_SECONDS, Seen, assert_told_in_time, note_fault, see
 from helpers import torch_load, torch_planner, torch_reader
 from ranks import RankError, Ranks
-from shared_reads import failure_of, load_shared, save_by_rows, state_dict, values_of
+from shared_reads import at_step, failure_of, load_shared, save_by_rows, state_dict, values_of
 from torch.distributed.checkpoint.planner import LoadPlan
 
 import dcp_fast
@@ -57,22 +58,41 @@ def checkpoint(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load_with(fault: Fault, path: Path) -> dict[int, str] | str:
-    """Load with a fault on one rank, then without. What the first load failed with."""
+def load_with(fault: Fault, path: Path) -> Seen:
+    """Load with a fault on one rank, then without. What this rank saw of the first load."""
     reader = dcp_fast.FileSystemReader(path, io="cached", threads=2)
-    began = time.monotonic()
     with ExitStack() as faults:
         if dist.get_rank() == FAILING:
             fault(faults)
-        failure = failure_of(partial(load_shared, state_dict(LAYOUT), path, storage_reader=reader))
-    seconds = time.monotonic() - began
-    assert seconds < 20, (seconds, failure)
+        seen = see(partial(load_shared, state_dict(LAYOUT), path, storage_reader=reader))
     expected, state = state_dict(LAYOUT), state_dict(LAYOUT)
     torch_load(expected, storage_reader=torch_reader(path))
     report = load_shared(state, path, storage_reader=reader)
     assert report.exchange_rounds > 4
     assert values_of(state) == values_of(expected)
-    return failure
+    return seen
+
+
+def sweep(path: Path, fault: Callable[[int, ExitStack], None]) -> list[Seen]:
+    """Load with a fault at one point after another, until the load is over before it comes."""
+    found = []
+    for nth in range(10_000):
+        found.append(load_with(partial(fault, nth), path))
+        if found[-1].failure == "nothing":
+            break
+    return found
+
+
+def assert_sweep(ranks: Ranks, path: Path, fault: Callable[[int, ExitStack], None]) -> list[dict[int, str] | str]:
+    """All ranks fail alike, and in time, wherever the fault comes. What with, without the last load, which succeeds."""
+    results = ranks.run(WORLD, sweep, path, fault, timeout=300)
+    *failures, last = ([seen.failure for seen in of_fault] for of_fault in zip(*results, strict=True))
+    assert last == ["nothing"] * WORLD
+    for nth, of_ranks in enumerate(failures):
+        assert of_ranks == [of_ranks[0]] * WORLD, nth
+        seen = [result[nth] for result in results]
+        assert_told_in_time(seen, lambda nth=nth: ranks.run(WORLD, load_with, partial(fault, nth), path))
+    return [of_ranks[0] for of_ranks in failures]
 
 
 def sent_to_the_other_node(path: Path) -> tuple[int, int]:
@@ -101,48 +121,11 @@ def inject(nth: int, faults: ExitStack) -> None:
     faults.enter_context(_native.FaultInjection("pread", nth, EIO, repeat=1 << 30))
 
 
-def sweep_reads(path: Path, step: int) -> list[dict[int, str] | str]:
-    found = []
-    for nth in range(0, 10_000, step):
-        found.append(load_with(partial(inject, nth), path))
-        if found[-1] == "nothing":
-            break
-    return found
-
-
 def test_reads_that_fail(ranks: Ranks, checkpoint: Path) -> None:
-    results = ranks.run(WORLD, sweep_reads, checkpoint, 1, timeout=300)
-    assert all(result == results[0] for result in results)
-    *failures, last = results[0]
-    assert last == "nothing"
+    failures = assert_sweep(ranks, checkpoint, inject)
     assert len(failures) > 6
     assert all(failure in ({FAILING: "MetadataAccessError"}, {FAILING: "FileAccessError"}) for failure in failures)
     assert failures[-1] == {FAILING: "FileAccessError"}
-
-
-@contextmanager
-def at_step(nth: int, action: Callable[[], None]) -> Iterator[None]:
-    """Do something before one of the steps of rounds."""
-    original = Exchange.share
-    calls = 0
-
-    def share(self: Exchange, find: Any) -> bool:
-        def found() -> Any:
-            need, step = find()
-
-            def acting(*args: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == nth + 1:
-                    action()
-                return step(*args)
-
-            return need, acting
-
-        return original(self, found)
-
-    with mock.patch.object(Exchange, "share", share):
-        yield
 
 
 def fail() -> None:
@@ -150,30 +133,19 @@ def fail() -> None:
 
 
 def interrupt() -> None:
+    note_fault()
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def act(nth: int, action: Callable[[], None], faults: ExitStack) -> None:
+def act(action: Callable[[], None], nth: int, faults: ExitStack) -> None:
     faults.enter_context(at_step(nth, action))
-
-
-def sweep_steps(path: Path, action: Callable[[], None]) -> list[dict[int, str] | str]:
-    found = []
-    for nth in range(1000):
-        found.append(load_with(partial(act, nth, action), path))
-        if found[-1] == "nothing":
-            break
-    return found
 
 
 @pytest.mark.parametrize(("action", "error"), [(fail, "RuntimeError"), (interrupt, "KeyboardInterrupt")])
 def test_every_round(ranks: Ranks, checkpoint: Path, action: Callable[[], None], error: str) -> None:
-    results = ranks.run(WORLD, sweep_steps, checkpoint, action, timeout=300)
-    *failures, last = results[0]
-    assert last == "nothing"
+    failures = assert_sweep(ranks, checkpoint, partial(act, action))
     assert len(failures) > 4
-    for rank, (*of_rank, _) in enumerate(results):
-        assert all(failure == {FAILING: error} for failure in of_rank), rank
+    assert failures == [{FAILING: error}] * len(failures)
 
 
 class Hooked(dcp_fast.DefaultLoadPlanner):
@@ -181,7 +153,7 @@ class Hooked(dcp_fast.DefaultLoadPlanner):
         super().commit_tensor(item, tensor)
 
 
-def strike_at(nth: int, path: Path) -> tuple[dict[int, str] | str, int]:
+def strike_at(nth: int, path: Path) -> Seen:
     """Ctrl-C on a rank that only watches the exchange of the others."""
     calls = 0
     original = Exchange._begin_round
@@ -195,14 +167,17 @@ def strike_at(nth: int, path: Path) -> tuple[dict[int, str] | str, int]:
 
     planner = Hooked() if dist.get_rank() == FAILING else None
     with mock.patch.object(Exchange, "_begin_round", begin):
-        return failure_of(partial(load_shared, state_dict(LAYOUT), path, planner=planner)), calls
+        return see(partial(load_shared, state_dict(LAYOUT), path, planner=planner))
 
 
 @pytest.mark.parametrize("nth", [0, 2, 4])
 def test_interrupts_of_a_rank_that_declines(ranks: Ranks, checkpoint: Path, nth: int) -> None:
-    for failure, calls in ranks.run(WORLD, strike_at, nth, checkpoint):
-        assert failure == {FAILING: "KeyboardInterrupt"}
-        assert calls <= nth + 2
+    def strike() -> list[Seen]:
+        return ranks.run(WORLD, strike_at, nth, checkpoint)
+
+    of_ranks = strike()
+    assert [seen.failure for seen in of_ranks] == [{FAILING: "KeyboardInterrupt"}] * WORLD
+    assert_told_in_time(of_ranks, strike)
 
 
 def count_strikes(path: Path) -> int:
@@ -259,22 +234,29 @@ class Raises(dcp_fast.DefaultLoadPlanner):
         setattr(self, method, self._fail)
 
     def _fail(self, *args: Any) -> Any:
+        note_fault()
         raise ArithmeticError("a planner that fails")
 
 
-def load_with_planner(path: Path, method: str) -> dict[int, str] | str:
+def load_with_planner(path: Path, method: str) -> Seen:
     planner = Raises(method) if dist.get_rank() == FAILING else torch_planner()
-    return failure_of(partial(load_shared, state_dict(LAYOUT), path, planner=planner))
+    return see(partial(load_shared, state_dict(LAYOUT), path, planner=planner))
 
 
 @pytest.mark.parametrize(
     "method", ["create_local_plan", "finish_plan", "resolve_tensor", "commit_tensor", "load_bytes"]
 )
 def test_planners_that_fail(ranks: Ranks, checkpoint: Path, method: str) -> None:
-    assert ranks.run(WORLD, load_with_planner, checkpoint, method) == [{FAILING: "ArithmeticError"}] * WORLD
+    def load() -> list[Seen]:
+        return ranks.run(WORLD, load_with_planner, checkpoint, method)
+
+    of_ranks = load()
+    assert [seen.failure for seen in of_ranks] == [{FAILING: "ArithmeticError"}] * WORLD
+    assert_told_in_time(of_ranks, load)
 
 
 def no_memory(*args: Any, **kwargs: Any) -> Any:
+    note_fault()
     raise MemoryError
 
 
@@ -286,9 +268,15 @@ def lack_memory(name: str, faults: ExitStack) -> None:
 
 @pytest.mark.parametrize("name", ["_allocate", "Exchange", "Need", "Program", "open_files"])
 def test_memory_that_is_short(ranks: Ranks, checkpoint: Path, name: str) -> None:
-    results = ranks.run(WORLD, load_with, partial(lack_memory, name), checkpoint)
-    assert all(set(result) == {FAILING} for result in results)
-    assert all(result[FAILING] in ("MemoryError", "OutOfMemoryError") for result in results)
+    def load() -> list[Seen]:
+        return ranks.run(WORLD, load_with, partial(lack_memory, name), checkpoint)
+
+    of_ranks = load()
+    for seen in of_ranks:
+        assert isinstance(seen.failure, dict)
+        assert set(seen.failure) == {FAILING}
+        assert seen.failure[FAILING] in ("MemoryError", "OutOfMemoryError")
+    assert_told_in_time(of_ranks, load)
 
 
 def lack_memory_for_needs(path: Path) -> dict[int, str] | str:
@@ -318,26 +306,41 @@ def test_a_truncated_file(ranks: Ranks, checkpoint: Path) -> None:
     assert ranks.run(WORLD, cut_file_short, checkpoint) == [{FAILING: "TruncatedFileError"}] * WORLD
 
 
-def die_in_round(path: Path, nth: int, ranks_per_node: int) -> None:
+def die_in_round(path: Path, nth: int, ranks_per_node: int, told: Path) -> None:
     be_on_nodes(ranks_per_node)
+    longest = see(partial(load_shared, state_dict(LAYOUT), path)).longest_round
+
+    def die() -> None:
+        (told / "died").write_text(repr(time.monotonic()))
+        os._exit(3)
+
     with ExitStack() as faults:
         if dist.get_rank() == FAILING:
-            act(nth, partial(os._exit, 3), faults)
-        began = time.monotonic()
-        failure = failure_of(partial(load_shared, state_dict(LAYOUT), path))
-        died = path.parent / f"died {nth} {ranks_per_node} {dist.get_rank()}"
-        died.write_text(f"{time.monotonic() - began} {failure}")
+            act(die, nth, faults)
+        seen = see(partial(load_shared, state_dict(LAYOUT), path))
+    (told / f"rank {dist.get_rank()}").write_text(f"{seen.raised_at} {longest} {seen.failure}")
     time.sleep(2)  # so that all get that far
 
 
 @pytest.mark.parametrize("nth", [0, 3])
-def test_a_rank_that_dies(fresh_ranks: Ranks, checkpoint: Path, nth: int, ranks_per_node: int) -> None:
-    with pytest.raises(RankError):
-        fresh_ranks.run(WORLD, die_in_round, checkpoint, nth, ranks_per_node, timeout=30)
-    for rank in {*range(WORLD)} - {FAILING}:
-        seconds, _, failure = (checkpoint.parent / f"died {nth} {ranks_per_node} {rank}").read_text().partition(" ")
-        assert float(seconds) < 10
-        assert "RuntimeError" in failure or "DistBackendError" in failure
+def test_a_rank_that_dies(fresh_ranks: Ranks, checkpoint: Path, nth: int, ranks_per_node: int, tmp_path: Path) -> None:
+    """The others raise in time, but for a machine that others use once."""
+    late = []
+    for attempt in range(ATTEMPTS):
+        told = tmp_path / str(attempt)
+        told.mkdir()
+        with pytest.raises(RankError):
+            fresh_ranks.run(WORLD, die_in_round, checkpoint, nth, ranks_per_node, told, timeout=60)
+        died_at = float((told / "died").read_text())
+        late = []
+        for rank in {*range(WORLD)} - {FAILING}:
+            raised_at, longest, failure = (told / f"rank {rank}").read_text().split(" ", 2)
+            assert "RuntimeError" in failure or "DistBackendError" in failure
+            if float(raised_at) - died_at > MOST_SECONDS + float(longest):
+                late.append((rank, float(raised_at) - died_at, longest))
+        if not late:
+            return
+    raise AssertionError(f"ranks raise too late: {late}")
 
 
 class Slow(dcp_fast.DefaultLoadPlanner):
@@ -349,29 +352,27 @@ class Slow(dcp_fast.DefaultLoadPlanner):
         return super().create_local_plan()
 
 
-def interrupt_between(path: Path, share: bool) -> dict[int, str] | str:
+def interrupt_between(path: Path, share: bool) -> Seen:
     if dist.get_rank() == FAILING:
         threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
-    began = time.monotonic()
-    load = partial(dcp_fast.load, state_dict(LAYOUT), checkpoint_id=path, share_reads=share, planner=Slow())
-    failure = failure_of(load)
-    assert time.monotonic() - began < 20
-    return failure
+    return see(partial(dcp_fast.load, state_dict(LAYOUT), checkpoint_id=path, share_reads=share, planner=Slow()))
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_an_interrupt_while_ranks_agree(ranks: Ranks, checkpoint: Path, share: bool) -> None:
     """It takes effect when the others can hear of it, and they do not wait for this rank."""
-    assert ranks.run(WORLD, interrupt_between, checkpoint, share) == [{FAILING: "KeyboardInterrupt"}] * WORLD
+    for seen in ranks.run(WORLD, interrupt_between, checkpoint, share):
+        assert seen.failure == {FAILING: "KeyboardInterrupt"}
+        assert len(seen.begun) == 0
 
 
 def fail_to_look_at_headers(at: int, faults: ExitStack) -> None:
     original, calls = Exchange._headers, iter(range(1_000_000))
 
-    def headers(self: Exchange, round: int, sizes: list[int]) -> list[tuple[bool, int]]:
+    def headers(self: Exchange, *args: Any) -> list[tuple[bool, int]]:
         if next(calls) == at:
-            raise MemoryError
-        return original(self, round, sizes)
+            no_memory()
+        return original(self, *args)
 
     faults.enter_context(mock.patch.object(Exchange, "_headers", headers))
 
@@ -379,5 +380,10 @@ def fail_to_look_at_headers(at: int, faults: ExitStack) -> None:
 @pytest.mark.parametrize("at", [0, 3, 5])
 def test_no_memory_for_what_others_said(ranks: Ranks, checkpoint: Path, at: int) -> None:
     """The others learn of it one round later."""
-    failures = ranks.run(WORLD, load_with, partial(fail_to_look_at_headers, at), checkpoint)
-    assert failures == [{FAILING: "OutOfMemoryError"}] * WORLD
+
+    def load() -> list[Seen]:
+        return ranks.run(WORLD, load_with, partial(fail_to_look_at_headers, at), checkpoint)
+
+    of_ranks = load()
+    assert [seen.failure for seen in of_ranks] == [{FAILING: "OutOfMemoryError"}] * WORLD
+    assert_told_in_time(of_ranks, load)

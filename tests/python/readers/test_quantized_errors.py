@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import load_with, torch_load
 from quantized_files import fast_quantized_reader, finite, make_mxfp4, torch_quantized_reader, write_quantized
 from safetensors.torch import save_file
 from safetensors_files import write_chunks, write_index
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 import dcp_fast
 
@@ -149,3 +151,31 @@ def test_files_that_were_cut(tmp_path: Path, of: str) -> None:
 def test_arguments(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         fast_quantized_reader(tmp_path, **options)
+
+
+class Cutting(dcp.DefaultLoadPlanner):
+    """Resolves what has fewer elements than the item, or other dimensions."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self._sizes = sizes
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        return super().resolve_tensor(item).flatten()[: math.prod(self._sizes)].view(self._sizes)
+
+
+@pytest.mark.parametrize("sizes", [(300, 0), (0, 200), (100, 200), (299, 200), (60000,), (600, 100)])
+def test_targets_of_other_sizes(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """Nothing is loaded in part, as under torch."""
+    path = write_quantized(tmp_path, {"l.weight": WEIGHT, "l.weight_scale_inv": SCALES})
+    states = [{"l.weight": torch.full((300, 200), 7.0)} for _ in range(2)]
+    expected = load_with(
+        torch_load, states[0], storage_reader=torch_quantized_reader(str(path)), planner=Cutting(sizes)
+    )
+    actual = load_with(dcp_fast.load, states[1], storage_reader=fast_quantized_reader(path), planner=Cutting(sizes))
+    assert expected.errors is not None
+    assert actual.errors is not None
+    assert isinstance(actual.errors[0], type(expected.errors[0]))
+    assert isinstance(actual.errors[0], dcp_fast.SizeMismatchError)
+    assert actual.errors[0].fqn == "l.weight"
+    assert all(state["l.weight"].eq(7).all() for state in states)

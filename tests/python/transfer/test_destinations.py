@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tensor_subclasses import Attributed, Functional, Misshapen, Negated, Plain
 
 import dcp_fast
 from dcp_fast import _native
+from dcp_fast.transfer.destinations import DTYPES, HOST, PLAIN_TENSORS
 
 FLOAT = torch.float32
 
@@ -36,6 +38,57 @@ def stored(tmp_path: Path) -> Path:
 
 def pair(make: Callable[[], torch.Tensor]) -> Callable[[], dict[str, Any]]:
     return lambda: {"t": make(), "u": torch.zeros(3)}
+
+
+# What is found out natively
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype is not None and not dtype.is_complex], ids=str)
+def test_plain_tensors_are_known_without_asking_them(dtype: torch.dtype) -> None:
+    if dtype.itemsize == 1 and "bits" in str(dtype):
+        pytest.skip("DLPack has no name for it")
+    base = torch.empty(6, 8, dtype=dtype)
+    parts = [base[1:3], base[:, 2:5], base.t(), torch.empty(0, dtype=dtype), torch.empty((), dtype=dtype)]
+    rows, all_have_addresses = PLAIN_TENSORS.rows(parts, lambda tensor: pytest.fail(f"{tensor.dtype} is not plain"))
+    expected = []
+    for tensor in parts:
+        expected += [tensor.data_ptr(), HOST, DTYPES.index(dtype), dtype.itemsize, tensor.dim()]
+        expected += [*tensor.size(), *tensor.stride()]
+    assert list(memoryview(rows)) == expected
+    assert all_have_addresses
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch._neg_view(torch.zeros(3)),
+        lambda: torch.zeros(3).to_sparse(),
+        lambda: torch.zeros(3, device="meta"),
+        lambda: torch.zeros(3, dtype=torch.complex64),
+        lambda: torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8),
+        lambda: Plain(torch.zeros(3)),
+    ],
+    ids=["negated", "sparse", "meta", "complex", "quantized", "subclass"],
+)
+@pytest.mark.filterwarnings("ignore:.*quantized tensor.*:UserWarning")
+def test_other_tensors_are_asked(make: Callable[[], torch.Tensor]) -> None:
+    asked = []
+
+    def other(tensor: torch.Tensor) -> tuple[int, ...]:
+        asked.append(tensor)
+        return (1, HOST, 0, 4, 1, 3, 1)
+
+    tensor = make()
+    PLAIN_TENSORS.rows([tensor], other)
+    assert len(asked) == 1
+    assert asked[0] is tensor
+
+
+def test_tensors_that_dlpack_refuses_do_not_take_long() -> None:
+    tensors = [torch.zeros(3, device="meta") for _ in range(5000)]
+    start = time.process_time()
+    PLAIN_TENSORS.rows(tensors, lambda _: (0, HOST, 0, 4, 1, 3, 1))
+    assert time.process_time() - start < 1  # of each of them it takes a millisecond
 
 
 # Autograd

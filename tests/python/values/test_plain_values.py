@@ -31,6 +31,7 @@ PLAIN: dict[str, Any] = {
     "shared": [shared, shared, ("text", "text")],
     "many": list(range(3000)),
     "nested": [[[[[["deep"]]]]]],
+    "names of all parameters": [f"layers.{i}.weight" for i in range(20_000)],
 }
 LEFT: dict[str, Any] = {
     "large int": 1 << 63,
@@ -39,7 +40,7 @@ LEFT: dict[str, Any] = {
     "tensor": [torch.ones(2)],
     "torch.Size": torch.Size([2]),
     "key that is a tuple": {(1, 2): 3},
-    "large": ["text" * 20_000],
+    "large": ["text" * 300_000],
 }
 
 

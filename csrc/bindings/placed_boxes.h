@@ -1,0 +1,58 @@
+// Boxes of a load whose planner has a hook that may change where they go, or what is there.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "bindings/plain_tensors.h"
+#include "bindings/tensor_types.h"
+
+namespace dcp_fast {
+
+// How the destinations of boxes were when all of them were resolved, and when some were placed. It knows plain tensors
+// and DTensors that have one; `look`, a function that is given a box, knows all others.
+class PlacedBoxes {
+ public:
+  // `fqns` and `values` of a state dict, and `numbers` of the tensors that they go into, are of each box.
+  PlacedBoxes(PlainTensors plain, pybind11::list fqns, pybind11::list values, std::vector<size_t> numbers,
+              pybind11::list tensors, TensorTypes types);
+
+  // The boxes of which only `look` knows.
+  std::vector<size_t> others() const;
+
+  // Whether the state dict has all of these boxes where they were resolved.
+  bool are_as_resolved(const pybind11::object& state_dict, const std::vector<size_t>& boxes,
+                       const pybind11::function& look) const;
+
+  // These boxes are in place.
+  void keep_versions(const std::vector<size_t>& boxes);
+
+  // Whether the state dict has this box where it was placed, and nobody wrote to it since.
+  bool is_as_placed(const pybind11::object& state_dict, size_t box, const pybind11::function& look) const;
+
+ private:
+  struct Range {
+    size_t begin, end;
+  };
+
+  bool is_as_resolved(const pybind11::object& state_dict, size_t box, const pybind11::function& look) const;
+  bool is_or_has(PyObject* value, PyObject* tensor) const;
+  PyObject* tensor_of(size_t box) const;
+
+  PlainTensors plain_;
+  pybind11::list fqns_;
+  pybind11::list values_;
+  std::vector<size_t> numbers_;
+  pybind11::list tensors_;
+  TensorTypes types_;
+  std::vector<bool> is_known_;        // by box
+  std::vector<Range> rows_;           // by tensor, in numbers; empty if it is not plain
+  std::vector<int64_t> geometry_;     // rows of all plain tensors
+  std::vector<int64_t> versions_;     // by box
+  mutable std::vector<int64_t> row_;  // kept for its memory
+};
+
+}  // namespace dcp_fast
