@@ -21,7 +21,7 @@ void bind_destinations(py::module_& module) {
         return local ? std::move(local) : py::none();
       });
   py::class_<PlainTensors>(module, "PlainTensors")
-      .def(py::init<py::tuple, py::object, py::list>(), py::arg("types"), py::arg("api"), py::arg("samples"))
+      .def(py::init<py::tuple, py::object, py::dict>(), py::arg("types"), py::arg("api"), py::arg("dtypes"))
       .def("rows", &PlainTensors::rows, py::arg("tensors"), py::arg("other"));
   py::class_<PlacedBoxes>(module, "PlacedBoxes")
       .def(py::init<PlainTensors, py::list, py::list, std::vector<size_t>, py::list, TensorTypes>(), py::arg("plain"),

@@ -10,18 +10,12 @@ constexpr uint32_t kMajor = 1;  // others may have other structures
 constexpr const char* kCapsule = "dlpack_exchange_api";
 constexpr int32_t kCpu = 1;
 
-struct DataType {
-  uint8_t code;
-  uint8_t bits;
-  uint16_t lanes;
-};
-
 struct Tensor {
   void* data;
   int32_t device_type;
   int32_t device_id;
   int32_t dims;
-  DataType dtype;
+  uint32_t dtype;  // code, bits and lanes
   int64_t* sizes;
   int64_t* strides;  // in elements
   uint64_t byte_offset;

@@ -10,15 +10,11 @@ namespace py = pybind11;
 namespace dcp_fast {
 namespace {
 
-// How often a tensor was written to; always 0 in inference mode, where nobody counts.
+// How often a tensor was written to; always 0 in inference mode, where nobody counts, and of what is no tensor.
 int64_t version_of(PyObject* tensor) {
   static const py::handle name = PyUnicode_InternFromString("_version");  // is never freed
-  const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name.ptr()));
-  const int64_t number = version ? PyLong_AsLongLong(version.ptr()) : -1;
-  if (PyErr_Occurred() == nullptr) return number;
-  if (PyErr_ExceptionMatches(PyExc_RuntimeError) == 0) throw py::error_already_set();
-  PyErr_Clear();
-  return 0;
+  const py::object version = attribute(tensor, name);
+  return version && PyLong_Check(version.ptr()) != 0 ? PyLong_AsLongLong(version.ptr()) : 0;
 }
 
 }  // namespace
@@ -61,11 +57,11 @@ bool PlacedBoxes::are_as_resolved(const py::object& state_dict, const std::vecto
 }
 
 void PlacedBoxes::keep_versions(const std::vector<size_t>& boxes) {
-  for (const size_t box : boxes) versions_.at(box) = version_of(tensor_of(box));
+  for (const size_t box : boxes) versions_.at(box) = writes_to(box);
 }
 
 bool PlacedBoxes::is_as_placed(const py::object& state_dict, size_t box, const py::function& look) const {
-  return is_as_resolved(state_dict, box, look) && version_of(tensor_of(box)) == versions_[box];
+  return is_as_resolved(state_dict, box, look) && writes_to(box) == versions_[box];
 }
 
 bool PlacedBoxes::is_as_resolved(const py::object& state_dict, size_t box, const py::function& look) const {
@@ -87,6 +83,13 @@ bool PlacedBoxes::is_as_resolved(const py::object& state_dict, size_t box, const
 // Whether a value is a tensor, or a DTensor with this local one.
 bool PlacedBoxes::is_or_has(PyObject* value, PyObject* tensor) const {
   return value == tensor || types_.local_of(value).ptr() == tensor;
+}
+
+// Neither of the two counters goes back. Operations on a DTensor count with it alone, not with its local tensor.
+int64_t PlacedBoxes::writes_to(size_t box) const {
+  PyObject* const tensor = tensor_of(box);
+  PyObject* const value = PyList_GET_ITEM(values_.ptr(), static_cast<py::ssize_t>(box));
+  return version_of(tensor) + (value == tensor ? 0 : version_of(value));
 }
 
 PyObject* PlacedBoxes::tensor_of(size_t box) const {

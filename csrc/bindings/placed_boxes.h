@@ -40,6 +40,7 @@ class PlacedBoxes {
 
   bool is_as_resolved(const pybind11::object& state_dict, size_t box, const pybind11::function& look) const;
   bool is_or_has(PyObject* value, PyObject* tensor) const;
+  int64_t writes_to(size_t box) const;
   PyObject* tensor_of(size_t box) const;
 
   PlainTensors plain_;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <tuple>
 
 #include "bindings/python.h"
 #include "transfer/program.h"
@@ -20,10 +19,6 @@ int64_t integer(PyObject* object) {
   return value;
 }
 
-uint32_t key_of(dlpack::DataType dtype) {
-  return uint32_t{dtype.code} << 24U | uint32_t{dtype.bits} << 16U | uint32_t{dtype.lanes};
-}
-
 bool is_negated(PyObject* tensor) {
   static const py::handle name = PyUnicode_InternFromString("is_neg");  // is never freed
   return checked(PyObject_CallMethodObjArgs(tensor, name.ptr(), nullptr)).ptr() != Py_False;
@@ -31,21 +26,11 @@ bool is_negated(PyObject* tensor) {
 
 }  // namespace
 
-PlainTensors::PlainTensors(py::tuple types, const py::object& api, const py::list& samples) : types_(std::move(types)) {
+PlainTensors::PlainTensors(py::tuple types, const py::object& api, py::dict dtypes)
+    : types_(std::move(types)), dtypes_(std::move(dtypes)) {
   if (PyCapsule_IsValid(api.ptr(), dlpack::kCapsule) == 0) return;
   const auto* const found = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), dlpack::kCapsule));
-  if (found->major != dlpack::kMajor) return;
-  api_ = found;
-  for (const py::handle sample : samples) {
-    const auto [tensor, code, itemsize] = sample.cast<std::tuple<py::object, int64_t, int64_t>>();
-    dlpack::Tensor described{};
-    if (api_->describe(tensor.ptr(), &described) == 0) {
-      const bool is_new = kinds_.emplace(key_of(described.dtype), Kind{code, itemsize}).second;
-      if (!is_new) throw py::value_error("two dtypes are one for DLPack");
-    } else {
-      PyErr_Clear();  // it does not know this dtype
-    }
-  }
+  if (found->major == dlpack::kMajor && found->describe != nullptr) api_ = found;
 }
 
 bool PlainTensors::is_known(PyObject* tensor) const {
@@ -55,17 +40,25 @@ bool PlainTensors::is_known(PyObject* tensor) const {
 
 bool PlainTensors::add(PyObject* tensor, std::vector<int64_t>& rows, int& refused) const {
   if (api_ == nullptr || refused == kMostRefused || !is_known(tensor) || !has_no_attributes(tensor)) return false;
+  static const py::handle dtype_name = PyUnicode_InternFromString("dtype");  // is never freed
+  const py::object dtype = checked(PyObject_GetAttr(tensor, dtype_name.ptr()));
+  PyObject* const kind = PyDict_GetItemWithError(dtypes_.ptr(), dtype.ptr());
+  if (kind == nullptr) {
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return false;
+  }
+  if (is_negated(tensor)) return false;
+  // Sizes and strides are the tensor's own: nothing may run in between that could change them.
   dlpack::Tensor described{};
   if (api_->describe(tensor, &described) != 0) {
     ++refused;
     PyErr_Clear();  // no elements in memory, or none that DLPack has a name for
     return false;
   }
-  const auto kind = kinds_.find(key_of(described.dtype));
-  if (kind == kinds_.end() || described.device_type != dlpack::kCpu || is_negated(tensor)) return false;
+  if (described.device_type != dlpack::kCpu) return false;
   const auto address = reinterpret_cast<uintptr_t>(described.data) + described.byte_offset;
-  rows.insert(rows.end(), {static_cast<int64_t>(address), transfer::kHost, kind->second.code, kind->second.itemsize,
-                           described.dims});
+  rows.insert(rows.end(), {static_cast<int64_t>(address), transfer::kHost, integer(PyTuple_GET_ITEM(kind, 0)),
+                           integer(PyTuple_GET_ITEM(kind, 1)), described.dims});
   rows.insert(rows.end(), described.sizes, described.sizes + described.dims);
   rows.insert(rows.end(), described.strides, described.strides + described.dims);
   return address != 0 || std::count(described.sizes, described.sizes + described.dims, 0) != 0;

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <map>
 #include <utility>
 #include <vector>
 
@@ -13,12 +12,12 @@
 
 namespace dcp_fast {
 
-// Asks tensors what they are: all at once, as each question by a name takes tens of nanoseconds.
+// Asks tensors what they are: most of it at once, as each question by a name takes tens of nanoseconds.
 class PlainTensors {
  public:
-  // `api` is the table of functions of the classes `types`, in a capsule; without one no tensor is plain. `samples` are
-  // tensors of the dtypes that plain ones may have, each with the dtype's code and the bytes of an element.
-  PlainTensors(pybind11::tuple types, const pybind11::object& api, const pybind11::list& samples);
+  // `api` is the table of functions of the classes `types`, in a capsule; without one no tensor is plain. `dtypes`,
+  // with code and bytes of an element, are those that plain tensors may have: DLPack calls several of torch's the same.
+  PlainTensors(pybind11::tuple types, const pybind11::object& api, pybind11::dict dtypes);
 
   // Appends the row of a plain tensor: address, device, dtype, bytes of an element, dimensions, sizes, strides. False
   // for any other one; the row is of no use then. Attributes of a tensor's own may hide what is asked of it.
@@ -31,16 +30,11 @@ class PlainTensors {
   std::pair<Rows, bool> rows(const pybind11::list& tensors, const pybind11::function& other) const;
 
  private:
-  struct Kind {
-    int64_t code;
-    int64_t itemsize;
-  };
-
   bool is_known(PyObject* tensor) const;
 
   pybind11::tuple types_;
   const dlpack::ExchangeApi* api_ = nullptr;
-  std::map<uint32_t, Kind> kinds_;  // by DLPack's dtype
+  pybind11::dict dtypes_;
 };
 
 }  // namespace dcp_fast

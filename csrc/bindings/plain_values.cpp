@@ -25,10 +25,12 @@ class PlainUnpickler {
   py::object run() {
     if (pickle_.u8() != 0x80 || pickle_.u8() > 5) return {};
     while (true) {
+      const size_t begin = pickle_.position();
       const uint8_t opcode = pickle_.u8();
       if (!pickle_.ok()) return {};
       if (opcode == '.') break;
-      if (!(scalar(opcode) || memo(opcode) || container(opcode))) return {};
+      if (!(opcode == 0x95 ? frame() : scalar(opcode) || memo(opcode) || container(opcode))) return {};
+      if (begin < frame_end_ && pickle_.position() > frame_end_) return {};  // frames end between opcodes
     }
     const bool is_all = stack_.size() == 1 && marks_.empty() && pickle_.position() == pickle_.size();
     return is_all ? std::move(stack_.back()) : py::object();
@@ -37,6 +39,14 @@ class PlainUnpickler {
   bool can_change() const { return can_change_; }
 
  private:
+  bool frame() {  // FRAME: writers begin one behind another
+    const bool is_first = pickle_.position() > frame_end_;
+    const uint64_t size = pickle_.u64();
+    if (!pickle_.ok() || !is_first || size > pickle_.size() - pickle_.position()) return false;
+    frame_end_ = pickle_.position() + size;
+    return true;
+  }
+
   // Numbers, texts and singletons
 
   bool scalar(uint8_t opcode) {
@@ -65,8 +75,6 @@ class PlainUnpickler {
         return push_bytes(pickle_.u32());
       case 'C':  // SHORT_BINBYTES
         return push_bytes(pickle_.u8());
-      case 0x95:  // FRAME: so much may be read at once
-        return pickle_.u64() <= pickle_.size() - pickle_.position();
       default:
         return false;
     }
@@ -211,6 +219,7 @@ class PlainUnpickler {
   }
 
   Bytes pickle_;
+  size_t frame_end_ = 0;
   std::vector<py::object> stack_;
   std::vector<size_t> marks_;  // sizes of the stack
   std::vector<py::object> memo_;

@@ -154,7 +154,6 @@ py::tuple read_record(const Layouts& layouts, size_t index, const FileOptions& o
 constexpr int64_t kMostPickles = 16 << 20;
 
 py::tuple read_plain_values(const Layouts& layouts, const std::vector<size_t>& records, const FileOptions& options) {
-  PlainValues values;
   py::list result(records.size());
   int64_t requests = 0;
   int64_t bytes = 0;
@@ -167,6 +166,7 @@ py::tuple read_plain_values(const Layouts& layouts, const std::vector<size_t>& r
                                     records.begin() + static_cast<std::ptrdiff_t>(end));
     const transfer::ValuePickles read =
         without_gil([&] { return transfer::read_value_pickles(layouts, batch, options, interrupted); });
+    PlainValues values;
     for (size_t i = 0; i < batch.size(); ++i) {
       py::object value;
       if (i % 4096 == 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -315,7 +315,7 @@ void bind_transfer(py::module_& module) {
       "as torch.save writes it.");
   module.def("read_plain_values", &read_plain_values, py::arg("layouts"), py::arg("records"), py::arg("options"),
              "The values of bytes entries, with an Ellipsis for each that is more than a plain value, and how many "
-             "requests and bytes brought them. Equal values that cannot change are one object.");
+             "requests and bytes brought them. Equal values that cannot change are mostly one object.");
   module.def("parse_plain_value", &parse_plain_value, py::arg("record"), "The same of one entry that is in memory.");
   module.def("read_record", &read_record, py::arg("layouts"), py::arg("record"), py::arg("options"),
              "All bytes of a record, and how many requests and bytes brought them. Nothing is allocated before the "

@@ -19,11 +19,7 @@ _REAL = frozenset(dtype for dtype in _CODES if not dtype.is_complex)
 PLAIN_TENSORS = _native.PlainTensors(
     (torch.Tensor, torch.nn.Parameter),
     getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
-    [
-        (torch.empty(0, dtype=dtype, device="cpu"), code, dtype.itemsize)
-        for dtype, code in _CODES.items()
-        if dtype in _REAL
-    ],
+    {dtype: (code, dtype.itemsize) for dtype, code in _CODES.items() if dtype in _REAL},
 )
 
 UNKNOWN = -1

@@ -84,8 +84,11 @@ class Resolved:
         for dim, length in enumerate(lengths):
             if length < sizes[dim]:
                 begin = offsets[dim]
-                # The same view; torch takes a third longer for narrow.
-                tensor = tensor[begin : begin + length] if dim == 0 else tensor.narrow(dim, begin, length)
+                # The same view; torch takes a third longer for narrow. Subclasses may mean something else.
+                if dim == 0 and type(tensor) is torch.Tensor:
+                    tensor = tensor[begin : begin + length]
+                else:
+                    tensor = tensor.narrow(dim, begin, length)
         return tensor
 
     def fqns(self) -> list[str]:

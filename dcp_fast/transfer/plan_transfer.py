@@ -25,7 +25,7 @@ from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.gpu import CudaLoad
 from dcp_fast.transfer.items import BytesEntries, box_of, find_items
 from dcp_fast.transfer.placing import Placer
-from dcp_fast.transfer.planner_state import hides_state, version_of
+from dcp_fast.transfer.planner_state import counts_writes, hides_state, writes_to
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.shared_reads import SharedReads
 from dcp_fast.transfer.sharing import Sharing
@@ -186,30 +186,36 @@ class PlanTransfer:
                 program = _native.Program(self.layouts, resolved.rows, destinations.column)
                 if program.waves > 1 or not destinations.all_have_addresses:
                     return Done(0)
-                if any(tensor.is_inference() for tensor in destinations.tensors):
+                fqns = resolved.fqns()
+                values = dict(zip(numbers, map(planner.state_dict.get, fqns), strict=True))  # by destination
+                if not all(map(counts_writes, (*destinations.tensors, *values.values()))):
                     return Done(0)  # nobody would notice that a commit has written to what is in place already
-                windows = windows_of(self.items.order(), resolved.fqns())
+                windows = windows_of(self.items.order(), fqns)
                 program.cut([[item for item in window if item >= 0] for window in windows])
         except Exception:
             return Done(0)  # it is raised again where its item has its turn
         self.cuda.keep(destinations.tensors)
-        in_place: list[int] = []  # by destination the version that has all of its boxes
+        in_place: dict[int, int] = {}  # by destination how often it was written to when it got all of its boxes
+
+        def writes(destination: int) -> int:
+            return writes_to(destinations.tensors[destination], values[destination])
+
         if self._shared.is_wanted:
             with report.stage("transfer"), paused_collection():
                 self.placer.place(resolved.items, resolved.records, resolved.rows, destinations, resolved.target)
-            in_place = list(map(version_of, destinations.tensors))
+            in_place = {n: writes(n) for n in values}
 
         def place(number: int, boxes: Sequence[int]) -> bool:
             written = [destinations.tensors[numbers[box]] for box in boxes]
             here = {numbers[box] for box in boxes} if in_place else set()
-            untouched = [n for n in here if version_of(destinations.tensors[n]) == in_place[n]]
+            untouched = [n for n in here if writes(n) == in_place[n]]
             if in_place and len(untouched) == len(here):
                 return True
             items, records = resolved.items, resolved.records
             with report.stage("transfer"):
                 is_placed = self.placer.run(program, [number], items, records, destinations, written, resolved.target)
             for n in untouched:  # so far as other boxes of them go
-                in_place[n] = version_of(destinations.tensors[n])
+                in_place[n] = writes(n)
             self._note_reads_alone(bool(in_place))
             return is_placed
 

@@ -125,6 +125,21 @@ def version_of(tensor: torch.Tensor) -> int:
         return 0
 
 
+def counts_writes(value: Any) -> bool:
+    """Whether a tensor counts how often it is written to. What is no tensor has none that are not counted."""
+    try:
+        return not (isinstance(value, torch.Tensor) and value.is_inference())
+    except RuntimeError:  # a ShardedTensor has no memory of its own, and allows no such question
+        return True
+
+
+def writes_to(tensor: torch.Tensor, value: Any) -> int:
+    """How often a tensor was written to that a value of a state dict is or has. Never less than before."""
+    # Operations on a DTensor count with it alone, not with its local tensor.
+    of_value = version_of(value) if value is not tensor and isinstance(value, torch.Tensor) else 0
+    return version_of(tensor) + of_value
+
+
 def _elements(container: Any) -> list[Any]:
     return [*container, *container.values()] if isinstance(container, dict) else list(container)
 

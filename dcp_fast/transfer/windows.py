@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.utils import find_state_dict_object
 from dcp_fast.planning.hooks import has_default_bytes, has_default_commit, has_default_resolve
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import address_of
-from dcp_fast.transfer.planner_state import PlannerState, hides_state, version_of
+from dcp_fast.transfer.planner_state import PlannerState, counts_writes, hides_state, writes_to
 
 MOST_ITEMS = 4096
 # So many items must have left the planner as it was before there is a window of more than one.
@@ -48,13 +48,13 @@ class _Entry:
         placement: of the item.
         value: in the state dict.
         geometry: of the tensor of the state dict that the item is a box of.
-        version: of the tensor, when it was placed.
+        writes: to the tensor, when it was placed.
     """
 
     placement: Placement
     value: Any
     geometry: Geometry | None
-    version: int = 0
+    writes: int = 0
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Windows:
         window.fqns.add(fqn)
         window.bytes += size
         value = self._value_of(fqn)
-        if tensor.is_inference():  # nobody counts writes to it
+        if not (counts_writes(tensor) and counts_writes(value)):
             self._one_by_one, self._most = True, 1
         self._add(_Entry(placement, value, self._geometry_of(item, value)))
 
@@ -165,7 +165,7 @@ class Windows:
                 if again or value is not entry.value or self._geometry_of(placement.item, value) != entry.geometry:
                     entry.placement = placement = self._resolve(placement.item, placement.record)
                     self._place_all([entry])
-                elif version_of(placement.tensor) != entry.version:
+                elif writes_to(placement.tensor, value) != entry.writes:
                     self._place_all([entry])
                 if self._has_commit:
                     planner.commit_tensor(placement.item, placement.tensor)
@@ -180,7 +180,7 @@ class Windows:
             return
         self._place([entry.placement for entry in entries])
         for entry in entries:
-            entry.version = version_of(entry.placement.tensor)
+            entry.writes = writes_to(entry.placement.tensor, entry.value)
         self._state.keep_versions()
 
     def _value_of(self, fqn: str) -> Any:

@@ -346,6 +346,59 @@ def test_parts_of_tensors_whose_local_tensor_is_replaced(stored: Path, kind: str
         assert image(local) == image(fill(SHAPE, torch.float32, i))
 
 
+class WritingLater(Committing):
+    """Writes to DTensors that come later, which counts with these alone and not with their local tensors."""
+
+    def act(self, fqn: str, is_first: bool, tensor: torch.Tensor) -> None:
+        if fqn in ("t002", "t036"):
+            with torch.inference_mode(self.later().is_inference()):
+                self.later(3).zero_()
+                self.later(40).detach().add_(1)
+                torch.nn.init.ones_(self.later(55))
+
+
+class Resolving(WritingLater):
+    """Has a way of its own to its tensors."""
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return super().resolve_tensor(read_item)
+
+
+@pytest.mark.parametrize("planner", [WritingLater, Resolving])
+@pytest.mark.parametrize("inference", [False, True])
+def test_dtensors_that_a_commit_writes_to(stored: Path, planner: type[Committing], inference: bool, gloo: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    locals_ = [{f"t{i:03}": torch.zeros(SHAPE) for i in range(COUNT)} for _ in range(2)]
+    with torch.inference_mode(inference):
+        states = [
+            {fqn: DTensor.from_local(local, mesh, [Shard(0)], run_check=False) for fqn, local in of_state.items()}
+            for of_state in locals_
+        ]
+    theirs, ours, errors = both(stored, planner, states)
+    assert errors == [None, None]
+    assert ours == theirs
+    assert image(locals_[1]) == image(locals_[0])
+
+
+class Copying(torch.Tensor):
+    """Gives copies where others give views."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return super().__getitem__(index).clone()
+
+
+def test_boxes_of_a_subclass_are_views(stored: Path) -> None:
+    class Adding(Committing):
+        def act(self, fqn: str, is_first: bool, tensor: torch.Tensor) -> None:
+            tensor += 1
+
+    states = [{f"t{i:03}": torch.zeros(SHAPE).as_subclass(Copying) for i in range(COUNT)} for _ in range(2)]
+    theirs, ours, errors = both(stored, Adding, states)
+    assert errors == [None, None]
+    assert ours == theirs
+    assert image(states[1]) == image(states[0])
+
+
 def test_tensors_of_inference_mode(stored: Path) -> None:
     """Nobody counts writes to them, so that they come one by one."""
     with torch.inference_mode():

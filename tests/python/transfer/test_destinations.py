@@ -84,6 +84,18 @@ def test_other_tensors_are_asked(make: Callable[[], torch.Tensor]) -> None:
     assert asked[0] is tensor
 
 
+@pytest.mark.parametrize("dtype", [torch.int1, torch.int4, torch.uint1, torch.uint4], ids=str)
+@pytest.mark.parametrize("from_dtype", [torch.int8, torch.uint8, torch.float32], ids=str)
+def test_dtypes_that_dlpack_calls_the_same(tmp_path: Path, dtype: torch.dtype, from_dtype: torch.dtype) -> None:
+    """What fills a byte with fewer bits is not an int8 or uint8: torch cannot write to it."""
+    stored = save(tmp_path / "ckpt", {"t": torch.tensor([7, 100, 3, 1], dtype=from_dtype)})
+    for load in (torch_load, dcp_fast.load):
+        memory = torch.full((4,), 9, dtype=torch.uint8)
+        with pytest.raises(dcp.api.CheckpointException):
+            load({"t": memory.view(dtype)}, checkpoint_id=stored)
+        assert memory.tolist() == [9] * 4
+
+
 def test_tensors_that_dlpack_refuses_do_not_take_long() -> None:
     tensors = [torch.zeros(3, device="meta") for _ in range(5000)]
     start = time.process_time()

@@ -122,6 +122,8 @@ def test_cut(protocol: int) -> None:
         b"\x80\x02\x8a\x09123456789.",
         b"\x80\x02\x8a\xff1.",
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xffN.",
+        b"\x80\x04\x95\x03\0\0\0\0\0\0\0X\x02\0\0\0ab.",  # an opcode goes over the end of its frame
+        b"\x80\x04\x95\x0a\0\0\0\0\0\0\0\x95\x01\0\0\0\0\0\0\0N.",  # frames within each other
         b"\x80\x02}]K\x01s.",
         b"\x80\x02}}K\x01s.",
         b"\x80\x02\x85.",
@@ -131,6 +133,22 @@ def test_cut(protocol: int) -> None:
 def test_opcodes_of_no_writer(pickled: bytes) -> None:
     assert parse(archive_of_torch(b"\x80\x02K\x05.")) == 5
     assert parse(archive_of_torch(pickled)) is ...
+
+
+def large() -> dict[str, Any]:
+    """More than is in memory at the same time, of one length, and nothing that can change."""
+    values = {f"e{i:03}": f"{i:08}" * 100_000 for i in range(60)}
+    values |= {f"t{i:03}": (f"{i:08}" * 100_000, i) for i in range(20)}
+    return values | {f"same{i}": "x" * 800_000 for i in range(3)}
+
+
+def test_more_than_is_in_memory_at_once(tmp_path: Path) -> None:
+    expected = large()
+    path = save(tmp_path / "ckpt", dict(expected))
+    loaded: dict[str, Any] = dict.fromkeys(expected)
+    dcp_fast.load(loaded, checkpoint_id=path, no_dist=True)
+    wrong = [key for key, value in expected.items() if loaded[key] != value]
+    assert wrong == []
 
 
 def archive_of_torch(pickled: bytes) -> bytes:
