@@ -108,8 +108,6 @@ class PinnedRing:
     def take_stats(self) -> DeviceStats: ...
     def take_slot_seconds(self) -> float: ...
 
-EXCHANGE_HEADER_BYTES: int
-
 class Need:
     """What this rank needs of the files, and where it goes."""
 
@@ -281,7 +279,7 @@ class PlannedRecords:
     requests: list[int]  # of the first box of each
     missing: int | None  # the first box whose chunk storage_data lacks
     files: tuple[list[str], list[int]]  # their names, and the requests of the first box of each
-    def rows(self, all_fallback: bool) -> Rows: ...  # for read_layouts, files as numbered above
+    def rows(self, all_fallback: bool) -> Rows: ...  # for open_files, files as numbered above
     def payloads(self) -> Rows | None: ...  # likewise
 
 class PlannedBoxes:

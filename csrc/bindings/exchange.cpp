@@ -134,8 +134,6 @@ RoundStats step(const Exchange& exchange, const LocalNeed& local, const Layouts&
 }  // namespace
 
 void bind_exchange(py::module_& module) {
-  module.attr("EXCHANGE_HEADER_BYTES") = exchange::kHeaderBytes;
-
   py::class_<LocalNeed>(module, "Need", "What this rank needs of the files, and where it goes.")
       .def_static(
           "of_program",

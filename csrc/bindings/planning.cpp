@@ -104,7 +104,7 @@ Rows item_rows(const PlannedBoxes& planned, const Records& records) {
   return rows;
 }
 
-// A row for each record, as read_layouts takes them.
+// A row for each record, as open_files takes them.
 Rows record_rows(const PlannedRecords& planned, bool all_fallback) {
   const StorageRows& storage = planned.columns->rows;
   Rows rows;
@@ -117,7 +117,7 @@ Rows record_rows(const PlannedRecords& planned, bool all_fallback) {
   return rows;
 }
 
-// A row for each record that is a mere payload, as read_layouts takes them; nothing if records are archives.
+// A row for each record that is a mere payload, as open_files takes them; nothing if records are archives.
 std::optional<Rows> payload_rows(const PlannedRecords& planned) {
   const Columns& columns = *planned.columns;
   if (columns.rows.dtypes.empty()) return std::nullopt;
@@ -232,10 +232,9 @@ void bind_planning(py::module_& module) {
       .def("learn", &Requests::learn, py::arg("dtensor"), py::arg("chunks"), py::arg("values"))
       .def("find_boxes", &find_requested);
   module.def("bytes_rows", &bytes_rows, py::arg("columns"), py::arg("fqns"));
-  module.attr("WHOLE") = planning::kWhole;
   module.def("find_boxes", &find_boxes, py::arg("columns"), py::arg("requests"),
              "Boxes of all requests: rows of entry, number of wanted chunks, their offsets and sizes; or of entry and "
-             "WHOLE.");
+             "-1.");
   module.def("find_overlaps", &find_overlaps, py::arg("dims"), py::arg("wanted"), py::arg("wanted_count"),
              py::arg("stored"), py::arg("stored_count"),
              "Rows of wanted index, stored index, stored offsets, wanted offsets, lengths; see csrc/box/overlap.h.");

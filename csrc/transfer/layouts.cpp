@@ -253,12 +253,4 @@ void read_headers(Layouts& layouts, const Options& options, const std::function<
   layouts.bytes = counters.bytes;
 }
 
-Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
-                     std::vector<checkpoint::TensorLayout> payloads, const Options& options,
-                     const std::function<bool()>& interrupted) {
-  Layouts layouts = open_files(std::move(sources), std::move(records), std::move(payloads), options, interrupted);
-  read_headers(layouts, options, interrupted);
-  return layouts;
-}
-
 }  // namespace dcp_fast::transfer

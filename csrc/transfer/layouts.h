@@ -49,9 +49,4 @@ std::vector<Range> header_ranges(const Layouts& layouts, const Options& options)
 // (kTruncated, kCorrupt, kIo), Interrupted, std::bad_alloc.
 void read_headers(Layouts& layouts, const Options& options, const std::function<bool()>& interrupted);
 
-// Both.
-Layouts read_layouts(io::ByteSources sources, std::vector<Record> records,
-                     std::vector<checkpoint::TensorLayout> payloads, const Options& options,
-                     const std::function<bool()>& interrupted);
-
 }  // namespace dcp_fast::transfer

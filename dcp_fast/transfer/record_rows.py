@@ -58,9 +58,6 @@ class RecordRows:
     def files(self) -> list[str]:
         return list(self._numbers)
 
-    def file_of(self, record: int) -> int:
-        return self.rows[4 * record]
-
     def place_of(self, record: int) -> tuple[int, int]:
         """File and offset."""
         return self.rows[4 * record], self.rows[4 * record + 1]

@@ -27,6 +27,7 @@ from dcp_fast.ranks import exchange
 
 WORLD = 2
 FAILING = 1
+HEADER_BYTES = 64  # of what a rank sends to another in a round
 SIZE = (811, 203)
 NOT_SUPPORTED = 801  # CUresult
 LAUNCH_FAILED = 719
@@ -155,9 +156,7 @@ def load_on_devices(path: Path) -> None:
             assert report.exchange_rounds > 2
             assert simulator.calls("cuMemcpyDtoDAsync_v2") > copies
             # What is received does not come from the host once more: that has the sent bytes, headers, and descriptors.
-            sent = (
-                report.bytes_sent + report.bytes_read + report.exchange_rounds * 2 * 2 * _native.EXCHANGE_HEADER_BYTES
-            )
+            sent = report.bytes_sent + report.bytes_read + report.exchange_rounds * 2 * 2 * HEADER_BYTES
             assert report.bytes_to_device <= 1.05 * sent
             expected = state_dict("cpu", placements, torch.bfloat16)
             state = state_dict("cuda", placements, torch.bfloat16)  # converted on the device

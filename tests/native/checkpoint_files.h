@@ -20,6 +20,14 @@ namespace dcp_fast::testing {
 
 inline bool never() { return false; }
 
+inline transfer::Layouts read_layouts(io::ByteSources sources, const std::vector<transfer::Record>& records,
+                                      const std::vector<checkpoint::TensorLayout>& payloads,
+                                      const transfer::Options& options) {
+  transfer::Layouts layouts = transfer::open_files(std::move(sources), records, payloads, options, never);
+  transfer::read_headers(layouts, options, never);
+  return layouts;
+}
+
 struct CheckpointFiles {
   struct Stored {
     TensorSpec spec;
@@ -63,7 +71,7 @@ struct CheckpointFiles {
                             io::Readers readers = io::Readers::kThisRank) const {
     io::ByteSources sources;
     for (const std::string& path : paths) sources.push_back(std::make_unique<io::File>(path, mode, readers));
-    return transfer::read_layouts(std::move(sources), records, {}, options, never);
+    return read_layouts(std::move(sources), records, {}, options);
   }
 
   TempDir dir;

@@ -265,7 +265,7 @@ TEST_CASE("layouts: payloads are taken as they are told, and nothing is read but
   const auto read = [&](const std::vector<transfer::Record>& records) {
     io::ByteSources sources;
     for (const std::string& path : files.paths) sources.push_back(std::make_unique<io::File>(path));
-    return transfer::read_layouts(std::move(sources), records, payloads, options_of(), never);
+    return read_layouts(std::move(sources), records, payloads, options_of());
   };
 
   const Layouts layouts = read(files.records);
