@@ -270,7 +270,14 @@ class PlacedBoxes:
         self, state_dict: dict[str, Any], boxes: Sequence[int], look: Callable[[int], bool]
     ) -> bool: ...
     def keep_versions(self, boxes: Sequence[int]) -> None: ...
-    def is_as_placed(self, state_dict: dict[str, Any], box: int, look: Callable[[int], bool]) -> bool: ...
+    def target(
+        self,
+        state_dict: dict[str, Any],
+        box: int,
+        item: ReadItem,
+        look: Callable[[int], bool],
+        other: Callable[[int, ReadItem], torch.Tensor],
+    ) -> torch.Tensor | None: ...
 
 class PlannedRecords:
     """The stored tensors that boxes are parts of."""

@@ -29,7 +29,8 @@ void bind_destinations(py::module_& module) {
       .def("others", &PlacedBoxes::others)
       .def("are_as_resolved", &PlacedBoxes::are_as_resolved, py::arg("state_dict"), py::arg("boxes"), py::arg("look"))
       .def("keep_versions", &PlacedBoxes::keep_versions, py::arg("boxes"))
-      .def("is_as_placed", &PlacedBoxes::is_as_placed, py::arg("state_dict"), py::arg("box"), py::arg("look"));
+      .def("target", &PlacedBoxes::target, py::arg("state_dict"), py::arg("box"), py::arg("item"), py::arg("look"),
+           py::arg("other"));
 }
 
 }  // namespace dcp_fast

@@ -10,6 +10,15 @@ namespace py = pybind11;
 namespace dcp_fast {
 namespace {
 
+constexpr size_t kDims = 4;  // of a row: see PlainTensors
+
+// Names of attributes, which are never freed.
+struct BoxNames {
+  py::handle requires_grad = PyUnicode_InternFromString("requires_grad");
+  py::handle dest_offsets = PyUnicode_InternFromString("dest_offsets");
+  py::handle lengths = PyUnicode_InternFromString("lengths");
+};
+
 // How often a tensor was written to; always 0 in inference mode, where nobody counts, and of what is no tensor.
 int64_t version_of(PyObject* tensor) {
   static const py::handle name = PyUnicode_InternFromString("_version");  // is never freed
@@ -60,8 +69,34 @@ void PlacedBoxes::keep_versions(const std::vector<size_t>& boxes) {
   for (const size_t box : boxes) versions_.at(box) = writes_to(box);
 }
 
-bool PlacedBoxes::is_as_placed(const py::object& state_dict, size_t box, const py::function& look) const {
-  return is_as_resolved(state_dict, box, look) && writes_to(box) == versions_[box];
+py::object PlacedBoxes::target(const py::object& state_dict, size_t box, const py::object& item,
+                               const py::function& look, const py::function& other) const {
+  row_.clear();
+  if (!is_as_resolved(state_dict, box, look) || writes_to(box) != versions_[box]) return py::none();
+  py::object part = row_.empty() ? py::object() : first_rows(tensor_of(box), item);
+  return part ? std::move(part) : other(box, item);
+}
+
+// The rows of a tensor that an item wants, if these are not all of them, and of the other dimensions it wants all.
+py::object PlacedBoxes::first_rows(PyObject* tensor, const py::object& item) const {
+  static const BoxNames names;
+  // Slices make views as narrow does, in two thirds of the time.
+  if (!attribute(tensor, names.requires_grad).is(py::bool_(false))) return {};
+  const py::object offsets = checked(PyObject_GetAttr(item.ptr(), names.dest_offsets.ptr()));
+  const py::object lengths = checked(PyObject_GetAttr(item.ptr(), names.lengths.ptr()));
+  const auto dims = static_cast<py::ssize_t>(row_[kDims]);
+  if (dims == 0 || !PyTuple_Check(offsets.ptr()) || !PyTuple_Check(lengths.ptr())) return {};
+  if (PyTuple_GET_SIZE(offsets.ptr()) != dims || PyTuple_GET_SIZE(lengths.ptr()) != dims) return {};
+  for (py::ssize_t dim = 0; dim < dims; ++dim) {
+    const int64_t length = PyLong_AsLongLong(PyTuple_GET_ITEM(lengths.ptr(), dim));
+    if (length == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    const int64_t size = row_[kDims + 1 + static_cast<size_t>(dim)];
+    if (dim == 0 ? length >= size : length != size) return {};
+  }
+  PyObject* const begin = PyTuple_GET_ITEM(offsets.ptr(), 0);
+  const py::object end = checked(PyNumber_Add(begin, PyTuple_GET_ITEM(lengths.ptr(), 0)));
+  const py::object rows = checked(PySlice_New(begin, end.ptr(), nullptr));
+  return checked(PyObject_GetItem(tensor, rows.ptr()));
 }
 
 bool PlacedBoxes::is_as_resolved(const py::object& state_dict, size_t box, const py::function& look) const {

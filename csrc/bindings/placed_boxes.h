@@ -30,8 +30,11 @@ class PlacedBoxes {
   // These boxes are in place.
   void keep_versions(const std::vector<size_t>& boxes);
 
-  // Whether the state dict has this box where it was placed, and nobody wrote to it since.
-  bool is_as_placed(const pybind11::object& state_dict, size_t box, const pybind11::function& look) const;
+  // The tensor that is a box and a part of its destination, if the state dict has it where it was placed, and nobody
+  // wrote to it since; else None. `item` is the box as a ReadItem. `other` makes, from these two, tensors that are more
+  // than a part of a plain one along its first dimension.
+  pybind11::object target(const pybind11::object& state_dict, size_t box, const pybind11::object& item,
+                          const pybind11::function& look, const pybind11::function& other) const;
 
  private:
   struct Range {
@@ -39,6 +42,7 @@ class PlacedBoxes {
   };
 
   bool is_as_resolved(const pybind11::object& state_dict, size_t box, const pybind11::function& look) const;
+  pybind11::object first_rows(PyObject* tensor, const pybind11::object& item) const;
   bool is_or_has(PyObject* value, PyObject* tensor) const;
   int64_t writes_to(size_t box) const;
   PyObject* tensor_of(size_t box) const;
@@ -53,7 +57,7 @@ class PlacedBoxes {
   std::vector<Range> rows_;           // by tensor, in numbers; empty if it is not plain
   std::vector<int64_t> geometry_;     // rows of all plain tensors
   std::vector<int64_t> versions_;     // by box
-  mutable std::vector<int64_t> row_;  // kept for its memory
+  mutable std::vector<int64_t> row_;  // of the plain tensor that was looked at last
 };
 
 }  // namespace dcp_fast

@@ -127,10 +127,11 @@ class CommitWindows:
                 if index < 0:
                     self._load_bytes(~index)
                 else:
-                    if not placed.is_as_placed(planner.state_dict, index, look):
-                        return Done(done)
                     item = next(items)
-                    planner.commit_tensor(item, target(index, item))
+                    box = placed.target(planner.state_dict, index, item, look, target)
+                    if box is None:
+                        return Done(done)
+                    planner.commit_tensor(item, box)
                 done += 1
                 if has_changed():
                     return Done(done, one_by_one=True)

@@ -83,12 +83,7 @@ class Resolved:
             return narrow_tensor_by_index(tensor.detach(), offsets, lengths)
         for dim, length in enumerate(lengths):
             if length < sizes[dim]:
-                begin = offsets[dim]
-                # The same view; torch takes a third longer for narrow. Subclasses may mean something else.
-                if dim == 0 and type(tensor) is torch.Tensor:
-                    tensor = tensor[begin : begin + length]
-                else:
-                    tensor = tensor.narrow(dim, begin, length)
+                tensor = tensor.narrow(dim, offsets[dim], length)
         return tensor
 
     def fqns(self) -> list[str]:

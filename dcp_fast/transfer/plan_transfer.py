@@ -188,7 +188,8 @@ class PlanTransfer:
                     return Done(0)
                 fqns = resolved.fqns()
                 values = dict(zip(numbers, map(planner.state_dict.get, fqns), strict=True))  # by destination
-                if not all(map(counts_writes, (*destinations.tensors, *values.values()))):
+                others = (value for n, value in values.items() if value is not destinations.tensors[n])
+                if any(tensor.is_inference() for tensor in destinations.tensors) or not all(map(counts_writes, others)):
                     return Done(0)  # nobody would notice that a commit has written to what is in place already
                 windows = windows_of(self.items.order(), fqns)
                 program.cut([[item for item in window if item >= 0] for window in windows])
