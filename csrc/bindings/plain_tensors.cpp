@@ -33,13 +33,10 @@ PlainTensors::PlainTensors(py::tuple types, const py::object& api, py::dict dtyp
   if (found->major == dlpack::kMajor && found->describe != nullptr) api_ = found;
 }
 
-bool PlainTensors::is_known(PyObject* tensor) const {
-  return std::any_of(types_.begin(), types_.end(),
-                     [&](py::handle type) { return type.ptr() == reinterpret_cast<PyObject*>(Py_TYPE(tensor)); });
-}
-
 bool PlainTensors::add(PyObject* tensor, std::vector<int64_t>& rows, int& refused) const {
-  if (api_ == nullptr || refused == kMostRefused || !is_known(tensor) || !has_no_attributes(tensor)) return false;
+  if (api_ == nullptr || refused == kMostRefused || !contains(types_, reinterpret_cast<PyObject*>(Py_TYPE(tensor))) ||
+      !has_no_attributes(tensor))
+    return false;
   static const py::handle dtype_name = PyUnicode_InternFromString("dtype");  // is never freed
   const py::object dtype = checked(PyObject_GetAttr(tensor, dtype_name.ptr()));
   PyObject* const kind = PyDict_GetItemWithError(dtypes_.ptr(), dtype.ptr());

@@ -30,8 +30,6 @@ class PlainTensors {
   std::pair<Rows, bool> rows(const pybind11::list& tensors, const pybind11::function& other) const;
 
  private:
-  bool is_known(PyObject* tensor) const;
-
   pybind11::tuple types_;
   const dlpack::ExchangeApi* api_ = nullptr;
   pybind11::dict dtypes_;

@@ -73,6 +73,8 @@ class CommitWindows:
     Args:
         planner: the planner, of which only ``commit_tensor`` may be its own.
         resolved: all items, and where they go. No two boxes share memory.
+        fqns: of the items.
+        values: of the state dict, that the items are boxes of.
         place: brings the boxes of the window with a number into place, given the items of tensors in it. False if
             windows.py must try.
         load_bytes: loads the bytes entry with an index.
@@ -82,16 +84,17 @@ class CommitWindows:
         self,
         planner: DefaultLoadPlanner,
         resolved: Resolved,
+        fqns: list[str],
+        values: list[Any],
         place: Callable[[int, Sequence[int]], bool],
         load_bytes: Callable[[int], None],
     ) -> None:
         self._planner = planner
         self._resolved = resolved
-        self._fqns = resolved.fqns()
+        self._fqns, self._values = fqns, values
         self._numbers, self._tensors = resolved.numbers, resolved.destinations.tensors
         self._place = place
         self._load_bytes = load_bytes
-        self._values: list[Any] = list(map(planner.state_dict.get, self._fqns))
         self._boxes = _native.PlacedBoxes(
             PLAIN_TENSORS, self._fqns, self._values, self._numbers, self._tensors, TENSOR_TYPES
         )

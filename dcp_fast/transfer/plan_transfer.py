@@ -187,7 +187,8 @@ class PlanTransfer:
                 if program.waves > 1 or not destinations.all_have_addresses:
                     return Done(0)
                 fqns = resolved.fqns()
-                values = dict(zip(numbers, map(planner.state_dict.get, fqns), strict=True))  # by destination
+                of_boxes = list(map(planner.state_dict.get, fqns))
+                values = dict(zip(numbers, of_boxes, strict=True))  # by destination
                 others = (value for n, value in values.items() if value is not destinations.tensors[n])
                 if any(tensor.is_inference() for tensor in destinations.tensors) or not all(map(counts_writes, others)):
                     return Done(0)  # nobody would notice that a commit has written to what is in place already
@@ -225,7 +226,7 @@ class PlanTransfer:
         def load_bytes(entry: int) -> None:
             self._load_bytes(entries.items[entry], entries.records[entry])
 
-        return CommitWindows(planner, resolved, place, load_bytes).run(windows)
+        return CommitWindows(planner, resolved, fqns, of_boxes, place, load_bytes).run(windows)
 
     def _resolve_in_state_dict(self, item: ReadItem) -> torch.Tensor:
         """As torch's planner does, which takes longer for a whole tensor."""
