@@ -232,6 +232,7 @@ def sweep(path: Path, function: str, settings: dict[str, Any], most: int, **faul
     """
     calls = count_calls(path, function, settings)
     assert calls >= 4
+    gc.collect()  # else what tests before this one left closes its files meanwhile
     files, before = open_files(), threads()
     for nth in range(0, calls, -(-calls // most)):
         todo = Wanted()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import time
@@ -135,6 +136,7 @@ def test_no_directory(tmp_path: Path) -> None:
     ids=lambda value: errno.errorcode.get(value) if isinstance(value, int) else "",
 )
 def test_header_that_cannot_be_read(checkpoint: Path, function: str, number: int, expected: type[LoadError]) -> None:
+    gc.collect()  # else what tests before this one left closes its files meanwhile
     before, running = open_files(), threads()
     for nth in range(2):
         with (
