@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 from typing_extensions import Buffer, Self, TypeIs
 
 DTYPES: tuple[str, ...]
@@ -270,14 +270,16 @@ class PlacedBoxes:
         self, state_dict: dict[str, Any], boxes: Sequence[int], look: Callable[[int], bool]
     ) -> bool: ...
     def keep_versions(self, boxes: Sequence[int]) -> None: ...
-    def target(
+    def commit(
         self,
-        state_dict: dict[str, Any],
-        box: int,
-        item: ReadItem,
+        planner: LoadPlanner,
+        window: Sequence[int],
+        items: list[ReadItem],
         look: Callable[[int], bool],
         other: Callable[[int, ReadItem], torch.Tensor],
-    ) -> torch.Tensor | None: ...
+        load_bytes: Callable[[int], None],
+        has_changed: Callable[[], bool],
+    ) -> tuple[int, bool]: ...
 
 class PlannedRecords:
     """The stored tensors that boxes are parts of."""

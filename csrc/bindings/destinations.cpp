@@ -29,8 +29,8 @@ void bind_destinations(py::module_& module) {
       .def("others", &PlacedBoxes::others)
       .def("are_as_resolved", &PlacedBoxes::are_as_resolved, py::arg("state_dict"), py::arg("boxes"), py::arg("look"))
       .def("keep_versions", &PlacedBoxes::keep_versions, py::arg("boxes"))
-      .def("target", &PlacedBoxes::target, py::arg("state_dict"), py::arg("box"), py::arg("item"), py::arg("look"),
-           py::arg("other"));
+      .def("commit", &PlacedBoxes::commit, py::arg("planner"), py::arg("window"), py::arg("items"), py::arg("look"),
+           py::arg("other"), py::arg("load_bytes"), py::arg("has_changed"));
 }
 
 }  // namespace dcp_fast

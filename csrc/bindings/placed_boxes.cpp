@@ -19,6 +19,11 @@ struct BoxNames {
   py::handle lengths = PyUnicode_InternFromString("lengths");
 };
 
+struct PlannerNames {
+  py::handle state_dict = PyUnicode_InternFromString("state_dict");
+  py::handle commit_tensor = PyUnicode_InternFromString("commit_tensor");
+};
+
 // How often a tensor was written to; always 0 in inference mode, where nobody counts, and of what is no tensor.
 int64_t version_of(PyObject* tensor) {
   static const py::handle name = PyUnicode_InternFromString("_version");  // is never freed
@@ -75,6 +80,28 @@ py::object PlacedBoxes::target(const py::object& state_dict, size_t box, const p
   if (!is_as_resolved(state_dict, box, look) || writes_to(box) != versions_[box]) return py::none();
   py::object part = row_.empty() ? py::object() : first_rows(tensor_of(box), item);
   return part ? std::move(part) : other(box, item);
+}
+
+std::pair<size_t, bool> PlacedBoxes::commit(const py::object& planner, const std::vector<int64_t>& window,
+                                            const py::list& items, const py::function& look, const py::function& other,
+                                            const py::function& load_bytes, const py::function& has_changed) const {
+  static const PlannerNames names;
+  size_t done = 0;
+  size_t boxes = 0;
+  for (const int64_t index : window) {
+    if (index < 0) {
+      load_bytes(~index);
+    } else {
+      const py::object item = items[boxes++];
+      const py::object state_dict = checked(PyObject_GetAttr(planner.ptr(), names.state_dict.ptr()));
+      const py::object box = target(state_dict, static_cast<size_t>(index), item, look, other);
+      if (box.is_none()) return {done, false};
+      checked(PyObject_CallMethodObjArgs(planner.ptr(), names.commit_tensor.ptr(), item.ptr(), box.ptr(), nullptr));
+    }
+    ++done;
+    if (has_changed().cast<bool>()) return {done, true};
+  }
+  return {done, false};
 }
 
 // The rows of a tensor that an item wants, if these are not all of them, and of the other dimensions it wants all.

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "bindings/plain_tensors.h"
@@ -30,11 +31,14 @@ class PlacedBoxes {
   // These boxes are in place.
   void keep_versions(const std::vector<size_t>& boxes);
 
-  // The tensor that is a box and a part of its destination, if the state dict has it where it was placed, and nobody
-  // wrote to it since; else None. `item` is the box as a ReadItem. `other` makes, from these two, tensors that are more
-  // than a part of a plain one along its first dimension.
-  pybind11::object target(const pybind11::object& state_dict, size_t box, const pybind11::object& item,
-                          const pybind11::function& look, const pybind11::function& other) const;
+  // Has a planner commit a window, whose boxes are in place: an item is the number of a box, or ~ that of an entry for
+  // `load_bytes`. `items` are the ReadItems of its boxes. `other` makes, of a box and its item, tensors that are more
+  // than a part of a plain one along its first dimension. Ends early where a box is no longer in place, and where
+  // `has_changed` says after an item that the others may depend on it. How many were committed, and whether it said so.
+  std::pair<size_t, bool> commit(const pybind11::object& planner, const std::vector<int64_t>& window,
+                                 const pybind11::list& items, const pybind11::function& look,
+                                 const pybind11::function& other, const pybind11::function& load_bytes,
+                                 const pybind11::function& has_changed) const;
 
  private:
   struct Range {
@@ -42,6 +46,10 @@ class PlacedBoxes {
   };
 
   bool is_as_resolved(const pybind11::object& state_dict, size_t box, const pybind11::function& look) const;
+  // The tensor that is a box and a part of its destination, if the state dict has it where it was placed, and nobody
+  // wrote to it since; else None.
+  pybind11::object target(const pybind11::object& state_dict, size_t box, const pybind11::object& item,
+                          const pybind11::function& look, const pybind11::function& other) const;
   pybind11::object first_rows(PyObject* tensor, const pybind11::object& item) const;
   bool is_or_has(PyObject* value, PyObject* tensor) const;
   int64_t writes_to(size_t box) const;

@@ -110,8 +110,7 @@ class CommitWindows:
 
         Raises what a hook raises, with all before it in place and committed.
         """
-        planner, has_changed, target = self._planner, self._state.has_changed, self._resolved.target
-        placed, look = self._boxes, self._is_as_resolved
+        planner, placed, look = self._planner, self._boxes, self._is_as_resolved
         done = 0
         for number, window in enumerate(windows):
             boxes = [item for item in window if item >= 0]
@@ -125,19 +124,13 @@ class CommitWindows:
             self._state.keep_versions()
             placed.keep_versions(boxes)
             with paused_collection():
-                items = iter(self._resolved.take(boxes))
-            for index in window:
-                if index < 0:
-                    self._load_bytes(~index)
-                else:
-                    item = next(items)
-                    box = placed.target(planner.state_dict, index, item, look, target)
-                    if box is None:
-                        return Done(done)
-                    planner.commit_tensor(item, box)
-                done += 1
-                if has_changed():
-                    return Done(done, one_by_one=True)
+                items = self._resolved.take(boxes)
+            committed, is_changed = placed.commit(
+                planner, window, items, look, self._resolved.target, self._load_bytes, self._state.has_changed
+            )
+            done += committed
+            if is_changed or committed < len(window):
+                return Done(done, one_by_one=is_changed)
         return Done(done, is_all=True)
 
     def _is_as_resolved(self, box: int) -> bool:
