@@ -157,6 +157,10 @@ class LoadReport:
             vars(self).update(_stage=name, _stage_began=now)
         return before
 
+    def note_reads_alone(self, reason: str) -> None:
+        """A rank that shares reads something alone. The first reason counts."""
+        self.sharing_fallback_reason = self.sharing_fallback_reason or reason
+
     @property
     def planned_natively(self) -> bool:
         """Whether the plan of this load came from our search, until the report is published."""

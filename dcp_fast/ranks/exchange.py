@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -32,8 +31,9 @@ from dcp_fast._torch import DistWrapper
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.ranks.all_to_all import start_all_to_all
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
-from dcp_fast.ranks.interrupts import deferred_interrupt
-from dcp_fast.transfer.sharing import ExchangeStep, Received, Sending
+from dcp_fast.ranks.interrupts import Interrupts, deferred_interrupt
+from dcp_fast.ranks.round_memory import RoundMemory
+from dcp_fast.transfer.sharing import ExchangeStep
 
 EXCHANGE_BYTES = 128 << 20  # by default
 MIN_EXCHANGE_BYTES = 1 << 20
@@ -92,6 +92,7 @@ class Exchange:
         self.save_id = save_id
         self._report = report
         self._device = collective_device(ranks)
+        self._memory = RoundMemory(self._device)
         self._left = _EXCHANGES
         self._expected = 0  # more exchanges, which this rank has yet to tell the others of
         self._more = 0  # that any rank told of last
@@ -127,18 +128,22 @@ class Exchange:
         while self._left > 0:
             self._take_part(None, None, error)  # which raises the error
 
+    def close(self) -> None:
+        """Let go of the memory for rounds. There are no more exchanges."""
+        self._memory.free()
+
     def _take_part(self, need: _native.Need | None, step: ExchangeStep | None, error: BaseException | None) -> bool:
         if self._left <= 0:
             raise RuntimeError("a load has no more exchanges than its ranks have agreed on")
         encoded = Outcome(lambda: _EMPTY_NEED if need is None else need.encode())
         last: BaseException | None = None
-        with deferred_interrupt() as interrupt:
+        with deferred_interrupt() as interrupts:
             left, self._left = self._left - 1, 0  # nobody goes on after a failure that all know of
             exchange = self._agree(need, encoded.value or _EMPTY_NEED, error or encoded.error)
             if isinstance(exchange, _Nothing) or exchange.obstacle:
                 self._report.sharing_fallback_reason = exchange.obstacle
             else:
-                last = self._run(exchange, step, interrupt)
+                last = self._run(exchange, step, interrupts)
             self._left = left + self._more
         if last is not None:
             raise last  # of which others learn in the next exchange, or at the end of the load
@@ -232,33 +237,12 @@ class Exchange:
         return outcome.get()
 
     def _allocate(self, exchange: _native.Exchange, need: _native.Need | None) -> None:
-        """Memory for two rounds of what is sent, and of what is received."""
-        rounds = exchange.rounds
-        # What is received on the GPU that it is for stays there, unless this rank passes it on.
-        stays = self._device.type != "cpu" and (need is None or need.is_on(self._device.index))
-        self._stays = [stays and not exchange.passes_on(round) for round in range(rounds)]
-        sizes = [
-            max((sum(bytes_of(round)) for round in range(rounds)), default=0)
-            for bytes_of in (exchange.bytes_to_send, exchange.bytes_to_receive)
-        ]
-
-        def two_rounds(size: int, device: torch.device) -> list[torch.Tensor]:
-            return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, rounds))]
-
-        def two_rounds_on_host(size: int) -> list[torch.Tensor]:
-            return [_on_host(size, self._device) for _ in range(min(2, rounds))]
-
-        self._sent = two_rounds_on_host(sizes[0])
-        self._received = two_rounds_on_host(0 if all(self._stays) else sizes[1])
-        # What collective calls take: where the process group wants it.
-        is_on_host = self._device.type == "cpu"
-        self._to_send = self._sent if is_on_host else two_rounds(sizes[0], self._device)
-        self._to_receive = self._received if is_on_host else two_rounds(sizes[1], self._device)
+        self._memory.make_room(exchange, need)
 
     # Rounds
 
     def _run(
-        self, exchange: _native.Exchange, step: ExchangeStep | None, interrupt: Callable[[], None]
+        self, exchange: _native.Exchange, step: ExchangeStep | None, interrupts: Interrupts
     ) -> BaseException | None:
         """Exchange all rounds. Returns an error of this rank that came after the last one, when nobody is told."""
         report, rounds = self._report, exchange.rounds
@@ -268,15 +252,15 @@ class Exchange:
         def heed_interrupt() -> None:
             nonlocal error
             if error is None:
-                error = Outcome(interrupt).error
+                error = Outcome(interrupts.strike).error
 
         def work(to_send: int, to_place: int) -> None:
             nonlocal error, bytes_read
             heed_interrupt()
             if step is None or error is not None:
                 return
-            send = Sending(to_send, self._sent[to_send % 2]) if to_send < rounds else None
-            receive = self._received_in(to_place) if to_place >= 0 else None
+            send = self._memory.sending(to_send) if to_send < rounds else None
+            receive = self._memory.received(to_place) if to_place >= 0 else None
             if send or receive:
                 stats = Outcome(lambda: step(exchange, send, receive))
                 if stats.error is None:
@@ -294,13 +278,14 @@ class Exchange:
             work(round + 1, round - 1)
             begin = time.perf_counter()
             pending()
+            del pending  # it knows the memory of the round, which a failed load would hold with it
             report.wait_seconds["ranks"] += time.perf_counter() - begin
             if recorder is not None:
                 recorder.add("exchange", "exchange", began, recorder.now(), sum(sizes[1]))
             report.exchange_rounds += 1
             report.bytes_sent += sum(sizes[0]) - sizes[0][self._ranks.rank]
             report.bytes_received += sum(sizes[1]) - sizes[1][self._ranks.rank]
-            arrived = Outcome(partial(self._bring_to_host, round, sum(sizes[1])))
+            arrived = Outcome(partial(self._memory.bring_to_host, round, sum(sizes[1])))
             headers = Outcome(partial(self._headers, round, sizes[1], arrived.value or False))
             error = error or arrived.error or headers.error
             if headers.error is not None:  # the others go on, and learn of it in the next round
@@ -319,68 +304,24 @@ class Exchange:
         Returns:
             What waits for its end; and an error of this rank, of which all others learn in this round.
         """
-        sent = self._sent[round % 2]
         to_send, to_receive = sizes
-        begin, count = sum(to_send), sum(to_receive)
-        headers = sent[:begin].view(torch.int64)
-        failures, reads = _places_of_headers(to_send)
-        headers[failures], headers[reads] = failed, bytes_read
-        there, back = self._to_send[round % 2][:begin], self._to_receive[round % 2][:count]
-        copied = Outcome(partial(_copy_to_device, there, sent[:begin]))
+        packed = Outcome(partial(self._memory.pack_headers, round, to_send, (int(failed), bytes_read)))
+        there, back = self._memory.for_group(round, sum(to_send), sum(to_receive))
         with _group_errors():
-            if copied.error is not None:
+            if packed.error is not None:
                 there.fill_(1)  # no header that says anything else
             pending = start_all_to_all(back, there, to_receive, to_send, self._ranks)
-        self._report.bytes_to_device += copied.value or 0
+        self._report.bytes_to_device += packed.value or 0
 
         def wait() -> None:
             with _group_errors():
                 pending()
 
-        return wait, copied.error
-
-    def _bring_to_host(self, round: int, count: int) -> bool:
-        """Have what was received in a round on the host, if it is needed there. Returns whether it is there."""
-        if self._stays[round]:
-            return False
-        here, there = (memory[round % 2][:count] for memory in (self._received, self._to_receive))
-        if there.device.type != "cpu":
-            here.copy_(there)
-        return True
-
-    def _received_in(self, round: int) -> Received:
-        on_device = self._to_receive[round % 2] if self._device.type != "cpu" else None
-        return Received(round, None if self._stays[round] else self._received[round % 2], on_device)
+        return wait, packed.error
 
     def _headers(self, round: int, sizes: list[int], on_host: bool) -> list[tuple[bool, int]]:
         """Of each rank whether it has failed, and how many bytes it has read."""
-        received = (self._received if on_host else self._to_receive)[round % 2]
-        places = _places_of_headers(sizes).to(received.device)
-        failures, reads = received[: sum(sizes)].view(torch.int64)[places].tolist()
-        return list(zip(map(bool, failures), reads, strict=True))
-
-
-def _copy_to_device(to: torch.Tensor, memory: torch.Tensor) -> int:
-    """Copy bytes to where the process group wants them. Returns how many went to a GPU."""
-    if to.device.type == "cpu":
-        return 0  # they are there
-    to.copy_(memory)
-    return memory.nbytes
-
-
-def _on_host(size: int, device: torch.device) -> torch.Tensor:
-    """Memory on the host: pinned if it is copied from and to a GPU, unless the driver refuses that."""
-    if device.type != "cpu" and size > 0:
-        with suppress(_native.NativeError):
-            # torch's own pinned memory may take twice as much.
-            return torch.frombuffer(_native.PinnedBuffer(size, device.index), dtype=torch.uint8)
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
-
-
-def _places_of_headers(sizes: list[int]) -> torch.Tensor:
-    """Where the two numbers of each rank's header are, among words of 64 bits."""
-    begins = torch.tensor([0, *accumulate(sizes)][:-1]) // 8
-    return torch.stack([begins, begins + 1])
+        return [(failed != 0, read) for failed, read in self._memory.headers(round, sizes, on_host)]
 
 
 def _node() -> int:

@@ -136,11 +136,10 @@ class _Broadcast:
 
     def _parse(self) -> Metadata | None:
         """None if only the file itself tells what the metadata is."""
-        with deferred_interrupt() as interrupt:
+        with deferred_interrupt():
             parsed = Outcome(partial(parse_blocks, self._file_bytes, self._next_block, str(self._path)))
             while self._left:  # others may need the rest, or wait for a word that there is none
                 self._next_block(is_over=True)
-        interrupt()
         try:
             columns = parsed.get()
         except CorruptMetadataError:  # perhaps not in this rank's own file

@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -104,8 +106,7 @@ class _ShareReads:
         self._ranks = ranks
         self._report = report
         self._obstacle = ""
-        self._save_id = ""
-        self._is_agreed = False
+        self._exchange: Exchange | None = None
         if exchange_bytes and not ranks.use_dist:
             self._obstacle = "the load is one of a single process"
         elif exchange_bytes and ranks.get_world_size() == 1:
@@ -113,10 +114,16 @@ class _ShareReads:
         report.sharing_fallback_reason = self._obstacle
 
     def look_at(self, reader: StorageReader, metadata: Metadata | None, has_global_metadata: bool) -> None:
-        """Find out whether this rank can share, and what tells its checkpoint from others."""
-        self._save_id = str(getattr(getattr(metadata, "storage_meta", None), "save_id", None) or "")
-        if self._exchange_bytes and not self._obstacle:
+        """Find out whether this rank can share."""
+        if not self._exchange_bytes or self._obstacle:
+            return
+        try:
             self._obstacle = why_alone(reader) if has_global_metadata else "this rank has metadata of its own"
+            # What tells its checkpoint from others.
+            save_id = str(getattr(getattr(metadata, "storage_meta", None), "save_id", None) or "")
+            self._exchange = Exchange(self._ranks, self._exchange_bytes, save_id, self._report)
+        except Exception as error:  # of a property of the reader, or of its metadata
+            self._obstacle = f"its reader or metadata cannot be looked at: {error!r}"
 
     @property
     def word(self) -> int:
@@ -131,29 +138,31 @@ class _ShareReads:
         """
         if lowest == _DOES_NOT_SHARE and highest != _DOES_NOT_SHARE:
             raise ValueError("share_reads must be the same on all ranks")
-        self._is_agreed = lowest == _SHARES and self._ranks.use_dist
+        if lowest != _SHARES:
+            self._exchange = None
         if lowest == _CANNOT_SHARE:
             self._report.sharing_fallback_reason = self._obstacle or "another rank cannot share reads"
 
-    def read(self, read_data: Callable[[], None]) -> Outcome[None]:
-        """Read, with or without others."""
-        return Outcome(lambda: self._read(read_data))
-
-    def _read(self, read_data: Callable[[], None]) -> None:
-        exchange = None
-        if self._is_agreed:
-            exchange = Exchange(self._ranks, self._exchange_bytes, self._save_id, self._report)
-        token = sharing.set(exchange)
-        error: BaseException | None = None
+    @contextmanager
+    def offered(self) -> Iterator[None]:
+        """Within, the reader finds the exchange with other ranks, if there is one."""
+        token = sharing.set(self._exchange)
         try:
-            read_data()
-        except BaseException as raised:
-            error = raised
-            raise
+            yield
         finally:
             sharing.reset(token)
-            if exchange is not None:
-                exchange.leave(error)
+
+    def read(self, read_data: Callable[[], None]) -> Outcome[None]:
+        """Read, with or without others, none of whom waits for this rank then. Ctrl-C must not come between."""
+        outcome = Outcome(read_data)
+        exchange = self._exchange
+        if exchange is not None:
+            if outcome.error is None and exchange.left > 0:
+                self._report.note_reads_alone("its reader did not ask the other ranks for anything")
+            while exchange.left > 0:
+                outcome = Outcome(partial(exchange.leave, outcome.error))
+            exchange.close()
+        return outcome
 
 
 def _load(
@@ -192,39 +201,40 @@ def _load(
 
     @dcp_method_logger(**arguments)
     def global_step(plans: list[LoadPlan]) -> list[LoadPlan]:
-        return storage_reader.prepare_global_plan(planner.create_global_plan(plans))
-
-    local = Outcome(local_step)
-    report.planner_fallback_reason = why_planner_is_slow(planner, report.planned_natively or local.error is not None)
-    if local.error is None:
-        share_reads.look_at(storage_reader, metadata, has_global_metadata)
-    with report.stage("ranks"):
-        own_flag = 0 if _has_no_global_step(planner, storage_reader) else _GATHER_PLANS
-        with deferred_interrupt() as interrupt:
-            flag, *words = _all_flags(ranks, "plan", local, own_flag, share_reads.word)
-            if not flag & _FAILED:
-                share_reads.agree(*words)
-            if flag & _FAILED:
-                _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
-            interrupted = Outcome(interrupt)  # the others go on to read, and learn of it there
-        plan = local.value
-        if flag & _GATHER_PLANS and has_global_metadata:
-            plan = ranks.reduce_scatter("plan", lambda: local.value, global_step)
-        elif flag & _GATHER_PLANS:
-            plan = global_step([plan])[0]
+        with interrupts.allowed():
+            return storage_reader.prepare_global_plan(planner.create_global_plan(plans))
 
     @dcp_method_logger(**arguments)
     def read_data() -> None:
-        interrupted.get()
-        read_plan(storage_reader, planner.finish_plan(plan), planner).wait()
+        with interrupts.allowed():
+            final = planner.finish_plan(plan)
+            with share_reads.offered():
+                read_plan(storage_reader, final, planner).wait()
 
-    report.enter("commit")
-    read = share_reads.read(read_data)
-    if isinstance(read.error, GroupError):  # the others know as well, or wait for what will never come
-        raise CheckpointException("read", {ranks.rank: wrap_exception(cast(Exception, read.error.__cause__))})
-    with report.stage("ranks"), deferred_interrupt():
-        if _all_flags(ranks, "read", read)[0] & _FAILED:
-            _raise_failures(ranks, "read", read, alone=not has_global_metadata)
+    local = Outcome(local_step)
+    report.planner_fallback_reason = why_planner_is_slow(planner, report.planned_natively or local.error is not None)
+    # From here on no rank leaves the others without a word.
+    with deferred_interrupt() as interrupts:
+        if local.error is None:
+            share_reads.look_at(storage_reader, metadata, has_global_metadata)
+        with report.stage("ranks"):
+            own_flag = 0 if _has_no_global_step(planner, storage_reader) else _GATHER_PLANS
+            flag, *words = _all_flags(ranks, "plan", local, own_flag, share_reads.word)
+            if flag & _FAILED:
+                _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
+            share_reads.agree(*words)
+            plan = local.value
+            if flag & _GATHER_PLANS and has_global_metadata:
+                plan = ranks.reduce_scatter("plan", lambda: local.value, global_step)
+            elif flag & _GATHER_PLANS:
+                plan = global_step([plan])[0]
+        report.enter("commit")
+        read = share_reads.read(read_data)
+        if isinstance(read.error, GroupError):  # the others know as well, or wait for what will never come
+            raise CheckpointException("read", {ranks.rank: wrap_exception(cast(Exception, read.error.__cause__))})
+        with report.stage("ranks"):
+            if _all_flags(ranks, "read", read)[0] & _FAILED:
+                _raise_failures(ranks, "read", read, alone=not has_global_metadata)
 
 
 def _all_flags(

@@ -38,6 +38,10 @@ _QuantizedBatches = SharedBatches[QuantizedPart, QuantizedBatch]
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 _MOST_DEVICES = 64  # of a process
+# All ranks take part in an exchange for each, whoever needs it. Tied weights make a few, and aliases by the thousand
+# make thousands: more of them take less time alone.
+_MOST_SHARED_WAVES = 16
+_LATER_WAVES = "boxes that are written over others were read alone: they are too many, or some tensors are quantized"
 # Figures of a report that start again where an attempt ends because a driver refuses what it needs.
 _COUNTED_ANEW = (
     *("bytes_needed", "staged_items", "dequantized_items", "fallback_records", "fallback_reasons"),
@@ -186,6 +190,8 @@ class Placer:
         before = {name: copy(getattr(self._report, name)) for name in _COUNTED_ANEW}
         try:
             shared = self._shared_waves(program, waves, items, records, target) if self._shared.is_wanted else {}
+            if 0 < len(shared) < len(waves):
+                self._report.note_reads_alone(_LATER_WAVES)
             more = sum(1 + sum(map(len, batches)) for _, batches in shared.values()) - 1
             for wave in waves:
                 self._report.bytes_needed += program.bytes_needed_of(wave)
@@ -224,7 +230,7 @@ class Placer:
         """Of each wave that ranks share the boxes that torch converts, and the batches that they come in."""
         shared = {}
         # Quantized tensors come after all waves, and some may be of the first one: then the others are read alone.
-        for wave in waves[:1] if self._quantized else waves:
+        for wave in waves[: 1 if self._quantized else _MOST_SHARED_WAVES]:
             converted = self._converted_boxes(program, wave, items, records, target)
             batches = [self._batches_of(boxes, device) for device, boxes in by_device(converted).items()]
             shared[wave] = (converted, batches)

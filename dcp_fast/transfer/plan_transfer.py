@@ -34,6 +34,7 @@ from dcp_fast.transfer.windows import Placement, Windows
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 _AGAIN = "commits changed tensors of which boxes were in place already, so that these were read again"
+_OTHER_SIZE = "the planner gave tensors of other sizes than their boxes, which were read again"
 
 
 class PlanTransfer:
@@ -144,7 +145,8 @@ class PlanTransfer:
             done = self._commit_windows() if known else Done(0)
         if done.is_all:
             return
-        self._note_reads_alone(shares and not self._shared.is_wanted)
+        if shares and not self._shared.is_wanted:
+            self.report.note_reads_alone(_AGAIN)
         with self.report.stage("layout"), paused_collection():
             items = self.items.in_order()[done.items :]
         staged: list[StagedBoxes] = []
@@ -167,11 +169,6 @@ class PlanTransfer:
                     windows.add(item, record)
             windows.finish()
         self._shared.decline("")
-
-    def _note_reads_alone(self, shares: bool) -> None:
-        """Report that a rank which shares reads something alone, unless it is known why."""
-        if shares and not self.report.sharing_fallback_reason:
-            self.report.sharing_fallback_reason = _AGAIN
 
     def _commit_windows(self) -> Done:
         """Place windows of a program of all items; or all of them at once, with other ranks that share reads.
@@ -218,7 +215,8 @@ class PlanTransfer:
                 is_placed = self.placer.run(program, [number], items, records, destinations, written, resolved.target)
             for n in untouched:  # so far as other boxes of them go
                 in_place[n] = writes(n)
-            self._note_reads_alone(bool(in_place))
+            if in_place:
+                report.note_reads_alone(_AGAIN)
             return is_placed
 
         entries = resolved.bytes_entries
@@ -258,7 +256,10 @@ class PlanTransfer:
         for boxes, group in groupby(placements, boxes_of):
             if boxes is None:
                 of_group = list(group)
-                self._note_reads_alone(any(placement.item in boxes for boxes in staged for placement in of_group))
+                for placement in of_group:
+                    if any(placement.item in boxes for boxes in staged):
+                        fits = list(placement.tensor.size()) == list(placement.item.lengths)
+                        self.report.note_reads_alone(_AGAIN if fits else _OTHER_SIZE)
                 self._place_alone(placer, of_group)
                 continue
             for placement in group:

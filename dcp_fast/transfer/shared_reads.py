@@ -263,11 +263,9 @@ class SharedReads:
 
         def step(exchange: _native.Exchange, send: Sending | None, receive: Received | None) -> _native.RoundStats:
             assert need is not None
-            to_send = None if send is None else (send.round, *_memory_of(send.memory))
-            to_place = None if receive is None else (receive.round, *_memory_of(receive.memory))
-            there = None if receive is None else receive.on_device
-            on_device = None if there is None else (there.device.index, *_memory_of(there))
-            run = partial(exchange.step, need, layouts, to_send, to_place, options, on_device=on_device)
+            to_place = None if receive is None else (receive.round, receive.address, receive.size)
+            on_device = None if receive is None else receive.on_device
+            run = partial(exchange.step, need, layouts, send, to_place, options, on_device=on_device)
             try:
                 stats = self._cuda.run_step(run, options, devices) if devices else run(None, {})
             except CudaRefusedError as error:  # too late for another way
@@ -284,8 +282,3 @@ def _names_of(files: Sequence[str], paths: Sequence[str], exchange: Sharing) -> 
     """What ranks know files by: names, relative to the checkpoint or absolute, and what tells them from other files."""
     ids = [exchange.save_id or str(os.stat(path).st_ino) for path in paths]
     return [f"{file} ({number})" for file, number in zip(files, ids, strict=True)]
-
-
-def _memory_of(memory: torch.Tensor | None) -> tuple[int, int]:
-    """Its address and its size."""
-    return (0, 0) if memory is None else (memory.data_ptr(), memory.numel())

@@ -6,29 +6,29 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol
 
-import torch
-
 from dcp_fast import _native
 
 
 class Sending(NamedTuple):
-    """A round that is to be sent, and the memory for it."""
+    """A round that is to be sent, and where memory for it is on the host: its address and its size."""
 
     round: int
-    memory: torch.Tensor
+    address: int
+    size: int
 
 
 class Received(NamedTuple):
     """A round that was received.
 
     Attributes:
-        memory: where it is on the host; None if that is nowhere, as nobody needs it there.
-        on_device: where it is on a GPU.
+        address, size: of its memory on the host; 0 if it is not there, as nobody needs it there.
+        on_device: ordinal, address and size of where it is on a GPU.
     """
 
     round: int
-    memory: torch.Tensor | None
-    on_device: torch.Tensor | None
+    address: int
+    size: int
+    on_device: tuple[int, int, int] | None
 
 
 class ExchangeStep(Protocol):
