@@ -30,6 +30,9 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 import dcp_fast
 from dcp_fast.ranks import exchange
+from dcp_fast.transfer.batches import ALIGNMENT
+from dcp_fast.transfer.gpu import CudaLoad
+from dcp_fast.transfer.shared_reads import SharedReads
 
 __all__ = ["Said", "load_cases"]
 
@@ -53,6 +56,7 @@ class Said:
         has_changed: whether torch's load changed anything.
         has_failed: whether torch's load failed on any rank.
         reason: why something was not shared.
+        batches: whether memory for batches was so little that there are many.
         sent, received: bytes that it exchanged with others.
     """
 
@@ -63,6 +67,7 @@ class Said:
     has_changed: bool = False
     has_failed: bool = False
     reason: str = ""
+    batches: bool = False
     sent: int = 0
     received: int = 0
 
@@ -108,7 +113,11 @@ def _load_case(folder: Path, seed: int, groups: Sequence[Any], devices: Sequence
     case = rng.choice(_MAKERS)(path, seed * dist.get_world_size() + first, devices, Part(own, rank, ranks))
     leave_out, leaves = own.choice([0, 0, 0, 0.5, 1]), own.random()
     make_planner = _planner(rng, own)
-    case.description.append(f"rank {rank} of {ranks}, leaves out {leave_out} of it, {make_planner}")
+    # Of every second case memory for batches is so little that most loads have many. Ranks may differ in it.
+    batch_bytes = (rng if rng.random() < 0.5 else own).choice([300, 1500, 5000, 40_000]) if seed % 2 else None
+    case.description.append(
+        f"rank {rank} of {ranks}, leaves out {leave_out} of it, {make_planner}, batches of {batch_bytes} bytes"
+    )
 
     def make() -> dict[str, Any]:
         return _without(case.make(), leave_out, random.Random(leaves))
@@ -118,7 +127,7 @@ def _load_case(folder: Path, seed: int, groups: Sequence[Any], devices: Sequence
     dist.barrier(group)
     said = Said(seed)
     try:
-        said = _compare(seed, case, make, make_planner, rng, group)
+        said = _compare(seed, case, make, make_planner, batch_bytes, rng, group)
     finally:
         dist.barrier(group)
         if rank == 0:
@@ -127,7 +136,13 @@ def _load_case(folder: Path, seed: int, groups: Sequence[Any], devices: Sequence
 
 
 def _compare(
-    seed: int, case: Case, make: Callable[[], Any], make_planner: Callable[[Calls], Any], rng: random.Random, group: Any
+    seed: int,
+    case: Case,
+    make: Callable[[], Any],
+    make_planner: Callable[[Calls], Any],
+    batch_bytes: int | None,
+    rng: random.Random,
+    group: Any,
 ) -> Said:
     """Load by torch, alone, and together with other ranks."""
     calls: list[Calls] = [[], [], []]
@@ -141,7 +156,7 @@ def _compare(
 
     expected = load(0, torch_load, case.torch_reader(case.path))
     alone = load(1, dcp_fast.load, case.fast_reader(case.path, **case.options))
-    with _exchange_of(rng, group) as options:
+    with _exchange_of(rng, group) as options, _batches_of(batch_bytes):
         shared = load(2, dcp_fast.load, case.fast_reader(case.path, **case.options), share_reads=True, **options)
     report = dcp_fast.last_report()
     assert report is not None
@@ -154,6 +169,7 @@ def _compare(
         reason=report.sharing_fallback_reason,
         sent=report.bytes_sent,
         received=report.bytes_received,
+        batches=batch_bytes is not None,
     )
     if not same(alone, expected):
         said.problems.append(f"alone: {difference(alone, expected)}")
@@ -208,6 +224,19 @@ def _exchange_of(rng: random.Random, group: Any) -> Iterator[dict[str, Any]]:
             # Most checkpoints are so small that this gives several rounds.
             stack.enter_context(mock.patch.object(exchange, "ROUND_PARTS", rng.choice([4, 64, 256, 1024])))
         yield options
+
+
+@contextmanager
+def _batches_of(size: int | None) -> Iterator[None]:
+    if size is None:
+        yield
+        return
+    aligned, half_bytes = max(size // ALIGNMENT, 1) * ALIGNMENT, CudaLoad.half_bytes
+    with (
+        mock.patch.object(SharedReads, "most_bytes", size),
+        mock.patch.object(CudaLoad, "half_bytes", lambda load, wanted: half_bytes(load, min(aligned, wanted))),
+    ):
+        yield
 
 
 # Planners

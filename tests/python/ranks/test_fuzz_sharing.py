@@ -48,6 +48,9 @@ def test_random_loads(ranks: Ranks, tmp_path: Path, world_size: int, request: py
     assert sum(said.has_changed for said in every) > 0.3 * len(every)
     assert sum(said.has_failed for said in every) < 0.2 * len(every)
     assert any(said.rounds > 5 for said in every)
+    shared = [said for said in every if said.is_shared and not said.has_failed]
+    assert sum(said.reason == "" for said in shared) > 0.7 * len(shared), [said.reason for said in shared]
+    assert any(said.batches for said in shared)
 
 
 @pytest.mark.long
