@@ -142,6 +142,7 @@ class Exchange:
         needs: Sequence[tuple[int, int]],  # address and size
         need_of_rank: Sequence[int],
         node_of_rank: Sequence[int],
+        read_before: Sequence[int] = ...,  # by rank, in earlier exchanges; empty: nothing
         rank: int,
         send_bytes: int,
         receive_bytes: int,

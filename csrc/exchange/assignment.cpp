@@ -294,6 +294,8 @@ int64_t Assignment::bytes_to_read(size_t unit) const {
 void Assignment::choose_owners(const std::vector<uint64_t>& signatures) {
   read_bytes_.assign(job_.nodes.size(), 0);
   std::vector<int64_t> node_bytes(job_.nodes.size(), 0);
+  std::vector<int64_t> node_before(job_.nodes.size(), 0);
+  for (size_t rank = 0; rank < job_.nodes.size(); ++rank) node_before[job_.nodes[rank]] += job_.read_before[rank];
   int64_t total = 0;
   for (size_t i = 0; i < units_.size(); ++i) total += bytes_to_read(i);
   const auto ranks = static_cast<int64_t>(job_.nodes.size());
@@ -321,7 +323,12 @@ void Assignment::choose_owners(const std::vector<uint64_t>& signatures) {
     }
     bool found = false;
     uint32_t owner = 0;
-    const auto load = [&](uint32_t of) { return std::tuple(node_bytes[job_.nodes[of]], read_bytes_[of], of); };
+    // What was read before this exchange decides between equals alone: while some rank made up for that, all others
+    // would wait for it.
+    const auto load = [&](uint32_t of) {
+      const uint32_t node = job_.nodes[of];
+      return std::tuple(node_bytes[node], node_before[node], read_bytes_[of], job_.read_before[of], of);
+    };
     for (const uint32_t need : candidates) {
       const CommonNeed& common = job_.needs[need];
       for (const Group& group : common.groups) {

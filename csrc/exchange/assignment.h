@@ -2,7 +2,9 @@
 //
 //   1. The files' bytes that any rank needs are cut into units, at the borders of what ranks need and of their boxes.
 //   2. Neighbouring units that the same ranks need make up a block. Its owner, which reads it, is one of the ranks that
-//      need bytes of each of its units: on the node that has least to read as yet, the rank that has least to read.
+//      need bytes of each of its units: on the node that has least to read as yet, the rank that has least to read. Of
+//      equals it is the one that had least to read in the exchanges before. Of many small exchanges each has too few
+//      blocks for all ranks, but each rank has its turn.
 //   3. Of ranks of another node that need the same bytes, one gets them from the owner, and is their relay: it passes
 //      them on to the others kRelayRounds later. Where that saves too little (cost.h), all get them from the owner.
 //   4. Units are sent in rounds. Each round takes the next units of every owner, as many as fit into the memory that

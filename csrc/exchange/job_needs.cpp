@@ -140,6 +140,8 @@ JobNeeds needs_of_job(std::vector<Need> needs, const Ranks& ranks, uint32_t own)
   for (const int64_t node : ranks.nodes) {
     job.nodes.push_back(nodes.try_emplace(node, static_cast<uint32_t>(nodes.size())).first->second);
   }
+  job.read_before = ranks.read_before;
+  job.read_before.resize(job.nodes.size(), 0);
   std::vector<std::vector<uint32_t>> ranks_of_need(needs.size());
   for (size_t rank = 0; rank < ranks.needs.size(); ++rank) {
     ranks_of_need.at(ranks.needs[rank]).push_back(static_cast<uint32_t>(rank));

@@ -10,8 +10,9 @@
 namespace dcp_fast::exchange {
 
 struct Ranks {
-  std::vector<uint32_t> needs;  // of each rank the index of its need
-  std::vector<int64_t> nodes;   // of each rank what tells its node from others
+  std::vector<uint32_t> needs;            // of each rank the index of its need
+  std::vector<int64_t> nodes;             // of each rank what tells its node from others
+  std::vector<int64_t> read_before = {};  // of each rank how much it was to read in earlier exchanges; empty: nothing
 };
 
 // Ranks of one node that need the same boxes.
@@ -33,7 +34,8 @@ struct CommonNeed {
 struct JobNeeds {
   // Every box that a rank needs is in one of its common needs, as often as the rank needs it.
   std::vector<CommonNeed> needs;
-  std::vector<uint32_t> nodes;  // of each rank, counted from 0
+  std::vector<uint32_t> nodes;       // of each rank, counted from 0
+  std::vector<int64_t> read_before;  // of each rank, in earlier exchanges
 };
 
 // `needs`: all different ones, after number_files(). The boxes of `own` keep their numbers.

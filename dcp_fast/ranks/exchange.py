@@ -96,6 +96,10 @@ class Exchange:
         self._left = _EXCHANGES
         self._expected = 0  # more exchanges, which this rank has yet to tell the others of
         self._more = 0  # that any rank told of last
+        self._is_first = True  # whether headers are yet to be exchanged
+        # Bytes that each rank was to read of boxes so far. Headers count for nothing, so that `dcp-fast plan`, which
+        # does not look at them, foretells who reads what in the first exchange of boxes.
+        self._assigned = [0] * ranks.get_world_size()
 
     def share(self, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
@@ -145,6 +149,7 @@ class Exchange:
             else:
                 last = self._run(exchange, step, interrupts)
             self._left = left + self._more
+            self._is_first = False
         if last is not None:
             raise last  # of which others learn in the next exchange, or at the end of the load
         return not exchange.obstacle
@@ -189,6 +194,7 @@ class Exchange:
                 needs=[(need.data_ptr(), need.numel()) for need in on_host],
                 need_of_rank=need_of_rank,
                 node_of_rank=[node for _, _, _, _, node, *_ in of_ranks],
+                read_before=self._assigned,
                 rank=self._ranks.rank,
                 send_bytes=most_bytes,
                 receive_bytes=most_bytes,
@@ -196,7 +202,10 @@ class Exchange:
             self._allocate(exchange, need)
             return exchange
 
-        return self._on_all_ranks(make)
+        exchange = self._on_all_ranks(make)
+        if not exchange.obstacle and not self._is_first:
+            self._assigned = [before + now for before, now in zip(self._assigned, exchange.read_bytes, strict=True)]
+        return exchange
 
     def _all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
         mine = torch.tensor(numbers, dtype=torch.int64, device=self._device)

@@ -1,5 +1,6 @@
 #include "exchange/assignment.h"
 
+#include <algorithm>
 #include <numeric>
 #include <set>
 #include <utility>
@@ -174,6 +175,50 @@ TEST_CASE("the node that has least to read comes first") {
   check(job, assignment, kLimits);
   const std::vector<int64_t>& bytes = assignment.read_bytes();
   CHECK(bytes[0] + bytes[1] + bytes[2] + bytes[3] == doctest::Approx(64 * kMiB).epsilon(0.1));
+}
+
+TEST_CASE("many small exchanges in a row are read evenly, of whatever size their tensors are") {
+  struct Load {
+    size_t ranks;
+    int64_t batch_bytes;
+    int batches;
+    size_t idle = 0;  // ranks that need nothing
+  };
+  Random random(65);
+  for (const Load& load :
+       {Load{8, kMiB, 200}, Load{8, kMiB, 200, 1}, Load{64, 4 * kMiB, 60}, Load{64, 64 * kMiB, 12}}) {
+    CAPTURE(load.batch_bytes);
+    Job job;
+    job.ranks = {std::vector<uint32_t>(load.ranks, 0), {}, std::vector<int64_t>(load.ranks, 0)};
+    for (size_t rank = 0; rank < load.ranks; ++rank) job.ranks.nodes.push_back(static_cast<int64_t>(rank / 8));
+    std::fill_n(job.ranks.needs.begin(), load.idle, 1);
+    std::vector<int64_t>& bytes = job.ranks.read_before;
+    for (int batch = 0; batch < load.batches; ++batch) {
+      Need need({{"file", 2 * load.batch_bytes, 0}});
+      for (int64_t at = 0; at < load.batch_bytes;) {
+        const int64_t size = std::min(random.pick(Ints{4000, 100000, 1000000, 16000000}), load.batch_bytes - at);
+        need.add(0, at, rows(size), 4);
+        at += size;
+      }
+      need.number_files({0});
+      job.needs = {std::move(need), Need({})};
+      const Assignment assignment = assign(job, kLimits);
+      REQUIRE(check(job, assignment, kLimits) == load.batch_bytes);
+      for (size_t rank = 0; rank < load.ranks; ++rank) bytes[rank] += assignment.read_bytes()[rank];
+    }
+    const auto total = static_cast<double>(load.batch_bytes * load.batches);
+    CHECK(static_cast<double>(*std::max_element(bytes.begin(), bytes.end())) <=
+          1.1 * total / static_cast<double>(load.ranks - load.idle));
+  }
+}
+
+TEST_CASE("no rank makes up alone for what all others have read before") {
+  Job job = job_of(1, 8, 16 * kMiB, [](Need& need, size_t, int64_t at) { need.add(0, at, rows(16 * kMiB), 4); });
+  job.each_its_own();
+  constexpr int64_t kMuch = int64_t{1} << 40;
+  job.ranks = {std::vector<uint32_t>(8, 0), {0, 0, 0, 0, 1, 1, 1, 1}, std::vector<int64_t>(8, kMuch)};
+  job.ranks.read_before[3] = 0;
+  CHECK(imbalance(assign(job, kLimits)) <= 1.1);
 }
 
 TEST_CASE("records that overlap are not shared") {

@@ -36,6 +36,7 @@ from dcp_fast.transfer.shared_reads import SharedReads
 
 WORLD = 4
 FAILING = 2
+BLOCK_BYTES = 256 << 10  # the least that one rank reads at a time
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,24 @@ def of_other_sizes(path: Path) -> int:
 
 def test_ranks_with_other_numbers_of_batches(ranks: Ranks, checkpoint: Path) -> None:
     assert min(ranks.run(WORLD, of_other_sizes, checkpoint)) > 20
+
+
+def load_in_batches(path: Path, count: int, elements: int) -> int:
+    """How much this rank reads of replicas, in batches each of which is read by two ranks at the most."""
+    names = [f"t{number:03}" for number in range(count)]
+    if dist.get_rank() == 0:
+        dcp.save({name: torch.full((elements,), 1.0) for name in names}, checkpoint_id=path, no_dist=True)
+    dist.barrier()
+    state = {name: torch.zeros(elements) for name in names}
+    with room(BLOCK_BYTES + 40_000):
+        report = load_shared(state, path, planner=Quiet())
+    assert all(torch.equal(tensor, torch.ones(elements)) for tensor in state.values())
+    return report.bytes_read
+
+
+def test_all_ranks_read_equally_much_of_many_batches(ranks: Ranks, tmp_path: Path) -> None:
+    read = ranks.run(WORLD, load_in_batches, tmp_path / "batches", 120, 25_000)
+    assert max(read) <= 1.1 * sum(read) / WORLD + BLOCK_BYTES, read
 
 
 def load_without_hooks(path: Path) -> str:
