@@ -144,6 +144,7 @@ class Exchange:
         node_of_rank: Sequence[int],
         read_before: Sequence[int] = ...,  # by rank, in earlier exchanges; empty: nothing
         rank: int,
+        need: Need | None,  # of this rank; or any of its layouts
         send_bytes: int,
         receive_bytes: int,
     ) -> None: ...

@@ -68,15 +68,16 @@ std::vector<exchange::QuantizedElements> elements_of(const py::buffer& rows, siz
 
 std::unique_ptr<Exchange> make_exchange(const std::vector<Memory>& encoded, std::vector<uint32_t> need_of_rank,
                                         std::vector<int64_t> node_of_rank, std::vector<int64_t> read_before,
-                                        uint32_t rank, int64_t send_bytes, int64_t receive_bytes) {
+                                        uint32_t rank, const LocalNeed* need, int64_t send_bytes,
+                                        int64_t receive_bytes) {
   if (need_of_rank.size() != node_of_rank.size() || rank >= need_of_rank.size()) {
     throw py::value_error("each rank has a need and a node");
   }
   if (!read_before.empty() && read_before.size() != need_of_rank.size()) {
     throw py::value_error("each rank has read something before, or none has");
   }
-  for (const uint32_t need : need_of_rank) {
-    if (need >= encoded.size()) throw py::index_error("no such need");
+  for (const uint32_t number : need_of_rank) {
+    if (number >= encoded.size()) throw py::index_error("no such need");
   }
   if (send_bytes < 1 || receive_bytes < 1) throw py::value_error("a round needs memory");
   const py::gil_scoped_release release;
@@ -90,6 +91,7 @@ std::unique_ptr<Exchange> make_exchange(const std::vector<Memory>& encoded, std:
   }
   return std::make_unique<Exchange>(
       std::move(needs), exchange::Ranks{std::move(need_of_rank), std::move(node_of_rank), std::move(read_before)}, rank,
+      need == nullptr ? std::vector<exchange::NeededFile>() : need->need.files(),
       exchange::RoundLimits{send_bytes, receive_bytes});
 }
 
@@ -186,7 +188,7 @@ void bind_exchange(py::module_& module) {
 
   py::class_<Exchange>(module, "Exchange")
       .def(py::init(&make_exchange), py::kw_only(), py::arg("needs"), py::arg("need_of_rank"), py::arg("node_of_rank"),
-           py::arg("read_before") = std::vector<int64_t>(), py::arg("rank"), py::arg("send_bytes"),
+           py::arg("read_before") = std::vector<int64_t>(), py::arg("rank"), py::arg("need"), py::arg("send_bytes"),
            py::arg("receive_bytes"))
       .def_property_readonly("obstacle", &Exchange::obstacle)
       .def_property_readonly("rounds", &Exchange::rounds)

@@ -90,19 +90,18 @@ struct Exchange::Span {
   size_t last_unit = 0;
 };
 
-Exchange::Exchange(std::vector<Need> needs, const Ranks& ranks, uint32_t rank, const RoundLimits& limits,
-                   const Network& network)
+Exchange::Exchange(std::vector<Need> needs, const Ranks& ranks, uint32_t rank, const std::vector<NeededFile>& files,
+                   const RoundLimits& limits, const Network& network)
     : rank_(rank) {
   std::vector<std::string> names;
   obstacle_ = number_files(needs, names);
   if (!obstacle_.empty()) return;
-  const Need& own = needs.at(ranks.needs.at(rank_));
-  own_boxes_ = own.boxes().size();
+  own_boxes_ = needs.at(ranks.needs.at(rank_)).boxes().size();
   std::map<std::string, size_t> sources;
-  for (const NeededFile& file : own.files()) sources.emplace(file.name, sources.size());
+  for (const NeededFile& file : files) sources.emplace(file.name, sources.size());
   for (const std::string& name : names) {
     const auto found = sources.find(name);
-    sources_.push_back(found == sources.end() ? sources.size() : found->second);  // past the end: only others need it
+    sources_.push_back(found == sources.end() ? files.size() : found->second);  // past the end: only others need it
   }
   assignment_ = std::make_unique<Assignment>(needs_of_job(std::move(needs), ranks, ranks.needs[rank_]),
                                              without_headers(limits, ranks.needs.size()), network);
@@ -262,9 +261,8 @@ std::vector<Exchange::Span> Exchange::spans_to_read(uint32_t round, uint32_t own
 std::vector<int64_t> Exchange::bytes_to_read(const Layouts& layouts, const Options& options) const {
   std::vector<int64_t> sizes;
   for (const size_t source : sources_) {
-    if (source >= layouts.sources.size()) throw std::invalid_argument("the layouts lack a file that is needed");
-    const io::OpenSource open(*layouts.sources[source]);
-    sizes.push_back(open.get()->size());
+    if (source >= layouts.files.size()) throw std::invalid_argument("the layouts lack a file that is needed");
+    sizes.push_back(layouts.files[source].size);
   }
   const transfer::Limits limits = transfer::limits_of(options, io::access_of(layouts.sources));
   const std::vector<transfer::Policy> policies = transfer::policies_for(layouts.sources, limits, false);

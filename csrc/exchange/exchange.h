@@ -59,7 +59,7 @@ struct LocalNeed {
 
 // The boxes of a wave of a program that the engine places; and the records of that wave whose headers tell that only
 // torch can read them, as far as `most_bytes` of memory go. `names`: of the files of the program's sources, the same on
-// all ranks. The sources are opened for their sizes. Throws std::out_of_range if there is no such wave.
+// all ranks. Throws std::out_of_range if there is no such wave.
 LocalNeed need_of(const transfer::Program& program, int32_t wave, int64_t most_bytes,
                   const std::vector<std::string>& names);
 
@@ -91,10 +91,10 @@ struct RoundStats {
 class Exchange {
  public:
   // `needs`: all different ones, as they were decoded, on all ranks in the same order. `ranks.needs[rank]` is the own
-  // one. `limits`: headers included, unless these take more than half of them. Throws std::invalid_argument,
-  // std::bad_alloc.
-  Exchange(std::vector<Need> needs, const Ranks& ranks, uint32_t rank, const RoundLimits& limits,
-           const Network& network = {});
+  // one. `files`: of this rank's layouts, by source, as its LocalNeed has them; empty if it needs nothing. `limits`:
+  // headers included, unless these take more than half of them. Throws std::invalid_argument, std::bad_alloc.
+  Exchange(std::vector<Need> needs, const Ranks& ranks, uint32_t rank, const std::vector<NeededFile>& files,
+           const RoundLimits& limits, const Network& network = {});
 
   const std::string& obstacle() const { return obstacle_; }
   // Throws std::logic_error if there is an obstacle.
@@ -105,7 +105,7 @@ class Exchange {
   std::vector<int64_t> bytes_to_receive(uint32_t round) const;
 
   // What each rank would read in all rounds together, gaps that are read through included, if its files were those of
-  // `layouts`. Opens files for their sizes. Throws Error(kIo), std::invalid_argument if `layouts` lack a file.
+  // `layouts`. Throws std::invalid_argument if these lack a file.
   std::vector<int64_t> bytes_to_read(const transfer::Layouts& layouts, const transfer::Options& options) const;
 
   // Reads the units of a round that this rank owns into `memory`, which has bytes_to_send() in the order of ranks, and

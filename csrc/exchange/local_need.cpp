@@ -22,8 +22,7 @@ using transfer::Transfer;
 std::vector<NeededFile> files_of(const Layouts& layouts, const std::vector<std::string>& names) {
   std::vector<NeededFile> files;
   for (size_t i = 0; i < layouts.sources.size(); ++i) {
-    const io::OpenSource open(*layouts.sources[i]);
-    files.push_back({names.at(i), open.get()->size(), open.get()->version()});
+    files.push_back({names.at(i), layouts.files[i].size, layouts.files[i].version});
   }
   return files;
 }

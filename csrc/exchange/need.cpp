@@ -69,15 +69,21 @@ void Need::add(uint32_t file, int64_t begin, const box::Loops& loops, int32_t gr
 }
 
 std::vector<int64_t> Need::encode() const {
-  std::vector<int64_t> words = {static_cast<int64_t>(files_.size()), static_cast<int64_t>(boxes_.size()),
-                                static_cast<int64_t>(loops_.size())};
-  for (const NeededFile& file : files_) {
+  std::vector<bool> has_boxes(files_.size(), false);
+  for (const NeededBox& box : boxes_) has_boxes.at(box.file) = true;
+  std::vector<int64_t> numbers(files_.size(), 0);  // of each file among those that have boxes
+  std::vector<int64_t> words = {std::count(has_boxes.begin(), has_boxes.end(), true),
+                                static_cast<int64_t>(boxes_.size()), static_cast<int64_t>(loops_.size())};
+  for (size_t i = 0, count = 0; i < files_.size(); ++i) {
+    if (!has_boxes[i]) continue;
+    numbers[i] = static_cast<int64_t>(count++);
+    const NeededFile& file = files_[i];
     words.insert(words.end(), {file.size, file.version, static_cast<int64_t>(file.name.size())});
     const size_t begin = words.size();
     words.resize(begin + words_of(file.name.size()), 0);
     if (!file.name.empty()) std::memcpy(&words[begin], file.name.data(), file.name.size());
   }
-  for (const NeededBox& box : boxes_) words.insert(words.end(), {box.file, box.depth, box.begin, box.grain});
+  for (const NeededBox& box : boxes_) words.insert(words.end(), {numbers[box.file], box.depth, box.begin, box.grain});
   for (const box::Dim& loop : loops_) words.insert(words.end(), {loop.size, loop.source_stride});
   return words;
 }

@@ -36,8 +36,9 @@ class Need {
   // Adds a box whose loops are not empty, sorted and disjoint. Their destinations are left out.
   void add(uint32_t file, int64_t begin, const box::Loops& loops, int32_t grain);
 
-  // As words of 64 bits: the numbers of files, boxes and loops; of each file its size and version, the length of its
-  // name in bytes and the name; of each box its file, depth, first byte and grain; of each loop its size and stride.
+  // As words of 64 bits: the numbers of files, boxes and loops; of each file that has boxes its size and version, the
+  // length of its name in bytes and the name; of each box its file, depth, first byte and grain; of each loop its size
+  // and stride.
   std::vector<int64_t> encode() const;
   // Throws std::invalid_argument if that is not what encode() makes.
   static Need decode(const int64_t* words, size_t count);

@@ -48,6 +48,7 @@ void probe_files(Layouts& layouts, const std::vector<size_t>& order, const Optio
     if (begin == end) begin = i;
     end = i + 1;
   }
+  layouts.files.resize(layouts.sources.size());
   io::IoCounters unused;
   run_parallel(ranges.size(), limits_of(options, {}).threads, unused, interrupted, [&](size_t file, Worker&) {
     const auto [begin, end] = ranges[file];
@@ -56,6 +57,7 @@ void probe_files(Layouts& layouts, const std::vector<size_t>& order, const Optio
     try {
       io::ByteSource& source = *layouts.sources[file];
       const io::OpenSource open(source);
+      layouts.files[file] = {source.size(), source.version()};
       for (; checked < end; ++checked) {
         const Record& record = layouts.records[order[checked]];
         source.check_range(static_cast<size_t>(record.length), record.offset);

@@ -21,8 +21,15 @@ struct Record {
   bool fallback = false;  // a transform was applied to it, or it is quantized: only its range is checked
 };
 
+// What a source was when it was opened first.
+struct FileState {
+  int64_t size = 0;
+  int64_t version = 0;  // as of ByteSource
+};
+
 struct Layouts {
-  io::ByteSources sources;  // whose access is chosen
+  io::ByteSources sources;       // whose access is chosen
+  std::vector<FileState> files;  // by source, of those that have records
   std::vector<Record> records;
   std::vector<checkpoint::ParsedRecord> parsed;  // one for each record: kTensor or kUnknown
   bool are_payloads = false;                     // of safetensors files, whose boxes torch takes as they are

@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 _EXCHANGES = 2  # of a load, see Sharing; ranks tell each other of more
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
-_VERSION = 3  # of what ranks send each other
+_VERSION = 4  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -189,13 +189,14 @@ class Exchange:
         most_bytes //= ROUND_PARTS
 
         def make() -> _native.Exchange:
-            on_host = [need.cpu() for need in needs]
+            on_host = [tensor.cpu() for tensor in needs]
             exchange = _native.Exchange(
-                needs=[(need.data_ptr(), need.numel()) for need in on_host],
+                needs=[(tensor.data_ptr(), tensor.numel()) for tensor in on_host],
                 need_of_rank=need_of_rank,
                 node_of_rank=[node for _, _, _, _, node, *_ in of_ranks],
                 read_before=self._assigned,
                 rank=self._ranks.rank,
+                need=need,
                 send_bytes=most_bytes,
                 receive_bytes=most_bytes,
             )

@@ -186,7 +186,11 @@ def plan_reads(
         need_of_part = [needs.setdefault(part.need, len(needs)) for part in parts]
         nodes = [rank // ranks_per_node for rank in range(ranks)]
         exchange = _exchange(
-            list(needs), [need_of_part[part] for part in part_of_rank], nodes, exchange_bytes // ROUND_PARTS
+            list(needs),
+            [need_of_part[part] for part in part_of_rank],
+            nodes,
+            checkpoint.need,
+            exchange_bytes // ROUND_PARTS,
         )
         if exchange.obstacle:
             shared = [parts[part].alone_bytes for part in part_of_rank]
@@ -237,7 +241,11 @@ def _columns(metadata: Metadata, file: Path) -> _native.MetadataColumns:
 
 
 def _exchange(
-    needs: Sequence[bytes], need_of_rank: list[int], node_of_rank: list[int], round_bytes: int
+    needs: Sequence[bytes],
+    need_of_rank: list[int],
+    node_of_rank: list[int],
+    of_layouts: _native.Need,
+    round_bytes: int,
 ) -> _native.Exchange:
     encoded = [array("q", need) for need in needs]
     return _native.Exchange(
@@ -245,6 +253,7 @@ def _exchange(
         need_of_rank=need_of_rank,
         node_of_rank=node_of_rank,
         rank=0,
+        need=of_layouts,
         send_bytes=round_bytes,
         receive_bytes=round_bytes,
     )
@@ -266,9 +275,11 @@ class _Checkpoint:
     Attributes:
         options: of the native engine, as a load has them by default, for files that are not in the page cache.
         layouts: of the records that anybody needs, once :meth:`parts` was called.
+        need: of one holder; it knows the files of the layouts.
     """
 
     layouts: _native.Layouts
+    need: _native.Need
 
     def __init__(self, columns: _native.MetadataColumns, file: Path) -> None:
         self._columns = columns
@@ -303,13 +314,14 @@ class _Checkpoint:
             lengths = memoryview(rows).cast("B").cast("q")[2::4].tolist()
             parts = []
             for box_records, program in self._programs(boxes, records, len(holders)):
+                self.need = _native.Need.of_program(program, 0, 0, names)
                 left_to_torch = {box_records[item] for item in program.fallback(0)}
                 parts.append(
                     _Part(
                         needed_bytes=program.bytes_needed,
                         alone_bytes=program.bytes_to_read(self.options),
                         other_bytes=other_bytes + sum(lengths[record] for record in left_to_torch),
-                        need=_native.Need.of_program(program, 0, 0, names).encode(),
+                        need=self.need.encode(),
                     )
                 )
         return parts

@@ -164,6 +164,7 @@ class SharedReads:
             options: for reading.
             paths: of the files of these layouts, unless they are those of :meth:`get_records`.
         """
+        names = _names_of(paths, paths, self._exchange) if paths and self._exchange is not None else self._names
         size = min(wanted, self.most_bytes) if device is None else self._cuda.half_bytes(wanted)
 
         def buffers() -> Sequence[torch.Tensor]:
@@ -174,7 +175,7 @@ class SharedReads:
 
         def fill(parts: Sequence[PartT], buffer: torch.Tensor) -> BatchT:
             batch = make(parts, buffer, HOST if device is None else device)
-            self._fill(batch.program(layouts), layouts, paths, options, () if device is None else (device,))
+            self._fill(batch.program(layouts), layouts, names, options, () if device is None else (device,))
             return batch
 
         return SharedBatches(list(cut(size)), buffers, device, fill)
@@ -183,12 +184,11 @@ class SharedReads:
         self,
         program: _native.Program,
         layouts: _native.Layouts,
-        paths: Sequence[str],
+        names: Sequence[str],
         options: _native.Options,
         devices: Collection[int],
     ) -> None:
         if self._exchange is not None:
-            names = _names_of(paths, paths, self._exchange) if paths else self._names
             find = partial(_native.Need.of_program, program, 0, 0, names)
             if self._share(self._exchange, layouts, find, options, devices) is not None:
                 return

@@ -77,8 +77,8 @@ void agree(std::vector<std::unique_ptr<Rank>>& ranks, const RoundLimits& limits,
     std::vector<Need> needs;
     needs.reserve(encoded.size());
     for (const auto& words : encoded) needs.push_back(Need::decode(words.data(), words.size()));
-    ranks[i]->exchange =
-        std::make_unique<Exchange>(std::move(needs), of_job, static_cast<uint32_t>(i), limits, network);
+    ranks[i]->exchange = std::make_unique<Exchange>(std::move(needs), of_job, static_cast<uint32_t>(i),
+                                                    ranks[i]->local->need.files(), limits, network);
     REQUIRE(ranks[i]->exchange->rounds() == ranks[0]->exchange->rounds());
   }
 }
@@ -202,10 +202,11 @@ TEST_CASE("files that differ between ranks are not shared") {
   Need other({{"x", 101, 0}});
   std::vector<Need> needs;
   for (Need* need : {&mine, &other}) {
+    need->add(0, 0, {{10, 1, 1}}, 1);
     const std::vector<int64_t> words = need->encode();
     needs.push_back(Need::decode(words.data(), words.size()));
   }
-  const Exchange exchange(std::move(needs), {{0, 1}, {0, 0}}, 0, {100, 100});
+  const Exchange exchange(std::move(needs), {{0, 1}, {0, 0}}, 0, mine.files(), {100, 100});
   CHECK(exchange.obstacle().find("ranks see different files") == 0);
   CHECK(exchange.rounds() == 0);
 }
@@ -226,7 +227,7 @@ TEST_CASE("a relay needs what it has received") {
   const exchange::Network network{3e9, 1e10, 0};
   int relays = 0;
   for (const uint32_t rank : {1U, 2U}) {
-    const Exchange exchange(needs, {{0, 0, 0}, {7, 8, 8}}, rank, {1 << 20, 1 << 20}, network);
+    const Exchange exchange(needs, {{0, 0, 0}, {7, 8, 8}}, rank, need.files(), {1 << 20, 1 << 20}, network);
     REQUIRE(exchange.rounds() == 3);
     const std::vector<int64_t> sizes = exchange.bytes_to_send(2);
     if (sum(sizes) == 3 * exchange::kHeaderBytes) continue;
@@ -261,7 +262,7 @@ TEST_CASE("a read that fails is an error with path and record, also while anothe
   const std::vector<int64_t> words = local.need.encode();
   std::vector<Need> needs;
   needs.push_back(Need::decode(words.data(), words.size()));
-  const Exchange exchange(std::move(needs), {{0}, {0}}, 0, {100000, 100000});
+  const Exchange exchange(std::move(needs), {{0}, {0}}, 0, local.need.files(), {100000, 100000});
   REQUIRE(exchange.rounds() > 2);
   std::string sent(200000, '?');
   std::string received(200000, '?');

@@ -35,8 +35,20 @@ TEST_CASE("what is encoded is decoded") {
     const std::vector<int64_t> words = need.encode();
     Need other = Need::decode(words.data(), words.size());
     REQUIRE(other.encode() == words);
+    // Of the files it has those that boxes are in.
+    std::vector<uint32_t> numbers;
+    for (const exchange::NeededFile& file : other.files()) {
+      const auto& all = need.files();
+      const auto same = std::find_if(all.begin(), all.end(), [&](const auto& of) { return of.name == file.name; });
+      REQUIRE(same != all.end());
+      REQUIRE((same->size == file.size && same->version == file.version));
+      const auto number = static_cast<uint32_t>(same - all.begin());
+      REQUIRE(std::any_of(need.boxes().begin(), need.boxes().end(),
+                          [&](const NeededBox& box) { return box.file == number; }));
+      numbers.push_back((number + 2) % 3);
+    }
     need.number_files({2, 0, 1});
-    other.number_files({2, 0, 1});
+    other.number_files(numbers);
     REQUIRE(need.boxes().size() == other.boxes().size());
     for (size_t j = 0; j < need.boxes().size(); ++j) {
       const NeededBox& a = need.boxes()[j];

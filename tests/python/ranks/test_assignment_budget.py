@@ -71,6 +71,7 @@ def assign(layout: str, count: int, times: int) -> tuple[float, int]:
             need_of_rank=[rank % count for rank in range(RANKS)],
             node_of_rank=[rank // RANKS_PER_NODE for rank in range(RANKS)],
             rank=0,
+            need=None,
             send_bytes=ROUND_BYTES,
             receive_bytes=ROUND_BYTES,
         )

@@ -189,6 +189,27 @@ def test_all_ranks_read_equally_much_of_many_batches(ranks: Ranks, tmp_path: Pat
     assert max(read) <= 1.1 * sum(read) / WORLD + BLOCK_BYTES, read
 
 
+def count_opens(path: Path, count: int) -> tuple[int, int]:
+    """How often this rank opens files, and in how many batches their tensors come."""
+    names = [f"t{number:03}" for number in range(count)]
+    if dist.get_rank() == 0:
+        writer = dcp.FileSystemWriter(path, single_file_per_rank=False)
+        dcp.save({name: torch.arange(1000.0) for name in names}, storage_writer=writer, no_dist=True)
+    dist.barrier()
+    state = {name: torch.zeros(1000) for name in names}
+    with room(5000), _native.FaultInjection("open", nth=-1) as opens:
+        report = load_shared(state, path, planner=Quiet())
+    assert all(torch.equal(tensor, torch.arange(1000.0)) for tensor in state.values())
+    return opens.calls, report.exchange_rounds
+
+
+def test_files_are_not_opened_for_each_batch(ranks: Ranks, tmp_path: Path) -> None:
+    count = 50
+    for opens, rounds in ranks.run(WORLD, count_opens, tmp_path / "files", count):
+        assert rounds > count
+        assert opens < 5 * count
+
+
 def load_without_hooks(path: Path) -> str:
     """Destinations whose memory nobody knows are filled one after another, too."""
 
