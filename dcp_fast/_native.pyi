@@ -112,6 +112,7 @@ class Need:
     """What this rank needs of the files, and where it goes."""
 
     converted_items: int
+    bytes_left_out: int  # of records that come whole, as memory for them is short
     @staticmethod
     def of_program(program: Program, wave: int, most_bytes: int, names: Sequence[str]) -> Need: ...
     @staticmethod

@@ -170,6 +170,7 @@ void bind_exchange(py::module_& module) {
           "begins there, bytes from row to row and in a row, bytes and elements of a unit (an element, or a block of "
           "MXFP4), and what _native.dequantize takes, but for where the elements lie.")
       .def_readonly("converted_items", &LocalNeed::converted_items)
+      .def_readonly("bytes_left_out", &LocalNeed::bytes_left_out)
       .def("is_on", &LocalNeed::is_on, py::arg("device"),
            "Whether all boxes are for one device, and none for the host.")
       .def("encode", [](const LocalNeed& local) {

@@ -48,6 +48,7 @@ struct LocalNeed {
   Need need;
   std::vector<LocalBox> boxes;  // by the numbers of the need's boxes
   int64_t converted_items = 0;
+  int64_t bytes_left_out = 0;  // of records and headers, as memory for them is short
 
   // Whether all boxes are for one device, and none for the host.
   bool is_on(int device) const;

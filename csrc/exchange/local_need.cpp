@@ -44,8 +44,8 @@ std::vector<Range> joined(std::vector<Range> ranges) {
 }
 
 // Those that fit into memory, joined. Small ones come first: of the rest each is a request of this rank alone. The one
-// that does not fit as a whole is cut.
-std::vector<Range> fitting(std::vector<Range> ranges, int64_t most_bytes) {
+// that does not fit as a whole is cut. `left_out`: bytes that do not.
+std::vector<Range> fitting(std::vector<Range> ranges, int64_t most_bytes, int64_t& left_out) {
   ranges.erase(
       std::remove_if(ranges.begin(), ranges.end(), [](const Range& range) { return range.begin == range.end; }),
       ranges.end());
@@ -54,17 +54,20 @@ std::vector<Range> fitting(std::vector<Range> ranges, int64_t most_bytes) {
   });
   int64_t room = most_bytes;
   size_t count = 0;
-  for (; count < ranges.size() && room > 0; ++count) {
-    Range& range = ranges[count];
-    range.end = std::min(range.end, range.begin + room);
-    room -= range.end - range.begin;
+  for (Range& range : ranges) {
+    const int64_t fits = std::min(range.end - range.begin, room);
+    left_out += range.end - range.begin - fits;
+    range.end = range.begin + fits;
+    room -= fits;
+    if (fits > 0) ++count;
   }
   ranges.resize(count);
   return joined(std::move(ranges));
 }
 
-// Adds ranges that are received into memory of the need's own.
-void add_kept(LocalNeed& local, const Layouts& layouts, const std::vector<Range>& ranges) {
+// Adds ranges that are received into memory of the need's own, as far as that goes.
+void add_kept(LocalNeed& local, const Layouts& layouts, std::vector<Range> wanted, int64_t most_bytes) {
+  const std::vector<Range> ranges = fitting(std::move(wanted), most_bytes, local.bytes_left_out);
   int64_t bytes = 0;
   for (const Range& range : ranges) bytes += range.end - range.begin;
   local.memory.reset(new std::byte[static_cast<size_t>(bytes)], std::default_delete<std::byte[]>());
@@ -93,7 +96,7 @@ bool LocalNeed::is_on(int device) const {
 LocalNeed need_of(const transfer::Program& program, int32_t wave, int64_t most_bytes,
                   const std::vector<std::string>& names) {
   const Layouts& layouts = program.layouts();
-  LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
+  LocalNeed local{Need(files_of(layouts, names)), {}, 0, 0, nullptr, {}};
   std::vector<Range> whole;
   for (const size_t item : program.items_in_wave(wave)) {
     const Transfer& transfer = program.transfers()[item];
@@ -107,7 +110,7 @@ LocalNeed need_of(const transfer::Program& program, int32_t wave, int64_t most_b
         {transfer.device, transfer.destination, transfer.loops, transfer.conversion, record, std::nullopt});
     if (transfer.conversion) ++local.converted_items;
   }
-  add_kept(local, layouts, fitting(std::move(whole), most_bytes));
+  add_kept(local, layouts, std::move(whole), most_bytes);
   return local;
 }
 
@@ -118,14 +121,14 @@ LocalNeed need_of_records(const Layouts& layouts, const std::vector<size_t>& rec
     const transfer::Record& record = layouts.records.at(index);
     if (record.length > 0) ranges.push_back(range_of(record));
   }
-  LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
-  add_kept(local, layouts, fitting(std::move(ranges), most_bytes));
+  LocalNeed local{Need(files_of(layouts, names)), {}, 0, 0, nullptr, {}};
+  add_kept(local, layouts, std::move(ranges), most_bytes);
   return local;
 }
 
 LocalNeed need_of_quantized(const Layouts& layouts, const std::vector<QuantizedElements>& elements,
                             const std::vector<std::string>& names) {
-  LocalNeed local{Need(files_of(layouts, names)), {}, 0, nullptr, {}};
+  LocalNeed local{Need(files_of(layouts, names)), {}, 0, 0, nullptr, {}};
   for (const auto& [record, begin, stored_row_bytes, target] : elements) {
     const transfer::Record& where = layouts.records.at(record);
     const int64_t rows = target.box.rows;

@@ -275,7 +275,12 @@ class SharedReads:
             self._report.bytes_read += stats.bytes_read
             return stats
 
-        return need if ranks.share(found) else None
+        if not ranks.share(found):
+            return None
+        if need is not None and need.bytes_left_out > 0:
+            reason = f"{need.bytes_left_out} bytes of records that come whole do not fit into exchange_bytes"
+            self._report.note_reads_alone(reason)
+        return need
 
 
 def _names_of(files: Sequence[str], paths: Sequence[str], exchange: Sharing) -> list[str]:

@@ -274,3 +274,23 @@ def test_aliases_by_the_dozen(ranks: Ranks, tmp_path: Path) -> None:
 def test_aliases_beside_quantized_tensors(ranks: Ranks, tmp_path: Path) -> None:
     for reason in ranks.run(WORLD, reason_with_quantized, tmp_path):
         assert "written over others" in reason
+
+
+def reason_of_large_records(path: Path) -> str:
+    """Of records that only torch can read, and that are too large for the exchange."""
+    saved = {f"q{number}": torch.quantize_per_tensor(torch.rand(700, 1000), 0.1, 0, torch.qint8) for number in range(3)}
+    if dist.get_rank() == 0:
+        dcp.save(saved, checkpoint_id=path, no_dist=True)
+    dist.barrier()
+    expected, state = (
+        {name: torch.quantize_per_tensor(torch.zeros(700, 1000), 0.1, 0, torch.qint8) for name in saved} for _ in "ab"
+    )
+    torch_load(expected, storage_reader=torch_reader(path))
+    report = load_shared(state, path)
+    assert values_of(state) == values_of(expected)
+    return report.sharing_fallback_reason
+
+
+def test_records_that_do_not_fit(ranks: Ranks, tmp_path: Path) -> None:
+    for reason in ranks.run(WORLD, reason_of_large_records, tmp_path):
+        assert "do not fit into exchange_bytes" in reason
