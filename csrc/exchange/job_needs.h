@@ -10,9 +10,10 @@
 namespace dcp_fast::exchange {
 
 struct Ranks {
-  std::vector<uint32_t> needs;            // of each rank the index of its need
-  std::vector<int64_t> nodes;             // of each rank what tells its node from others
-  std::vector<int64_t> read_before = {};  // of each rank how much it was to read in earlier exchanges; empty: nothing
+  std::vector<uint32_t> needs;  // of each rank the index of its need
+  std::vector<int64_t> nodes;   // of each rank what tells its node from others
+  // Of each rank how much it was to read in earlier exchanges; empty: nothing. Jobs of one exchange leave it out.
+  std::vector<int64_t> read_before = {};  // NOLINT(readability-redundant-member-init)
 };
 
 // Ranks of one node that need the same boxes.

@@ -21,6 +21,7 @@ using transfer::Transfer;
 
 std::vector<NeededFile> files_of(const Layouts& layouts, const std::vector<std::string>& names) {
   std::vector<NeededFile> files;
+  files.reserve(layouts.sources.size());
   for (size_t i = 0; i < layouts.sources.size(); ++i) {
     files.push_back({names.at(i), layouts.files[i].size, layouts.files[i].version});
   }
