@@ -200,7 +200,7 @@ class Exchange:
                 send_bytes=most_bytes,
                 receive_bytes=most_bytes,
             )
-            self._allocate(exchange, need)
+            self._memory.make_room(exchange, need)
             return exchange
 
         exchange = self._on_all_ranks(make)
@@ -245,9 +245,6 @@ class Exchange:
         if outcome.error is None and failed:
             raise OtherRankError
         return outcome.get()
-
-    def _allocate(self, exchange: _native.Exchange, need: _native.Need | None) -> None:
-        self._memory.make_room(exchange, need)
 
     # Rounds
 

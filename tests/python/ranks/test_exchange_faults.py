@@ -27,6 +27,7 @@ import dcp_fast
 from dcp_fast import _native
 from dcp_fast.ranks import exchange
 from dcp_fast.ranks.exchange import Exchange
+from dcp_fast.ranks.round_memory import RoundMemory
 
 WORLD = 4
 FAILING = 2
@@ -261,12 +262,12 @@ def no_memory(*args: Any, **kwargs: Any) -> Any:
 
 
 def lack_memory(name: str, faults: ExitStack) -> None:
-    owner = Exchange if name == "_allocate" else _native
+    owner = RoundMemory if name == "make_room" else _native
     lacking = SimpleNamespace(of_records=_native.Need.of_records, of_program=no_memory) if name == "Need" else no_memory
     faults.enter_context(mock.patch.object(owner, name, lacking))
 
 
-@pytest.mark.parametrize("name", ["_allocate", "Exchange", "Need", "Program", "open_files"])
+@pytest.mark.parametrize("name", ["make_room", "Exchange", "Need", "Program", "open_files"])
 def test_memory_that_is_short(ranks: Ranks, checkpoint: Path, name: str) -> None:
     def load() -> list[Seen]:
         return ranks.run(WORLD, load_with, partial(lack_memory, name), checkpoint)
