@@ -143,21 +143,27 @@ void bind_exchange(py::module_& module) {
   py::class_<LocalNeed>(module, "Need", "What this rank needs of the files, and where it goes.")
       .def_static(
           "of_program",
-          [](const Program& program, int32_t wave, int64_t most_bytes, const std::vector<py::str>& names) {
+          [](const Program& program, int32_t wave, const std::vector<py::str>& names) {
             const std::vector<std::string> texts = system_paths(names);
-            return without_gil([&] { return exchange::need_of(program, wave, most_bytes, texts); });
+            return without_gil([&] { return exchange::need_of(program, wave, texts); });
           },
-          py::arg("program"), py::arg("wave"), py::arg("most_bytes"), py::arg("names"),
-          "The boxes of a wave that the engine places, and records of it that only torch can read.")
+          py::arg("program"), py::arg("wave"), py::arg("names"), "The boxes of a wave that the engine places.")
       .def_static(
-          "of_records",
+          "of_headers",
           [](const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
              const std::vector<py::str>& names, const FileOptions& options) {
             const std::vector<std::string> texts = system_paths(names);
-            return without_gil([&] { return exchange::need_of_records(layouts, records, most_bytes, texts, options); });
+            return without_gil([&] { return exchange::need_of_headers(layouts, records, most_bytes, texts, options); });
           },
           py::arg("layouts"), py::arg("records"), py::arg("most_bytes"), py::arg("names"), py::arg("options"),
           "The headers of all records, and some from beginning to end, as far as memory for them goes.")
+      .def_static(
+          "of_records",
+          [](const Layouts& layouts, const std::vector<size_t>& records, const std::vector<py::str>& names) {
+            const std::vector<std::string> texts = system_paths(names);
+            return without_gil([&] { return exchange::need_of_records(layouts, records, texts); });
+          },
+          py::arg("layouts"), py::arg("records"), py::arg("names"), "Records from beginning to end.")
       .def_static(
           "of_quantized",
           [](const Layouts& layouts, const py::buffer& rows, const std::vector<py::str>& names) {
@@ -171,6 +177,7 @@ void bind_exchange(py::module_& module) {
           "MXFP4), and what _native.dequantize takes, but for where the elements lie.")
       .def_readonly("converted_items", &LocalNeed::converted_items)
       .def_readonly("bytes_left_out", &LocalNeed::bytes_left_out)
+      .def_readonly("left_out", &LocalNeed::left_out)
       .def("is_on", &LocalNeed::is_on, py::arg("device"),
            "Whether all boxes are for one device, and none for the host.")
       .def("encode", [](const LocalNeed& local) {
@@ -180,7 +187,10 @@ void bind_exchange(py::module_& module) {
 
   module.def(
       "keep", [](Layouts& layouts, LocalNeed& need) { exchange::keep(layouts, need); }, py::arg("layouts"),
-      py::arg("need"), "Has layouts take from memory what was received of whole ranges.");
+      py::arg("need"), "Has layouts take from memory what was received of headers and records.");
+  module.def(
+      "drop", [](Layouts& layouts, LocalNeed& need) { exchange::drop(layouts, need); }, py::arg("layouts"),
+      py::arg("need"), "Lets go of that memory.");
 
   py::class_<RoundStats>(module, "RoundStats")
       .def_readonly("placed", &RoundStats::placed)

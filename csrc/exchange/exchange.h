@@ -45,28 +45,33 @@ struct LocalBox {
 
 // What a rank needs, and where it goes.
 struct LocalNeed {
+  explicit LocalNeed(Need of_files) : need(std::move(of_files)) {}
+
   Need need;
   std::vector<LocalBox> boxes;  // by the numbers of the need's boxes
   int64_t converted_items = 0;
-  int64_t bytes_left_out = 0;  // of records and headers, as memory for them is short
+  int64_t bytes_left_out = 0;    // of headers, as memory for them is short
+  std::vector<size_t> left_out;  // records for which it is
 
   // Whether all boxes are for one device, and none for the host.
   bool is_on(int device) const;
 
-  // What was received is kept here, if it is for nobody else.
+  // Ranges that are kept as they are arrive here.
   std::shared_ptr<std::byte> memory;
   std::vector<std::vector<io::KeptRange>> kept;  // by source
 };
 
-// The boxes of a wave of a program that the engine places; and the records of that wave whose headers tell that only
-// torch can read them, as far as `most_bytes` of memory go. `names`: of the files of the program's sources, the same on
+// The boxes of a wave of a program that the engine places. `names`: of the files of the program's sources, the same on
 // all ranks. Throws std::out_of_range if there is no such wave.
-LocalNeed need_of(const transfer::Program& program, int32_t wave, int64_t most_bytes,
-                  const std::vector<std::string>& names);
+LocalNeed need_of(const transfer::Program& program, int32_t wave, const std::vector<std::string>& names);
 
-// The headers of all records, and `records` from beginning to end, as far as `most_bytes` of memory go.
-LocalNeed need_of_records(const transfer::Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
+// The headers of all records, and `records` from beginning to end, as far as `most_bytes` of memory go. They are kept.
+LocalNeed need_of_headers(const transfer::Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
                           const std::vector<std::string>& names, const transfer::Options& options);
+
+// Records from beginning to end. They are kept.
+LocalNeed need_of_records(const transfer::Layouts& layouts, const std::vector<size_t>& records,
+                          const std::vector<std::string>& names);
 
 // Elements that are dequantized as they arrive.
 struct QuantizedElements {
@@ -79,8 +84,11 @@ struct QuantizedElements {
 LocalNeed need_of_quantized(const transfer::Layouts& layouts, const std::vector<QuantizedElements>& elements,
                             const std::vector<std::string>& names);
 
-// Has the layouts' sources take from memory what was kept.
+// Has the layouts' sources take from memory what is kept.
 void keep(transfer::Layouts& layouts, LocalNeed& local);
+
+// Lets go of that memory. The sources take from it no more. What was kept later is gone already.
+void drop(transfer::Layouts& layouts, LocalNeed& local);
 
 // What one round came to on this rank.
 struct RoundStats {

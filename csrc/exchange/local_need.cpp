@@ -1,13 +1,14 @@
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
 
 #include "box/box.h"
 #include "checkpoint/dtype.h"
+#include "error.h"
 #include "exchange/exchange.h"
 #include "io/kept_source.h"
 
@@ -28,59 +29,50 @@ std::vector<NeededFile> files_of(const Layouts& layouts, const std::vector<std::
   return files;
 }
 
-bool ascends(const Range& a, const Range& b) { return std::tie(a.file, a.begin) < std::tie(b.file, b.begin); }
+int64_t bytes_of(const Range& range) { return range.end - range.begin; }
+
+// A range that is received into memory of the need's own, and a record in it, which errors name.
+struct Wanted {
+  Range range;
+  size_t record = 0;
+};
 
 // Ranges that touch or overlap become one, so that whoever reads across their border finds all of it.
-std::vector<Range> joined(std::vector<Range> ranges) {
-  std::sort(ranges.begin(), ranges.end(), ascends);
-  std::vector<Range> result;
-  for (const Range& range : ranges) {
-    if (!result.empty() && result.back().file == range.file && range.begin <= result.back().end) {
-      result.back().end = std::max(result.back().end, range.end);
+std::vector<Wanted> joined(std::vector<Wanted> ranges) {
+  std::sort(ranges.begin(), ranges.end(), [](const Wanted& a, const Wanted& b) {
+    return std::tie(a.range.file, a.range.begin) < std::tie(b.range.file, b.range.begin);
+  });
+  std::vector<Wanted> result;
+  for (const Wanted& wanted : ranges) {
+    const Range& range = wanted.range;
+    if (!result.empty() && result.back().range.file == range.file && range.begin <= result.back().range.end) {
+      result.back().range.end = std::max(result.back().range.end, range.end);
     } else {
-      result.push_back(range);
+      result.push_back(wanted);
     }
   }
   return result;
 }
 
-// Those that fit into memory, joined. Small ones come first: of the rest each is a request of this rank alone. The one
-// that does not fit as a whole is cut. `left_out`: bytes that do not.
-std::vector<Range> fitting(std::vector<Range> ranges, int64_t most_bytes, int64_t& left_out) {
-  ranges.erase(
-      std::remove_if(ranges.begin(), ranges.end(), [](const Range& range) { return range.begin == range.end; }),
-      ranges.end());
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) {
-    return std::tuple(a.end - a.begin, a.file, a.begin) < std::tuple(b.end - b.begin, b.file, b.begin);
-  });
-  int64_t room = most_bytes;
-  size_t count = 0;
-  for (Range& range : ranges) {
-    const int64_t fits = std::min(range.end - range.begin, room);
-    left_out += range.end - range.begin - fits;
-    range.end = range.begin + fits;
-    room -= fits;
-    if (fits > 0) ++count;
-  }
-  ranges.resize(count);
-  return joined(std::move(ranges));
-}
-
-// Adds ranges that are received into memory of the need's own, as far as that goes.
-void add_kept(LocalNeed& local, const Layouts& layouts, std::vector<Range> wanted, int64_t most_bytes) {
-  const std::vector<Range> ranges = fitting(std::move(wanted), most_bytes, local.bytes_left_out);
+void add_kept(LocalNeed& local, const Layouts& layouts, std::vector<Wanted> wanted) {
+  const std::vector<Wanted> ranges = joined(std::move(wanted));
+  if (ranges.empty()) return;
   int64_t bytes = 0;
-  for (const Range& range : ranges) bytes += range.end - range.begin;
-  local.memory.reset(new std::byte[static_cast<size_t>(bytes)], std::default_delete<std::byte[]>());
+  for (const Wanted& each : ranges) bytes += bytes_of(each.range);
+  try {
+    with_memory_errors(
+        [&] { local.memory.reset(new std::byte[static_cast<size_t>(bytes)], std::default_delete<std::byte[]>()); });
+  } catch (Error& error) {
+    layouts.attribute(error, ranges.front().record);
+    throw;
+  }
   local.kept.resize(layouts.sources.size());
-  std::vector<size_t> first_record(layouts.sources.size(), 0);  // by source: errors name it
-  for (size_t i = layouts.records.size(); i-- > 0;) first_record[layouts.records[i].file] = i;
   std::byte* data = local.memory.get();
-  for (const Range& range : ranges) {
-    const int64_t size = range.end - range.begin;
+  for (const auto& [range, record] : ranges) {
+    const int64_t size = bytes_of(range);
     const box::Loops run = {{size, 1, 1}};
     local.need.add(static_cast<uint32_t>(range.file), range.begin, run, 1);
-    local.boxes.push_back({transfer::kHost, data, run, std::nullopt, first_record[range.file], std::nullopt});
+    local.boxes.push_back({transfer::kHost, data, run, std::nullopt, record, std::nullopt});
     local.kept[range.file].push_back({range.begin, range.end, data});
     data += size;
   }
@@ -94,42 +86,72 @@ bool LocalNeed::is_on(int device) const {
   return std::all_of(boxes.begin(), boxes.end(), [=](const LocalBox& box) { return box.device == device; });
 }
 
-LocalNeed need_of(const transfer::Program& program, int32_t wave, int64_t most_bytes,
-                  const std::vector<std::string>& names) {
+LocalNeed need_of(const transfer::Program& program, int32_t wave, const std::vector<std::string>& names) {
   const Layouts& layouts = program.layouts();
-  LocalNeed local{Need(files_of(layouts, names)), {}, 0, 0, nullptr, {}};
-  std::vector<Range> whole;
+  LocalNeed local{Need(files_of(layouts, names))};
   for (const size_t item : program.items_in_wave(wave)) {
     const Transfer& transfer = program.transfers()[item];
-    const size_t record = program.items()[item].record;
-    const transfer::Record& where = layouts.records[record];
-    if (transfer.kind == Transfer::Kind::kFallback && !where.fallback) whole.push_back(range_of(where));
     if (transfer.kind != Transfer::Kind::kDirect || transfer.loops.empty()) continue;
+    const size_t record = program.items()[item].record;
     const auto grain = static_cast<int32_t>(checkpoint::info(layouts.parsed[record].layout.dtype).itemsize);
-    local.need.add(static_cast<uint32_t>(where.file), transfer.source, transfer.loops, grain);
+    local.need.add(static_cast<uint32_t>(layouts.records[record].file), transfer.source, transfer.loops, grain);
     local.boxes.push_back(
         {transfer.device, transfer.destination, transfer.loops, transfer.conversion, record, std::nullopt});
     if (transfer.conversion) ++local.converted_items;
   }
-  add_kept(local, layouts, std::move(whole), most_bytes);
   return local;
 }
 
-LocalNeed need_of_records(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
+LocalNeed need_of_headers(const Layouts& layouts, const std::vector<size_t>& records, int64_t most_bytes,
                           const std::vector<std::string>& names, const transfer::Options& options) {
-  std::vector<Range> ranges = transfer::header_ranges(layouts, options);
-  for (const size_t index : records) {
-    const transfer::Record& record = layouts.records.at(index);
-    if (record.length > 0) ranges.push_back(range_of(record));
+  constexpr size_t kNoRecord = std::numeric_limits<size_t>::max();
+  std::vector<size_t> first_record(layouts.sources.size(), 0);  // by source
+  for (size_t i = layouts.records.size(); i-- > 0;) first_record[layouts.records[i].file] = i;
+  std::vector<std::pair<Wanted, size_t>> ranges;  // and the record that they are, if they are one
+  for (const Range& range : transfer::header_ranges(layouts, options)) {
+    ranges.push_back({{range, first_record[range.file]}, kNoRecord});
   }
-  LocalNeed local{Need(files_of(layouts, names)), {}, 0, 0, nullptr, {}};
-  add_kept(local, layouts, std::move(ranges), most_bytes);
+  for (const size_t record : records) ranges.push_back({{range_of(layouts.records.at(record)), record}, record});
+  // Small ones come first: of the rest each takes a request of its own.
+  std::sort(ranges.begin(), ranges.end(), [](const auto& a, const auto& b) {
+    const Range& left = a.first.range;
+    const Range& right = b.first.range;
+    return std::tuple(bytes_of(left), left.file, left.begin) < std::tuple(bytes_of(right), right.file, right.begin);
+  });
+  LocalNeed local{Need(files_of(layouts, names))};
+  std::vector<Wanted> wanted;
+  int64_t room = most_bytes;
+  for (auto& [each, record] : ranges) {
+    const int64_t bytes = bytes_of(each.range);
+    if (bytes > room && record != kNoRecord) {
+      local.left_out.push_back(record);
+      continue;
+    }
+    const int64_t fits = std::min(bytes, room);
+    local.bytes_left_out += bytes - fits;
+    each.range.end = each.range.begin + fits;
+    room -= fits;
+    if (fits > 0) wanted.push_back(each);
+  }
+  add_kept(local, layouts, std::move(wanted));
+  return local;
+}
+
+LocalNeed need_of_records(const Layouts& layouts, const std::vector<size_t>& records,
+                          const std::vector<std::string>& names) {
+  LocalNeed local{Need(files_of(layouts, names))};
+  std::vector<Wanted> wanted;
+  for (const size_t record : records) {
+    const Range range = range_of(layouts.records.at(record));
+    if (bytes_of(range) > 0) wanted.push_back({range, record});
+  }
+  add_kept(local, layouts, std::move(wanted));
   return local;
 }
 
 LocalNeed need_of_quantized(const Layouts& layouts, const std::vector<QuantizedElements>& elements,
                             const std::vector<std::string>& names) {
-  LocalNeed local{Need(files_of(layouts, names)), {}, 0, 0, nullptr, {}};
+  LocalNeed local{Need(files_of(layouts, names))};
   for (const auto& [record, begin, stored_row_bytes, target] : elements) {
     const transfer::Record& where = layouts.records.at(record);
     const int64_t rows = target.box.rows;
@@ -148,11 +170,20 @@ LocalNeed need_of_quantized(const Layouts& layouts, const std::vector<QuantizedE
 }
 
 void keep(Layouts& layouts, LocalNeed& local) {
-  for (size_t i = 0; i < layouts.sources.size(); ++i) {
-    if (local.kept.at(i).empty()) continue;
-    layouts.sources[i] =
-        std::make_unique<io::KeptSource>(std::move(layouts.sources[i]), std::move(local.kept[i]), local.memory);
+  for (size_t i = 0; i < local.kept.size(); ++i) {
+    if (local.kept[i].empty()) continue;
+    layouts.sources.at(i) =
+        std::make_unique<io::KeptSource>(std::move(layouts.sources.at(i)), std::move(local.kept[i]), local.memory);
   }
+  local.kept.clear();
+}
+
+void drop(Layouts& layouts, LocalNeed& local) {
+  for (auto& source : layouts.sources) {
+    auto* kept = dynamic_cast<io::KeptSource*>(source.get());
+    if (kept != nullptr && kept->memory() == local.memory.get()) source = kept->release();
+  }
+  local.memory.reset();
 }
 
 }  // namespace dcp_fast::exchange

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "io/byte_source.h"
@@ -21,6 +22,10 @@ class KeptSource : public ByteSource {
  public:
   // `ranges` ascend and do not overlap. Their bytes live as long as `memory` does. The source's access is chosen.
   KeptSource(std::unique_ptr<ByteSource> source, std::vector<KeptRange> ranges, std::shared_ptr<const void> memory);
+
+  const void* memory() const { return memory_.get(); }
+  // The source itself. Nobody has this one open.
+  std::unique_ptr<ByteSource> release() { return std::move(source_); }
 
   void choose_access(int64_t begin, int64_t end) override;
   void read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const override;

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import add
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -33,16 +34,16 @@ from dcp_fast.ranks.all_to_all import start_all_to_all
 from dcp_fast.ranks.collectives import Outcome, collective_device, largest
 from dcp_fast.ranks.interrupts import Interrupts, deferred_interrupt
 from dcp_fast.ranks.round_memory import RoundMemory
-from dcp_fast.transfer.sharing import ExchangeStep
+from dcp_fast.transfer.sharing import ExchangeStep, Phase
 
 EXCHANGE_BYTES = 128 << 20  # by default
 MIN_EXCHANGE_BYTES = 1 << 20
 
 Result = TypeVar("Result")
 
-_EXCHANGES = 2  # of a load, see Sharing; ranks tell each other of more
+_OF_EACH_LOAD = (Phase.HEADERS, Phase.BOXES)  # one exchange each; ranks tell each other of more
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
-_VERSION = 4  # of what ranks send each other
+_VERSION = 5  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -93,16 +94,19 @@ class Exchange:
         self._report = report
         self._device = collective_device(ranks)
         self._memory = RoundMemory(self._device)
-        self._left = _EXCHANGES
-        self._expected = 0  # more exchanges, which this rank has yet to tell the others of
-        self._more = 0  # that any rank told of last
-        self._is_first = True  # whether headers are yet to be exchanged
+        self._left = [int(phase in _OF_EACH_LOAD) for phase in Phase]
+        self._expected = [0] * len(Phase)  # more exchanges, which this rank has yet to tell the others of
+        self._more = [0] * len(Phase)  # that any rank told of last
         # Bytes that each rank was to read of boxes so far. Headers count for nothing, so that `dcp-fast plan`, which
         # does not look at them, foretells who reads what in the first exchange of boxes.
         self._assigned = [0] * ranks.get_world_size()
 
-    def share(self, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
+    def share(self, phase: Phase, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
+        while any(self._left[:phase]):
+            self._take_part(None, None, None)
+        if not self._left[phase]:
+            raise RuntimeError(f"a load has no more exchanges of {phase.name} than its ranks have agreed on")
         found = Outcome(find)
         need, step = (None, None) if found.error is not None else found.value
         return self._take_part(need, step, found.error)
@@ -110,26 +114,21 @@ class Exchange:
     @property
     def left(self) -> int:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
-        return self._left
+        return sum(self._left)
 
-    def expect(self, exchanges: int) -> None:
+    def expect(self, phase: Phase, exchanges: int) -> None:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
-        self._expected = exchanges
-
-    def skip(self, exchanges: int) -> None:
-        """See :class:`dcp_fast.transfer.sharing.Sharing`."""
-        for _ in range(exchanges):
-            self._take_part(None, None, None)
+        self._expected[phase] = exchanges
 
     def decline(self, reason: str) -> None:
         """See :class:`dcp_fast.transfer.sharing.Sharing`."""
-        if self._left > 0:
+        if self.left > 0:
             self._report.sharing_fallback_reason = reason or self._report.sharing_fallback_reason
             self.leave(None)
 
     def leave(self, error: BaseException | None) -> None:
         """Take part in what exchanges are left, and tell the other ranks of an error that came before them."""
-        while self._left > 0:
+        while self.left > 0:
             self._take_part(None, None, error)  # which raises the error
 
     def close(self) -> None:
@@ -137,19 +136,19 @@ class Exchange:
         self._memory.free()
 
     def _take_part(self, need: _native.Need | None, step: ExchangeStep | None, error: BaseException | None) -> bool:
-        if self._left <= 0:
-            raise RuntimeError("a load has no more exchanges than its ranks have agreed on")
+        phase = next(phase for phase in Phase if self._left[phase])
         encoded = Outcome(lambda: _EMPTY_NEED if need is None else need.encode())
         last: BaseException | None = None
         with deferred_interrupt() as interrupts:
-            left, self._left = self._left - 1, 0  # nobody goes on after a failure that all know of
-            exchange = self._agree(need, encoded.value or _EMPTY_NEED, error or encoded.error)
+            # Nobody goes on after a failure that all know of.
+            left, self._left = self._left, [0] * len(Phase)
+            exchange = self._agree(phase, need, encoded.value or _EMPTY_NEED, error or encoded.error)
             if isinstance(exchange, _Nothing) or exchange.obstacle:
                 self._report.sharing_fallback_reason = exchange.obstacle
             else:
                 last = self._run(exchange, step, interrupts)
-            self._left = left + self._more
-            self._is_first = False
+            left[phase] -= 1
+            self._left = list(map(add, left, self._more))
         if last is not None:
             raise last  # of which others learn in the next exchange, or at the end of the load
         return not exchange.obstacle
@@ -157,15 +156,15 @@ class Exchange:
     # Agreement
 
     def _agree(
-        self, need: _native.Need | None, encoded: bytes, error: BaseException | None
+        self, phase: Phase, need: _native.Need | None, encoded: bytes, error: BaseException | None
     ) -> _native.Exchange | _Nothing:
         """The exchange that all ranks come to. Raises the error, or OtherRankError if another rank has one."""
         digest = hashlib.sha256(encoded).digest()
         # 63 bits each, as the numbers of a tensor have signs.
         hashes = [int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8)]
-        mine = [_VERSION, error is not None, len(encoded), self.most_bytes, _node(), self._expected, *hashes]
+        mine = [_VERSION, error is not None, len(encoded), self.most_bytes, _node(), *hashes, *self._expected]
         of_ranks = self._all_gather(mine)
-        self._expected = 0
+        self._expected = [0] * len(Phase)
         if error is not None:
             raise error
         if any(failed for _, failed, *_ in of_ranks):
@@ -175,12 +174,12 @@ class Exchange:
         numbers: dict[tuple[int, ...], int] = {}  # of all different needs
         senders: list[int] = []  # the first rank of each
         need_of_rank = []
-        for rank, (_, _, size, _, _, _, *hashes) in enumerate(of_ranks):
-            number = numbers.setdefault((size, *hashes), len(numbers))
+        for rank, (_, _, size, _, _, *words) in enumerate(of_ranks):
+            number = numbers.setdefault((size, *words[: len(hashes)]), len(numbers))
             if number == len(senders):
                 senders.append(rank)
             need_of_rank.append(number)
-        self._more = max(expected for _, _, _, _, _, expected, *_ in of_ranks)
+        self._more = [max(expected) for expected in zip(*(words[-len(Phase) :] for words in of_ranks), strict=True)]
         most_bytes = min(most for _, _, _, most, *_ in of_ranks)
         sizes = [of_ranks[rank][2] for rank in senders]
         if sum(sizes) > most_bytes:
@@ -204,7 +203,7 @@ class Exchange:
             return exchange
 
         exchange = self._on_all_ranks(make)
-        if not exchange.obstacle and not self._is_first:
+        if not exchange.obstacle and phase is not Phase.HEADERS:
             self._assigned = [before + now for before, now in zip(self._assigned, exchange.read_bytes, strict=True)]
         return exchange
 

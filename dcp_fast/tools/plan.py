@@ -314,7 +314,7 @@ class _Checkpoint:
             lengths = memoryview(rows).cast("B").cast("q")[2::4].tolist()
             parts = []
             for box_records, program in self._programs(boxes, records, len(holders)):
-                self.need = _native.Need.of_program(program, 0, 0, names)
+                self.need = _native.Need.of_program(program, 0, names)
                 left_to_torch = {box_records[item] for item in program.fallback(0)}
                 parts.append(
                     _Part(

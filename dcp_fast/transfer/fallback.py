@@ -13,6 +13,7 @@ from dcp_fast._torch import narrow_tensor_by_index
 from dcp_fast.errors import SizeMismatchError
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.transfer.records import Records
+from dcp_fast.transfer.shared_records import SharedRecords
 
 
 def place_fallback(
@@ -22,6 +23,7 @@ def place_fallback(
     options: _native.Options,
     most_bytes: int,
     report: LoadReport,
+    shared: SharedRecords,
 ) -> None:
     """Place boxes one after another. Those that follow each other and have a record in common share one load of it.
 
@@ -32,15 +34,17 @@ def place_fallback(
         options: for the native reads.
         most_bytes: memory for what is read ahead. The record that is unpickled takes its own size on top.
         report: counts what is read and placed.
+        shared: records that come from other ranks.
 
     Raises:
         LoadError: a record cannot be read or holds no tensor, or a box does not fit.
         Exception: whatever ``copy_`` of a target raises.
     """
     by_record = [(record, list(group)) for record, group in groupby(boxes, key=lambda box: box[1])]
+    of_records = iter(by_record)
 
-    def take(index: int, content: _native.RecordBytes) -> None:
-        record, of_record = by_record[index]
+    def take(_: int, content: _native.RecordBytes) -> None:
+        record, of_record = next(of_records)
         tensor = records.load_tensor(of_record[0][0], content)
         report.fallback_records += 1
         reason = layouts.fallback_reason(record) or "its elements share memory"
@@ -48,9 +52,10 @@ def place_fallback(
         for item, _, target in of_record:
             _place(item, tensor, target, records, report)
 
-    stats = _native.read_records(layouts, [record for record, _ in by_record], most_bytes, options, take)
-    report.requests += stats.requests
-    report.bytes_read += stats.bytes_read
+    for run in shared.runs(record for record, _ in by_record):
+        stats = _native.read_records(layouts, run, most_bytes, options, take)
+        report.requests += stats.requests
+        report.bytes_read += stats.bytes_read
 
 
 def _place(item: ReadItem, tensor: torch.Tensor, target: torch.Tensor, records: Records, report: LoadReport) -> None:

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch.autograd.graph import increment_version
@@ -31,6 +32,8 @@ from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.shared_batches import SharedBatches
 from dcp_fast.transfer.shared_quantized import SharedBoxes
 from dcp_fast.transfer.shared_reads import SharedReads
+from dcp_fast.transfer.shared_records import SharedRecords
+from dcp_fast.transfer.sharing import Phase
 from dcp_fast.transfer.staged_boxes import Piece, StagedBoxes
 
 _ConvertedBatches = SharedBatches[Part[ConvertedBox], Batch[ConvertedBox]]
@@ -47,6 +50,14 @@ _COUNTED_ANEW = (
     *("bytes_needed", "staged_items", "dequantized_items", "fallback_records", "fallback_reasons"),
     "device_fallback_items",
 )
+
+
+class _SharedWave(NamedTuple):
+    """A wave that ranks share: boxes that torch converts, batches that they come in, and records that torch reads."""
+
+    converted: list[ConvertedBox]
+    batches: list[_ConvertedBatches]
+    records: SharedRecords
 
 
 class Placer:
@@ -88,22 +99,23 @@ class Placer:
         self._shared = shared
         self._report = report
         self._refusal = ""
+        self._shared_records = SharedRecords((), lambda _: None)
 
     def alone(self) -> Placer:
-        """One that places boxes without other ranks."""
+        """One that places boxes without other ranks, but for records that are on their way from them."""
         placer = copy(self)
         placer._shared = SharedReads(None, self._cuda, self._report)
         return placer
 
-    def stage(self, items: Sequence[tuple[ReadItem, int]]) -> list[StagedBoxes]:
+    def stage(self, items: Sequence[tuple[ReadItem, int]]) -> tuple[list[StagedBoxes], SharedRecords] | None:
         """Have boxes arrive from other ranks, to wait until it is known where they go.
 
         Args:
             items: and their records, in the order in which they are wanted.
 
         Returns:
-            Those as they are stored, and those of quantized tensors. Nothing if a box does not fit what is stored: an
-            error for when its item has its turn. The exchange is yet to come then.
+            Those as they are stored, and those of quantized tensors; and records that come whole. None if a box does
+            not fit what is stored: an error for when its item has its turn. The exchange is yet to come then.
         """
         tensors = [(item, record) for item, record in items if item.type is not _BYTE_IO]
         rows, destinations = array("q"), array("q")
@@ -122,17 +134,20 @@ class Placer:
             boxes = {id(tensors[i][0]): self._stored_box(*tensors[i], *program.box(i)) for i in program.converted(0)}
             cut = dict(zip(quantized, cut_by_device([*quantized.values()]).get(None, []), strict=True))
         except Exception:
-            return []
+            return None
         batches = self._batches_of([*boxes.values()], None)
         staged = [StagedBoxes(boxes, batches.parts, _arriving(batches))]
-        more = len(batches)
+        of_torch = {tensors[i][1] for i in program.fallback(0)} - self._quantized.keys()
+        whole = [record for item, record in items if item.type is _BYTE_IO or record in of_torch]
+        self._shared_records = self._shared.records(whole, self._layouts, self._rows, self._half)
+        more = len(batches) + len(self._shared_records)
         if cut:
             self._report.dequantized_items += len(cut)
-            of_quantized = self._quantized_batches([*cut.values()], None)
+            of_quantized = self._quantized_batches([*cut.values()], None, Phase.BATCHES)
             staged.append(StagedBoxes(cut, of_quantized.parts, self._dequantized(of_quantized)))
             more += len(of_quantized)
         self._shared.place_boxes(self._layouts, program, 0, self._options, (), more)
-        return staged
+        return staged, self._shared_records
 
     def _dequantized(self, batches: _QuantizedBatches) -> Iterator[tuple[Sequence[Piece], int]]:
         with typed_errors(self._dequantizer.fqns):
@@ -192,11 +207,13 @@ class Placer:
             shared = self._shared_waves(program, waves, items, records, target) if self._shared.is_wanted else {}
             if 0 < len(shared) < len(waves):
                 self._report.note_reads_alone(_LATER_WAVES)
-            more = sum(1 + sum(map(len, batches)) for _, batches in shared.values()) - 1
+            more = sum(1 + sum(map(len, of_wave.batches)) + len(of_wave.records) for of_wave in shared.values()) - 1
             for wave in waves:
                 self._report.bytes_needed += program.bytes_needed_of(wave)
-                if wave in shared:
-                    converted, batches = shared.pop(wave)
+                of_wave = shared.pop(wave, None)
+                if of_wave is not None:
+                    converted, batches = of_wave.converted, of_wave.batches
+                    self._shared_records = of_wave.records
                     self._run_shared(program, wave, destinations, more)
                     more = 0
                 else:
@@ -204,10 +221,8 @@ class Placer:
                     self._run_alone(program, wave, destinations)
                 if converted:
                     self._place_converted(converted, batches)
-                fallback = [(item, records[i], target(i, item)) for i, item in _pick(items, program.fallback(wave))]
-                self.place_fallback(sorted(fallback, key=lambda box: self._rows.place_of(box[1])))
-            # Whoever needs no more keeps no other rank waiting for what hooks and bytes entries take.
-            self._shared.decline("")
+                fallback = self._fallback(program, wave, records)
+                self.place_fallback([(item, records[i], target(i, item)) for i, item in _pick(items, fallback)])
             return True
         except CudaRefusedError as error:
             self._refusal = str(error)
@@ -226,15 +241,23 @@ class Placer:
         items: Sequence[ReadItem],
         records: Sequence[int],
         target: Callable[[int, ReadItem], torch.Tensor],
-    ) -> dict[int, tuple[list[ConvertedBox], list[_ConvertedBatches]]]:
-        """Of each wave that ranks share the boxes that torch converts, and the batches that they come in."""
+    ) -> dict[int, _SharedWave]:
+        """The waves that ranks share."""
         shared = {}
         # Quantized tensors come after all waves, and some may be of the first one: then the others are read alone.
         for wave in waves[: 1 if self._quantized else _MOST_SHARED_WAVES]:
             converted = self._converted_boxes(program, wave, items, records, target)
             batches = [self._batches_of(boxes, device) for device, boxes in by_device(converted).items()]
-            shared[wave] = (converted, batches)
+            of_torch = [records[i] for i in self._fallback(program, wave, records)]
+            whole = [record for record in of_torch if record not in self._quantized]
+            shared[wave] = _SharedWave(
+                converted, batches, self._shared.records(whole, self._layouts, self._rows, self._half)
+            )
         return shared
+
+    def _fallback(self, program: _native.Program, wave: int, records: Sequence[int]) -> list[int]:
+        """The items of a wave whose records torch reads, in the order of these."""
+        return sorted(program.fallback(wave), key=lambda item: self._rows.place_of(records[item]))
 
     def _run_shared(self, program: _native.Program, wave: int, destinations: Destinations, more: int) -> None:
         """Place the boxes of a wave that the engine places together with other ranks; ``more`` as of SharedReads."""
@@ -294,13 +317,15 @@ class Placer:
         if quantized:
             self._place_quantized(quantized)
             boxes = [box for box in boxes if box[1] not in self._quantized]
-        place_fallback(boxes, self._records, self._layouts, self._half, self._staging_bytes, self._report)
+        place_fallback(
+            boxes, self._records, self._layouts, self._half, self._staging_bytes, self._report, self._shared_records
+        )
 
     @cached_property
     def _dequantizer(self) -> Dequantizer:
         return Dequantizer(self._quantized.values(), self._half)
 
-    def _quantized_batches(self, boxes: Sequence[CutBox], device: int | None) -> _QuantizedBatches:
+    def _quantized_batches(self, boxes: Sequence[CutBox], device: int | None, phase: Phase) -> _QuantizedBatches:
         return self._shared.batches(
             partial(batches_of_parts, boxes),
             sum(box.most_bytes() for box in boxes),
@@ -309,12 +334,13 @@ class Placer:
             self._dequantizer.layouts,
             self._half,
             self._dequantizer.paths,
+            phase,
         )
 
     def _place_quantized(self, boxes: list[QuantizedBox]) -> None:
         self._report.dequantized_items += len(boxes)
         self._count_refused([box.target for box in boxes])
-        if self._shared.goes_on:
+        if self._shared.wants_quantized:
             boxes = self._share_quantized(boxes)
         for stats in self._dequantizer.place(boxes, self._staging_bytes // 2, self._cuda):
             self._report.bytes_needed += stats.bytes_placed
@@ -324,9 +350,10 @@ class Placer:
         """Place boxes together with other ranks. Returns those that this rank is to read alone."""
         shared = SharedBoxes(boxes, self._dequantizer.records, self._shared.most_bytes)
         batches = [
-            self._quantized_batches(of_device, device) for device, of_device in cut_by_device(shared.others).items()
+            self._quantized_batches(of_device, device, Phase.QUANTIZED_BATCHES)
+            for device, of_device in cut_by_device(shared.others).items()
         ]
-        self._shared.begin_quantized(sum(map(len, batches)), places=len(shared) > 0)
+        self._shared.begin_quantized(sum(map(len, batches)))
         alone = [] if len(shared) == 0 or self._place_as_they_arrive(shared) else shared.boxes
         try:
             with typed_errors(self._dequantizer.fqns):
@@ -336,7 +363,6 @@ class Placer:
         except CudaRefusedError:
             self._shared.decline("a driver refuses what it takes to dequantize")
             raise
-        self._shared.decline("")
         return alone
 
     def _place_as_they_arrive(self, boxes: SharedBoxes) -> bool:

@@ -6,7 +6,7 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import count, groupby
 from typing import cast
 
 import torch
@@ -23,11 +23,12 @@ from dcp_fast.planning.values import is_whole
 from dcp_fast.transfer.commit_windows import CommitWindows, Done, windows_of
 from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.gpu import CudaLoad
-from dcp_fast.transfer.items import BytesEntries, box_of, find_items
+from dcp_fast.transfer.items import BytesEntries, Resolved, box_of, find_items
 from dcp_fast.transfer.placing import Placer
 from dcp_fast.transfer.planner_state import counts_writes, hides_state, writes_to
 from dcp_fast.transfer.records import Records
 from dcp_fast.transfer.shared_reads import SharedReads
+from dcp_fast.transfer.shared_records import SharedRecords
 from dcp_fast.transfer.sharing import Sharing
 from dcp_fast.transfer.staged_boxes import StagedBoxes
 from dcp_fast.transfer.windows import Placement, Windows
@@ -70,6 +71,7 @@ class PlanTransfer:
         self.cuda = cuda
         self.plan = plan
         self._shared = SharedReads(exchange, cuda, report)
+        self._shared_records = SharedRecords((), lambda _: None)
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
@@ -105,10 +107,13 @@ class PlanTransfer:
             try:
                 if not (has_default_hooks(self.planner) and self._place_at_once()):
                     self._place_in_order()
+                self._shared.decline("")
                 self.cuda.finish()
             except BaseException:
                 self.cuda.abort()
                 raise
+            finally:
+                self._shared_records.close()
 
     def _share_on_node(self) -> None:
         """Find out whether other ranks of this node may need the same bytes, which then go through the page cache."""
@@ -132,10 +137,20 @@ class PlanTransfer:
             if not destinations.all_have_addresses:
                 return False
             self.cuda.keep(destinations.tensors)
-            self.placer.place(resolved.items, resolved.records, resolved.rows, destinations, resolved.target)
+            self._place_all(resolved)
         with self.report.stage("commit"):
             self._load_all_bytes(resolved.bytes_entries)
         return True
+
+    def _place_all(self, resolved: Resolved) -> None:
+        """Place all tensors, with other ranks if these share reads. Bytes entries are loaded later."""
+        entries = resolved.bytes_entries.records
+        self._shared_records = self._shared.bytes_entries(entries, self.layouts, self.items.record_rows, self.options)
+        items, records, rows = resolved.items, resolved.records, resolved.rows
+        self.placer.place(items, records, rows, resolved.destinations, resolved.target)
+        if len(self._shared_records) == 0:
+            # Whoever needs no more keeps no other rank waiting for what hooks and bytes entries take.
+            self._shared.decline("")
 
     def _place_in_order(self) -> None:
         """For planners with hooks: resolve and commit all items in torch's order."""
@@ -152,9 +167,11 @@ class PlanTransfer:
         staged: list[StagedBoxes] = []
         if self._shared.is_wanted:
             with self.report.stage("transfer"), paused_collection():
-                staged = self.placer.stage(items)
-            if not staged:
+                arriving = self.placer.stage(items)
+            if arriving is None:
                 self._shared.decline("a box of the plan does not fit what is stored")
+            else:
+                staged, self._shared_records = arriving
         # Tensors of the state dict are there anyway; a planner with a way of its own may have allocated others.
         in_state_dict = has_default_resolve(self.planner)
         resolve = self._resolve_in_state_dict if in_state_dict else self.planner.resolve_tensor
@@ -168,7 +185,6 @@ class PlanTransfer:
                 else:
                     windows.add(item, record)
             windows.finish()
-        self._shared.decline("")
 
     def _commit_windows(self) -> Done:
         """Place windows of a program of all items; or all of them at once, with other ranks that share reads.
@@ -201,7 +217,7 @@ class PlanTransfer:
 
         if self._shared.is_wanted:
             with report.stage("transfer"), paused_collection():
-                self.placer.place(resolved.items, resolved.records, resolved.rows, destinations, resolved.target)
+                self._place_all(resolved)
             in_place = {n: writes(n) for n in values}
 
         def place(number: int, boxes: Sequence[int]) -> bool:
@@ -292,21 +308,24 @@ class PlanTransfer:
 
     def _load_all_bytes(self, entries: BytesEntries) -> None:
         """Plain values are read natively; all others are for the planner, one by one."""
-        records = [record for record in entries.records if record not in entries.transformed]
-        values, requests, bytes_read = _native.read_plain_values(self.layouts, records, self.options)
-        self.report.requests += requests
-        self.report.bytes_read += bytes_read
-        plain = dict(zip(records, values, strict=True))
         lengths = self.items.record_rows.rows[2::4]
-        for i, (fqn, record) in enumerate(zip(entries.fqns, entries.records, strict=True)):
-            value = plain.get(record, ...)
-            if value is ...:
-                self._load_bytes(entries.items[i], record)
-            else:
-                put_value(self.planner, fqn, value)  # type: ignore[arg-type]
-                self.report.bytes_needed += lengths[record]
+        numbers = count()
+        for run in self._shared_records.runs(entries.records):
+            records = [record for record in run if record not in entries.transformed]
+            values, requests, bytes_read = _native.read_plain_values(self.layouts, records, self.options)
+            self.report.requests += requests
+            self.report.bytes_read += bytes_read
+            plain = dict(zip(records, values, strict=True))
+            for record, i in zip(run, numbers, strict=False):
+                value = plain.get(record, ...)
+                if value is ...:
+                    self._load_bytes(entries.items[i], record)
+                else:
+                    put_value(self.planner, entries.fqns[i], value)  # type: ignore[arg-type]
+                    self.report.bytes_needed += lengths[record]
 
     def _load_bytes(self, item: ReadItem, record: int) -> None:
+        self._shared_records.reach(record)
         value = self.records.read(item, self.layouts, record)
         self.report.bytes_needed += value.getbuffer().nbytes
         try:

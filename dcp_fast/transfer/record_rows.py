@@ -62,6 +62,10 @@ class RecordRows:
         """File and offset."""
         return self.rows[4 * record], self.rows[4 * record + 1]
 
+    def length_of(self, record: int) -> int:
+        """In bytes."""
+        return self.rows[4 * record + 2]
+
     def add(self, item: ReadItem, place: Place, all_fallback: bool) -> None:
         file = self._numbers.setdefault(place.file, len(self._numbers))
         if place.is_transformed:

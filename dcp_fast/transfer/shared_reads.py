@@ -1,22 +1,9 @@
-"""What a transfer reads together with other ranks.
-
-Exchanges come in this order on all ranks:
-
-1. headers, bytes entries and whole records,
-2. boxes that the engine places,
-3. boxes that torch places, one batch after another (shared_batches.py), and boxes that are written over others,
-4. scales of quantized tensors, and elements that are dequantized as they arrive (shared_quantized.py),
-5. scales and elements that are dequantized batch by batch (dequantization.py).
-
-Of 3 and 5 there are as many as the rank that needs most of them has, and 4 is there if any rank has quantized tensors.
-A rank that needs less takes part without needing anything, so that what several ranks need comes to all of them in the
-same exchange.
-"""
+"""What a transfer reads together with other ranks. The phases of that are in sharing.py."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -30,7 +17,8 @@ from dcp_fast.transfer.destinations import HOST
 from dcp_fast.transfer.gpu import CudaLoad, CudaRefusedError
 from dcp_fast.transfer.record_rows import RecordRows
 from dcp_fast.transfer.shared_batches import SharedBatches
-from dcp_fast.transfer.sharing import ExchangeStep, Received, Sending, Sharing
+from dcp_fast.transfer.shared_records import SharedRecords, batches_of_records
+from dcp_fast.transfer.sharing import ExchangeStep, Phase, Received, Sending, Sharing
 from dcp_fast.transfer.staging_memory import allocate
 
 
@@ -56,6 +44,9 @@ class SharedReads:
     def __init__(self, exchange: Sharing | None, cuda: CudaLoad, report: LoadReport) -> None:
         self._exchange = exchange  # until this rank has taken part in all
         self._has_boxes = False
+        self._has_quantized = False
+        self._left_out: set[int] = set()  # records for which there was no memory in the first exchange
+        self._whole: set[int] = set()  # records that were to come in it
         self._cuda = cuda
         self._report = report
         self._names: list[str] = []
@@ -66,9 +57,9 @@ class SharedReads:
         return self._exchange is not None and not self._has_boxes
 
     @property
-    def goes_on(self) -> bool:
-        """Whether there may be any exchanges that this rank has yet to take part in."""
-        return self._exchange is not None
+    def wants_quantized(self) -> bool:
+        """Whether there are exchanges of quantized tensors that this rank has yet to take part in."""
+        return self._exchange is not None and not self._has_quantized
 
     @property
     def most_bytes(self) -> int:
@@ -83,7 +74,9 @@ class SharedReads:
         quantized: Collection[int],
         options: _native.Options,
     ) -> None:
-        """Get headers, bytes entries and records that torch reads, which layouts then take from memory.
+        """Get headers, bytes entries and records with a transform, which layouts then take from memory.
+
+        Those that do not fit into memory are for :meth:`records`.
 
         Args:
             layouts: whose headers are yet to be read.
@@ -95,13 +88,60 @@ class SharedReads:
         if self._exchange is None:
             return
         if quantized:
-            self._exchange.expect(_OF_QUANTIZED)
+            self._exchange.expect(Phase.QUANTIZED, _OF_QUANTIZED)
         self._names = _names_of(rows.files, paths, self._exchange)
         whole = [i for i, is_whole in enumerate(rows.rows[3::4]) if is_whole and i not in quantized]
-        find = partial(_native.Need.of_records, layouts, whole, self._exchange.most_bytes, self._names, options)
-        need = self._share(self._exchange, layouts, find, options, ())
-        if need is not None:
+        find = partial(_native.Need.of_headers, layouts, whole, self._exchange.most_bytes, self._names, options)
+        need = self._share(self._exchange, Phase.HEADERS, layouts, find, options, ())
+        self._whole = set(whole)
+        if need is None:
+            return
+        _native.keep(layouts, need)
+        self._left_out = set(need.left_out)
+        if need.bytes_left_out > 0:
+            self._report.note_reads_alone(f"{need.bytes_left_out} bytes of headers do not fit into exchange_bytes")
+
+    def bytes_entries(
+        self, records: Iterable[int], layouts: _native.Layouts, rows: RecordRows, options: _native.Options
+    ) -> SharedRecords:
+        """Batches of bytes entries, as :meth:`records` has them, in exchanges behind all others."""
+        entries = self.records(records, layouts, rows, options, Phase.BYTES)
+        if self._exchange is not None:
+            self._exchange.expect(Phase.BYTES, len(entries))
+        return entries
+
+    def records(
+        self,
+        records: Iterable[int],
+        layouts: _native.Layouts,
+        rows: RecordRows,
+        options: _native.Options,
+        phase: Phase = Phase.BATCHES,
+    ) -> SharedRecords:
+        """Batches of whole records that are yet to arrive, each in an exchange of its own.
+
+        Args:
+            records: bytes entries and records that only torch can read, in the order in which they are read. Those that
+                have arrived already are left out.
+            layouts, rows: of all records.
+            options: for reading.
+            phase: of the exchanges.
+        """
+        wanted = [record for record in records if record in self._left_out or record not in self._whole]
+        if self._exchange is None:
+            wanted = []
+
+        def fetch(batch: Sequence[int]) -> Callable[[], None] | None:
+            if self._exchange is None:
+                return None
+            find = partial(_native.Need.of_records, layouts, batch, self._names)
+            need = self._share(self._exchange, phase, layouts, find, options, ())
+            if need is None:
+                return None
             _native.keep(layouts, need)
+            return partial(_native.drop, layouts, need)
+
+        return SharedRecords(list(batches_of_records(wanted, rows.length_of, self.most_bytes)), fetch)
 
     def place_boxes(
         self,
@@ -112,15 +152,15 @@ class SharedReads:
         devices: Collection[int],
         more: int,
     ) -> bool:
-        """Place the boxes of a wave, and get records that only torch can read, if it is the first one.
+        """Place the boxes of a wave.
 
         Args:
             layouts: of the program.
             program, wave: what this rank needs.
             options: for reading.
             devices: ordinals of the GPUs that it has destinations on.
-            more: how many exchanges of :meth:`batches` and other waves this rank needs after this one, unless it has
-                said so.
+            more: how many exchanges of :meth:`batches`, :meth:`records` and other waves this rank needs after this one,
+                unless it has said so.
 
         Returns:
             Whether they are in place. If not, this rank is to read them alone.
@@ -132,14 +172,14 @@ class SharedReads:
             return False
         if devices:
             self._cuda.prepare(devices)
-        self._exchange.expect(more)
-        most_bytes = 0 if self._has_boxes else self._exchange.most_bytes
-        find = partial(_native.Need.of_program, program, wave, most_bytes, self._names)
-        need = self._share(self._exchange, layouts, find, options, devices)
+        if more:
+            self._exchange.expect(Phase.BATCHES, more)
+        phase = Phase.BATCHES if self._has_boxes else Phase.BOXES
+        find = partial(_native.Need.of_program, program, wave, self._names)
+        need = self._share(self._exchange, phase, layouts, find, options, devices)
         self._has_boxes = True
         if need is None:
             return False
-        _native.keep(layouts, need)
         self._report.staged_items += need.converted_items
         return True
 
@@ -152,6 +192,7 @@ class SharedReads:
         layouts: _native.Layouts,
         options: _native.Options,
         paths: Sequence[str] = (),
+        phase: Phase = Phase.BATCHES,
     ) -> SharedBatches[PartT, BatchT]:
         """Batches each of which arrives in an exchange of its own.
 
@@ -163,6 +204,7 @@ class SharedReads:
             layouts: that batches read from.
             options: for reading.
             paths: of the files of these layouts, unless they are those of :meth:`get_records`.
+            phase: of the exchanges.
         """
         names = _names_of(paths, paths, self._exchange) if paths and self._exchange is not None else self._names
         size = min(wanted, self.most_bytes) if device is None else self._cuda.half_bytes(wanted)
@@ -175,13 +217,14 @@ class SharedReads:
 
         def fill(parts: Sequence[PartT], buffer: torch.Tensor) -> BatchT:
             batch = make(parts, buffer, HOST if device is None else device)
-            self._fill(batch.program(layouts), layouts, names, options, () if device is None else (device,))
+            self._fill(phase, batch.program(layouts), layouts, names, options, () if device is None else (device,))
             return batch
 
         return SharedBatches(list(cut(size)), buffers, device, fill)
 
     def _fill(
         self,
+        phase: Phase,
         program: _native.Program,
         layouts: _native.Layouts,
         names: Sequence[str],
@@ -189,24 +232,17 @@ class SharedReads:
         devices: Collection[int],
     ) -> None:
         if self._exchange is not None:
-            find = partial(_native.Need.of_program, program, 0, 0, names)
-            if self._share(self._exchange, layouts, find, options, devices) is not None:
+            find = partial(_native.Need.of_program, program, 0, names)
+            if self._share(self._exchange, phase, layouts, find, options, devices) is not None:
                 return
         run = self._cuda.run(program, 0, options, devices) if devices else program.run(0, options)
         count_stats(self._report, run)
 
-    def begin_quantized(self, batches: int, places: bool) -> None:
-        """Begin with quantized tensors, when all other ranks do.
-
-        Args:
-            batches: how many :meth:`batches` of them this rank has arrive.
-            places: whether it calls :meth:`place_quantized` before.
-        """
+    def begin_quantized(self, batches: int) -> None:
+        """Begin with quantized tensors. This rank has so many :meth:`batches` of them arrive."""
+        self._has_quantized = True
         if self._exchange is not None:
-            self._exchange.skip(self._exchange.left - _OF_QUANTIZED)  # batches of ranks that have more of them
-            self._exchange.expect(batches)
-            if not places:
-                self._exchange.skip(_OF_QUANTIZED)
+            self._exchange.expect(Phase.QUANTIZED_BATCHES, batches)
 
     def place_quantized(
         self,
@@ -232,12 +268,11 @@ class SharedReads:
         if exchange is None:
             return False
         names = _names_of(paths, paths, exchange)
-        find = partial(_native.Need.of_program, scales, 0, 0, names)
-        if self._share(exchange, layouts, find, options, ()) is None:
-            exchange.skip(1)
+        find = partial(_native.Need.of_program, scales, 0, names)
+        if self._share(exchange, Phase.QUANTIZED, layouts, find, options, ()) is None:
             return False
         find = partial(_native.Need.of_quantized, layouts, elements, names)
-        return self._share(exchange, layouts, find, options, ()) is not None
+        return self._share(exchange, Phase.QUANTIZED, layouts, find, options, ()) is not None
 
     def decline(self, reason: str) -> None:
         """Take part in what exchanges of all other ranks are left, but read alone what this rank needs of them."""
@@ -248,6 +283,7 @@ class SharedReads:
     def _share(
         self,
         ranks: Sharing,
+        phase: Phase,
         layouts: _native.Layouts,
         find: Callable[[], _native.Need],
         options: _native.Options,
@@ -275,12 +311,7 @@ class SharedReads:
             self._report.bytes_read += stats.bytes_read
             return stats
 
-        if not ranks.share(found):
-            return None
-        if need is not None and need.bytes_left_out > 0:
-            reason = f"{need.bytes_left_out} bytes of records that come whole do not fit into exchange_bytes"
-            self._report.note_reads_alone(reason)
-        return need
+        return need if ranks.share(phase, found) else None
 
 
 def _names_of(files: Sequence[str], paths: Sequence[str], exchange: Sharing) -> list[str]:

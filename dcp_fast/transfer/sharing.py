@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from dcp_fast import _native
@@ -39,16 +40,32 @@ class ExchangeStep(Protocol):
     ) -> _native.RoundStats: ...
 
 
+class Phase(IntEnum):
+    """What exchanges are for, in the order in which all ranks take part in them.
+
+    There is one of headers and one of boxes. Of each other phase there are as many as the rank that expects most of
+    them. A rank that needs less takes part without needing anything, so that what several ranks need comes to all of
+    them in the same exchange.
+    """
+
+    HEADERS = 0  # bytes entries, and records that torch reads as they have a transform, as far as memory goes
+    BOXES = 1  # that the engine places
+    BATCHES = 2  # boxes that torch places or that are written over others, and records that torch reads
+    QUANTIZED = 3  # scales, then elements that are dequantized as they arrive: shared_quantized.py
+    QUANTIZED_BATCHES = 4  # scales and elements that are dequantized batch by batch: dequantization.py
+    BYTES = 5  # entries for which there was no memory in the first exchange
+
+
 class Sharing(Protocol):
     """What a load gives a transfer if its ranks share reads.
 
-    There are two exchanges, and as many more as the rank that expects most. Each is collective: on every rank the
-    transfer calls :meth:`share` for each, or :meth:`skip`, or :meth:`decline` for all that are left.
+    Each exchange is collective: on every rank the transfer calls :meth:`share` for it, or for one of a later phase, or
+    :meth:`decline` for all that are left.
 
     Attributes:
         most_bytes: memory for what is received in the first exchange, and for rounds.
         save_id: tells the checkpoint from others of the same names and sizes; empty where it has none.
-        left: exchanges that this rank has yet to take part in, as far as ranks have told each other.
+        left: how many exchanges this rank has yet to take part in, as far as ranks have told each other.
     """
 
     @property
@@ -60,10 +77,11 @@ class Sharing(Protocol):
     @property
     def left(self) -> int: ...
 
-    def share(self, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
+    def share(self, phase: Phase, find: Callable[[], tuple[_native.Need, ExchangeStep]]) -> bool:
         """Read what this rank needs together with all other ranks, and place it.
 
         Args:
+            phase: of the exchange. In those of earlier phases this rank takes part without needing anything.
             find: what this rank needs, and the step of a round.
 
         Returns:
@@ -74,11 +92,8 @@ class Sharing(Protocol):
             Exception: what ``find`` or a step raised, or the process group.
         """
 
-    def expect(self, exchanges: int) -> None:
-        """Say in the next exchange that this rank needs so many more, behind those that are left."""
-
-    def skip(self, exchanges: int) -> None:
-        """Take part in so many exchanges without needing anything."""
+    def expect(self, phase: Phase, exchanges: int) -> None:
+        """Say in the next exchange that this rank needs so many of a phase, which is not over by then."""
 
     def decline(self, reason: str) -> None:
         """Take part in what exchanges of all other ranks are left, but read what this rank needs alone."""

@@ -19,6 +19,7 @@ from shared_reads import failure_of
 
 from dcp_fast.ranks import steps
 from dcp_fast.ranks.exchange import Exchange, OtherRankError
+from dcp_fast.transfer.sharing import Phase
 
 __all__ = ["ATTEMPTS", "MOST_SECONDS", "Seen", "assert_told_in_time", "note_fault", "see"]
 
@@ -91,12 +92,12 @@ def _watched(seen: Seen) -> Iterator[None]:
         seen.begun.append(time.monotonic())
         return begin_round(self, *args)
 
-    def watched_share(self: Exchange, find: Callable[[], tuple[Any, Any]]) -> bool:
+    def watched_share(self: Exchange, phase: Phase, find: Callable[[], tuple[Any, Any]]) -> bool:
         def found() -> tuple[Any, Any]:
             need, step = noting(find)()
             return need, noting(step)
 
-        return share(self, found)
+        return share(self, phase, found)
 
     def watched_leave(self: Exchange, error: BaseException | None) -> None:
         if error is not None and not isinstance(error, OtherRankError):

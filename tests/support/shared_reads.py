@@ -19,6 +19,7 @@ from torch.distributed.tensor import zeros as zeros_on
 
 import dcp_fast
 from dcp_fast.ranks import exchange
+from dcp_fast.transfer.sharing import Phase
 
 __all__ = [
     "LAYOUTS",
@@ -147,7 +148,7 @@ def at_step(nth: int, action: Callable[[], None]) -> Iterator[None]:
     original = exchange.Exchange.share
     calls = itertools.count(-nth)
 
-    def share(self: exchange.Exchange, find: Callable[[], tuple[Any, Any]]) -> bool:
+    def share(self: exchange.Exchange, phase: Phase, find: Callable[[], tuple[Any, Any]]) -> bool:
         def found() -> tuple[Any, Any]:
             need, step = find()
 
@@ -158,7 +159,7 @@ def at_step(nth: int, action: Callable[[], None]) -> Iterator[None]:
 
             return need, acting
 
-        return original(self, found)
+        return original(self, phase, found)
 
     with mock.patch.object(exchange.Exchange, "share", share):
         yield

@@ -48,7 +48,7 @@ struct Rank {
       : memory(load.before[0]), options(wanted), layouts(load.files.layouts(options, mode)) {
     load.place(0, data_of(memory));
     program = std::make_unique<Program>(layouts, std::move(items), load.destinations);
-    local = std::make_unique<LocalNeed>(exchange::need_of(*program, 0, 1 << 20, names_of(load.files)));
+    local = std::make_unique<LocalNeed>(exchange::need_of(*program, 0, names_of(load.files)));
   }
 
   std::string memory;
@@ -258,7 +258,7 @@ TEST_CASE("a read that fails is an error with path and record, also while anothe
   item.lengths = {300, 300};
   item.storage_offsets = item.destination_offsets = {0, 0};
   const Program program(layouts, {item}, {destination});
-  const LocalNeed local = exchange::need_of(program, 0, 0, {"x"});
+  const LocalNeed local = exchange::need_of(program, 0, {"x"});
   const std::vector<int64_t> words = local.need.encode();
   std::vector<Need> needs;
   needs.push_back(Need::decode(words.data(), words.size()));

@@ -263,7 +263,7 @@ def no_memory(*args: Any, **kwargs: Any) -> Any:
 
 def lack_memory(name: str, faults: ExitStack) -> None:
     owner = RoundMemory if name == "make_room" else _native
-    lacking = SimpleNamespace(of_records=_native.Need.of_records, of_program=no_memory) if name == "Need" else no_memory
+    lacking = SimpleNamespace(of_headers=_native.Need.of_headers, of_program=no_memory) if name == "Need" else no_memory
     faults.enter_context(mock.patch.object(owner, name, lacking))
 
 
