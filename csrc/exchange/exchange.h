@@ -87,7 +87,7 @@ LocalNeed need_of_quantized(const transfer::Layouts& layouts, const std::vector<
 // Has the layouts' sources take from memory what is kept.
 void keep(transfer::Layouts& layouts, LocalNeed& local);
 
-// Lets go of that memory. The sources take from it no more. What was kept later is gone already.
+// Lets go of that memory. The sources take from it no more. Nobody has them open.
 void drop(transfer::Layouts& layouts, LocalNeed& local);
 
 // What one round came to on this rank.

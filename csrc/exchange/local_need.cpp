@@ -179,9 +179,16 @@ void keep(Layouts& layouts, LocalNeed& local) {
 }
 
 void drop(Layouts& layouts, LocalNeed& local) {
-  for (auto& source : layouts.sources) {
-    auto* kept = dynamic_cast<io::KeptSource*>(source.get());
-    if (kept != nullptr && kept->memory() == local.memory.get()) source = kept->release();
+  for (auto& top : layouts.sources) {
+    std::unique_ptr<io::ByteSource>* source = &top;
+    while (auto* kept = dynamic_cast<io::KeptSource*>(source->get())) {
+      if (kept->memory() != local.memory.get()) {
+        source = &kept->source();
+        continue;
+      }
+      std::unique_ptr<io::ByteSource> itself = std::move(kept->source());
+      *source = std::move(itself);
+    }
   }
   local.memory.reset();
 }

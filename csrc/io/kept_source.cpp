@@ -27,28 +27,54 @@ int64_t KeptSource::do_open() {
 void KeptSource::do_close() noexcept { source_->close(); }
 
 const std::byte* KeptSource::find(size_t size, int64_t offset) const {
-  const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), offset,
-                                      [](int64_t position, const KeptRange& range) { return position < range.begin; });
-  if (after == ranges_.begin()) return nullptr;
-  const KeptRange& range = *(after - 1);
-  if (offset > range.end || size > static_cast<size_t>(range.end - offset)) return nullptr;
-  return range.bytes + (offset - range.begin);
+  const std::byte* found = nullptr;
+  each_part(size, offset, [&](const std::byte* kept, size_t part, int64_t /*at*/) {
+    if (part == size) found = kept;
+  });
+  return found;
+}
+
+template <typename Function>
+void KeptSource::each_part(size_t size, int64_t offset, const Function& function) const {
+  const int64_t end = offset + static_cast<int64_t>(size);
+  auto range = std::partition_point(ranges_.begin(), ranges_.end(),
+                                    [offset](const KeptRange& each) { return each.end <= offset; });
+  while (offset < end) {
+    const bool is_kept = range != ranges_.end() && range->begin <= offset;
+    const int64_t next = is_kept ? range->end : range != ranges_.end() ? range->begin : end;
+    const int64_t part_end = std::min(next, end);
+    function(is_kept ? range->bytes + (offset - range->begin) : nullptr, static_cast<size_t>(part_end - offset),
+             offset);
+    if (is_kept) ++range;
+    offset = part_end;
+  }
+}
+
+bool KeptSource::has_some(size_t size, int64_t offset) const {
+  bool has_some = false;
+  each_part(size, offset, [&](const std::byte* kept, size_t, int64_t) { has_some = has_some || kept != nullptr; });
+  return has_some;
 }
 
 void KeptSource::read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const {
-  const std::byte* kept = find(size, offset);
-  if (kept == nullptr) return source_->read_exactly(destination, size, offset, counters);
-  copy::copy_bytes(static_cast<std::byte*>(destination), kept, size);
+  auto* next = static_cast<std::byte*>(destination);
+  each_part(size, offset, [&](const std::byte* kept, size_t part, int64_t at) {
+    if (kept != nullptr) {
+      copy::copy_bytes(next, kept, part);
+    } else {
+      source_->read_exactly(next, part, at, counters);
+    }
+    next += part;
+  });
 }
 
 void KeptSource::read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const {
   size_t size = 0;
   for (const iovec& vector : vectors) size += vector.iov_len;
-  const std::byte* kept = find(size, offset);
-  if (kept == nullptr) return source_->read_scattered(vectors, offset, counters);
+  if (!has_some(size, offset)) return source_->read_scattered(vectors, offset, counters);
   for (const iovec& vector : vectors) {
-    copy::copy_bytes(static_cast<std::byte*>(vector.iov_base), kept, vector.iov_len);
-    kept += vector.iov_len;
+    read_exactly(vector.iov_base, vector.iov_len, offset, counters);
+    offset += static_cast<int64_t>(vector.iov_len);
   }
 }
 
@@ -59,15 +85,24 @@ void KeptSource::read_pages(std::byte* destination, size_t size, int64_t offset,
 }
 
 const std::byte* KeptSource::view(AlignedBuffer& buffer, size_t size, int64_t offset, IoCounters& counters) const {
-  const std::byte* kept = find(size, offset);
-  return kept != nullptr ? kept : source_->view(buffer, size, offset, counters);
+  if (const std::byte* kept = find(size, offset)) return kept;
+  if (!has_some(size, offset)) return source_->view(buffer, size, offset, counters);
+  std::byte* data = buffer.reserve(size);
+  std::byte* next = data;
+  AlignedBuffer others;
+  each_part(size, offset, [&](const std::byte* kept, size_t part, int64_t at) {
+    copy::copy_bytes(next, kept != nullptr ? kept : source_->view(others, part, at, counters), part);
+    next += part;
+  });
+  return data;
 }
 
 bool KeptSource::copy_mapped(const MappedCopy& copy, MappedWindow& window, IoCounters& counters) const {
-  const std::byte* kept = find(copy.size, copy.offset);
-  if (kept == nullptr) return source_->copy_mapped(copy, window, counters);
-  copy.copy(kept);
-  return true;
+  if (const std::byte* kept = find(copy.size, copy.offset)) {
+    copy.copy(kept);
+    return true;
+  }
+  return !has_some(copy.size, copy.offset) && source_->copy_mapped(copy, window, counters);
 }
 
 void KeptSource::read_ahead(size_t size, int64_t offset) const noexcept { source_->read_ahead(size, offset); }

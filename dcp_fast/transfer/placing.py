@@ -99,7 +99,8 @@ class Placer:
         self._shared = shared
         self._report = report
         self._refusal = ""
-        self._shared_records = SharedRecords((), lambda _: None)
+        self._shared_records = SharedRecords((), lambda _: None, lambda: None)
+        self._has_staged = False
 
     def alone(self) -> Placer:
         """One that places boxes without other ranks, but for records that are on their way from them."""
@@ -140,6 +141,7 @@ class Placer:
         of_torch = {tensors[i][1] for i in program.fallback(0)} - self._quantized.keys()
         whole = [record for item, record in items if item.type is _BYTE_IO or record in of_torch]
         self._shared_records = self._shared.records(whole, self._layouts, self._rows, self._half)
+        self._has_staged = True
         more = len(batches) + len(self._shared_records)
         if cut:
             self._report.dequantized_items += len(cut)
@@ -223,6 +225,8 @@ class Placer:
                     self._place_converted(converted, batches)
                 fallback = self._fallback(program, wave, records)
                 self.place_fallback([(item, records[i], target(i, item)) for i, item in _pick(items, fallback)])
+                if of_wave is not None:
+                    of_wave.records.close()
             return True
         except CudaRefusedError as error:
             self._refusal = str(error)
@@ -256,8 +260,11 @@ class Placer:
         return shared
 
     def _fallback(self, program: _native.Program, wave: int, records: Sequence[int]) -> list[int]:
-        """The items of a wave whose records torch reads, in the order of these."""
-        return sorted(program.fallback(wave), key=lambda item: self._rows.place_of(records[item]))
+        """The items of a wave whose records torch reads: in the order of these, or as records were staged."""
+        fallback = program.fallback(wave)
+        if self._has_staged:
+            return fallback
+        return sorted(fallback, key=lambda item: self._rows.place_of(records[item]))
 
     def _run_shared(self, program: _native.Program, wave: int, destinations: Destinations, more: int) -> None:
         """Place the boxes of a wave that the engine places together with other ranks; ``more`` as of SharedReads."""
@@ -309,6 +316,10 @@ class Placer:
             count_stats(self._report, stats)
 
     def place_fallback(self, boxes: Sequence[tuple[ReadItem, int, torch.Tensor]]) -> None:
+        of_torch = [box for box in boxes if box[1] not in self._quantized]
+        place_fallback(
+            of_torch, self._records, self._layouts, self._half, self._staging_bytes, self._report, self._shared_records
+        )
         quantized = [
             QuantizedBox(self._quantized[record], *box_of(item)[::2], target)
             for item, record, target in boxes
@@ -316,10 +327,6 @@ class Placer:
         ]
         if quantized:
             self._place_quantized(quantized)
-            boxes = [box for box in boxes if box[1] not in self._quantized]
-        place_fallback(
-            boxes, self._records, self._layouts, self._half, self._staging_bytes, self._report, self._shared_records
-        )
 
     @cached_property
     def _dequantizer(self) -> Dequantizer:

@@ -71,7 +71,7 @@ class PlanTransfer:
         self.cuda = cuda
         self.plan = plan
         self._shared = SharedReads(exchange, cuda, report)
-        self._shared_records = SharedRecords((), lambda _: None)
+        self._shared_records = SharedRecords((), lambda _: None, lambda: None)
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
@@ -114,6 +114,7 @@ class PlanTransfer:
                 raise
             finally:
                 self._shared_records.close()
+                self._shared.forget()
 
     def _share_on_node(self) -> None:
         """Find out whether other ranks of this node may need the same bytes, which then go through the page cache."""
@@ -137,14 +138,13 @@ class PlanTransfer:
             if not destinations.all_have_addresses:
                 return False
             self.cuda.keep(destinations.tensors)
-            self._place_all(resolved)
+            self._place_all(resolved, resolved.bytes_entries.records)
         with self.report.stage("commit"):
             self._load_all_bytes(resolved.bytes_entries)
         return True
 
-    def _place_all(self, resolved: Resolved) -> None:
-        """Place all tensors, with other ranks if these share reads. Bytes entries are loaded later."""
-        entries = resolved.bytes_entries.records
+    def _place_all(self, resolved: Resolved, entries: Sequence[int]) -> None:
+        """Place all tensors, with other ranks if these share reads. Bytes entries are loaded later, in this order."""
         self._shared_records = self._shared.bytes_entries(entries, self.layouts, self.items.record_rows, self.options)
         items, records, rows = resolved.items, resolved.records, resolved.rows
         self.placer.place(items, records, rows, resolved.destinations, resolved.target)
@@ -217,7 +217,8 @@ class PlanTransfer:
 
         if self._shared.is_wanted:
             with report.stage("transfer"), paused_collection():
-                self._place_all(resolved)
+                records = resolved.bytes_entries.records
+                self._place_all(resolved, [records[~item] for item in self.items.order() if item < 0])
             in_place = {n: writes(n) for n in values}
 
         def place(number: int, boxes: Sequence[int]) -> bool:
@@ -325,8 +326,8 @@ class PlanTransfer:
                     self.report.bytes_needed += lengths[record]
 
     def _load_bytes(self, item: ReadItem, record: int) -> None:
-        self._shared_records.reach(record)
-        value = self.records.read(item, self.layouts, record)
+        with self._shared_records.reach(record):
+            value = self.records.read(item, self.layouts, record)
         self.report.bytes_needed += value.getbuffer().nbytes
         try:
             self.planner.load_bytes(item, value)

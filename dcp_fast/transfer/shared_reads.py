@@ -30,6 +30,7 @@ PartT = TypeVar("PartT")
 BatchT = TypeVar("BatchT", bound=_Batch)
 
 _OF_QUANTIZED = 2  # exchanges: scales, and elements
+_GONE = "records that are read as a whole were wanted again, or in another order, and were then read alone"
 
 
 class SharedReads:
@@ -50,6 +51,7 @@ class SharedReads:
         self._cuda = cuda
         self._report = report
         self._names: list[str] = []
+        self._error: BaseException | None = None  # of an exchange: there is nothing to try again
 
     @property
     def is_wanted(self) -> bool:
@@ -141,7 +143,8 @@ class SharedReads:
             _native.keep(layouts, need)
             return partial(_native.drop, layouts, need)
 
-        return SharedRecords(list(batches_of_records(wanted, rows.length_of, self.most_bytes)), fetch)
+        batches = list(batches_of_records(wanted, rows.length_of, self.most_bytes))
+        return SharedRecords(batches, fetch, lambda: self._report.note_reads_alone(_GONE))
 
     def place_boxes(
         self,
@@ -274,6 +277,10 @@ class SharedReads:
         find = partial(_native.Need.of_quantized, layouts, elements, names)
         return self._share(exchange, Phase.QUANTIZED, layouts, find, options, ()) is not None
 
+    def forget(self) -> None:
+        """Let go of what an error knows of."""
+        self._error = None
+
     def decline(self, reason: str) -> None:
         """Take part in what exchanges of all other ranks are left, but read alone what this rank needs of them."""
         exchange, self._exchange = self._exchange, None
@@ -289,7 +296,13 @@ class SharedReads:
         options: _native.Options,
         devices: Collection[int],
     ) -> _native.Need | None:
-        """Read what this rank needs together with other ranks. Returns it, or None if each reads alone."""
+        """Read what this rank needs together with other ranks. Returns it, or None if each reads alone.
+
+        Raises:
+            Exception: an exchange failed, this one or an earlier one.
+        """
+        if self._error is not None:
+            raise self._error
         need: _native.Need | None = None
 
         def found() -> tuple[_native.Need, ExchangeStep]:
@@ -311,7 +324,11 @@ class SharedReads:
             self._report.bytes_read += stats.bytes_read
             return stats
 
-        return need if ranks.share(phase, found) else None
+        try:
+            return need if ranks.share(phase, found) else None
+        except BaseException as error:
+            self._error = error
+            raise
 
 
 def _names_of(files: Sequence[str], paths: Sequence[str], exchange: Sharing) -> list[str]:

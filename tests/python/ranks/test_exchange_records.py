@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import torch_load, torch_reader
 from ranks import Ranks
 from shared_reads import failing_step, failure_of, load_by_torch, load_shared
 from torch.distributed.checkpoint._extension import ZStandard
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 
 import dcp_fast
+from dcp_fast import _native
 from dcp_fast.transfer.shared_records import SharedRecords, batches_of_records
 
 WORLD = 3
 FAILING = 1
 SHAPE = (700, 400)  # of a record that does not fit into half of the exchange
-TWO_OF_THEM = (3000, 500)  # of one that does not fit into all of it
+LARGER = (3000, 500)  # of one that does not fit into all of it
 
 
 def quantized(shape: tuple[int, int], *, filled: bool) -> torch.Tensor:
@@ -32,16 +35,19 @@ def quantized(shape: tuple[int, int], *, filled: bool) -> torch.Tensor:
 
 
 def state(*, filled: bool) -> dict[str, Any]:
+    """Small and large ones of each kind beside each other."""
     torch.manual_seed(3)
-    of_torch = {f"quantized {i}": quantized(SHAPE if i != 2 else TWO_OF_THEM, filled=filled) for i in range(5)}
-    entries = {
-        f"entry {i}": (torch.rand(SHAPE), "text") if filled else None for i in range(3)
-    }  # what is no tensor itself is a bytes entry
-    plain = {f"text {i}": f"{i}" * 300_000 if filled else "" for i in range(6)}
-    small = {f"number {i}": i if filled else -1 for i in range(50)}
-    tensors = {f"tensor {i}": torch.rand(333, 100) if filled else torch.zeros(333, 100) for i in range(9)}
-    converted = {"to complex": torch.rand(200, 200) if filled else torch.zeros(200, 200, dtype=torch.complex64)}
-    return {**of_torch, **entries, **plain, **small, **tensors, **converted}
+    found: dict[str, Any] = {}
+    for i in range(6):
+        # What is no tensor itself is a bytes entry: this one is more than a plain value.
+        found[f"entry {i}"] = (torch.rand(SHAPE), "text") if filled else None
+        found[f"quantized {i}"] = quantized(SHAPE if i != 2 else LARGER, filled=filled)
+        found[f"tensor {i}"] = torch.rand(333, 100) if filled else torch.zeros(333, 100)
+        for j in range(3):
+            found[f"text {i} {j}"] = f"{i}" * 200_000 if filled else ""
+            found[f"short {i} {j}"] = f"{i} {j}" * 700 if filled else ""
+    found["to complex"] = torch.rand(200, 200) if filled else torch.zeros(200, 200, dtype=torch.complex64)
+    return found
 
 
 def values(of: dict[str, Any]) -> dict[str, Any]:
@@ -54,9 +60,9 @@ def values(of: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(path: Path) -> None:
-    if dist.get_rank() == 0:
-        dcp.save(state(filled=True), checkpoint_id=path, no_dist=True)
-    dist.barrier()
+    """Each rank saves some."""
+    everything = list(state(filled=True).items())
+    dcp.save(dict(everything[dist.get_rank() :: WORLD]), checkpoint_id=path)
 
 
 def stored_bytes(path: Path) -> int:
@@ -79,8 +85,8 @@ class Changing(dcp.DefaultLoadPlanner):
     """Changes a tensor that is read later, so that windows end."""
 
     def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
-        if item.dest_index.fqn == "tensor 4":
-            self.state_dict["tensor 7"].fill_(3)
+        if item.dest_index.fqn == "tensor 1":
+            self.state_dict["tensor 4"].fill_(3)
 
 
 class Resolving(dcp.DefaultLoadPlanner):
@@ -92,116 +98,234 @@ class Resolving(dcp.DefaultLoadPlanner):
         super().load_bytes(item, value)
 
 
-def load(path: Path, planner: Callable[[], Any], names: Sequence[str] | None) -> tuple[int, str, int]:
-    expected, loaded = ({n: v for n, v in state(filled=False).items() if names is None or n in names} for _ in "ab")
+class Batches:
+    """Counts batches, and how many are in memory at once."""
+
+    def __init__(self) -> None:
+        self.here = self.most = self.all = 0
+        keep, drop = _native.keep, _native.drop
+
+        def counted_keep(layouts: Any, need: Any) -> None:
+            self.here, self.all = self.here + 1, self.all + 1
+            self.most = max(self.most, self.here)
+            keep(layouts, need)
+
+        def counted_drop(layouts: Any, need: Any) -> None:
+            self.here -= 1
+            drop(layouts, need)
+
+        self.counted = mock.patch.multiple(_native, keep=counted_keep, drop=counted_drop)
+
+
+class Found(NamedTuple):
+    bytes_read: int
+    reason: str
+    fallback_records: int
+    batches: int
+
+
+def load(path: Path, planner: Callable[[], Any], wanted: Callable[[], dict[str, Any]]) -> Found:
+    expected, loaded = wanted(), wanted()
     load_by_torch(expected, path, planner())
-    report = load_shared(loaded, path, planner=planner())
+    batches = Batches()
+    with batches.counted:
+        report = load_shared(loaded, path, planner=planner())
     assert values(loaded) == values(expected)
-    return report.bytes_read, report.sharing_fallback_reason, report.fallback_records
+    assert batches.here == 1  # the first exchange is kept
+    assert batches.most <= 3
+    return Found(report.bytes_read, report.sharing_fallback_reason, report.fallback_records, batches.all - 1)
 
 
-@pytest.mark.parametrize("planner", [type(None), dcp_fast.DefaultLoadPlanner, Committing, Resolving])
-def test_records_are_read_once(ranks: Ranks, checkpoint: Path, planner: Callable[[], Any]) -> None:
-    results = ranks.run(WORLD, load, checkpoint, planner, None)
-    assert all((reason, records) == ("", 5) for _, reason, records in results)
-    # Records of tensors are read once more without their payload: 9 of these are small enough to come with headers.
-    assert sum(read for read, *_ in results) <= 1.02 * stored_bytes(checkpoint)
+def everything() -> dict[str, Any]:
+    return state(filled=False)
+
+
+def backwards() -> dict[str, Any]:
+    return dict(reversed(state(filled=False).items()))
+
+
+PLANNERS = [type(None), dcp_fast.DefaultLoadPlanner, Committing, Resolving]
+
+
+@pytest.mark.parametrize("wanted", [everything, backwards])
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_records_are_read_once(
+    ranks: Ranks, checkpoint: Path, planner: Callable[[], Any], wanted: Callable[[], dict[str, Any]]
+) -> None:
+    results = ranks.run(WORLD, load, checkpoint, planner, wanted)
+    assert all((found.reason, found.fallback_records) == ("", 6) for found in results)
+    assert all(found.batches > 8 for found in results)
+    # What comes with headers is read once more, if it is a tensor.
+    assert sum(found.bytes_read for found in results) <= 1.02 * stored_bytes(checkpoint)
+
+
+def large_ones() -> dict[str, Any]:
+    return {name: value for name, value in state(filled=False).items() if not name.startswith("short")}
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_gaps_between_records(ranks: Ranks, checkpoint: Path, planner: Callable[[], Any]) -> None:
+    """Short ones lie between others, and nobody wants them."""
+    results = ranks.run(WORLD, load, checkpoint, planner, large_ones)
+    assert all(found.reason == "" for found in results)
+    assert sum(found.bytes_read for found in results) <= 1.05 * stored_bytes(checkpoint)
 
 
 def test_windows_that_end(ranks: Ranks, checkpoint: Path) -> None:
-    results = ranks.run(WORLD, load, checkpoint, Changing, None)
-    assert all(records == 5 for *_, records in results)
+    results = ranks.run(WORLD, load, checkpoint, Changing, everything)
+    assert all(found.fallback_records == 6 for found in results)
+    assert all("read again" in found.reason for found in results)
 
 
-def load_some(path: Path, planner: Callable[[], Any]) -> tuple[int, str, int]:
+def some() -> dict[str, Any]:
     """Rank 0 needs everything, rank 1 half of it, rank 2 a tensor."""
-    everything = list(state(filled=False))
-    return load(path, planner, [everything, everything[1::2], ["tensor 3"]][dist.get_rank()])
+    whole = list(everything().items())
+    return dict([whole, whole[1::2], whole[2:3]][dist.get_rank()])
 
 
 @pytest.mark.parametrize("planner", [type(None), Committing, Resolving])
 def test_ranks_that_need_other_records(ranks: Ranks, checkpoint: Path, planner: Callable[[], Any]) -> None:
-    results = ranks.run(WORLD, load_some, checkpoint, planner)
-    assert [records for *_, records in results] == [5, 2, 0]
-    assert all(reason == "" for _, reason, _ in results)
+    results = ranks.run(WORLD, load, checkpoint, planner, some)
+    assert [found.fallback_records for found in results] == [6, 3, 0]
+    assert all(found.reason == "" for found in results)
+    # Those of rank 1 come in other batches than they do on rank 0, and are read twice then; but not all of them.
+    assert sum(found.bytes_read for found in results) < 1.6 * stored_bytes(checkpoint)
 
 
-def load_tied(path: Path) -> str:
-    """What comes last stays in memory that two records go to."""
-    expected, loaded = ({"entry 1": None, "number 7": 0} for _ in "ab")
-    for of in (expected, loaded):
-        tensor = quantized(SHAPE, filled=False)
-        of.update({"quantized 0": tensor, "quantized 3": tensor, "quantized 4": tensor})
-    load_by_torch(expected, path)
-    report = load_shared(loaded, path)
-    assert values(loaded) == values(expected)
-    return report.sharing_fallback_reason
+def first_ones() -> dict[str, Any]:
+    """The same on ranks 0 and 1; rank 2 needs what is between."""
+    whole = list(everything().items())
+    return dict(whole[len(whole) // 2 :] if dist.get_rank() < 2 else whole[1:9])
 
 
-def test_records_for_the_same_memory(ranks: Ranks, checkpoint: Path) -> None:
-    assert ranks.run(WORLD, load_tied, checkpoint) == [""] * WORLD
+@pytest.mark.parametrize("planner", [type(None), Committing, Resolving])
+def test_replicas_beside_others(ranks: Ranks, checkpoint: Path, planner: Callable[[], Any]) -> None:
+    results = ranks.run(WORLD, load, checkpoint, planner, first_ones)
+    assert all(found.reason == "" for found in results)
+    assert results[0].bytes_read + results[1].bytes_read < 0.7 * stored_bytes(checkpoint)
 
 
-def load_compressed(path: Path) -> tuple[int, str, int]:
+def tied() -> dict[str, Any]:
+    """What comes last stays in memory that several records go to."""
+    of_torch, of_engine = quantized(SHAPE, filled=False), torch.zeros(333, 100)
+    tensors = {f"quantized {i}": of_torch for i in (0, 3, 4)} | {f"tensor {i}": of_engine for i in (1, 5)}
+    return {**everything(), **tensors}
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_records_for_the_same_memory(ranks: Ranks, checkpoint: Path, planner: Callable[[], Any]) -> None:
+    results = ranks.run(WORLD, load, checkpoint, planner, tied)
+    assert all((found.reason, found.fallback_records) == ("", 6) for found in results)
+    assert sum(found.bytes_read for found in results) <= 1.02 * stored_bytes(checkpoint)
+
+
+def save_compressed(path: Path) -> None:
     if dist.get_rank() == 0:
-        stored = {f"t{i}": torch.rand(400, 400) for i in range(6)}
+        stored = {f"t{i}": torch.rand(300, 250) for i in range(24)}
         dcp.save(stored, storage_writer=dcp.FileSystemWriter(path, _extensions=[ZStandard()]), no_dist=True)
     dist.barrier()
-    expected, loaded = ({f"t{i}": torch.zeros(400, 400) for i in range(6)} for _ in "ab")
-    torch_load(expected, storage_reader=torch_reader(path))
-    report = load_shared(loaded, path)
-    assert values(loaded) == values(expected)
-    return report.bytes_read, report.sharing_fallback_reason, stored_bytes(path)
 
 
-def test_compressed_records(ranks: Ranks, tmp_path: Path) -> None:
-    results = ranks.run(WORLD, load_compressed, tmp_path / "zstd")
-    assert all(reason == "" for _, reason, _ in results)
-    assert sum(read for read, *_ in results) <= 1.02 * results[0][2]
+def compressed(*, order: int, tied: bool) -> dict[str, Any]:
+    found = {f"t{i}": torch.zeros(300, 250) for i in range(24)}
+    if tied:
+        found["t20"] = found["t3"]
+    return dict(list(found.items())[::order])
 
 
-def load_with_faults(path: Path, planner: Callable[[], Any]) -> list[dict[int, str] | str]:
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("planner", [type(None), Committing, Resolving])
+def test_compressed_records(
+    ranks: Ranks, tmp_path: Path, planner: Callable[[], Any], order: int, is_tied: bool
+) -> None:
+    ranks.run(WORLD, save_compressed, tmp_path / "zstd")
+    results = ranks.run(WORLD, load, tmp_path / "zstd", planner, partial(compressed, order=order, tied=is_tied))
+    assert all(found.reason == "" for found in results)
+    assert sum(found.bytes_read for found in results) <= 1.02 * stored_bytes(tmp_path / "zstd")
+
+
+def load_with_faults(
+    path: Path, planner: Callable[[], Any], wanted: Callable[[], dict[str, Any]]
+) -> list[dict[int, str] | str]:
     found: list[dict[int, str] | str] = []
     for nth in range(1000):
-        with failing_step(nth, FAILING, RuntimeError):
-            found.append(failure_of(partial(load_shared, state(filled=False), path, planner=planner())))
+        with failing_step(nth, FAILING, ZeroDivisionError):
+            found.append(failure_of(partial(load_shared, wanted(), path, planner=planner())))
         if found[-1] == "nothing":
             return found
     return found
 
 
-@pytest.mark.parametrize("planner", [type(None), Resolving])
+def few() -> dict[str, Any]:
+    return {name: value for name, value in tied().items() if name[-1] in "035"}
+
+
+@pytest.mark.parametrize("planner", [type(None), Committing, Resolving])
 def test_faults_at_every_step(ranks: Ranks, checkpoint: Path, planner: Callable[[], Any]) -> None:
-    for *failures, last in ranks.run(WORLD, load_with_faults, checkpoint, planner):
+    for *failures, last in ranks.run(WORLD, load_with_faults, checkpoint, planner, few):
         assert last == "nothing"
         assert len(failures) > 30
-        assert all(failure == {FAILING: "RuntimeError"} for failure in failures)
+        assert all(failure == {FAILING: "ZeroDivisionError"} for failure in failures)
+
+
+def load_with_little_memory(path: Path) -> tuple[dict[int, str] | str, list[str]]:
+    said = []
+
+    def lack(layouts: Any, records: Sequence[int], names: Sequence[str]) -> Any:
+        if dist.get_rank() == FAILING:
+            raise MemoryError
+        return of_records(layouts, records, names)
+
+    of_records = _native.Need.of_records
+    needs = SimpleNamespace(of_headers=_native.Need.of_headers, of_program=_native.Need.of_program, of_records=lack)
+    with mock.patch.object(_native, "Need", needs):
+        failure = failure_of(partial(load_shared, everything(), path))
+    try:
+        with mock.patch.object(_native, "Need", needs):
+            load_shared(everything(), path)
+    except CheckpointException as error:
+        said = [str(error.failures[FAILING][0])]
+    return failure, said
+
+
+def test_memory_for_a_batch_is_short(ranks: Ranks, checkpoint: Path) -> None:
+    for failure, said in ranks.run(WORLD, load_with_little_memory, checkpoint):
+        assert failure == {FAILING: "OutOfMemoryError"}
+        assert str(checkpoint) in said[0]
 
 
 def test_batches() -> None:
     lengths = {1: 5, 2: 5, 3: 1, 4: 30, 5: 0, 6: 2}
-    assert list(batches_of_records([1, 2, 3, 2, 4, 5, 6, 1], lengths.__getitem__, 10)) == [[1, 2], [3], [4], [5, 6]]
-    assert list(batches_of_records([], lengths.__getitem__, 10)) == []
+    assert list(batches_of_records([1, 2, 3, 2, 4, 5, 6, 1], lengths.__getitem__, 20)) == [[1, 2], [3], [4], [5, 6]]
+    assert list(batches_of_records([], lengths.__getitem__, 20)) == []
 
 
-def test_one_batch_is_in_memory() -> None:
+def test_two_batches_are_in_memory() -> None:
     here: list[Sequence[int]] = []
+    noted: list[int] = []
 
     def fetch(batch: Sequence[int]) -> Callable[[], None] | None:
-        assert not here
+        assert len(here) < 2
         if batch == [9]:
             raise KeyboardInterrupt
         here.append(batch)
-        return here.clear
+        return partial(here.remove, batch)
 
-    records = SharedRecords([[1, 2], [3], [4, 5], [9]], fetch)
-    assert len(records) == 4
-    found = [(run, list(here)) for run in records.runs([7, 1, 2, 7, 4, 1, 5])]
-    assert found == [([7], []), ([1, 2, 7], [[1, 2]]), ([4, 1, 5], [[4, 5]])]
-    records.reach(3)  # is gone
-    assert here == [[4, 5]]
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            records.reach(9)
+    records = SharedRecords([[1, 2], [3], [4, 5], [6], [9]], fetch, lambda: noted.append(1))
+    assert len(records) == 5
+    found = [(run, list(here)) for run in records.runs([7, 1, 7, 4, 3, 5])]
+    # Of the first batch a record is unread when there must be room for the third one.
+    assert found == [([7], []), ([1, 7], [[1, 2]]), ([4, 3, 5], [[3], [4, 5]])]
     assert not here
+    assert not noted
+    with records.reach(2):
+        assert not here
+    assert noted == [1]
+    with records.reach(6):
+        assert here == [[6]]
+    assert not here
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), records.reach(9):
+            pass
     records.close()
