@@ -73,6 +73,9 @@ class SharedRecords:
             MemoryError: there is no memory for a batch.
             Exception: an exchange failed. It is raised again in further calls, as there is nothing to try again.
         """
+        if not self._batches:  # so that tens of thousands of records need not be looked at
+            yield list(records)
+            return
         run: list[int] = []
         for record in records:
             number = self._batch_of.get(record, -1)
