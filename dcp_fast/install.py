@@ -2,7 +2,8 @@
 
 Methods of torch's classes are replaced in the classes themselves: whoever holds a class, an object or a subclass is
 served. torch's ``load`` looks up in its module what it calls. That is replaced there, so that a ``load`` which somebody
-kept is served too. Functions that call nothing of that kind are replaced by name in all loaded modules. What stands in
+kept is served too, and what a method that somebody kept would run of a checkpoint (``lookups.py``). Functions that call
+nothing of that kind are replaced by name in all loaded modules. What stands in
 their places are switches (``switches.py``), so that what somebody keeps of them is torch's again after ``uninstall``.
 """
 
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from dcp_fast import _torch
 from dcp_fast import load as fast_load
+from dcp_fast.lookups import pickle_of_readers, torch_of_planners
 from dcp_fast.optimizer import load as fast_optimizer
 from dcp_fast.planning import planner as fast_planner
 from dcp_fast.planning import search as fast_search
@@ -136,6 +138,8 @@ def install(
             if name == "load_bytes" or original is _AT_IMPORT.get((cls, name), original):
                 _replace(cls, name, method_switch(original, fast))
         _replace(state_dict_loader, "Stateful", _Stateful)
+        _replace(default_planner, "torch", torch_of_planners)
+        _replace(filesystem, "pickle", pickle_of_readers)
         for module, name, value in _names():
             ours = _SWITCHES.get(id(value))
             if ours is not None and original_of(ours) is value and not module.__name__.startswith("dcp_fast."):

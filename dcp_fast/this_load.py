@@ -16,6 +16,7 @@ Options = Iterable[tuple[object, str, Any]]
 
 # By the identity of the reader or planner, and the name.
 _options: ContextVar[Mapping[tuple[int, str], Any] | None] = ContextVar("dcp_fast_options", default=None)
+_is_trusted: ContextVar[bool] = ContextVar("dcp_fast_is_trusted", default=False)
 
 
 @contextmanager
@@ -38,3 +39,18 @@ def option(owner: object, name: str, default: Any = None) -> Any:
     """
     told = _options.get() or {}
     return told.get((id(owner), name), getattr(owner, name, default))
+
+
+@contextmanager
+def trusted() -> Iterator[None]:
+    """Within, torch's own method unpickles what it reads, as its caller trusts that."""
+    token = _is_trusted.set(True)
+    try:
+        yield
+    finally:
+        _is_trusted.reset(token)
+
+
+def is_trusted() -> bool:
+    """Whether :func:`trusted` holds."""
+    return _is_trusted.get()

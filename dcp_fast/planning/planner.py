@@ -19,7 +19,7 @@ from dcp_fast.planning.flatten import containers_of, flatten_at_once
 from dcp_fast.planning.hooks import STAND_FOR_TORCHS
 from dcp_fast.planning.search import create_default_local_load_plan
 from dcp_fast.switches import original_of
-from dcp_fast.this_load import option
+from dcp_fast.this_load import option, trusted
 from dcp_fast.values.load import load_untrusted
 
 # torch's variables, and what it takes for a yes.
@@ -55,7 +55,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
         trust_bytes: bool | None = None,
     ) -> None:
         super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
-        self.trust_bytes = _trusts_by_default() if trust_bytes is None else trust_bytes
+        self.trust_bytes = trusts_bytes_by_default() if trust_bytes is None else trust_bytes
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -128,8 +128,9 @@ def load_bytes(
     torchs: Callable[..., None], planner: torch_planner.DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
 ) -> None:
     trusts = option(planner, "trust_bytes")
-    if _trusts_by_default() if trusts is None else trusts:
-        torchs(read_item, value)
+    if trusts_bytes_by_default() if trusts is None else trusts:
+        with trusted():
+            torchs(read_item, value)
         return
     fqn = read_item.dest_index.fqn
     put_value(planner, fqn, load_untrusted(value, fqn))
@@ -172,7 +173,7 @@ def _use_old_keys_if_stored(planner: torch_planner.DefaultLoadPlanner) -> None:
         planner.state_dict, planner.mappings = old_state_dict, old_mappings
 
 
-def _trusts_by_default() -> bool:
+def trusts_bytes_by_default() -> bool:
     """What install() was told, or whether the environment tells torch.load to be content with weights_only=False."""
     forced = {name: os.environ.get(f"TORCH_FORCE_{name}_LOAD", "0").lower() in _TRUE for name in _FORCED}
     return DefaultLoadPlanner.trust_bytes_by_default or (forced["NO_WEIGHTS_ONLY"] and not forced["WEIGHTS_ONLY"])

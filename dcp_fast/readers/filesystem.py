@@ -16,7 +16,7 @@ from dcp_fast.metadata.read import parse_metadata, read_metadata
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.readers.engine_reader import EngineReader, IoName, owned_by
 from dcp_fast.readers.proof import is_torchs_file_system, local_files
-from dcp_fast.this_load import option
+from dcp_fast.this_load import option, trusted
 from dcp_fast.transfer.records import Records
 
 
@@ -117,7 +117,8 @@ def read_metadata_of(
 ) -> Metadata:
     """Read metadata for a reader of torch's class, or one derived from it. ``torchs``: its own method, bound to it."""
     if option(reader, "trust_metadata", FileSystemReader.trust_metadata_by_default):
-        return torchs(*args, **kwargs)
+        with trusted():
+            return torchs(*args, **kwargs)
     path = reader._get_metadata_path(kwargs.get("rank"))
     if is_torchs_file_system(reader.fs):
         return owned_by(reader, read_metadata(str(path)))

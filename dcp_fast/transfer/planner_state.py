@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,10 +32,15 @@ _OF_TORCH = ("state_dict", "original_state_dict", "mappings", "metadata")
 
 
 class PlannerState:
-    """The attributes of a planner and of its classes, and what these hold: containers, objects and tensors."""
+    """The attributes of a planner and of its classes, and what these hold: containers, objects and tensors.
+
+    Attributes:
+        is_hidden: whether some of that may change with nobody noticing.
+    """
 
     def __init__(self, planner: LoadPlanner) -> None:
         self._planner = planner
+        self.is_hidden = False
         self.keep()
 
     def keep(self) -> None:
@@ -90,6 +97,8 @@ class PlannerState:
                 self._walk(element, depth)
         elif isinstance(attributes := getattr(value, "__dict__", None), dict):
             self._watch(attributes, depth)
+        elif _hides(value):
+            self.is_hidden = True
 
     def _watch(self, container: Any, depth: int) -> None:
         if id(container) in self._seen or len(self._watched) >= _MOST_CONTAINERS:
@@ -115,6 +124,15 @@ class PlannerState:
 def hides_state(planner: LoadPlanner) -> bool:
     """Whether a planner may change with nobody noticing: some of its attributes have slots."""
     return any(vars(cls).get("__slots__") for cls in type(planner).__mro__)
+
+
+def _hides(value: Any) -> bool:
+    """Whether an object without a ``__dict__`` has contents that can change: memory, or slots of a class of users."""
+    cls = type(value)
+    if isinstance(value, bytearray | memoryview | array) or (cls.__module__ == "numpy" and cls.__name__ == "ndarray"):
+        return True
+    room = cls.__module__.partition(".")[0]
+    return any(vars(each).get("__slots__") for each in cls.__mro__) and room not in (*sys.stdlib_module_names, "torch")
 
 
 def version_of(tensor: torch.Tensor) -> int:

@@ -22,6 +22,7 @@ from dcp_fast.planning.hooks import has_default_bytes, has_default_commit, has_d
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import address_of
 from dcp_fast.transfer.planner_state import PlannerState, counts_writes, hides_state, writes_to
+from dcp_fast.transfer.value_watch import ValueWatch
 
 MOST_ITEMS = 4096
 # So many items must have left the planner as it was before there is a window of more than one.
@@ -72,6 +73,8 @@ class Windows:
     Windows begin with one item, and grow as long as hooks leave the planner as it is (:class:`PlannerState`):
 
     - If a call of ``resolve_tensor`` changes it, that is put back until the items before are committed.
+    - If it looks at values that are yet to come, or writes there (:class:`ValueWatch`), they come first, and items come
+      one by one from then on.
     - If a call of ``commit_tensor`` changes it, or the state dict, what was resolved too early is resolved again, and
       items come one by one from then on.
     - A tensor that an earlier commit wrote to is placed again.
@@ -105,7 +108,7 @@ class Windows:
         self._window = _Window()
         self._most = 1
         self._quiet = 0
-        self._one_by_one = one_by_one or hides_state(planner)
+        self._one_by_one = one_by_one or hides_state(planner) or self._state.is_hidden
 
     def add(self, item: ReadItem, record: int) -> None:
         """Resolve an item. Raises what that raises, with all before it in place and committed."""
@@ -113,7 +116,7 @@ class Windows:
         if self._has_commit and fqn in self._window.fqns:
             self.finish()
         try:
-            placement = self._resolve(item, record)
+            placement = self._resolve_in_window(item, record)
         except Exception:
             self.finish()
             raise
@@ -139,6 +142,34 @@ class Windows:
         if not (counts_writes(tensor) and counts_writes(value)):
             self._one_by_one, self._most = True, 1
         self._add(_Entry(placement, value, self._geometry_of(item, value)))
+
+    def _resolve_in_window(self, item: ReadItem, record: int) -> Placement:
+        if not (self._own_resolve and self._window.entries):
+            return self._resolve(item, record)
+        pending = [entry for entry in self._window.entries if isinstance(entry, _Entry)]
+        values = {id(entry.value) for entry in pending}
+        memory: set[int] | None = None
+
+        def is_pending(tensor: torch.Tensor) -> bool:
+            nonlocal memory
+            if memory is None:
+                memory = {_memory_of(entry.placement.tensor) for entry in pending}
+            return id(tensor) in values or _memory_of(tensor) in memory
+
+        def have_come() -> None:
+            # As after any call that depends on the ones before it.
+            change = self._state.take_back()
+            self._one_by_one, self._most = True, 1
+            self.finish()
+            pending.clear()
+            values.clear()
+            if memory is not None:
+                memory.clear()
+            for again in change:
+                again()
+
+        with ValueWatch(is_pending, have_come):
+            return self._resolve(item, record)
 
     def add_bytes(self, load: Callable[[], None]) -> None:
         """A bytes entry, which is loaded when all before it is committed."""
@@ -199,6 +230,15 @@ class Windows:
             self.finish()
             if not self._one_by_one and self._quiet >= QUIET_ITEMS:
                 self._most = min(2 * self._most, MOST_ITEMS)
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    """What tells the memory of a tensor from that of others."""
+    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    try:
+        return local.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # it has none
+        return id(tensor)
 
 
 def tensor_in(state_dict: dict[str, Any], item: ReadItem, value: Any) -> torch.Tensor | None:

@@ -68,6 +68,8 @@ def restored() -> Iterator[None]:
 def ours(value: object) -> bool:
     if isinstance(value, type):
         return value.__module__.startswith("dcp_fast")
+    if isinstance(value, types.ModuleType):
+        return type(value).__module__.startswith("dcp_fast")
     return isinstance(value, types.FunctionType) and value.__globals__["__name__"].startswith("dcp_fast")
 
 

@@ -20,7 +20,7 @@ ROOMS = [
     {"transfer"},
     {"readers"},
     {"ranks"},
-    {"load", "optimizer"},
+    {"load", "lookups", "optimizer"},
     {"install"},
     {"tools"},
     {"__init__", "__main__"},

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -337,6 +338,70 @@ class LookingAtValues(dcp.DefaultLoadPlanner):
         return tensor if self.original_state_dict["t010.value"] is None else tensor.new_zeros(tensor.shape)
 
 
+class LookingAtCommitted(dcp.DefaultLoadPlanner):
+    """Goes by the value of the tensor that came before, and by a view of another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Any = None
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        tensor, last = super().resolve_tensor(item), self.last
+        self.last = tensor
+        looks = last is not None and last.numel() > 0 and bool(last.reshape(-1)[0] % 2 == 1)
+        return tensor.new_zeros(tensor.shape) if looks else tensor
+
+
+class LookingInStateDict(dcp.DefaultLoadPlanner):
+    """Keeps nothing itself, so that windows are large."""
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        tensor = super().resolve_tensor(item)
+        others = [other for other in self.state_dict.values() if isinstance(other, torch.Tensor) and other.numel()]
+        total = sum(float(other.detach().flatten()[0]) for other in others[:40])
+        return tensor.new_zeros(tensor.shape) if total % 3 == 1 else tensor
+
+
+class Finishing(dcp.DefaultLoadPlanner):
+    """Works on tensors that came before, once each."""
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        tensor = super().resolve_tensor(item)
+        names = list(self.state_dict)
+        before = self.state_dict[names[names.index(item.dest_index.fqn) - 1]]
+        if isinstance(before, torch.Tensor) and before.is_floating_point():
+            before.mul_(2)
+        return tensor
+
+
+class InMemory(dcp.DefaultLoadPlanner):
+    """Its commits tell its resolves by memory that nobody watches."""
+
+    def __init__(self, memory: Any) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        tensor = super().resolve_tensor(item)
+        return tensor.new_zeros(tensor.shape) if self.memory[0] % 5 == 3 else tensor
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        self.memory[0] = (self.memory[0] + 1) % 100
+
+
+class Slots:
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def __getitem__(self, _: int) -> int:
+        return self.value
+
+    def __setitem__(self, _: int, value: int) -> None:
+        self.value = value
+
+
 class Delegating(Slotted):
     """Hands on to a planner that remembers the item at hand."""
 
@@ -353,6 +418,8 @@ class Delegating(Slotted):
 NOTICING = [
     *(Rarely, Scratch, ScratchElsewhere, Replacing, Counting, Collecting, Slotted),
     *(SameKey, Awaking, Forgetting, Mirroring, Moving, Scaling, LookingAtValues, Delegating),
+    *(LookingAtCommitted, LookingInStateDict, Finishing),
+    *(lambda: InMemory(bytearray(1)), lambda: InMemory(np.zeros(1)), lambda: InMemory(Slots())),
 ]
 
 
