@@ -134,7 +134,13 @@ class UntrustedBytesError(LoadError, pickle.UnpicklingError):
 
     ``torch.serialization.add_safe_globals`` allows single types; ``trust_bytes=True`` of :func:`dcp_fast.load`,
     :class:`dcp_fast.DefaultLoadPlanner` or :func:`dcp_fast.install` allows everything.
+
+    Attributes:
+        safe_globals: what ``add_safe_globals`` would have to be given for this entry, as code; empty if that does not
+            help, and on ranks that the error was sent to.
     """
+
+    safe_globals: tuple[str, ...] = ()
 
 
 class UnknownTransformError(CorruptCheckpointError, ValueError):

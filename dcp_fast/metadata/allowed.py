@@ -54,6 +54,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{("pathlib", cls.__name__): cls for cls in PATHS},
     ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,  # only on Windows it could be more
     ("torch", "Size"): torch.Size,
+    ("torch", "device"): torch.device,
     ("torch.serialization", "_get_layout"): get_layout,
     ("copyreg", "_reconstructor"): copyreg._reconstructor,  # type: ignore[attr-defined]
     ("_codecs", "encode"): codecs.encode,  # bytes below protocol 3

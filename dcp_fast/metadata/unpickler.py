@@ -83,15 +83,31 @@ class MetadataUnpickler(RestrictedUnpickler):
 def _refused_global(module: str, name: str) -> RefusedError:
     if module == "torch" and name in METADATA_DTYPES:
         return MissingError(f"the dtype torch.{name}", f"which torch {torch.__version__} does not have")
-    package = module.partition(".")[0]
-    # Nothing is imported to find out about a name without dots.
-    if package.isidentifier() and package not in sys.modules and importlib.util.find_spec(package) is None:
+    if missing := _what_is_missing(module, name):
         return MissingError(
             f"the global {module}.{name}",
             f"which is not on the list of what is made of metadata. torch could not unpickle it here either: "
-            f"there is no module {package}",
+            f"there is no {missing}",
         )
     return RefusedError(f"the global {module}.{name}")
+
+
+def _what_is_missing(module: str, name: str) -> str:
+    """What keeps a global from being found here; empty if it is there, or if only an import could tell."""
+    parts = module.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return ""
+    for end in range(1, len(parts) + 1):
+        part = ".".join(parts[:end])
+        if part in sys.modules:
+            continue
+        parent = sys.modules.get(part.rpartition(".")[0])
+        if end > 1 and not hasattr(parent, "__path__"):
+            return f"module {part}"
+        # All that it is in is imported, so that nothing is to find out about it.
+        return "" if importlib.util.find_spec(part) is not None else f"module {part}"
+    names = vars(sys.modules[module])
+    return "" if name.partition(".")[0] in names or "__getattr__" in names else f"{name} in module {module}"
 
 
 # What is not on the allow-list may be built so that its hash, its text or a comparison takes time and memory without
@@ -112,6 +128,9 @@ def _call(function: Any, arguments: Any) -> Any:
     kinds = [type(argument) for argument in arguments]
     if function is torch.Size:
         return _new(function, arguments)
+    if function is torch.device:  # in a field of a later torch
+        expect(kinds in ([str], [str, int]), "a device that is no text")
+        return function(*arguments)
     if function is get_layout:
         expect(kinds == [str], "a layout that is no text")
     elif _is_one_of(function, ENUMS):

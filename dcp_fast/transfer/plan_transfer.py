@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 from dcp_fast import _native
 from dcp_fast.collector import paused_collection
-from dcp_fast.errors import LoadError, SizeMismatchError, typed_errors
+from dcp_fast.errors import LoadError, SizeMismatchError, UntrustedBytesError, typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.planning.hooks import has_default_hooks, has_default_resolve, has_only_commit
 from dcp_fast.planning.planner import put_value
@@ -32,8 +32,10 @@ from dcp_fast.transfer.shared_records import SharedRecords
 from dcp_fast.transfer.sharing import Sharing
 from dcp_fast.transfer.staged_boxes import StagedBoxes
 from dcp_fast.transfer.windows import Placement, Windows
+from dcp_fast.values.load import load_untrusted, with_others
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
+_MOST_LOOKED_AT = 1000  # entries behind one that is refused
 _AGAIN = "commits changed tensors of which boxes were in place already, so that these were read again"
 _OTHER_SIZE = "the planner gave tensors of other sizes than their boxes, which were read again"
 
@@ -320,10 +322,28 @@ class PlanTransfer:
             for record, i in zip(run, numbers, strict=False):
                 value = plain.get(record, ...)
                 if value is ...:
-                    self._load_bytes(entries.items[i], record)
+                    try:
+                        self._load_bytes(entries.items[i], record)
+                    except UntrustedBytesError as error:
+                        raise self._with_other_refusals(error, entries, i) from None
                 else:
                     put_value(self.planner, entries.fqns[i], value)  # type: ignore[arg-type]
                     self.report.bytes_needed += lengths[record]
+
+    def _with_other_refusals(
+        self, error: UntrustedBytesError, entries: BytesEntries, index: int
+    ) -> UntrustedBytesError:
+        """The error of an entry that is refused, which tells of those behind it: nobody has to try again for each."""
+        others = []
+        for i in range(index + 1, min(len(entries.records), index + 1 + _MOST_LOOKED_AT)):
+            try:
+                load_untrusted(self.records.read(entries.items[i], self.layouts, entries.records[i]), entries.fqns[i])
+            except UntrustedBytesError as refused:
+                others.append(refused)
+            except LoadError:  # it is told when it has its turn
+                continue
+        told = self.records.error(UntrustedBytesError, with_others(error, others), entries.items[index])
+        return cast(UntrustedBytesError, told)
 
     def _load_bytes(self, item: ReadItem, record: int) -> None:
         with self._shared_records.reach(record):
@@ -335,4 +355,7 @@ class PlanTransfer:
             if error.path:
                 raise
             # The planner knows the FQN, but neither file nor byte range.
-            raise self.records.error(type(error), error.reason, item) from error.__cause__
+            told = self.records.error(type(error), error.reason, item)
+            if isinstance(error, UntrustedBytesError):
+                cast(UntrustedBytesError, told).safe_globals = error.safe_globals
+            raise told from error.__cause__

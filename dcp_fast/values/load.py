@@ -11,6 +11,7 @@ import types
 import zipfile
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from typing import IO, Any
 
 from dcp_fast import _native
@@ -21,6 +22,7 @@ from dcp_fast.values.unpickler import Unpickler, find_allowed, python3_name, use
 
 # A record in the format before torch 1.6: a magic number, a version, the machine and the value, each a pickle.
 _LEGACY_PICKLES = 4
+_MOST_NAMED = 5
 _TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _MEMO_WRITERS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 _MEMO_READERS = ("GET", "BINGET", "LONG_BINGET")
@@ -54,15 +56,35 @@ def load_untrusted(value: IO[bytes], fqn: str) -> Any:
     try:
         return _load(entry)
     except RefusedError as error:
-        reason = _refusal(error, entry)
-        if reason is None:
+        refusal = _refusal(error, entry)
+        if refusal is None:
             raise CorruptPickleError(f"the entry is damaged: it asks for {error}", fqn=fqn) from None
-        raise UntrustedBytesError(reason, fqn=fqn) from None
+        refused = UntrustedBytesError(refusal[0], fqn=fqn)
+        refused.safe_globals = refusal[1]
+        raise refused from None
     except UntrustedBytesError as error:
         raise UntrustedBytesError(error.reason, fqn=fqn) from None
     except Exception as error:
         cls, reason = torch_load_error(error)
         raise cls(reason, fqn=fqn) from error
+
+
+def with_others(first: UntrustedBytesError, others: Sequence[UntrustedBytesError]) -> str:
+    """The reason of an error that tells of all entries that are refused, and what all of them ask for.
+
+    Args:
+        first: the error of the first one.
+        others: the errors of those behind it.
+    """
+    if not others:
+        return first.reason
+    names = ", ".join(repr(other.fqn) for other in others[:_MOST_NAMED])
+    more = "" if len(others) <= _MOST_NAMED else f" and {len(others) - _MOST_NAMED} more"
+    needs = list(dict.fromkeys(name for error in (first, *others) for name in error.safe_globals))
+    helps = all(error.safe_globals for error in (first, *others))
+    advice = f"torch.serialization.add_safe_globals([{', '.join(needs)}]) allows all of them"
+    advice = advice if helps else "trust_bytes=True alone allows all of them"
+    return f"{first.reason}; other entries are refused as well ({names}{more}): {advice}"
 
 
 def _load(entry: io.BytesIO) -> Any:
@@ -100,8 +122,8 @@ def _pickle_module(entry: io.BytesIO, sizes: dict[str, int]) -> Any:
 # What to do about an entry that is refused: all that would have to be allowed, found without running anything.
 
 
-def _refusal(error: RefusedError, entry: io.BytesIO) -> str | None:
-    """Why an entry that is intact is refused, and what to do about it; None if it is damaged."""
+def _refusal(error: RefusedError, entry: io.BytesIO) -> tuple[str, tuple[str, ...]] | None:
+    """Why an entry that is intact is refused, and what would have to be allowed; None if it is damaged."""
     entry.seek(0)
     try:
         asked = _globals(entry)
@@ -113,17 +135,19 @@ def _refusal(error: RefusedError, entry: io.BytesIO) -> str | None:
     names = list(dict.fromkeys([*names, *(name for name in error.globals if name not in users)]))
     blocked = [name for name in names if _is_blocked(name) or _is_blocked(_own_name(name) or "")]
     if blocked:
-        return f"the entry asks for {', '.join(blocked)}, which can run any code; {_TRUST}"
+        return f"the entry asks for {', '.join(blocked)}, which can run any code; {_TRUST}", ()
     if not names:
-        return f"the entry asks for {error}, which no inert value needs; {_TRUST}"
+        return f"the entry asks for {error}, which no inert value needs; {_TRUST}", ()
     listed = ", ".join(name.removeprefix("builtins.") for name in names)
     if why := _never_allowed(asked, names):
-        return f"the entry asks for {listed}, and {why}; {_TRUST}"
+        return f"the entry asks for {listed}, and {why}; {_TRUST}", ()
     about = "" if names[0] == (error.globals or ("",))[0] else f" (it holds {error})" if error.globals else ""
-    return (
+    spelled = tuple(map(_spelled, names))
+    reason = (
         f"the entry asks for {listed}{about}, which may run code; if you trust that, "
-        f"torch.serialization.add_safe_globals([{', '.join(map(_spelled, names))}]) allows it, or {_TRUST}"
+        f"torch.serialization.add_safe_globals([{', '.join(spelled)}]) allows it, or {_TRUST}"
     )
+    return reason, spelled
 
 
 def _is_allowed(name: str) -> bool:

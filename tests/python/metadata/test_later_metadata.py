@@ -141,6 +141,22 @@ def test_fields_of_later_versions_are_left_out(cls: type, protocol: int) -> None
     assert_same_metadata(ours, metadata)
 
 
+def test_devices_in_later_fields(tmp_path: Path) -> None:
+    """They are made by a call, and so not natively."""
+    path = save(tmp_path / "checkpoint", {"a": torch.arange(6.0)})
+    for device in (torch.device("cpu"), torch.device("cuda", 1)):
+        metadata = pickle.loads((path / ".metadata").read_bytes())
+        metadata.state_dict_metadata["a"].device = device
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        loaded = {"a": torch.zeros(6)}
+        dcp_fast.load(loaded, checkpoint_id=path)
+        assert torch.equal(loaded["a"], torch.arange(6.0))
+    for arguments in ((), (5,), ("cpu", "cpu"), ("no device",), ("cpu", 1 << 70)):
+        metadata.state_dict_metadata["a"].device = Call(torch.device, *arguments)
+        with pytest.raises(dcp_fast.LoadError):
+            read(pickle.dumps(metadata))
+
+
 def test_more_parts_of_the_state_of_properties_are_left_out() -> None:
     metadata = make_metadata()
     ours = read(pickled_by_later_torch(metadata, strides=lambda _: (None, 7, "eighth")))

@@ -354,6 +354,11 @@ def test_advice_helps() -> None:
     """Trust is advised only where torch could unpickle the file."""
     cases = {
         named("no_such_package.module", "Thing"): "there is no module no_such_package",
+        named("torch.distributed.checkpoint.metadata", "OfLater"): "there is no OfLater in module torch.dist",
+        named("torch.distributed.checkpoint.of_later", "Thing"): "there is no module torch.distributed.checkpoint.of_",
+        named("safetensors.of_later", "Thing"): "there is no module safetensors.of_later",
+        named("json.decoder.deeper", "Thing"): "there is no module json.decoder.deeper",
+        named("argparse", "Thing"): "there is no Thing in module argparse",
         b"Pid\n": "no reader of it knows",
         named("os", "system"): "trust_metadata=True of load, FileSystemReader or install",
     }

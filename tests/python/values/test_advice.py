@@ -5,18 +5,23 @@ from __future__ import annotations
 import collections
 import datetime
 import io
+import ipaddress
 import os
 import pickle
 import zoneinfo
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from damage import Call, archive
 from hostile_pickles import refused
 from inert_values import record
+from torch.distributed.checkpoint.api import CheckpointException
 
+import dcp_fast
 from dcp_fast.errors import LoadError, UntrustedBytesError
 from dcp_fast.values.load import load_untrusted
 
@@ -112,3 +117,34 @@ def test_advice_for_what_has_no_name_of_its_own_works(protocol: int) -> None:
     advice = refused(data).reason.partition("add_safe_globals([")[2].partition("])")[0]
     with torch.serialization.safe_globals([eval(advice)]):
         assert load(data) == [NotImplemented]
+
+
+def test_all_entries_that_are_refused_are_told_at_once(tmp_path: Path) -> None:
+    stored = {
+        "a": (collections.UserDict(),),
+        "b": 5,
+        "c": (collections.ChainMap(),),
+        "d": torch.arange(3),
+        "e": (ipaddress.IPv4Address(7),),
+        **{f"f{i}": (collections.UserDict(a=i),) for i in range(9)},
+    }
+    dcp.save(stored, checkpoint_id=tmp_path, no_dist=True)
+
+    def load_it() -> str:
+        with pytest.raises(CheckpointException) as caught:
+            dcp_fast.load(dict.fromkeys(stored, 0) | {"d": torch.zeros(3)}, checkpoint_id=tmp_path, no_dist=True)
+        (error,) = (failure[0] for failure in caught.value.failures.values())
+        assert isinstance(error, UntrustedBytesError)
+        assert error.fqn == "a"
+        return error.reason
+
+    reason = load_it()
+    assert "other entries are refused as well ('c', 'e', 'f0', 'f1', 'f2' and 6 more)" in reason
+    advice = reason.rpartition("add_safe_globals([")[2].partition("])")[0]
+    allowed = list(eval(f"({advice},)", {"collections": collections, "ipaddress": ipaddress}))
+    assert len(allowed) == 3
+    with torch.serialization.safe_globals(allowed):
+        loaded = dict.fromkeys(stored, 0) | {"d": torch.zeros(3, dtype=torch.int64)}
+        dcp_fast.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    assert torch.equal(loaded.pop("d"), stored.pop("d"))  # type: ignore[arg-type]
+    assert loaded == stored
