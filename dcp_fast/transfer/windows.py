@@ -149,6 +149,7 @@ class Windows:
         pending = [entry for entry in self._window.entries if isinstance(entry, _Entry)]
         values = {id(entry.value) for entry in pending}
         memory: set[int] | None = None
+        failure: BaseException | None = None
 
         def is_pending(tensor: torch.Tensor) -> bool:
             nonlocal memory
@@ -158,18 +159,27 @@ class Windows:
 
         def have_come() -> None:
             # As after any call that depends on the ones before it.
+            nonlocal failure
             change = self._state.take_back()
             self._one_by_one, self._most = True, 1
-            self.finish()
-            pending.clear()
             values.clear()
             if memory is not None:
                 memory.clear()
+            try:
+                self.finish()
+            except BaseException as error:
+                failure = error
+                raise
             for again in change:
                 again()
 
-        with ValueWatch(is_pending, have_come):
-            return self._resolve(item, record)
+        try:
+            with ValueWatch(is_pending, have_come):
+                placement = self._resolve(item, record)
+        finally:
+            if failure is not None:
+                raise failure  # whatever the planner made of it
+        return placement
 
     def add_bytes(self, load: Callable[[], None]) -> None:
         """A bytes entry, which is loaded when all before it is committed."""

@@ -16,10 +16,12 @@ import torch.distributed.checkpoint as dcp
 from helpers import Entry, assert_same_load, fast_reader, fill, image, torch_load, torch_reader, write_checkpoint
 from hooked_planners import Doubling
 from tensor_subclasses import Negated
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 import dcp_fast
+from dcp_fast import _native
 
 COUNT = 60
 Log = list[tuple[str, str]]
@@ -374,6 +376,36 @@ class Finishing(dcp.DefaultLoadPlanner):
         return tensor
 
 
+class Swallowing(LookingInStateDict):
+    """Goes on after any error of its own."""
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        try:
+            return super().resolve_tensor(item)
+        except Exception:
+            return dcp.DefaultLoadPlanner.resolve_tensor(self, item)
+
+
+@pytest.mark.parametrize("repeat", [1, 2, 3, 1 << 30])
+def test_a_planner_that_swallows_what_placing_raises(stored: Path, repeat: int) -> None:
+    expected = state()
+    with _native.FaultInjection("pread", nth=-1) as counter:
+        dcp_fast.load(expected, checkpoint_id=stored, planner=Swallowing(), no_dist=True)
+    assert counter.calls > 20
+    errors: list[Any] = []
+    for nth in range(counter.calls):
+        loaded = state()
+        try:
+            with _native.FaultInjection("pread", nth, error_number=5, repeat=repeat):
+                dcp_fast.load(loaded, checkpoint_id=stored, planner=Swallowing(), no_dist=True)
+        except CheckpointException as error:
+            errors.append(error.failures[0][0])
+        else:
+            assert image(loaded) == image(expected), nth
+    assert len(errors) > 2
+    assert all(isinstance(error, dcp_fast.LoadError) for error in errors)
+
+
 class InMemory(dcp.DefaultLoadPlanner):
     """Its commits tell its resolves by memory that nobody watches."""
 
@@ -480,8 +512,6 @@ def test_a_record_that_is_damaged(stored: Path, tmp_path: Path) -> None:
 
 def test_failing_reads(stored: Path) -> None:
     """A read that fails once makes a window fail, and is repeated one by one; one that fails for good is an error."""
-    from dcp_fast import _native
-
     with _native.FaultInjection("pread", nth=-1) as counter:
         dcp_fast.load(state(), storage_reader=fast_reader(stored, io="cached"), planner=logging_planner([]))
     for nth in range(counter.calls // 2, counter.calls, max(1, counter.calls // 20)):
