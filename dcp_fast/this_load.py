@@ -23,9 +23,11 @@ _is_trusted: ContextVar[bool] = ContextVar("dcp_fast_is_trusted", default=False)
 def this_load(options: Options) -> Iterator[None]:
     """All that is called within is one load. A load within another one knows nothing of the outer one's options."""
     token = _options.set({(id(owner), name): value for owner, name, value in options})
+    trust = _is_trusted.set(False)
     try:
         yield
     finally:
+        _is_trusted.reset(trust)
         _options.reset(token)
 
 

@@ -58,7 +58,7 @@ class MetadataUnpickler(RestrictedUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = find_allowed(module, name, self.proto)
         if found is None:
-            raise _refused_global(module, name)
+            raise _refused_global(module, name, self.proto)
         return found
 
     def persistent_load(self, pid: Any) -> Any:
@@ -80,10 +80,11 @@ class MetadataUnpickler(RestrictedUnpickler):
         self.pay(cost_of((state,)))
 
 
-def _refused_global(module: str, name: str) -> RefusedError:
+def _refused_global(module: str, name: str, protocol: int) -> RefusedError:
     if module == "torch" and name in METADATA_DTYPES:
         return MissingError(f"the dtype torch.{name}", f"which torch {torch.__version__} does not have")
-    if missing := _what_is_missing(module, name):
+    # Below protocol 3 modules have names of Python 2.
+    if protocol >= 3 and (missing := _what_is_missing(module, name)):
         return MissingError(
             f"the global {module}.{name}",
             f"which is not on the list of what is made of metadata. torch could not unpickle it here either: "
@@ -106,8 +107,11 @@ def _what_is_missing(module: str, name: str) -> str:
             return f"module {part}"
         # All that it is in is imported, so that nothing is to find out about it.
         return "" if importlib.util.find_spec(part) is not None else f"module {part}"
-    names = vars(sys.modules[module])
-    return "" if name.partition(".")[0] in names or "__getattr__" in names else f"{name} in module {module}"
+    found = sys.modules[module]
+    names = getattr(found, "__dict__", None)
+    if not isinstance(names, dict) or "__getattr__" in names or hasattr(type(found), "__getattr__"):
+        return ""
+    return "" if name.partition(".")[0] in names else f"{name} in module {module}"
 
 
 # What is not on the allow-list may be built so that its hash, its text or a comparison takes time and memory without

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import count, groupby
 from typing import cast
@@ -20,6 +21,7 @@ from dcp_fast.observe.report import LoadReport
 from dcp_fast.planning.hooks import has_default_hooks, has_default_resolve, has_only_commit
 from dcp_fast.planning.planner import put_value
 from dcp_fast.planning.values import is_whole
+from dcp_fast.this_load import option, trusted
 from dcp_fast.transfer.commit_windows import CommitWindows, Done, windows_of
 from dcp_fast.transfer.destinations import Destinations
 from dcp_fast.transfer.gpu import CudaLoad
@@ -35,7 +37,7 @@ from dcp_fast.transfer.windows import Placement, Windows
 from dcp_fast.values.load import load_untrusted, with_others
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
-_MOST_LOOKED_AT = 1000  # entries behind one that is refused
+_MOST_LOOKED_AT = 64 << 20  # bytes of entries behind one that is refused
 _AGAIN = "commits changed tensors of which boxes were in place already, so that these were read again"
 _OTHER_SIZE = "the planner gave tensors of other sizes than their boxes, which were read again"
 
@@ -335,14 +337,19 @@ class PlanTransfer:
     ) -> UntrustedBytesError:
         """The error of an entry that is refused, which tells of those behind it: nobody has to try again for each."""
         others = []
-        for i in range(index + 1, min(len(entries.records), index + 1 + _MOST_LOOKED_AT)):
+        room = _MOST_LOOKED_AT
+        for i in range(index + 1, len(entries.records)):
+            room -= self.items.record_rows.length_of(entries.records[i])
+            if room < 0:
+                break
             try:
                 load_untrusted(self.records.read(entries.items[i], self.layouts, entries.records[i]), entries.fqns[i])
             except UntrustedBytesError as refused:
                 others.append(refused)
-            except LoadError:  # it is told when it has its turn
+            except Exception:  # it is told when it has its turn
                 continue
         told = self.records.error(UntrustedBytesError, with_others(error, others), entries.items[index])
+        cast(UntrustedBytesError, told).safe_globals = error.safe_globals
         return cast(UntrustedBytesError, told)
 
     def _load_bytes(self, item: ReadItem, record: int) -> None:
@@ -350,7 +357,9 @@ class PlanTransfer:
             value = self.records.read(item, self.layouts, record)
         self.report.bytes_needed += value.getbuffer().nbytes
         try:
-            self.planner.load_bytes(item, value)
+            # Of a method that was taken from torch's class, too.
+            with trusted() if option(self.planner, "trust_bytes") else nullcontext():
+                self.planner.load_bytes(item, value)
         except LoadError as error:
             if error.path:
                 raise

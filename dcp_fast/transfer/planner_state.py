@@ -31,6 +31,10 @@ _DEPTH = 3
 _OF_TORCH = ("state_dict", "original_state_dict", "mappings", "metadata")
 
 
+# Packages whose objects with slots are of no concern.
+_NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "dcp_fast"})
+
+
 class PlannerState:
     """The attributes of a planner and of its classes, and what these hold: containers, objects and tensors.
 
@@ -95,10 +99,10 @@ class PlannerState:
         elif isinstance(value, tuple):
             for element in value[:_MOST_ELEMENTS]:
                 self._walk(element, depth)
-        elif isinstance(attributes := getattr(value, "__dict__", None), dict):
-            self._watch(attributes, depth)
-        elif _hides(value):
-            self.is_hidden = True
+        else:
+            self.is_hidden = self.is_hidden or _hides(value)
+            if isinstance(attributes := getattr(value, "__dict__", None), dict):
+                self._watch(attributes, depth)
 
     def _watch(self, container: Any, depth: int) -> None:
         if id(container) in self._seen or len(self._watched) >= _MOST_CONTAINERS:
@@ -127,12 +131,17 @@ def hides_state(planner: LoadPlanner) -> bool:
 
 
 def _hides(value: Any) -> bool:
-    """Whether an object without a ``__dict__`` has contents that can change: memory, or slots of a class of users."""
-    cls = type(value)
-    if isinstance(value, bytearray | memoryview | array) or (cls.__module__ == "numpy" and cls.__name__ == "ndarray"):
+    """Whether an object has contents that can change and are not in its ``__dict__``: memory, or slots of users."""
+    if isinstance(value, bytearray | memoryview | array):
         return True
-    room = cls.__module__.partition(".")[0]
-    return any(vars(each).get("__slots__") for each in cls.__mro__) and room not in (*sys.stdlib_module_names, "torch")
+    for cls in type(value).__mro__:
+        if cls.__module__ == "numpy" and cls.__name__ == "ndarray":
+            return True
+        is_frozen = getattr(vars(cls).get("__dataclass_params__"), "frozen", False)
+        room = cls.__module__.partition(".")[0]
+        if vars(cls).get("__slots__") and not is_frozen and room not in _NOT_OF_USERS:
+            return True
+    return False
 
 
 def version_of(tensor: torch.Tensor) -> int:

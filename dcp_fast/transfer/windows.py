@@ -22,7 +22,7 @@ from dcp_fast.planning.hooks import has_default_bytes, has_default_commit, has_d
 from dcp_fast.planning.values import is_whole, plain_local_tensor
 from dcp_fast.transfer.destinations import address_of
 from dcp_fast.transfer.planner_state import PlannerState, counts_writes, hides_state, writes_to
-from dcp_fast.transfer.value_watch import ValueWatch
+from dcp_fast.transfer.value_watch import LookedError, ValueWatch
 
 MOST_ITEMS = 4096
 # So many items must have left the planner as it was before there is a window of more than one.
@@ -65,6 +65,8 @@ class _Window:
     bytes: int = 0
     fqns: set[str] = field(default_factory=set)
     spans: list[tuple[int, int]] = field(default_factory=list)  # addresses of the tensors, sorted
+    values: set[int] = field(default_factory=set)  # of the state dict, by identity
+    memory: set[int] = field(default_factory=set)  # of the tensors
 
 
 class Windows:
@@ -73,8 +75,8 @@ class Windows:
     Windows begin with one item, and grow as long as hooks leave the planner as it is (:class:`PlannerState`):
 
     - If a call of ``resolve_tensor`` changes it, that is put back until the items before are committed.
-    - If it looks at values that are yet to come, or writes there (:class:`ValueWatch`), they come first, and items come
-      one by one from then on.
+    - If it looks at values that are yet to come, or writes there (:class:`ValueWatch`), it is ended before it sees
+      them, and called again when they have come. Items come one by one from then on.
     - If a call of ``commit_tensor`` changes it, or the state dict, what was resolved too early is resolved again, and
       items come one by one from then on.
     - A tensor that an earlier commit wrote to is placed again.
@@ -127,6 +129,7 @@ class Windows:
                 for again in change:
                     again()
             self._state.keep()
+            self._one_by_one = self._one_by_one or self._state.is_hidden
             self._most, self._quiet = 1, 0
         tensor = placement.tensor
         size = tensor.numel() * tensor.element_size()
@@ -139,6 +142,10 @@ class Windows:
         window.fqns.add(fqn)
         window.bytes += size
         value = self._value_of(fqn)
+        if self._own_resolve:
+            window.values.add(id(value))
+            with suppress(Exception):  # of a tensor without memory: then it takes all others for pending
+                window.memory.add(_memory_of(tensor))
         if not (counts_writes(tensor) and counts_writes(value)):
             self._one_by_one, self._most = True, 1
         self._add(_Entry(placement, value, self._geometry_of(item, value)))
@@ -146,40 +153,30 @@ class Windows:
     def _resolve_in_window(self, item: ReadItem, record: int) -> Placement:
         if not (self._own_resolve and self._window.entries):
             return self._resolve(item, record)
-        pending = [entry for entry in self._window.entries if isinstance(entry, _Entry)]
-        values = {id(entry.value) for entry in pending}
-        memory: set[int] | None = None
-        failure: BaseException | None = None
-
-        def is_pending(tensor: torch.Tensor) -> bool:
-            nonlocal memory
-            if memory is None:
-                memory = {_memory_of(entry.placement.tensor) for entry in pending}
-            return id(tensor) in values or _memory_of(tensor) in memory
-
-        def have_come() -> None:
-            # As after any call that depends on the ones before it.
-            nonlocal failure
-            change = self._state.take_back()
-            self._one_by_one, self._most = True, 1
-            values.clear()
-            if memory is not None:
-                memory.clear()
-            try:
-                self.finish()
-            except BaseException as error:
-                failure = error
-                raise
-            for again in change:
-                again()
-
+        watch = ValueWatch(self._is_pending)
         try:
-            with ValueWatch(is_pending, have_come):
+            with watch:
                 placement = self._resolve(item, record)
-        finally:
-            if failure is not None:
-                raise failure  # whatever the planner made of it
+        except LookedError:
+            pass
+        except Exception:
+            if not watch.has_looked:
+                raise
+        if watch.has_looked:
+            # It is called anew when all before it is committed, and so are those that come later.
+            self._state.take_back()
+            self._one_by_one, self._most = True, 1
+            self.finish()
+            placement = self._resolve(item, record)
         return placement
+
+    def _is_pending(self, tensor: torch.Tensor) -> bool:
+        """Whether the values of a tensor are yet to come; so it seems if nobody can tell."""
+        window = self._window
+        try:
+            return id(tensor) in window.values or _memory_of(tensor) in window.memory
+        except Exception:  # of tensors that have no memory of their own
+            return True
 
     def add_bytes(self, load: Callable[[], None]) -> None:
         """A bytes entry, which is loaded when all before it is committed."""
@@ -243,12 +240,9 @@ class Windows:
 
 
 def _memory_of(tensor: torch.Tensor) -> int:
-    """What tells the memory of a tensor from that of others."""
+    """What tells the memory of a tensor from that of others. Raises whatever a tensor without one raises."""
     local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    try:
-        return local.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # it has none
-        return id(tensor)
+    return local.untyped_storage().data_ptr()
 
 
 def tensor_in(state_dict: dict[str, Any], item: ReadItem, value: Any) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -386,6 +387,40 @@ class Swallowing(LookingInStateDict):
             return dcp.DefaultLoadPlanner.resolve_tensor(self, item)
 
 
+class Locking(LookingInStateDict):
+    """Holds a lock in its hooks, and commits change what resolves go by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.scale = 0.0
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        assert self.lock.acquire(timeout=5)
+        try:
+            scale = self.scale
+            tensor = super().resolve_tensor(item)
+            return tensor if scale % 2 else tensor.new_zeros(tensor.shape)
+        finally:
+            self.lock.release()
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        with self.lock:
+            self.scale = float(tensor.numel())
+
+
+class ByOffset(dcp.DefaultLoadPlanner):
+    """What is read first tells functions that look at no values themselves what to make."""
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        tensor = super().resolve_tensor(item)
+        first = self.state_dict["t001"]
+        numbers = torch.full((3,), 1.0)
+        torch.zeros(3, out=numbers)
+        looks = torch.full((2,), first.detach().view(-1)[1])  # type: ignore[call-overload]
+        return tensor if item.dest_index.fqn == "t001" or looks[0] != 0 else tensor.new_zeros(tensor.shape)
+
+
 @pytest.mark.parametrize("repeat", [1, 2, 3, 1 << 30])
 def test_a_planner_that_swallows_what_placing_raises(stored: Path, repeat: int) -> None:
     expected = state()
@@ -450,7 +485,7 @@ class Delegating(Slotted):
 NOTICING = [
     *(Rarely, Scratch, ScratchElsewhere, Replacing, Counting, Collecting, Slotted),
     *(SameKey, Awaking, Forgetting, Mirroring, Moving, Scaling, LookingAtValues, Delegating),
-    *(LookingAtCommitted, LookingInStateDict, Finishing),
+    *(LookingAtCommitted, LookingInStateDict, Finishing, Swallowing, Locking, ByOffset),
     *(lambda: InMemory(bytearray(1)), lambda: InMemory(np.zeros(1)), lambda: InMemory(Slots())),
 ]
 
