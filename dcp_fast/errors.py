@@ -137,10 +137,13 @@ class UntrustedBytesError(LoadError, pickle.UnpicklingError):
 
     Attributes:
         safe_globals: what ``add_safe_globals`` would have to be given for this entry, as code; empty if that does not
-            help, and on ranks that the error was sent to.
+            help.
     """
 
     safe_globals: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return *super().__reduce__(), {"safe_globals": self.safe_globals}
 
 
 class UnknownTransformError(CorruptCheckpointError, ValueError):
