@@ -143,7 +143,8 @@ class UntrustedBytesError(LoadError, pickle.UnpicklingError):
     safe_globals: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return *super().__reduce__(), {"safe_globals": self.safe_globals}
+        told = {name: value for name, value in vars(self).items() if name == "safe_globals"}
+        return *super().__reduce__(), told
 
 
 class UnknownTransformError(CorruptCheckpointError, ValueError):
