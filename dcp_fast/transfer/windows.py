@@ -144,7 +144,7 @@ class Windows:
         value = self._value_of(fqn)
         if self._own_resolve:
             window.values.add(id(value))
-            with suppress(Exception):  # of a tensor without memory: then it takes all others for pending
+            with suppress(Exception):  # of a tensor without memory, which is taken for pending anyway
                 window.memory.add(_memory_of(tensor))
         if not (counts_writes(tensor) and counts_writes(value)):
             self._one_by_one, self._most = True, 1
