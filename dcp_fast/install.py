@@ -94,7 +94,7 @@ _current: Installation | None = None  # the last one, while it holds
 
 def install(
     trust_metadata: bool = False,
-    trust_bytes: bool = False,
+    trust_bytes: bool | None = None,
     accelerate: Iterable[type[StorageReader]] = (),
     share_reads: bool = False,
 ) -> Installation:
@@ -109,7 +109,8 @@ def install(
         trust_metadata: whether torch's readers, and ours by default, unpickle ``.metadata`` as torch does, which runs
             whatever code the file names.
         trust_bytes: whether torch's planners, and ours by default, unpickle bytes entries (values that are no tensors)
-            as torch does, which runs whatever code the checkpoint names.
+            as torch does, which runs whatever code the checkpoint names. None: no, unless the environment has
+            ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``.
         accelerate: classes of readers that have a ``read_data`` of their own, to be treated as
             :func:`dcp_fast.accelerate` treats one reader. By naming a class you say what is said there.
         share_reads: whether ranks share what they read, as of :func:`dcp_fast.load`. The same on all ranks.
@@ -171,7 +172,7 @@ def uninstall() -> None:
             if id(value) in switches:
                 setattr(module, name, original_of(value))
         fast_filesystem.FileSystemReader.trust_metadata_by_default = False
-        fast_planner.DefaultLoadPlanner.trust_bytes_by_default = False
+        fast_planner.DefaultLoadPlanner.trust_bytes_by_default = None
         Exchange.by_default = False
         _replaced = _current = None
 

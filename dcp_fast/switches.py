@@ -32,6 +32,11 @@ def method_switch(original: Callable[..., Any], fast: Callable[..., Any]) -> Cal
     return switch(original, call)
 
 
+def are_on() -> bool:
+    """Whether switches are on."""
+    return _are_on
+
+
 def set_switches(on: bool) -> None:
     """Turn all switches on or off."""
     global _are_on

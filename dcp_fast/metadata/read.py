@@ -6,6 +6,7 @@ import errno
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,14 +48,19 @@ def read_metadata(path: str) -> Metadata:
         CorruptMetadataError: the file is damaged.
         UntrustedMetadataError: it names a global, or asks for something, that is not on the allow-list.
     """
+    metadata = read_natively(path)
+    return _unpickled(_content(path), path) if metadata is None else metadata
 
-    def read() -> bytes:
-        with _errors_of(path), open(path, "rb") as file:
-            return file.read()
 
+def read_natively(path: str, trusted: bool = False) -> Metadata | None:
+    """The same, or None for metadata that the native reader does not know.
+
+    Args:
+        trusted: as of :func:`make_metadata`.
+    """
     with _errors_of(path):
         columns = _known_columns(_native.read_metadata(path))
-    return _unpickled(read(), path) if columns is None else make_metadata(columns, read, path)
+    return None if columns is None else make_metadata(columns, partial(_content, path), path, trusted)
 
 
 def parse_metadata(pickled: bytes, path: str, read_again: Callable[[], bytes]) -> Metadata:
@@ -63,9 +69,17 @@ def parse_metadata(pickled: bytes, path: str, read_again: Callable[[], bytes]) -
     Args:
         read_again: as of :func:`make_metadata`.
     """
+    metadata = parse_natively(pickled, path, read_again)
+    return _unpickled(pickled, path) if metadata is None else metadata
+
+
+def parse_natively(
+    pickled: bytes, path: str, read_again: Callable[[], bytes], trusted: bool = False
+) -> Metadata | None:
+    """The same, or None for metadata that the native reader does not know."""
     with _errors_of(path):
         columns = _known_columns(_native.parse_metadata(pickled))
-    return _unpickled(pickled, path) if columns is None else make_metadata(columns, read_again, path)
+    return None if columns is None else make_metadata(columns, read_again, path, trusted)
 
 
 def parse_blocks(size: int, next_block: Callable[[], Buffer], path: str) -> _native.MetadataColumns | None:
@@ -81,6 +95,11 @@ def parse_blocks(size: int, next_block: Callable[[], Buffer], path: str) -> _nat
     """
     with _errors_of(path):
         return _known_columns(_native.parse_blocks(size, next_block))
+
+
+def _content(path: str) -> bytes:
+    with _errors_of(path), open(path, "rb") as file:
+        return file.read()
 
 
 @contextmanager
@@ -104,13 +123,16 @@ def _known_columns(columns: _native.MetadataColumns | str) -> _native.MetadataCo
     return None if any(has_field(*field) for field in columns.left_out) else columns
 
 
-def make_metadata(columns: _native.MetadataColumns, read_again: Callable[[], bytes], path: str) -> Metadata:
+def make_metadata(
+    columns: _native.MetadataColumns, read_again: Callable[[], bytes], path: str, trusted: bool = False
+) -> Metadata:
     """Metadata whose dicts make their values from columns.
 
     Args:
         read_again: returns the content of the file. Called when somebody asks for an attribute that the columns do not
             hold, such as the plans that Megatron-Core keeps.
         path: of the file, for errors.
+        trusted: whether such an attribute is unpickled as torch does, which runs whatever code the file names.
     """
     storage_meta = None
     if columns.storage_meta:
@@ -134,10 +156,11 @@ def make_metadata(columns: _native.MetadataColumns, read_again: Callable[[], byt
 
     def make() -> dict[str, Any]:
         try:
-            unpickled = _unpickled(read_again(), path)
+            pickled = read_again()
         except OSError as error:
             reason = f"the file of the metadata cannot be read again for {', '.join(sorted(unmade))}: {error}"
             raise MetadataAccessError(reason, path, error_number=error.errno or 0) from error
+        unpickled = pickle.loads(pickled) if trusted else _unpickled(pickled, path)
         if not _is_same(unpickled, columns, save_id) or not unmade <= vars(unpickled).keys():
             reason = f"the metadata has changed since it was read, so it cannot give {', '.join(sorted(unmade))}"
             raise MetadataAccessError(reason, path, error_number=errno.ESTALE)

@@ -29,8 +29,10 @@ class LoadReport:
         reader, planner: the classes of the reader and the planner.
         reader_fallback_reason: why the data was read by the reader itself and not by the native engine; empty if it
             was not.
-        planner_fallback_reason: why planning took a slower way, or why items were read in windows, in the order of the
-            plan, and not all at once; empty if neither is the case.
+        planner_fallback_reason: why planning took a slower way, or why items were read one by one; empty if neither is
+            the case. Items for planners with hooks come in windows (docs/architecture.md), which is no slower way.
+        metadata_fallback_reason: why the metadata was unpickled, and not read natively; empty if it was not, and where
+            torch's own ``load`` runs the load.
         metadata_received: whether another rank read the metadata and sent its bytes here (``share_metadata``).
         sharing_fallback_reason: why this rank read what it needs, or some of it again, alone, although it was told to
             share reads (``share_reads``); empty if it did share.
@@ -78,6 +80,7 @@ class LoadReport:
     planner: str = ""
     reader_fallback_reason: str = ""
     planner_fallback_reason: str = ""
+    metadata_fallback_reason: str = ""
     metadata_received: bool = False
     sharing_fallback_reason: str = ""
     bytes_read_by_job: int = 0
@@ -119,8 +122,8 @@ class LoadReport:
 
     @property
     def is_fast(self) -> bool:
-        """Whether both reader and planner took the fast way."""
-        return not (self.reader_fallback_reason or self.planner_fallback_reason)
+        """Whether metadata, plan and data all took the fast way."""
+        return not self._fallback_reasons()
 
     @property
     def read_amplification(self) -> float:
@@ -160,6 +163,11 @@ class LoadReport:
     def note_reads_alone(self, reason: str) -> None:
         """A rank that shares reads something alone. The first reason counts."""
         self.sharing_fallback_reason = self.sharing_fallback_reason or reason
+
+    def note_slow_planner(self, reason: str) -> None:
+        """Planning, or calling hooks, took a slower way, unless the reason is empty."""
+        known = self.planner_fallback_reason
+        self.planner_fallback_reason = f"{known}; {reason}" if known and reason else known or reason
 
     @property
     def planned_natively(self) -> bool:
@@ -225,7 +233,7 @@ class LoadReport:
             ]
         left = max(len(name) for name, _ in rows)
         right = max(len(value) for _, value in rows)
-        lines = [f"load of {self.path} by {self.reader or '?'} and {self.planner or '?'}"]
+        lines = [f"load of {self.path or '?'} by {self.reader or '?'} and {self.planner or '?'}"]
         lines += (f"  {name:<{left}}  {value:>{right}}" for name, value in rows)
         lines += (f"  fallback, {count:,} records: {reason}" for reason, count in self.fallback_reasons.items())
         if self.sharing_fallback_reason:
@@ -236,7 +244,11 @@ class LoadReport:
         return "\n".join(lines)
 
     def _fallback_reasons(self) -> list[str]:
-        owners = ((self.reader, self.reader_fallback_reason), (self.planner, self.planner_fallback_reason))
+        owners = (
+            ("metadata", self.metadata_fallback_reason),
+            (self.reader, self.reader_fallback_reason),
+            (self.planner, self.planner_fallback_reason),
+        )
         return [f"{owner}: {reason}" for owner, reason in owners if reason]
 
 
@@ -312,4 +324,4 @@ def publish(report: LoadReport) -> None:
     for reason in report._fallback_reasons():
         if reason not in _logged_reasons:
             _logged_reasons.add(reason)
-            logger.info("loads like that of %s are not fast. %s", report.path, reason)
+            logger.info("loads like that of %s are not fast. %s", report.path or "?", reason)

@@ -46,16 +46,6 @@ def has_only_commit(planner: LoadPlanner) -> bool:
     return isinstance(planner, DefaultLoadPlanner) and _own_hooks(planner) == ["commit_tensor"]
 
 
-def why_planner_is_slow(planner: LoadPlanner, planned_natively: bool) -> str:
-    """What keeps a planner from the fast way; empty if nothing does."""
-    reasons = [] if planned_natively else ["it plans without the search of dcp_fast"]
-    if hooks := _own_hooks(planner):
-        reasons.append(f"its {', '.join(hooks)} must be called in the order of the plan, so items are read in windows")
-    elif not isinstance(planner, DefaultLoadPlanner):
-        reasons.append("it is not derived from DefaultLoadPlanner, so items are read in windows")
-    return "; ".join(reasons)
-
-
 def _own_hooks(planner: LoadPlanner) -> list[str]:
     return [name for name in _DEFAULT_HOOKS if not _is_default(planner, name)]
 

@@ -27,6 +27,10 @@ _FORCED = ("WEIGHTS_ONLY", "NO_WEIGHTS_ONLY")
 _TRUE = ("1", "y", "yes", "true")
 
 
+# What keeps a planner from planning fast.
+PLANS_ITSELF = "it plans without the search of dcp_fast"
+
+
 class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
     """Drop-in for ``torch.distributed.checkpoint.DefaultLoadPlanner`` that works with any ``StorageReader``.
 
@@ -43,7 +47,7 @@ class DefaultLoadPlanner(torch_planner.DefaultLoadPlanner):
             theirs is only called if this is True.
     """
 
-    trust_bytes_by_default: ClassVar[bool] = False
+    trust_bytes_by_default: ClassVar[bool | None] = None
     trust_bytes: bool = False  # of subclasses whose __init__ does not call ours
 
     def __init__(
@@ -175,5 +179,8 @@ def _use_old_keys_if_stored(planner: torch_planner.DefaultLoadPlanner) -> None:
 
 def trusts_bytes_by_default() -> bool:
     """What install() was told, or whether the environment tells torch.load to be content with weights_only=False."""
+    told = DefaultLoadPlanner.trust_bytes_by_default
+    if told is not None:
+        return told
     forced = {name: os.environ.get(f"TORCH_FORCE_{name}_LOAD", "0").lower() in _TRUE for name in _FORCED}
-    return DefaultLoadPlanner.trust_bytes_by_default or (forced["NO_WEIGHTS_ONLY"] and not forced["WEIGHTS_ONLY"])
+    return forced["NO_WEIGHTS_ONLY"] and not forced["WEIGHTS_ONLY"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,13 +28,12 @@ from torch.distributed.checkpoint.storage import StorageReader
 from dcp_fast._torch import DistWrapper, dcp_method_logger, get_failure_dict, wrap_exception
 from dcp_fast.errors import LoadError, MetadataAccessError
 from dcp_fast.observe.report import LoadReport, joined_report
-from dcp_fast.planning.hooks import why_planner_is_slow
-from dcp_fast.planning.planner import faster_method
+from dcp_fast.planning.planner import PLANS_ITSELF, faster_method
 from dcp_fast.ranks.collectives import Outcome, largest
 from dcp_fast.ranks.exchange import EXCHANGE_BYTES, Exchange, GroupError, OtherRankError
 from dcp_fast.ranks.interrupts import deferred_interrupt
 from dcp_fast.ranks.shared_metadata import share_metadata
-from dcp_fast.readers.others import read_plan, why_alone
+from dcp_fast.readers.others import metadata_of, read_plan, why_alone, why_metadata_is_slow
 from dcp_fast.readers.proof import class_name
 from dcp_fast.transfer.quantization import with_dequantized_chunks
 from dcp_fast.transfer.sharing import sharing
@@ -85,7 +85,7 @@ def load_on_all_ranks(
     """
     with joined_report() as report:
         report.reader, report.planner = class_name(storage_reader), class_name(planner)
-        report.path = str(getattr(storage_reader, "checkpoint_id", "") or "")
+        report.path = _path_of(storage_reader)
         ranks = DistWrapper(process_group, not no_dist, coordinator_rank)
         wants = Exchange.by_default if share_reads is None else share_reads
         sharing_reads = _ShareReads(exchange_bytes if wants else 0, ranks, report)
@@ -190,6 +190,7 @@ def _load(
         if metadata is None:
             with report.stage("metadata"):
                 metadata, has_global_metadata = _read_metadata(storage_reader, ranks.rank, shared)
+                report.metadata_fallback_reason = why_metadata_is_slow(storage_reader, metadata)
         faster_method(planner, "set_up_planner")(state_dict, metadata, ranks.is_coordinator)
         if _takes_keywords(storage_reader.set_up_storage_reader):
             storage_reader.set_up_storage_reader(
@@ -212,7 +213,8 @@ def _load(
                 read_plan(storage_reader, final, planner).wait()
 
     local = Outcome(local_step)
-    report.planner_fallback_reason = why_planner_is_slow(planner, report.planned_natively or local.error is not None)
+    if local.error is None and not report.planned_natively:
+        report.note_slow_planner(PLANS_ITSELF)
     # From here on no rank leaves the others without a word.
     with deferred_interrupt() as interrupts:
         if local.error is None:
@@ -306,7 +308,7 @@ def _read_metadata(reader: StorageReader, rank: int, shared: Callable[[], Metada
     """
     errors = []
     try:
-        metadata = reader.read_metadata() if shared is None else shared()
+        metadata = metadata_of(reader) if shared is None else shared()
         if metadata:
             if isinstance(reader, QuantizedHuggingFaceStorageReader):
                 with_dequantized_chunks(metadata)
@@ -334,6 +336,12 @@ def _read_metadata(reader: StorageReader, rank: int, shared: Callable[[], Metada
     if isinstance(global_error, LoadError):
         raise global_error
     raise AssertionError(reason) from global_error
+
+
+def _path_of(reader: StorageReader) -> str:
+    """The checkpoint that a reader reads, by what readers call it; empty if that does not tell."""
+    named = (getattr(reader, name, None) for name in ("checkpoint_id", "path"))
+    return next((str(path) for path in named if isinstance(path, (str, os.PathLike)) and str(path)), "")
 
 
 def _takes_keywords(function: Callable[..., Any]) -> bool:

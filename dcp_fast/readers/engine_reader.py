@@ -16,8 +16,7 @@ from torch.futures import Future
 from dcp_fast import _native
 from dcp_fast.collector import paused_collection
 from dcp_fast.observe.report import LoadReport, begin, current_report, last_report, publish
-from dcp_fast.planning.hooks import why_planner_is_slow
-from dcp_fast.planning.planner import DefaultLoadPlanner
+from dcp_fast.planning.planner import PLANS_ITSELF, DefaultLoadPlanner
 from dcp_fast.readers.proof import class_name
 from dcp_fast.this_load import option
 from dcp_fast.transfer.gpu import CudaLoad
@@ -131,7 +130,7 @@ class EngineReader(torch_filesystem.FileSystemReader):
             return self._load(plan, planner, report)
         self._report = LoadReport()
         report.reader, report.planner = class_name(self), class_name(planner)
-        report.planner_fallback_reason = why_planner_is_slow(planner, isinstance(planner, DefaultLoadPlanner))
+        report.note_slow_planner("" if isinstance(planner, DefaultLoadPlanner) else PLANS_ITSELF)
         try:
             return self._load(plan, planner, report)
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from dcp_fast import _native
 from dcp_fast._torch import ExtensionRegistry
-from dcp_fast.metadata.read import parse_metadata, read_metadata
+from dcp_fast.metadata.read import parse_metadata, parse_natively, read_metadata, read_natively
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.readers.engine_reader import EngineReader, IoName, owned_by
 from dcp_fast.readers.proof import is_torchs_file_system, local_files
@@ -50,9 +51,9 @@ class FileSystemReader(EngineReader):
         trace: a file for the timeline of each load, as Chrome trace events (https://ui.perfetto.dev opens it). It is
             written anew for each load, also for one that fails. ``{rank}`` in it stands for the rank; without it, rank
             0 writes the file itself, and each other rank appends ``.rankN``.
-        trust_metadata: unpickle ``.metadata`` as torch does, which runs whatever code the file names. By default
-            only the types that DCP writes are made, and nothing is run. None: False, or as :func:`dcp_fast.install`
-            was told.
+        trust_metadata: unpickle ``.metadata`` as torch does, which runs whatever code the file names, where it is not
+            read natively. By default only the types that DCP writes are made, and nothing is run. None: False, or as
+            :func:`dcp_fast.install` was told.
 
     Raises (from ``read_data``; ``dcp.load`` wraps them in ``CheckpointException``):
         LoadError: see :mod:`dcp_fast.errors`.
@@ -117,13 +118,30 @@ def read_metadata_of(
 ) -> Metadata:
     """Read metadata for a reader of torch's class, or one derived from it. ``torchs``: its own method, bound to it."""
     if option(reader, "trust_metadata", FileSystemReader.trust_metadata_by_default):
-        with trusted():
-            return torchs(*args, **kwargs)
+        return read_trusted_metadata_of(torchs, reader, *args, **kwargs)
     path = reader._get_metadata_path(kwargs.get("rank"))
     if is_torchs_file_system(reader.fs):
         return owned_by(reader, read_metadata(str(path)))
     content = file_content(reader, path)
     return owned_by(reader, parse_metadata(content, str(path), partial(file_content, reader, path)))
+
+
+def read_trusted_metadata_of(
+    torchs: Callable[..., Metadata], reader: torch_filesystem.FileSystemReader, *args: Any, **kwargs: Any
+) -> Metadata:
+    """The same of a file that is trusted: torch's method unpickles what the native reader does not know."""
+    metadata = None
+    with suppress(Exception):  # torch's method finds its own words for it
+        path = reader._get_metadata_path(kwargs.get("rank"))
+        if is_torchs_file_system(reader.fs):
+            metadata = read_natively(str(path), trusted=True)
+        else:
+            again = partial(file_content, reader, path)
+            metadata = parse_natively(again(), str(path), again, trusted=True)
+    if metadata is not None:
+        return owned_by(reader, metadata)
+    with trusted():
+        return torchs(*args, **kwargs)
 
 
 def file_content(reader: torch_filesystem.FileSystemReader, path: str | os.PathLike[str]) -> bytes:

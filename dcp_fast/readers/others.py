@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
+from torch.distributed.checkpoint import filesystem as torch_filesystem
+from torch.distributed.checkpoint import hf_storage as torch_huggingface
 from torch.distributed.checkpoint import quantized_hf_storage as torch_quantized
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
@@ -16,11 +19,16 @@ from torch.futures import Future
 from dcp_fast import _native
 from dcp_fast._torch import StorageInfo
 from dcp_fast.errors import LoadError, typed_errors
+from dcp_fast.metadata.lazy import columns_of
 from dcp_fast.observe.report import joined_report
-from dcp_fast.planning.hooks import why_planner_is_slow
 from dcp_fast.readers.engine_reader import EngineReader
-from dcp_fast.readers.filesystem import FileSystemReader
-from dcp_fast.readers.huggingface import TARGET_DTYPES, HuggingFaceStorageReader, QuantizedHuggingFaceStorageReader
+from dcp_fast.readers.filesystem import FileSystemReader, read_metadata_of, read_trusted_metadata_of
+from dcp_fast.readers.huggingface import (
+    TARGET_DTYPES,
+    HuggingFaceStorageReader,
+    QuantizedHuggingFaceStorageReader,
+    read_headers_of,
+)
 from dcp_fast.readers.proof import (
     class_name,
     has_torchs_payload_reads,
@@ -29,6 +37,7 @@ from dcp_fast.readers.proof import (
     method_of,
     why_no_payloads,
 )
+from dcp_fast.switches import are_on, original_of
 from dcp_fast.transfer.destinations import DTYPES
 
 Reader = TypeVar("Reader", bound=StorageReader)
@@ -38,6 +47,13 @@ _FIELDS = {"relative_path", "offset", "length", "transform_descriptors"}  # of t
 _BLOCK = 1 << 20
 _UNKNOWN = -1  # the dtype of a record that only torch.load can read
 _ARCHIVE = b"PK\x03\x04"  # begins what torch.save writes since torch 1.6
+# torch's own, as they are at import: in their place metadata is read natively where that is possible.
+_FILE_METADATA = original_of(torch_filesystem.FileSystemReader.read_metadata)
+_HEADERS = original_of(torch_huggingface.HuggingFaceStorageReader.read_metadata)
+_OF_HEADERS = [
+    *(_HEADERS, original_of(torch_quantized.QuantizedHuggingFaceStorageReader.read_metadata)),
+    *(HuggingFaceStorageReader.read_metadata, QuantizedHuggingFaceStorageReader.read_metadata),
+]
 
 
 def fast_twin(reader: Any) -> EngineReader | str:
@@ -78,6 +94,35 @@ def why_alone(reader: StorageReader) -> str:
     return engine if isinstance(engine, str) else engine.why_slow()
 
 
+def metadata_of(reader: StorageReader) -> Metadata:
+    """What a reader's ``read_metadata`` returns, read natively where the method is torch's.
+
+    By passing a reader of torch's, the caller trusts the file, unless dcp_fast is installed: what the native reader
+    does not know is unpickled as torch does.
+    """
+    method: Any = reader.read_metadata
+    if isinstance(reader, torch_filesystem.FileSystemReader) and getattr(method, "__self__", None) is reader:
+        if method.__func__ is _FILE_METADATA:
+            return (read_metadata_of if are_on() else read_trusted_metadata_of)(method, reader)
+        if method.__func__ is _HEADERS:
+            with suppress(Exception):  # torch's method has its own errors
+                return read_headers_of(method, reader)
+    metadata: Metadata = method()
+    return metadata
+
+
+def why_metadata_is_slow(reader: StorageReader, metadata: Metadata) -> str:
+    """Why metadata that a reader returned was not read natively; empty if it was."""
+    if columns_of(metadata) is not None:
+        return ""
+    method = method_of(reader, "read_metadata")
+    if method in (_FILE_METADATA, FileSystemReader.read_metadata):
+        return "it holds what the native reader does not know"
+    if method in _OF_HEADERS:
+        return "" if isinstance(reader, EngineReader) or are_on() else "torch's reader has read the headers itself"
+    return "the reader has a read_metadata of its own, which unpickles it, or changes what it gets"
+
+
 def read_plan(reader: StorageReader, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
     """A reader's ``read_data``, by the engine where that gives the same."""
     if has_torchs_read_data(reader) or has_torchs_payload_reads(reader):
@@ -108,7 +153,6 @@ def _read_by(
         if not report.reader:  # the load goes on in torch's code, of which only this is ours
             report.path = str(getattr(reader, "checkpoint_id", ""))
             report.reader, report.planner = class_name(reader), class_name(planner)
-            report.planner_fallback_reason = why_planner_is_slow(planner, planned_natively=True)
         if isinstance(twin, EngineReader):
             return twin.read_data(plan, planner)
         report.reader_fallback_reason = twin

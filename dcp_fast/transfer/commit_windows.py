@@ -19,7 +19,7 @@ from dcp_fast.planning.values import TENSOR_TYPES, plain_local_tensor
 from dcp_fast.transfer.destinations import PLAIN_TENSORS
 from dcp_fast.transfer.items import Resolved
 from dcp_fast.transfer.planner_state import PlannerState
-from dcp_fast.transfer.windows import MOST_ITEMS, QUIET_ITEMS, geometry_of, tensor_in
+from dcp_fast.transfer.windows import CHANGES, MOST_ITEMS, QUIET_ITEMS, geometry_of, tensor_in
 
 # By how much windows grow. Each ends with threads that wait for the last one; a planner that is found to be in the way
 # has what was left of its window read twice.
@@ -33,12 +33,12 @@ class Done:
     Attributes:
         items: how many items are in place and committed, of those in torch's order.
         is_all: whether these are all.
-        one_by_one: whether each of the others may depend on the ones before it.
+        one_by_one: why each of the others may depend on the ones before it; empty if none does.
     """
 
     items: int
     is_all: bool = False
-    one_by_one: bool = False
+    one_by_one: str = ""
 
 
 def windows_of(order: Iterable[int], fqns: Sequence[str]) -> list[list[int]]:
@@ -130,7 +130,7 @@ class CommitWindows:
             )
             done += committed
             if is_changed or committed < len(window):
-                return Done(done, one_by_one=is_changed)
+                return Done(done, one_by_one=CHANGES if is_changed else "")
         return Done(done, is_all=True)
 
     def _is_as_resolved(self, box: int) -> bool:

@@ -182,13 +182,16 @@ class PlanTransfer:
         most_bytes = sys.maxsize if in_state_dict else self.staging_bytes
         place = partial(self._place_window, staged, self.placer.alone())
         windows = Windows(self.planner, partial(self._resolve, resolve), place, most_bytes, done.one_by_one)
-        with self.report.stage("commit"):
-            for item, record in items:
-                if item.type is _BYTE_IO:
-                    windows.add_bytes(partial(self._load_bytes, item, record))
-                else:
-                    windows.add(item, record)
-            windows.finish()
+        try:
+            with self.report.stage("commit"):
+                for item, record in items:
+                    if item.type is _BYTE_IO:
+                        windows.add_bytes(partial(self._load_bytes, item, record))
+                    else:
+                        windows.add(item, record)
+                windows.finish()
+        finally:
+            self.report.note_slow_planner(windows.why_slow)
 
     def _commit_windows(self) -> Done:
         """Place windows of a program of all items; or all of them at once, with other ranks that share reads.

@@ -27,6 +27,14 @@ from dcp_fast.transfer.value_watch import LookedError, ValueWatch
 MOST_ITEMS = 4096
 # So many items must have left the planner as it was before there is a window of more than one.
 QUIET_ITEMS = 4
+# A planner that changes at one of so many calls of resolve_tensor is as slow as one by one.
+_CALM = 8
+
+# Why items come one by one.
+CHANGES = "its hooks change what it keeps, or the state dict"
+_HIDES = "it keeps what nobody can watch, such as arrays or objects with slots"
+_LOOKS = "its resolve_tensor looks at values that are yet to come"
+_NOT_COUNTED = "tensors of inference mode do not count writes"
 
 
 Geometry = tuple[int, torch.Size, tuple[int, ...], torch.dtype, tuple[bool, bool]]
@@ -88,7 +96,7 @@ class Windows:
         resolve: finds the destination of an item and its record.
         place: brings the bytes of all placements into their tensors.
         most_bytes: how much the tensors of a window may hold: a planner may have allocated them for the load.
-        one_by_one: whether the planner is known to notice windows of more than one item.
+        one_by_one: why items must come one by one, if that is known already.
     """
 
     def __init__(
@@ -97,7 +105,7 @@ class Windows:
         resolve: Callable[[ReadItem, int], Placement],
         place: Callable[[Sequence[Placement]], None],
         most_bytes: int,
-        one_by_one: bool = False,
+        one_by_one: str = "",
     ) -> None:
         self._planner = planner
         self._resolve = resolve
@@ -110,11 +118,20 @@ class Windows:
         self._window = _Window()
         self._most = 1
         self._quiet = 0
-        self._one_by_one = one_by_one or hides_state(planner) or self._state.is_hidden
+        self._items = self._changes = 0
+        self._one_by_one = one_by_one or (_HIDES if hides_state(planner) or self._state.is_hidden else "")
+
+    @property
+    def why_slow(self) -> str:
+        """Why items came one by one; empty if most came in windows."""
+        often = self._changes > QUIET_ITEMS and _CALM * self._changes > self._items
+        why = self._one_by_one or (CHANGES if often else "")
+        return f"items are read one by one, as {why}" if why else ""
 
     def add(self, item: ReadItem, record: int) -> None:
         """Resolve an item. Raises what that raises, with all before it in place and committed."""
         fqn = item.dest_index.fqn
+        self._items += 1
         if self._has_commit and fqn in self._window.fqns:
             self.finish()
         try:
@@ -129,8 +146,9 @@ class Windows:
                 for again in change:
                     again()
             self._state.keep()
-            self._one_by_one = self._one_by_one or self._state.is_hidden
+            self._one_by_one = self._one_by_one or (_HIDES if self._state.is_hidden else "")
             self._most, self._quiet = 1, 0
+            self._changes += 1
         tensor = placement.tensor
         size = tensor.numel() * tensor.element_size()
         if self._has_commit:
@@ -147,7 +165,7 @@ class Windows:
             with suppress(Exception):  # of a tensor without memory, which is taken for pending anyway
                 window.memory.add(_memory_of(tensor))
         if not (counts_writes(tensor) and counts_writes(value)):
-            self._one_by_one, self._most = True, 1
+            self._one_by_one, self._most = self._one_by_one or _NOT_COUNTED, 1
         self._add(_Entry(placement, value, self._geometry_of(item, value)))
 
     def _resolve_in_window(self, item: ReadItem, record: int) -> Placement:
@@ -165,7 +183,7 @@ class Windows:
         if watch.has_looked:
             # It is called anew when all before it is committed, and so are those that come later.
             self._state.take_back()
-            self._one_by_one, self._most = True, 1
+            self._one_by_one, self._most = self._one_by_one or _LOOKS, 1
             self.finish()
             placement = self._resolve(item, record)
         return placement
@@ -211,7 +229,7 @@ class Windows:
                 entry()
             if has_changed():
                 self._state.keep()
-                self._one_by_one, self._most, again = True, 1, True
+                self._one_by_one, self._most, again = self._one_by_one or CHANGES, 1, True
 
     def _place_all(self, entries: Sequence[_Entry]) -> None:
         if not entries:

@@ -236,12 +236,41 @@ def test_planner_that_looks_at_everything(checkpoint: Path) -> None:
     assert_same_load(checkpoint, make)
 
 
-def test_trusted_metadata(checkpoint: Path) -> None:
-    metadata = fast_reader(checkpoint, trust_metadata=True).read_metadata()
-    assert type(metadata.state_dict_metadata) is dict
+@dataclasses.dataclass
+class OfUsers:
+    number: int
+
+
+class KeepsMetadata(dcp_fast.DefaultLoadPlanner):
+    metadata: Any
+
+
+def test_trusted_metadata(checkpoint: Path, tmp_path: Path) -> None:
+    metadata: Any = torch_reader(checkpoint).read_metadata()
+    metadata.planner_data = OfUsers(5)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    reader = fast_reader(tmp_path, trust_metadata=True)
+    metadata.storage_meta.load_id = reader.load_id
+    assert reader.read_metadata() == metadata
     with dcp_fast.install(trust_metadata=True):
         assert fast_reader(checkpoint).trust_metadata
     assert not fast_reader(checkpoint).trust_metadata
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_trusted_metadata_is_read_natively(tmp_path: Path, passed: bool) -> None:
+    save(tmp_path, {"step": 5})
+    metadata: Any = torch_reader(tmp_path).read_metadata()
+    metadata.own = OfUsers(6)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    reader = torch_reader(tmp_path) if passed else fast_reader(tmp_path, trust_metadata=True)
+    planner = KeepsMetadata()
+    state = {"step": 0}
+    dcp_fast.load(state, storage_reader=reader, planner=planner)
+    assert state == {"step": 5}
+    assert columns_of(planner.metadata) is not None
+    assert planner.metadata.own == OfUsers(6)
+    assert planner.metadata.storage_meta.load_id == reader.load_id
 
 
 # Columns

@@ -6,6 +6,7 @@ import logging
 import pickle
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from foreign_readers import STORED, Foreign, report_of, zeros
-from helpers import load_with, save, torch_load
+from helpers import image, load_with, save, torch_load, torch_reader
 from ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -31,6 +32,38 @@ def stored(tmp_path: Path) -> Path:
 class Hooked(dcp.DefaultLoadPlanner):
     def resolve_tensor(self, read_item: Any) -> Any:
         return super().resolve_tensor(read_item)
+
+
+class Remembering(dcp.DefaultLoadPlanner):
+    """Keeps something at each item."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = ""
+
+    def resolve_tensor(self, read_item: Any) -> Any:
+        self.last = read_item.dest_index.fqn
+        return super().resolve_tensor(read_item)
+
+
+class Committing(dcp.DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.committed = 0
+
+    def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+        self.committed += 1
+
+
+class Looking(dcp.DefaultLoadPlanner):
+    def resolve_tensor(self, read_item: Any) -> Any:
+        for value in self.state_dict.values():
+            value.sum()
+        return super().resolve_tensor(read_item)
+
+
+class Hiding(Hooked):
+    __slots__ = ("hidden",)
 
 
 class Planning(dcp.DefaultLoadPlanner):
@@ -52,7 +85,7 @@ def test_planners(stored: Path, driver: Any) -> None:
     for planner, words in (
         (dcp_fast.DefaultLoadPlanner(), []),
         # Our own load makes a plan that a planner only inherits from torch's.
-        (Hooked(), ["plans without", "resolve_tensor"] if driver is torch_load else ["its resolve_tensor"]),
+        (Hooked(), ["plans without"] if driver is torch_load else []),
         (Planning(), ["plans without"]),
     ):
         reader = dcp_fast.FileSystemReader(stored)
@@ -66,8 +99,98 @@ def test_planners(stored: Path, driver: Any) -> None:
 def test_planners_while_installed(stored: Path) -> None:
     with dcp_fast.install():
         assert report_of(dcp.load, zeros(), checkpoint_id=stored, planner=Planning()).is_fast
-        report = report_of(dcp.load, zeros(), checkpoint_id=stored, planner=Hooked())
-    assert report.planner_fallback_reason.startswith("its resolve_tensor")
+        assert report_of(dcp.load, zeros(), checkpoint_id=stored, planner=Hooked()).is_fast
+
+
+@pytest.mark.parametrize(
+    ("planner", "words"),
+    [
+        (Remembering, "its hooks change what it keeps"),
+        (Committing, "its hooks change what it keeps"),
+        (Looking, "its resolve_tensor looks at values"),
+        (Hiding, "nobody can watch"),
+    ],
+)
+def test_planners_that_need_items_one_by_one(tmp_path: Path, planner: Any, words: str) -> None:
+    stored = {"t": torch.ones(3), **{f"w{number}": torch.full((2,), float(number)) for number in range(20)}}
+    save(tmp_path, stored)
+    state = {fqn: torch.zeros_like(value) for fqn, value in stored.items()}
+    report = report_of(dcp_fast.load, state, checkpoint_id=tmp_path, planner=planner())
+    assert image(state) == image(stored)
+    assert not report.is_fast
+    assert report.planner_fallback_reason.startswith("items are read one by one, as ")
+    assert words in report.planner_fallback_reason
+
+
+def test_planner_that_changes_once_is_fast(tmp_path: Path) -> None:
+    class Beginning(Remembering):
+        def resolve_tensor(self, read_item: Any) -> Any:
+            self.last = self.last or read_item.dest_index.fqn
+            return dcp.DefaultLoadPlanner.resolve_tensor(self, read_item)
+
+    stored = {f"w{number}": torch.full((2,), float(number)) for number in range(20)}
+    save(tmp_path, stored)
+    state = {fqn: torch.zeros_like(value) for fqn, value in stored.items()}
+    assert report_of(dcp_fast.load, state, checkpoint_id=tmp_path, planner=Beginning()).is_fast
+    assert image(state) == image(stored)
+
+
+class OwnMetadata(dcp.FileSystemReader):
+    def read_metadata(self, *arguments: Any, **keywords: Any) -> Any:
+        with open(self.path / ".metadata", "rb") as file:
+            return pickle.load(file)
+
+
+class HandsOn(dcp.FileSystemReader):
+    def read_metadata(self, *arguments: Any, **keywords: Any) -> Any:
+        return super().read_metadata(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_metadata(stored: Path, installed: bool) -> None:
+    with dcp_fast.install() if installed else nullcontext():
+        for reader, is_fast in (
+            (dcp.FileSystemReader, True),
+            (dcp_fast.FileSystemReader, True),
+            (HandsOn, installed),
+            (OwnMetadata, False),
+        ):
+            report = report_of(dcp_fast.load, zeros(), storage_reader=reader(stored))
+            assert report.is_fast == (not report.metadata_fallback_reason) == is_fast
+            assert report.reader_fallback_reason == report.planner_fallback_reason == ""
+            assert ("not fast: metadata: the reader has a read_metadata of its own" in str(report)) == (not is_fast)
+
+
+def test_metadata_that_only_python_reads(stored: Path) -> None:
+    metadata: Any = torch_reader(stored).read_metadata()
+    metadata.planner_data = {"more": {1, 2}}
+    (stored / ".metadata").write_bytes(pickle.dumps(metadata))
+    report = report_of(dcp_fast.load, zeros(), checkpoint_id=stored)
+    assert report.metadata_fallback_reason == "it holds what the native reader does not know"
+
+
+def test_path_of_readers_of_others(stored: Path) -> None:
+    report = report_of(dcp_fast.load, zeros(), storage_reader=Foreign(stored))
+    assert report.path == str(stored)
+    report = report_of(dcp_fast.load, zeros(), storage_reader=WithoutPath(stored))
+    assert "load of ? by " in str(report)
+
+
+class WithoutPath(Foreign):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.folder, self.path = path, None
+
+    def read_metadata(self) -> Any:
+        self.path = self.folder
+        try:
+            return super().read_metadata()
+        finally:
+            self.path = None
+
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        self.path = self.folder
+        return super().read_data(plan, planner)
 
 
 class ReadsItself(dcp_fast.FileSystemReader):
@@ -98,7 +221,7 @@ def test_reader_that_wraps_ours(stored: Path) -> None:
     reader.infos = lambda info: info
     report = report_of(dcp_fast.load, zeros(), storage_reader=reader)
     assert report.reader.endswith("Wrapping")
-    assert report.is_fast
+    assert report.reader_fallback_reason == report.planner_fallback_reason == ""
     assert report.records == 3
     assert report.bytes_read > 0
 
@@ -109,16 +232,16 @@ def test_each_cause_is_logged_once(
     monkeypatch.setattr(report_module, "_logged_reasons", set())
     with caplog.at_level(logging.INFO, "dcp_fast"):
         for _ in range(3):
-            dcp_fast.load(zeros(), storage_reader=Foreign(stored))
-            dcp_fast.load(zeros(), checkpoint_id=stored, planner=Hooked())
+            dcp_fast.load(zeros(), storage_reader=ReadsItself(stored))
+            dcp_fast.load(zeros(), checkpoint_id=stored, planner=Planning())
             dcp_fast.load(zeros(), checkpoint_id=stored)
     causes = [message for message in caplog.messages if "not fast. " in message]
     assert len(causes) == 2
     assert all("\n" not in cause and str(stored) in cause for cause in causes)
-    assert "Foreign" in causes[0]
+    assert "ReadsItself" in causes[0]
     assert "read_data" in causes[0]
-    assert "Hooked" in causes[1]
-    assert "resolve_tensor" in causes[1]
+    assert "Planning" in causes[1]
+    assert "plans without" in causes[1]
 
 
 def test_failed_load_names_who_failed(stored: Path) -> None:

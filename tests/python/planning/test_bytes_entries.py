@@ -207,6 +207,8 @@ def test_torchs_variable_lifts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     planner = torch_planner()
     with dcp_fast.install():
         assert not refuses(dcp.load, checkpoint_id=tmp_path, planner=planner)
+    with dcp_fast.install(trust_bytes=False):
+        assert refuses(dcp.load, checkpoint_id=tmp_path, planner=planner)
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     assert not dcp_fast.DefaultLoadPlanner().trust_bytes
     with dcp_fast.install():
