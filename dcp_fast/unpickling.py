@@ -19,6 +19,7 @@ import torch
 # Their values have whatever attributes a pickle gives them.
 NAMESPACES: tuple[type, ...] = (argparse.Namespace, types.SimpleNamespace)
 _Unpickler: Any = pickle._Unpickler
+_METHODS = frozenset(method.__name__ for method in _Unpickler.dispatch.values())
 _PROTOCOLS = {opcode.name: opcode.proto for opcode in pickletools.opcodes}
 # A call may be passed the same megabyte any number of times, by a few bytes each. What a writer passes to a call is in
 # the file once, with at least 2 bytes for an item of a set and 4 for a key and its value. So these many times the file
@@ -93,7 +94,10 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
 
     def __init_subclass__(cls) -> None:
         # Python's unpickler has its methods in a table, by opcode. Those of the subclass take their places.
-        cls.dispatch = {code: getattr(cls, method.__name__) for code, method in _Unpickler.dispatch.items()}
+        # torch derives a class for each entry that it reads, which has none of them.
+        (base, *others) = cls.__bases__
+        if others or base is RestrictedUnpickler or not _METHODS.isdisjoint(vars(cls)):
+            cls.dispatch = {code: getattr(cls, method.__name__) for code, method in _Unpickler.dispatch.items()}
 
     def __init__(self, file: IO[bytes], size: int, *, encoding: str = "ASCII") -> None:
         super().__init__(file, encoding=encoding)

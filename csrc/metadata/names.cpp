@@ -42,6 +42,63 @@ constexpr std::array<KnownGlobal, 20> kGlobals = {{
     {"pathlib", "PureWindowsPath", Global::kPureWindowsPath},
 }};
 
+// What Python makes by inert.py and arrays.py, and enums and devices of torch; long, unicode and xrange are int, str
+// and range to Python 2. In the order of their names.
+constexpr std::array<std::string_view, 44> kInertGlobals = {
+    "_codecs.encode",
+    "_io.BytesIO",
+    "argparse.Namespace",
+    "builtins.Ellipsis",
+    "builtins.bool",
+    "builtins.bytearray",
+    "builtins.bytes",
+    "builtins.complex",
+    "builtins.float",
+    "builtins.frozenset",
+    "builtins.int",
+    "builtins.list",
+    "builtins.long",
+    "builtins.range",
+    "builtins.set",
+    "builtins.slice",
+    "builtins.str",
+    "builtins.tuple",
+    "builtins.unicode",
+    "builtins.xrange",
+    "collections.Counter",
+    "collections.OrderedDict",
+    "collections.defaultdict",
+    "collections.deque",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.time",
+    "datetime.timedelta",
+    "datetime.timezone",
+    "decimal.Decimal",
+    "fractions.Fraction",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.numeric._frombuffer",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.numeric._frombuffer",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "torch.device",
+    "torch.distributed.checkpoint.planner.LoadItemType",
+    "torch.distributed.checkpoint.planner.WriteItemType",
+    "types.SimpleNamespace",
+    "uuid.UUID",
+};
+
+bool is_inert(std::string_view module, std::string_view name) {
+  const auto is_it = [&](std::string_view known) {
+    return known.size() == module.size() + 1 + name.size() && known.substr(0, module.size()) == module &&
+           known[module.size()] == '.' && known.substr(module.size() + 1) == name;
+  };
+  return std::any_of(kInertGlobals.begin(), kInertGlobals.end(), is_it);
+}
+
 const KnownGlobal& known(Global global) {
   return *std::find_if(kGlobals.begin(), kGlobals.end(), [&](const auto& entry) { return entry.global == global; });
 }
@@ -71,6 +128,7 @@ std::optional<Value> find_global(std::string_view module, std::string_view name,
   if (module == "torch") {
     if (const auto code = code_of(kDTypeNames, name)) return Value(Tag::kDType, *code);
   }
+  if (is_inert(modern, name)) return Value(Tag::kGlobal, static_cast<uint64_t>(Global::kInert));
   return std::nullopt;
 }
 

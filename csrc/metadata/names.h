@@ -30,6 +30,7 @@ enum class Global : uint8_t {
   kPosixPath,
   kPurePosixPath,
   kPureWindowsPath,  // a path of Windows, which only there could be more than pure
+  kInert,            // what makes values of inert types, or is one: see dcp_fast/values/inert.py
 };
 
 enum class MemoryFormat : uint8_t { kContiguous, kChannelsLast, kPreserve };

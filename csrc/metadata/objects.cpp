@@ -37,6 +37,7 @@ Value get_attribute(const Heap& heap, Value arguments) {
   if (!arguments.is(Tag::kTuple) || heap.tuple_size(arguments) != 2) unsupported("getattr");
   const Value type = heap.item(arguments, 0);
   const Value name = heap.item(arguments, 1);
+  if (is_global(type, Global::kInert) && name.is(Tag::kText)) return Value(Tag::kInert);
   if ((!is_global(type, Global::kMemoryFormat) && !is_global(type, Global::kShardMemoryFormat)) ||
       !name.is(Tag::kText)) {
     unsupported("getattr");
@@ -232,6 +233,8 @@ Value call(Heap& heap, Value callable, Value arguments) {
       return make_path(heap, callable, arguments);
     case Global::kDict:
       return make_dict(heap, arguments);
+    case Global::kInert:
+      return Value(Tag::kInert);
     default:
       unsupported("a call of a class");
   }
@@ -260,6 +263,8 @@ Value new_object(Heap& heap, Value type) {
       return Value(Tag::kStorageMeta, append(heap.storage_metas));
     case Global::kMetadata:
       return Value(Tag::kMetadata, append(heap.metadatas));
+    case Global::kInert:
+      return Value(Tag::kInert);
     default:
       unsupported("an object of another class");
   }
@@ -296,6 +301,8 @@ void set_fields(Heap& heap, Value object, const Value* items, size_t count) {
     case Tag::kMetadata:
       set(heap, heap.metadatas[index], fields);
       return;
+    case Tag::kInert:
+      return;
     default:
       unsupported("fields of another object");
   }
@@ -303,6 +310,7 @@ void set_fields(Heap& heap, Value object, const Value* items, size_t count) {
 }
 
 void set_state(Heap& heap, Value object, Value state) {
+  if (object.is(Tag::kInert)) return;
   if (!object.is(Tag::kProperties) || !state.is(Tag::kTuple) || heap.tuple_size(state) < 5) {
     unsupported("state of another object");
   }

@@ -114,6 +114,12 @@ class Unpickler {
         return literal(cursor_.unsigned_integer(4));
       case 0x8e:  // BINBYTES8
         return literal(cursor_.unsigned_integer(8));
+      case 0x96: {  // BYTEARRAY8
+        const uint64_t length = cursor_.unsigned_integer(8);
+        cursor_.require(length);
+        cursor_.seek(cursor_.position() + length);
+        return push(Value(Tag::kInert));
+      }
       case 0x8c:  // SHORT_BINUNICODE
         return text(cursor_.unsigned_integer(1));
       case 'X':  // BINUNICODE
@@ -251,6 +257,16 @@ class Unpickler {
         return extend_dict(stack_.size() - 2);
       case 'u':  // SETITEMS
         return extend_dict(stack_.pop_mark());
+      case 0x8f:  // EMPTY_SET
+        return push(Value(Tag::kInert));
+      case 0x90: {  // ADDITEMS
+        const size_t begin = stack_.pop_mark();
+        if (!stack_.below(begin).is(Tag::kInert)) unsupported("items for what is no set");
+        stack_.shrink(begin);
+        return true;
+      }
+      case 0x91:  // FROZENSET
+        return replace(stack_.pop_mark(), Value(Tag::kInert));
       default:
         return false;
     }
@@ -266,13 +282,18 @@ class Unpickler {
   }
   bool extend_list(size_t begin) {
     const Value list = stack_.below(begin);
-    if (!list.is(Tag::kList)) unsupported("items for what is no list");
-    extend(heap_.lists[list.payload()], begin);
+    if (!list.is(Tag::kList) && !list.is(Tag::kInert)) unsupported("items for what is no list");
+    if (list.is(Tag::kList)) extend(heap_.lists[list.payload()], begin);
     stack_.shrink(begin);
     return true;
   }
   bool extend_dict(size_t begin) {
     const Value value = stack_.below(begin);
+    if (value.is(Tag::kInert)) {
+      if ((stack_.size() - begin) % 2 != 0) corrupt("a key without a value");
+      stack_.shrink(begin);
+      return true;
+    }
     if (!value.is(Tag::kDict)) unsupported("keys for what is no dict");
     Dict* dict = heap_.dict(value);
     if (dict == nullptr) unsupported("a dict of fields that is used again");
@@ -323,8 +344,11 @@ class Unpickler {
       case 0x81: {  // NEWOBJ
         stack_.need(2);
         const Value arguments = stack_.pop();
-        if (!arguments.is(Tag::kInts) || heap_.tuple_size(arguments) != 0) unsupported("an object with arguments");
-        return push(new_object(heap_, stack_.pop()));
+        const Value type = stack_.pop();
+        const Value made = new_object(heap_, type);
+        const bool has_none = arguments.is(Tag::kInts) && heap_.tuple_size(arguments) == 0;
+        if (!has_none && !made.is(Tag::kInert)) unsupported("an object with arguments");
+        return push(made);
       }
       case 'b':  // BUILD
         return build();
@@ -356,9 +380,9 @@ class Unpickler {
   }
 
   [[noreturn]] static void unknown(uint8_t opcode) {
-    // What protocols 0 and 1 write instead of shorter opcodes; DUP, sets, bytearrays, buffers, other calls,
-    // persistent ids, the extension registry; texts and floats of Python 2.
-    constexpr std::string_view kUnsupported = "ILVgpld2STUFPQio\x82\x83\x84\x8f\x90\x91\x92\x96\x97\x98";
+    // What protocols 0 and 1 write instead of shorter opcodes; DUP, buffers, other calls, persistent ids, the extension
+    // registry; texts and floats of Python 2.
+    constexpr std::string_view kUnsupported = "ILVgpld2STUFPQio\x82\x83\x84\x92\x97\x98";
     const std::string name = "opcode " + std::to_string(opcode);
     if (kUnsupported.find(static_cast<char>(opcode)) != std::string_view::npos) unsupported(name);
     corrupt("no such " + name);

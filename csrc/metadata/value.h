@@ -40,11 +40,12 @@ enum class Tag : uint8_t {
   kStorageInfo,
   kStorageMeta,
   kMetadata,
+  kInert,  // a value of an inert type, which nothing here makes: only what is left out may hold one
 };
 
 class Value {
  public:
-  static constexpr int kTagBits = 5;
+  static constexpr int kTagBits = 6;
   static constexpr int kPayloadBits = 64 - kTagBits;
 
   Value() = default;

@@ -1,15 +1,12 @@
-"""The allow-list: every global that metadata written by DCP or by Megatron-Core may name.
+"""The allow-list: every global that metadata written by DCP or by Megatron-Core may name, beside inert types.
 
 The native reader has its own, of what it can read: csrc/metadata/names.cpp.
 """
 
 from __future__ import annotations
 
-import codecs
-import collections
 import copyreg
 import dataclasses
-import pathlib
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint import planner as torch_planner
 
 from dcp_fast._torch import MEMORY_FORMAT_ENCODING, StorageInfo, StoragePrefix, get_layout, shard_metadata
+from dcp_fast.values.unpickler import find_inert, python3_name
 
 # torch before 2.3 wrote the properties of another module.
 PROPERTIES: dict[type, type] = {  # to the enum that its state must name
@@ -43,7 +41,6 @@ DATA_CLASSES: frozenset[type] = frozenset(
         torch_planner.WriteItem,
     }
 )
-PATHS: frozenset[type] = frozenset({pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath})
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 
 _ALLOWED: dict[tuple[str, str], Any] = {
@@ -51,29 +48,25 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     # Subclasses with one more field, up to version 0.15. Without them, Megatron-Core need not be there.
     (_MEGATRON, "MCoreMetadata"): torch_metadata.Metadata,
     (_MEGATRON, "MCoreSavePlan"): torch_planner.SavePlan,
-    **{("pathlib", cls.__name__): cls for cls in PATHS},
-    ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,  # only on Windows it could be more
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
     ("torch.serialization", "_get_layout"): get_layout,
     ("copyreg", "_reconstructor"): copyreg._reconstructor,  # type: ignore[attr-defined]
-    ("_codecs", "encode"): codecs.encode,  # bytes below protocol 3
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    **{("builtins", name.__name__): name for name in (complex, dict, frozenset, getattr, object, set)},
+    **{("builtins", name.__name__): name for name in (dict, getattr, object)},
 }
 
 
 def find_allowed(module: str, name: str, protocol: int) -> Any:
     """The global, or None if it is not on the list. Below protocol 3 modules have the names of Python 2."""
-    if module == "pathlib._local":  # of Python 3.13
-        module = "pathlib"
-    elif protocol < 3:
-        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+    if protocol < 3:
+        module, name = python3_name(module, name)
     if module == "torch" and "." not in name:
         dtype = vars(torch).get(name)
         if isinstance(dtype, torch.dtype):
             return dtype
-    return _ALLOWED.get((module, name))
+    found = _ALLOWED.get((module, name))
+    inert = find_inert(f"{module}.{name}") if found is None else None
+    return found if inert is None else inert[0]
 
 
 def has_field(module: str, name: str, field: str) -> bool:

@@ -6,13 +6,17 @@ somebody asks for them; else what may be damaged or hostile.
 
 from __future__ import annotations
 
-import codecs
 import collections
 import copyreg
+import datetime
+import decimal
+import fractions
 import importlib.util
 import io
+import pathlib
 import sys
-from collections.abc import Collection
+import uuid
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,10 +24,16 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dcp_fast._native import METADATA_DTYPES
 from dcp_fast._torch import PROPERTIES_HAVE_STRIDES, get_layout
-from dcp_fast.metadata.allowed import DATA_CLASSES, ENUMS, PATHS, PROPERTIES, find_allowed
-from dcp_fast.unpickling import RefusedError, RestrictedUnpickler, cost_of, expect, refused_opcode
+from dcp_fast.metadata.allowed import DATA_CLASSES, ENUMS, PROPERTIES, find_allowed
+from dcp_fast.unpickling import RefusedError, cost_of, expect, refused_opcode
+from dcp_fast.values.unpickler import InertUnpickler
 
-_ATOMS = (str, int, float, complex, bool, bytes, type(None), *PATHS)
+_ATOMS = (
+    *(str, int, float, complex, bool, bytes, type(None), decimal.Decimal, fractions.Fraction, uuid.UUID),
+    *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta),
+    *(pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath),
+)
+_KEYS = (list, tuple, set, frozenset)  # what a set is made of
 
 
 class MissingError(RefusedError):
@@ -45,12 +55,11 @@ def _check_key(key: Any) -> None:
         raise RefusedError(f"a key that is a {type(key).__name__}")
 
 
-class MetadataUnpickler(RestrictedUnpickler):
+class MetadataUnpickler(InertUnpickler):
     """Unpickles metadata."""
 
     check_key = staticmethod(_check_key)
     load_newobj_ex = refused_opcode("NEWOBJ_EX")
-    load_bytearray8 = refused_opcode("BYTEARRAY8")
 
     def __init__(self, pickled: bytes) -> None:
         super().__init__(io.BytesIO(pickled), len(pickled))
@@ -65,19 +74,34 @@ class MetadataUnpickler(RestrictedUnpickler):
         raise MissingError("a persistent id", "which no writer of metadata uses and no reader of it knows")
 
     def load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        made = self.stack[-1] = _call(self.stack[-1], arguments)
-        self.pay(max(cost_of(arguments), cost_of((made,))))
+        self._call(_call)
 
     def load_newobj(self) -> None:
+        self._call(_new)
+
+    def _call(self, of_metadata: Callable[[Any, Any], Any]) -> None:
         arguments = self.stack.pop()
-        made = self.stack[-1] = _new(self.stack[-1], arguments)
-        self.pay(cost_of((made,)))
+        expect(type(arguments) is tuple, "arguments that are no tuple")
+        function = self.stack[-1]
+        if self.makes(function):
+            # What has keys checks those of inert types. Here there may be objects of torch's, too.
+            if _is_one_of(function, (set, frozenset)):
+                for key in arguments[0] if arguments and type(arguments[0]) in _KEYS else ():
+                    _check_key(key)
+            expect(function is not collections.OrderedDict or not arguments, "a dict with arguments")
+            self.stack[-1] = self.make(function, arguments)
+            return
+        made = self.stack[-1] = of_metadata(function, arguments)
+        self.pay(max(cost_of(arguments), cost_of((made,))))
 
     def load_build(self) -> None:
         state = self.stack.pop()
-        _set_state(self.stack[-1], state)
-        self.pay(cost_of((state,)))
+        made = self.stack[-1]
+        self.pay(cost_of(state if type(state) is tuple else (state,)))
+        if self.is_stateless(made):
+            self.set_state(made, state)
+        else:
+            _set_fields(made, state)
 
 
 def _refused_global(module: str, name: str, protocol: int) -> RefusedError:
@@ -128,7 +152,6 @@ def _name(value: Any) -> str:
 
 def _call(function: Any, arguments: Any) -> Any:
     """What metadata may call, with the arguments that it may pass."""
-    expect(type(arguments) is tuple, "arguments that are no tuple")
     kinds = [type(argument) for argument in arguments]
     if function is torch.Size:
         return _new(function, arguments)
@@ -147,34 +170,26 @@ def _call(function: Any, arguments: Any) -> Any:
         expect(len(arguments) == 3, "_reconstructor of other than an object")
         expect(arguments[1] is object and arguments[2] is None, "_reconstructor of other than an object")
         return _new(arguments[0], ())
-    elif function is codecs.encode:
-        expect(kinds == [str, str] and arguments[1] == "latin1", "encode of other than bytes")
-    elif _is_one_of(function, (dict, collections.OrderedDict)):
+    elif function is dict:
         expect(not arguments, "a dict with arguments")
-    elif _is_one_of(function, (set, frozenset)):
-        expect(kinds in ([], [list]), "a set of other than a list")
-        for key in arguments[0] if arguments else ():
-            _check_key(key)
-    elif function is complex:
-        expect(kinds == [float, float], "a complex number of other than floats")
-    elif not _is_one_of(function, PATHS) or not set(kinds) <= {str}:
+    else:
         raise RefusedError(f"a call of {_name(function)}")
     return function(*arguments)
 
 
 def _new(cls: Any, arguments: Any) -> Any:
     if cls is torch.Size:
-        expect(type(arguments) is tuple and len(arguments) == 1, "a torch.Size of other than numbers")
+        expect(len(arguments) == 1, "a torch.Size of other than numbers")
         (numbers,) = arguments
         expect(type(numbers) in (tuple, list, torch.Size), "a torch.Size of other than numbers")
         expect(all(type(number) is int for number in numbers), "a torch.Size of other than numbers")
         return torch.Size(numbers)
-    if not _is_one_of(cls, (*DATA_CLASSES, *PROPERTIES)) or type(arguments) is not tuple or arguments:
+    if not _is_one_of(cls, (*DATA_CLASSES, *PROPERTIES)) or arguments:
         raise RefusedError(f"an object of {_name(cls)}")
     return object.__new__(cls)
 
 
-def _set_state(instance: Any, state: Any) -> None:
+def _set_fields(instance: Any, state: Any) -> None:
     cls = type(instance)
     if cls in PROPERTIES:
         kinds = [type(part) for part in state] if type(state) is tuple else []

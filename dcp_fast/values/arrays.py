@@ -16,6 +16,7 @@ from typing import Any
 from dcp_fast.unpickling import RefusedError, expect
 
 _MOST_BYTES = 1 << 62
+_ALIGNED = 0x80  # the flag of a dtype whose fields are where C would have them
 _DTYPE = re.compile(r"[biufcmMSUV][0-9]{1,9}")
 _UNITS = (b"Y", b"M", b"W", b"D", b"h", b"m", b"s", b"ms", b"us", b"ns", b"ps", b"fs", b"as", b"generic")
 _WITH_OBJECTS = (
@@ -133,11 +134,54 @@ def _dtype(*arguments: Any) -> Any:
     return cls(name, False, True)  # a copy: others share NumPy's own
 
 
+def _state_of_parts(size: int, state: tuple[Any, ...]) -> Any:
+    """The state of a dtype with fields, or of a subarray, as NumPy itself makes it of the same parts.
+
+    Args:
+        size: of the dtype in bytes.
+        state: in a pickle.
+    """
+    import numpy
+
+    _, _, subarray, names, fields, *numbers = state
+
+    def is_part(part: Any) -> bool:
+        return isinstance(part, numpy.dtype) and not part.hasobject
+
+    expect(list(map(type, numbers)) == [int, int, int] and numbers[0] == size, "a dtype of another size than its own")
+    if subarray is not None:
+        expect(type(subarray) is tuple and len(subarray) == 2 and is_part(subarray[0]), "a dtype with another subarray")
+        part, shape = subarray
+        expect(type(shape) is tuple and all(type(n) is int and n >= 0 for n in shape), "a dtype with another subarray")
+        expect(math.prod(n or 1 for n in shape) * (part.itemsize or 1) <= max(size, 1), "a subarray without bounds")
+        made = numpy.dtype((part, shape))
+    else:
+        expect(type(names) is tuple and type(fields) is dict, "a dtype with other fields")
+        expect(all(type(name) is str and name in fields for name in names), "a dtype with other fields")
+        places = [fields[name] for name in names]
+        known = all(type(place) is tuple and len(place) == 2 and is_part(place[0]) for place in places)
+        expect(known and len(fields) == len(names), "a dtype with other fields")
+        inside = all(type(at) is int and at >= 0 and at + part.itemsize <= size for part, at in places)
+        expect(inside, "a dtype with fields beyond its end")
+        parts, offsets = [part for part, _ in places], [at for _, at in places]
+        is_aligned = bool(numbers[2] & _ALIGNED)
+        made = numpy.dtype(
+            {"names": list(names), "formats": parts, "offsets": offsets, "itemsize": size, "aligned": is_aligned}
+        )
+    own = made.__reduce__()[2]
+    same = len(own) == len(state) and [own[0], own[1], *own[5:]] == [state[0], state[1], *numbers]
+    expect(same and not made.hasobject, "a dtype that NumPy makes otherwise of its parts")
+    return own
+
+
 def _set_dtype(dtype: Any, state: Any) -> None:
     own = dtype.__reduce__()[2]
     expect(type(state) is tuple and len(state) == len(own), "a dtype with another state")
     expect(type(state[0]) is int and state[0] == own[0], "a dtype with another state")
     expect(type(state[1]) is str and state[1] in ("<", ">", "=", "|"), "a dtype with another byte order")
+    if dtype.kind == "V" and (state[2] is not None or state[3] is not None):
+        dtype.__setstate__(_state_of_parts(dtype.itemsize, state))
+        return
     same = all(type(part) is type(mine) and part == mine for part, mine in zip(state[2:8], own[2:8], strict=True))
     expect(same, "a dtype with fields, or of another size than its own")
     for metadata in state[8:]:  # of times

@@ -23,6 +23,9 @@ from dcp_fast.values.unpickler import Unpickler, find_allowed, python3_name, use
 # A record in the format before torch 1.6: a magic number, a version, the machine and the value, each a pickle.
 _LEGACY_PICKLES = 4
 _MOST_NAMED = 5
+_ENCODING = "utf-8"  # torch.load's, of texts that Python 2 wrote
+# In names of globals that torch's loader of archives takes for others.
+_NAMES_OF_TORCH = (b"Storage", b"torch.tensor")
 _TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _MEMO_WRITERS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 _MEMO_READERS = ("GET", "BINGET", "LONG_BINGET")
@@ -88,17 +91,26 @@ def with_others(first: UntrustedBytesError, others: Sequence[UntrustedBytesError
 
 
 def _load(entry: io.BytesIO) -> Any:
-    if not is_zipfile(entry):
-        return load_legacy(entry, None, _pickle_module(entry, {}), encoding="utf-8")
+    archive = _native.find_archive(entry.getbuffer())
+    if archive is None and not is_zipfile(entry):
+        return load_legacy(entry, None, _pickle_module(entry, {}), encoding=_ENCODING)
+    if archive is not None:
+        pickled, storages = archive
+        if not storages and not any(name in pickled for name in _NAMES_OF_TORCH):
+            size = entry.getbuffer().nbytes
+            return Unpickler(io.BytesIO(pickled), encoding=_ENCODING, entry_size=size).load()
     reader = PyTorchFileReader(entry)
-    if "constants.pkl" in reader.get_all_records():
-        raise UntrustedBytesError(f"the entry is TorchScript, which is a program; {_TRUST}")
-    sizes = _storage_sizes(entry, reader)
-    return load_archive(reader, None, _pickle_module(entry, sizes), encoding="utf-8")
+    if archive is None:
+        if "constants.pkl" in reader.get_all_records():
+            raise UntrustedBytesError(f"the entry is TorchScript, which is a program; {_TRUST}")
+        sizes = _storage_sizes(entry, reader)
+    else:
+        sizes = {key: size for key, (_, size) in storages.items()}
+    return load_archive(reader, None, _pickle_module(entry, sizes or {"": 0}), encoding=_ENCODING)
 
 
 def _storage_sizes(entry: io.BytesIO, reader: Any) -> dict[str, int]:
-    """Bytes of each storage of an archive, by its key, after checks that torch does not make."""
+    """Bytes of each storage by its key, of an archive of another form than torch's, after checks that torch lacks."""
     with zipfile.ZipFile(entry) as archive:
         records = {item.filename.partition("/")[2]: item for item in archive.infolist()}
         if any(item.compress_type != zipfile.ZIP_STORED for item in records.values()):
@@ -106,8 +118,7 @@ def _storage_sizes(entry: io.BytesIO, reader: Any) -> dict[str, int]:
     checksum = records["data.pkl"].CRC  # 0 if the writer was told not to compute it
     if checksum and zlib.crc32(reader.get_record("data.pkl")) != checksum:
         raise pickle.UnpicklingError("the checksum of data.pkl is wrong")
-    storages = {name[5:]: item.file_size for name, item in records.items() if name.startswith("data/")}
-    return storages or {"": 0}
+    return {name[5:]: item.file_size for name, item in records.items() if name.startswith("data/")}
 
 
 def _pickle_module(entry: io.BytesIO, sizes: dict[str, int]) -> Any:

@@ -1,5 +1,7 @@
 """Unpickles the value of a bytes entry, and calls nothing but what makes inert values, with arguments that are meant.
 
+Fields of metadata that a later torch may have are made by the same base, and hold nothing but values of inert types.
+
 torch's restricted unpickler knows the opcodes of protocol 2 alone, and calls what is on its list with any arguments.
 What this one makes is what ``pickle`` makes.
 What somebody allowed by ``torch.serialization.add_safe_globals`` is called as ``pickle`` calls it.
@@ -24,6 +26,73 @@ from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, check_key
 from dcp_fast.values.tensors import call_of_torch, known_to_torch, set_tensor
 
 
+def find_inert(name: str) -> tuple[Any] | None:
+    """What a global stands for that makes inert values; None for any other."""
+    for calls in (CALLS, arrays.calls() if name.startswith("numpy.") else {}):
+        if name in calls:
+            return (calls[name][0],)
+    return (CONSTANTS[name],) if name in CONSTANTS else None
+
+
+@functools.lru_cache(maxsize=1)
+def _makers() -> dict[int, Callable[..., Any]]:
+    """What makes one, by the id of what a pickle calls."""
+    return {id(called): make for calls in (CALLS, arrays.calls()) for called, make in calls.values()}
+
+
+class InertUnpickler(RestrictedUnpickler):
+    """Base of what unpickles values of inert types, among others."""
+
+    lists = (list, collections.deque)
+    dicts = (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
+
+    def __init__(self, file: IO[bytes], size: int, *, encoding: str = "ASCII") -> None:
+        super().__init__(file, size, encoding=encoding)
+        self._stateless: dict[int, Any] = {}  # by id, what may be given a state: once, and only what this pickle made
+
+    @staticmethod
+    def makes(function: Any) -> bool:
+        """Whether a function or class is called by :meth:`make`."""
+        return id(function) in _makers()
+
+    def make(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """What a function makes of the arguments that Python's own pickling writes."""
+        made = _makers()[id(function)](*arguments)
+        # What is made of one argument is bounded. It is the copies after it that must end.
+        self.pay(max(cost_of(arguments), cost_of((made,))))
+        if type(made) in STATES or arrays.state_setter(made) is not None:
+            self._stateless[id(made)] = made
+        return made
+
+    def is_stateless(self, value: Any) -> bool:
+        """Whether a value was made, and was given no state yet."""
+        return id(value) in self._stateless
+
+    def set_state(self, made: Any, state: Any) -> None:
+        """Give a value its state.
+
+        Raises:
+            RefusedError: it takes none, or has one.
+        """
+        cls = type(made)
+        setter = STATES.get(cls) or arrays.state_setter(made)
+        if setter is None or self._stateless.pop(id(made), None) is None:
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            raise RefusedError(f"a state of a {name}", *([] if find_inert(name) else [name]))
+        setter(made, state)
+
+    # It takes memory before it is there.
+    def load_bytearray8(self) -> None:
+        length = int.from_bytes(self.read(8), "little")
+        at = self._file.tell()
+        end = self._file.seek(0, io.SEEK_END)
+        self._file.seek(at)
+        content = bytearray(self.read(length)) if length <= end - self.position() else bytearray()
+        if len(content) != length:
+            raise EOFError("a bytearray beyond the end of the pickle")
+        self.append(content)
+
+
 def users_globals() -> dict[str, Any]:
     """What ``torch.serialization.add_safe_globals`` allows, by the names in a pickle."""
     users: dict[str, Any] = weights_only_unpickler._get_user_allowed_globals()  # type: ignore[no-untyped-call]
@@ -37,16 +106,14 @@ def python3_name(module: str, name: str) -> tuple[str, str]:
 
 def find_allowed(name: str) -> tuple[Any] | None:
     """What a name of the allow-lists stands for; None if it is on none."""
-    for calls in (CALLS, arrays.calls() if name.startswith("numpy.") else {}):
-        if name in calls:
-            return (calls[name][0],)
-    for values in (CONSTANTS, known_to_torch()):
-        if name in values:
-            return (values[name],)
+    if found := find_inert(name):
+        return found
+    if name in (known := known_to_torch()):
+        return (known[name],)
     return (getattr,) if name == "builtins.getattr" else None  # of enums: see _call
 
 
-class Unpickler(RestrictedUnpickler):
+class Unpickler(InertUnpickler):
     """Unpickles bytes entries.
 
     Attributes:
@@ -54,18 +121,17 @@ class Unpickler(RestrictedUnpickler):
         storage_sizes: bytes of each storage of an archive, by its key; empty if the entry is no archive.
     """
 
-    entry_size: ClassVar[int] = 0
+    entry_size: int = 0
     storage_sizes: ClassVar[dict[str, int]] = {}
-    lists = (list, collections.deque)
-    dicts = (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
     check_key = staticmethod(check_key)
     load_persid = refused_opcode("PERSID")
 
-    def __init__(self, file: IO[bytes], *, encoding: str = "ASCII") -> None:
+    def __init__(self, file: IO[bytes], *, encoding: str = "ASCII", entry_size: int | None = None) -> None:
+        if entry_size is not None:
+            self.entry_size = entry_size
         super().__init__(file, self.entry_size, encoding=encoding)
         self._users = users_globals()
         self._users_by_id = {id(allowed): allowed for allowed in self._users.values()}
-        self._made: dict[int, Any] = {}  # by id, what may be given a state: once, and only what this pickle has made
         self._storages: dict[str, int] = {}  # bytes, by key
         self._unclaimed = self.entry_size
 
@@ -93,21 +159,15 @@ class Unpickler(RestrictedUnpickler):
         of_users = function is collections.defaultdict and len(arguments) == 1 and self._is_users(arguments[0])
         if of_users or self._is_users(function):
             return function(*arguments)
-        if maker := _makers().get(id(function)):
-            made = maker(*arguments)
-            # What is made of one argument is bounded. It is the copies after it that must end.
-            self.pay(max(cost_of(arguments), cost_of((made,))))
-        elif function is getattr:
-            made = self._enum_member(arguments)
-        else:
-            # It would keep the memory that the array gives up when it gets its state.
-            fresh = [each for each in arguments if id(each) in self._made and arrays.state_setter(each) is not None]
-            expect(not fresh, "a call with an array that has no state yet")
-            expect(any(function is known for known in known_to_torch().values()), f"a call of {_name(function)}")
-            return call_of_torch(function, arguments, self._users_by_id, self.pay)
-        if type(made) in STATES or arrays.state_setter(made) is not None:
-            self._made[id(made)] = made
-        return made
+        if self.makes(function):
+            return self.make(function, arguments)
+        if function is getattr:
+            return self._enum_member(arguments)
+        # It would keep the memory that the array gives up when it gets its state.
+        fresh = [each for each in arguments if self.is_stateless(each) and arrays.state_setter(each) is not None]
+        expect(not fresh, "a call with an array that has no state yet")
+        expect(any(function is known for known in known_to_torch().values()), f"a call of {_name(function)}")
+        return call_of_torch(function, arguments, self._users_by_id, self.pay)
 
     def _enum_member(self, arguments: tuple[Any, ...]) -> Any:
         """As Python 3.11 first pickled the members of enums."""
@@ -148,11 +208,7 @@ class Unpickler(RestrictedUnpickler):
         if cls is torch.Tensor or cls is torch.nn.Parameter:
             set_tensor(made, state)
             return
-        setter = STATES.get(cls) or arrays.state_setter(made)
-        if setter is None or self._made.pop(id(made), None) is None:
-            name = f"{cls.__module__}.{cls.__qualname__}"
-            raise RefusedError(f"a state of a {name}", *([] if find_allowed(name) else [name]))
-        setter(made, state)
+        self.set_state(made, state)
 
     def load_binpersid(self) -> None:
         pid = self.stack[-1]
@@ -173,24 +229,6 @@ class Unpickler(RestrictedUnpickler):
         if self._unclaimed < 0:
             raise ValueError(f"storages of more bytes than the {self.entry_size} of the entry")
         super().load_binpersid()
-
-    # What takes memory before it is there
-
-    def load_bytearray8(self) -> None:
-        length = int.from_bytes(self.read(8), "little")
-        at = self._file.tell()
-        end = self._file.seek(0, io.SEEK_END)
-        self._file.seek(at)
-        content = bytearray(self.read(length)) if length <= end - self.position() else bytearray()
-        if len(content) != length:
-            raise EOFError("a bytearray beyond the end of the entry")
-        self.append(content)
-
-
-@functools.lru_cache(maxsize=1)
-def _makers() -> dict[int, Callable[..., Any]]:
-    """What makes one, by the id of what a pickle calls."""
-    return {id(called): make for calls in (CALLS, arrays.calls()) for called, make in calls.values()}
 
 
 def _name(value: Any) -> str:

@@ -14,8 +14,8 @@ import dcp_fast
 ROOMS = [
     {"_native", "_torch", "collector", "errors", "switches", "this_load", "unpickling"},
     {"observe"},
-    {"metadata"},
     {"values"},
+    {"metadata"},
     {"planning"},
     {"transfer"},
     {"readers"},

@@ -46,6 +46,16 @@ INERT: dict[str, Any] = {
     "numpy array without elements": numpy.zeros((0, 5)),
     "numpy array, large": numpy.arange(5000.0),
     "numpy dtype": numpy.dtype("float32"),
+    "numpy array of fields": [
+        numpy.array([(1, 2.5), (3, 4.5)], [("a", "<i4"), ("b", ">f8")]),
+        numpy.zeros((2, 2), [("rows", "f4", (2, 3)), ("inner", [("x", "M8[s]"), ("y", "S3")])]),
+        numpy.zeros(3, numpy.dtype([("a", "i1"), ("b", "f8")], align=True)),
+        numpy.zeros(2, {"names": ["b", "a"], "formats": ["f4", "i2"], "offsets": [8, 0], "itemsize": 16}),
+        numpy.array((1, 2), [("a", "i2"), ("b", "u1")])[()],
+        numpy.dtype([("a", "f4", (2, 2))]),
+        numpy.dtype([]),
+        numpy.dtype("V5"),
+    ],
     "numpy RandomState": numpy.random.RandomState(1).get_state(),
     "numpy Generator": numpy.random.default_rng(2).bit_generator.state,
     "random": random.Random(3).getstate(),
@@ -97,7 +107,8 @@ def record(value: Any, protocol: int = 2, legacy: bool = False) -> bytes:
 def facts(value: Any) -> Any:
     """Equal to those of another value only if both are of the same type and hold the same."""
     if isinstance(value, numpy.ndarray):
-        return (value.dtype.str, value.shape, value.strides, value.flags.writeable, value.tobytes())
+        layout = (repr(value.dtype), value.dtype.isalignedstruct, value.shape, value.strides)
+        return (layout, value.flags.writeable, value.tobytes())
     if isinstance(value, io.BytesIO):
         return (type(value), value.getvalue(), value.tell(), vars(value))
     if isinstance(value, (set, frozenset)):

@@ -89,6 +89,36 @@ TEST_CASE("a list of chunks that entries share is kept once") {
   CHECK_THROWS_AS(parse(pickle_of(text("a") + tensor({1}, chunks) + text("b") + tensor({1, 1}, "h\x01"))), Unsupported);
 }
 
+TEST_CASE("values of inert types are left out of fields, and nowhere else") {
+  const std::string set = std::string("\x8f(") + number(1) + "\x90";
+  const std::vector<std::string> values = {
+      "\x8f",
+      set,
+      "(" + number(1) + "\x91",
+      global("datetime", "date") + text("x") + "\x85R",
+      global("collections", "deque") + ")R(" + number(1) + number(2) + "e",
+      global("collections", "OrderedDict") + ")R" + text("a") + number(1) + "s",
+      global("types", "SimpleNamespace") + ")\x81}" + text("lr") + number(1) + "sb",
+      global("numpy", "dtype") + text("f4") + "\x85R(" + number(3) + text("<") + "tb",
+      global("uuid", "UUID") + text("any") + "\x85\x81",
+      global("builtins", "getattr") + global("torch.distributed.checkpoint.planner", "WriteItemType") + text("SHARD") +
+          "\x86R",
+      std::string("\x96\x02\0\0\0\0\0\0\0ab", 11),
+  };
+  const std::string entry = text("a") + object("BytesStorageMetadata");
+  for (const std::string& value : values) {
+    CAPTURE(value);
+    const Columns columns = parse(pickle_of(entry + "}(" + text("more") + value + "ub"));
+    REQUIRE(columns.left_out.size() == 1);
+    CHECK(columns.left_out[0].name == "more");
+    CHECK_THROWS_AS(parse(pickle_of(entry, "", value)), Unsupported);
+    CHECK_THROWS_AS(parse(pickle_of(text("a") + value)), Unsupported);
+  }
+  CHECK_THROWS_AS(parse(pickle_of(entry + "}(" + text("more") + "](" + number(1) + "\x90" + "ub")), Unsupported);
+  CHECK_THROWS_AS(parse(pickle_of(entry + "}(" + text("more") + "\x8f(" + number(1) + "u" + "ub")), Error);
+  CHECK_THROWS_AS(parse(pickle_of(entry + "}(" + text("more") + std::string("\x96\x7f\0\0\0\0\0\0\0", 9))), Error);
+}
+
 TEST_CASE("what Python may know is unsupported") {
   const std::string entry = text("a") + object("BytesStorageMetadata");
   CHECK_NOTHROW(parse(pickle_of(entry)));

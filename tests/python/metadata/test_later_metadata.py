@@ -12,6 +12,7 @@ import pytest
 import torch
 from damage import Call
 from helpers import fast_reader, save
+from inert_values import INERT, facts
 from metadata_cases import (
     assert_same_metadata,
     make_metadata,
@@ -33,6 +34,8 @@ from torch.distributed.checkpoint.metadata import (
 import dcp_fast
 from dcp_fast import _native
 from dcp_fast.metadata.lazy import columns_of
+from dcp_fast.metadata.unpickler import MetadataUnpickler
+from dcp_fast.values import arrays, inert
 
 PROTOCOLS = range(2, 6)
 HAS_STRIDES = "strides" in {field.name for field in dataclasses.fields(TensorProperties)}
@@ -141,8 +144,54 @@ def test_fields_of_later_versions_are_left_out(cls: type, protocol: int) -> None
     assert_same_metadata(ours, metadata)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", [name for name in INERT if "tensor" not in name])
+def test_inert_values_in_later_fields(name: str, protocol: int) -> None:
+    """They are left out natively, and made where the running torch has the field, or as an attribute."""
+    metadata = make_metadata()
+    pickled = pickled_by_later_torch(metadata, protocol, more={cls: {"more": INERT[name]} for cls in CLASSES})
+    ours = read(pickled)
+    assert columns_of(ours) is not None
+    assert_same_metadata(ours, metadata)
+
+    entry = MetadataUnpickler(pickled).load().state_dict_metadata["sharded"]
+    theirs = pickle.loads(pickled).state_dict_metadata["sharded"]
+    assert facts(entry.more) == facts(theirs.more)
+
+    attributes: Any = read(pickled_by_later_torch(metadata, protocol, more={Metadata: {"more": INERT[name]}}))
+    assert columns_of(attributes) is not None
+    assert facts(attributes.more) == facts(theirs.more)
+    assert attributes == metadata
+
+
+class Marker:
+    """Stands for another class."""
+
+
+def test_all_that_makes_inert_values_is_known_natively() -> None:
+    planner = "torch.distributed.checkpoint.planner"
+    enums = (f"{planner}.LoadItemType", f"{planner}.WriteItemType")
+    for name in {*inert.CALLS, *inert.CONSTANTS, *arrays.calls(), *enums}:
+        module, _, own = name.rpartition(".")
+        more = {TensorStorageMetadata: {"more": Marker}}
+        pickled = pickled_by_later_torch(make_metadata(), more=more, names={Marker: (module, own)})
+        assert columns_of(read(pickled)) is not None, name
+
+
+def test_objects_are_no_items_of_sets() -> None:
+    """Their hash may take forever, but for that of an index."""
+    metadata: Any = make_metadata()
+    for protocol in PROTOCOLS:
+        for make in (set, frozenset):
+            metadata.more = make([MetadataIndex("a")])
+            ours: Any = read(pickle.dumps(metadata, protocol))
+            assert ours.more == metadata.more
+            metadata.more = make([("a", MetadataIndex("a"))])
+            with pytest.raises(dcp_fast.UntrustedMetadataError, match="a key that is a tuple"):
+                assert read(pickle.dumps(metadata, protocol)).more  # type: ignore[attr-defined]
+
+
 def test_devices_in_later_fields(tmp_path: Path) -> None:
-    """They are made by a call, and so not natively."""
     path = save(tmp_path / "checkpoint", {"a": torch.arange(6.0)})
     for device in (torch.device("cpu"), torch.device("cuda", 1)):
         metadata = pickle.loads((path / ".metadata").read_bytes())
@@ -152,7 +201,7 @@ def test_devices_in_later_fields(tmp_path: Path) -> None:
         dcp_fast.load(loaded, checkpoint_id=path)
         assert torch.equal(loaded["a"], torch.arange(6.0))
     for arguments in ((), (5,), ("cpu", "cpu"), ("no device",), ("cpu", 1 << 70)):
-        metadata.state_dict_metadata["a"].device = Call(torch.device, *arguments)
+        metadata.planner_data = Call(torch.device, *arguments)  # it is kept, and so must be made
         with pytest.raises(dcp_fast.LoadError):
             read(pickle.dumps(metadata))
 

@@ -179,10 +179,29 @@ MISUSED: dict[str, Callable[[], bytes]] = {
     "dtype with a shape": lambda: reduced(numpy.dtype, "(1000000000,)f8", False, True),
     "dtype of several": lambda: reduced(numpy.dtype, "f8,O", False, True),
     "dtype that aligns": lambda: reduced(numpy.dtype, {"names": ["a"], "formats": ["O"]}, True, True),
-    "dtype with fields": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": (_FLOAT, 0)}, 8, 1, 16),
+    "dtype with fields beyond its end": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": (_FLOAT, 1)}, 8, 1, 16),
+    "dtype with fields before it": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": (_FLOAT, -1)}, 8, 1, 16),
+    "dtype with fields of a larger one": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": (_FLOAT, 8)}, 16, 1, 16),
+    "dtype with fields of objects": lambda: dtype_with(
+        "V8", 3, "|", None, ("a",), {"a": (numpy.dtype("O"), 0)}, 8, 1, 16
+    ),
+    "dtype with fields that hide objects": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": (_FLOAT, 0)}, 8, 1, 63),
+    "dtype with fields without names": lambda: dtype_with(
+        "V8", 3, "|", None, ("a",), {"b": (_FLOAT, 0)}, 8, 1, 16
+    ),
+    "dtype with fields of no dtype": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": ("f8", 0)}, 8, 1, 16),
+    "dtype with fields of a number": lambda: dtype_with("f8", 3, "<", None, ("a",), {"a": (_FLOAT, 0)}, -1, -1, 0),
+    "dtype with fields and metadata": lambda: dtype_with(
+        "V8", 4, "|", None, ("a",), {"a": (_FLOAT, 0)}, 8, 1, 16, {"a": 1}
+    ),
     "dtype of another size": lambda: dtype_with("f8", 3, "<", None, None, None, 1 << 30, 1, 0),
     "dtype that hides objects": lambda: dtype_with("V8", 3, "|", None, None, None, 8, 1, 63),
-    "dtype with a subarray": lambda: dtype_with("V8", 3, "|", (_FLOAT, (1,)), None, None, 8, 1, 0),
+    "dtype with a subarray without bounds": lambda: dtype_with("V8", 3, "|", (_FLOAT, (HUGE,)), None, None, 8, 1, 0),
+    "dtype with a subarray of nothing": lambda: dtype_with(
+        "V8", 3, "|", (numpy.dtype("V0"), (HUGE,)), None, None, 8, 1, 0
+    ),
+    "dtype with a subarray of a range": lambda: dtype_with("V8", 3, "|", (_FLOAT, range(HUGE)), None, None, 8, 1, 0),
+    "dtype with a subarray that is smaller": lambda: dtype_with("V9", 3, "|", (_FLOAT, (1,)), None, None, 9, 8, 0),
     "dtype with metadata": lambda: dtype_with("f8", 4, "<", None, None, None, -1, -1, 0, {"a": 1}),
     "dtype of times with metadata": lambda: dtype_with(
         "M8", 4, "<", None, None, None, -1, -1, 0, ({"a": 1}, (b"s", 1, 1, 1))
@@ -205,7 +224,7 @@ REASONS = {
     "bytearray of a size": "a call of bytearray with arguments",
     "bytearray of a range": "a call of bytearray with arguments",
     "bytearray with another codec": "bytearray with another codec than latin-1",
-    "bytearray, opcode beyond the end": "a bytearray beyond the end of the entry",
+    "bytearray, opcode beyond the end": "a bytearray beyond the end of the pickle",
     "bytearray, many copies": "many copies of the same",
     "bytes with another codec": "_codecs.encode with another codec than latin1",
     "set of a range": "a call of set with arguments",
@@ -292,10 +311,21 @@ REASONS = {
     "dtype with a shape": "a dtype in another form",
     "dtype of several": "a dtype in another form",
     "dtype that aligns": "numpy.dtypes.ObjectDType",
-    "dtype with fields": "a dtype with fields, or of another size than its own",
+    "dtype with fields beyond its end": "a dtype with fields beyond its end",
+    "dtype with fields before it": "a dtype with fields beyond its end",
+    "dtype with fields of a larger one": "a dtype of another size than its own",
+    "dtype with fields of objects": "numpy.dtypes.ObjectDType",
+    "dtype with fields that hide objects": "a dtype that NumPy makes otherwise of its parts",
+    "dtype with fields without names": "a dtype with other fields",
+    "dtype with fields of no dtype": "a dtype with other fields",
+    "dtype with fields of a number": "a dtype with fields, or of another size than its own",
+    "dtype with fields and metadata": "a dtype with another state",
     "dtype of another size": "a dtype with fields, or of another size than its own",
     "dtype that hides objects": "a dtype with fields, or of another size than its own",
-    "dtype with a subarray": "a dtype with fields, or of another size than its own",
+    "dtype with a subarray without bounds": "a subarray without bounds",
+    "dtype with a subarray of nothing": "a subarray without bounds",
+    "dtype with a subarray of a range": "a dtype with another subarray",
+    "dtype with a subarray that is smaller": "a dtype that NumPy makes otherwise of its parts",
     "dtype with metadata": "a dtype with another state",
     "dtype of times with metadata": "a dtype with metadata",
     "dtype of times with another unit": "a dtype with another unit",
