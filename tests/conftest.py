@@ -38,7 +38,8 @@ def _takes_long(item: pytest.Item) -> bool:
     if "ranks" in fixtures or "fresh_ranks" in fixtures:
         return True
     return any(
-        word in item.path.name for word in ("fault", "fuzz", "hostile", "inspect", "interrupt", "lazy", "run_gpu")
+        word in item.path.name
+        for word in ("fault", "fuzz", "hostile", "inspect", "interrupt", "lazy", "megatron", "run_gpu")
     )
 
 
