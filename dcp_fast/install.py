@@ -119,9 +119,11 @@ def install(
         A context manager that uninstalls at its end, unless dcp_fast had been installed before.
 
     Raises:
-        TypeError: ``accelerate`` names something else than classes with a ``read_data``.
+        TypeError: ``accelerate`` names something else than classes with a ``read_data``, or ``share_reads`` is no bool.
     """
     global _replaced, _current
+    if not isinstance(share_reads, bool):
+        raise TypeError(f"share_reads must be True or False, got {share_reads!r}")
     classes = list(accelerate)
     for cls in classes:
         if not isinstance(cls, type) or not callable(getattr(cls, "read_data", None)):

@@ -20,7 +20,7 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.metadata.safetensors import holds_safetensors
 from dcp_fast.observe.report import reported
 from dcp_fast.planning.planner import DefaultLoadPlanner
-from dcp_fast.ranks.exchange import EXCHANGE_BYTES, MIN_EXCHANGE_BYTES
+from dcp_fast.ranks.exchange import EXCHANGE_BYTES, check_sharing
 from dcp_fast.ranks.steps import load_on_all_ranks
 from dcp_fast.readers.engine_reader import EngineReader
 from dcp_fast.readers.filesystem import FileSystemReader
@@ -84,12 +84,12 @@ def load(
 
     Raises:
         ValueError: ``trace``, ``trust_metadata`` or ``trust_bytes`` was given, but the reader or planner that it is for
-            is not dcp_fast's; ``exchange_bytes`` is too small; ``share_reads`` differs between ranks.
-        CheckpointException: on every rank if any rank failed. ``failures`` maps ranks to their errors, which for
-            damaged checkpoints are of the classes in :mod:`dcp_fast.errors`.
+            is not dcp_fast's; ``share_reads`` differs between ranks; without a process group, ``exchange_bytes`` is too
+            small or too large.
+        TypeError: without a process group, ``share_reads`` or ``exchange_bytes`` is of another type.
+        CheckpointException: on every rank if any rank failed, these two arguments included. ``failures`` maps ranks to
+            their errors, which for damaged checkpoints are of the classes in :mod:`dcp_fast.errors`.
     """
-    if exchange_bytes < MIN_EXCHANGE_BYTES:
-        raise ValueError(f"exchange_bytes must be at least {MIN_EXCHANGE_BYTES}, got {exchange_bytes}")
     no_dist = no_dist or not dist.is_available() or not dist.is_initialized()
     if no_dist:
         warnings.warn(
@@ -97,6 +97,8 @@ def load(
             "assuming the intent is to load in a single process.",
             stacklevel=3,
         )
+    if no_dist:
+        check_sharing(share_reads, exchange_bytes)
     reader = cast(StorageReader, storage_setup(storage_reader, checkpoint_id, reader=True))
     if storage_reader is None and checkpoint_id is not None:
         reader = _reader_of_ours(reader, checkpoint_id)

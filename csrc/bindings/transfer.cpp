@@ -252,6 +252,15 @@ void bind_transfer(py::module_& module) {
           "The same options for one of several users of the staging memory, with another number of threads if it is "
           "given. Not `mapped`: what is read is used soon, and should stay in the cache.")
       .def(
+          "joining",
+          [](FileOptions options, int64_t most_gap) {
+            if (most_gap < 0) throw py::value_error("a gap of fewer than no bytes");
+            options.most_gap = most_gap;
+            return options;
+          },
+          py::arg("most_gap"),
+          "The same options where no gap between two ranges is read through that is larger, whatever a request costs.")
+      .def(
           "on_node",
           [](FileOptions options, double bytes, double bytes_stored) {
             const transfer::Node node = transfer::node_of_this_process();
@@ -276,6 +285,15 @@ void bind_transfer(py::module_& module) {
             });
           },
           py::arg("options"))
+      .def(
+          "read_as",
+          [](Layouts& layouts, const FileOptions& options) {
+            without_gil([&] {
+              transfer::be_read_by(layouts, options.readers, options, interrupted);
+              return 0;
+            });
+          },
+          py::arg("options"), "As if the files had been opened with these options: see Options.on_node.")
       .def_property_readonly("shared_files", &Layouts::shared_files)
       .def("threads",
            [](const Layouts& layouts, const FileOptions& options) {

@@ -47,6 +47,12 @@ inline constexpr int kSmallBlocks = -4;
 // The reason in words; empty for 0.
 std::string why_unmapped(int reason);
 
+// Who may read a source at the same time.
+enum class Readers {
+  kThisRank,
+  kRanksOfNode,  // what one of them reads should be in the page cache for the others
+};
+
 // How a source is best asked.
 struct Access {
   // What a request costs beyond its bytes, as the number of bytes that could be read in the same time. Reads are joined
@@ -96,6 +102,8 @@ class ByteSource {
   // Tells these contents from others of the same size, as far as the source can: for files, when they were written.
   int64_t version() const { return version_; }
 
+  // Before choose_access(), which may then decide otherwise.
+  virtual void be_read_by(Readers readers) = 0;
   // Decides how bytes of [begin, end) will be read. Not while anybody reads; it holds when the source is opened again.
   virtual void choose_access(int64_t begin, int64_t end) = 0;
 

@@ -17,11 +17,6 @@ enum class IoMode {
   kMapped,  // copied from a mapping where that is faster and the system allows it, else cached
 };
 
-enum class Readers {
-  kThisRank,
-  kRanksOfNode,  // what one of them reads should be in the page cache for the others
-};
-
 // What access() asks for past the page cache, where requests that are under way at once keep a disk busy. Some 32 MiB
 // at once do, in requests of 2 MiB or more. The smallest such requests are best: a thread that copies what it has read
 // has none under way, and is one of many.
@@ -39,6 +34,7 @@ class File : public ByteSource {
   // `readers`: who may read the file at the same time.
   explicit File(std::string path, IoMode mode = IoMode::kCached, Readers readers = Readers::kThisRank);
 
+  void be_read_by(Readers readers) override { readers_ = readers; }
   // Finds out for kAuto, by asking for a few bytes of the range, whether the page cache holds it.
   void choose_access(int64_t begin, int64_t end) override;
 
@@ -58,7 +54,7 @@ class File : public ByteSource {
   bool is_local() const;
 
   const IoMode mode_;
-  const Readers readers_;
+  Readers readers_;
   int fd_ = -1;
   int direct_fd_ = -1;
 };

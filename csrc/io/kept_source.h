@@ -26,6 +26,7 @@ class KeptSource : public ByteSource {
   // The source itself, which may be taken from this one if nobody has it open.
   std::unique_ptr<ByteSource>& source() { return source_; }
 
+  void be_read_by(Readers readers) override { source_->be_read_by(readers); }
   void choose_access(int64_t begin, int64_t end) override;
   void read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const override;
   void read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const override;

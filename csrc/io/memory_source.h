@@ -16,6 +16,7 @@ class MemorySource : public ByteSource {
   // `bytes` must outlive the source.
   MemorySource(std::string path, const std::byte* bytes, size_t size);
 
+  void be_read_by(Readers /*readers*/) override {}
   void choose_access(int64_t begin, int64_t end) override;
   void read_exactly(void* destination, size_t size, int64_t offset, IoCounters& counters) const override;
   void read_scattered(std::vector<iovec>& vectors, int64_t offset, IoCounters& counters) const override;

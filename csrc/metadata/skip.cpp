@@ -176,15 +176,15 @@ class Skipper {
     return true;
   }
 
-  // The text that an opcode pushes, if it is one; its operand is taken then. False if only the memo of what was
-  // skipped could tell, or the text is too long to be a name.
+  // The text that an opcode pushes, if it is one that is known; its operand is taken then. Else finish() finds out
+  // whether it stands for a name, which only the memo of what was skipped could tell. False if the text is too long to
+  // be a name.
   bool read_name(uint8_t opcode, const Effect& effect, uint32_t& name) {
     const uint64_t begin = cursor_.position();
     if (opcode == 'h' || opcode == 'j') {
-      const uint64_t index = cursor_.unsigned_integer(effect.width);
-      name = name_of(memo_.get(index));
+      name = name_of(memo_.get(cursor_.unsigned_integer(effect.width)));
       if (name == kNone) cursor_.seek(begin);
-      return name != kNone || index < memo_.end() || height_ % 2 != 0;
+      return true;
     }
     if (!is_text(opcode)) return true;
     const uint64_t length = cursor_.unsigned_integer(effect.width);

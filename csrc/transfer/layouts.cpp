@@ -233,6 +233,12 @@ Layouts open_files(io::ByteSources sources, std::vector<Record> records, std::ve
   return layouts;
 }
 
+void be_read_by(Layouts& layouts, io::Readers readers, const Options& options,
+                const std::function<bool()>& interrupted) {
+  for (const auto& source : layouts.sources) source->be_read_by(readers);
+  probe_files(layouts, ascending(layouts), options, interrupted);
+}
+
 std::vector<Range> header_ranges(const Layouts& layouts, const Options& options) {
   const std::vector<Policy> policies = header_policies(layouts, options);
   std::vector<Range> ranges;

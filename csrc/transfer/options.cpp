@@ -25,6 +25,7 @@ int64_t Limits::block_of(const io::Access& access) const {
 Limits limits_of(const Options& options, const io::Access& access) {
   Limits limits;
   limits.source_decides = options.block_bytes <= 0;
+  limits.most_gap = options.most_gap;
   limits.threads = reader_threads(options.threads, access.requests_at_once);
   limits.block_bytes = std::max(limits.source_decides ? access.block_bytes : options.block_bytes, kMinBlock);
   const int64_t share = std::max<int64_t>(options.staging_bytes, 0) / limits.threads - kSlack;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 
 #include "io/byte_source.h"
@@ -17,6 +18,7 @@ struct Options {
   bool mapped = true;                         // false: what is read is used soon, and should stay in the cache
   std::shared_ptr<io::ReadClock> read_clock;  // of the whole load, whose stages and batches may overlap; may be null
   std::shared_ptr<trace::Recorder> recorder;  // null: no trace is wanted
+  int64_t most_gap = std::numeric_limits<int64_t>::max();  // what may be read through, whatever a request costs
 
   // Counters from zero, whose requests the clock and the recorder learn of. The options must outlive them.
   io::IoCounters counters() const { return {{0}, {0}, read_clock.get(), recorder.get(), {0}, {0}}; }
@@ -35,7 +37,8 @@ struct Limits {
   // The most that one request reads of a source. It is less than `block_bytes` where the source asks for less.
   int64_t block_of(const io::Access& access) const;
 
-  bool source_decides = false;  // of how large blocks are, within the limits
+  int64_t most_gap = std::numeric_limits<int64_t>::max();  // of Options
+  bool source_decides = false;                             // of how large blocks are, within the limits
 };
 // `access`: of the source, or of all sources together.
 Limits limits_of(const Options& options, const io::Access& access);

@@ -116,7 +116,8 @@ std::vector<Policy> policies_for(const io::ByteSources& sources, const Limits& l
     const int64_t block = limits.block_of(access);
     // Where bytes come from the page cache, they are converted before they leave the processor's own cache.
     const int64_t converted = access.whole_pages ? block : std::min(block, kConvertedBytes);
-    policies.push_back({access.request_cost, block, access.whole_pages, block, access.whole_pages, converted,
+    const int64_t request_cost = std::min(access.request_cost, limits.most_gap);
+    policies.push_back({request_cost, block, access.whole_pages, block, access.whole_pages, converted,
                         mapped && access.mapped, access.shared});
   }
   return policies;

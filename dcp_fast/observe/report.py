@@ -72,7 +72,7 @@ class LoadReport:
             without the metadata file.
         wait_seconds: what threads waited for, summed over threads, so that it may exceed the time of the load.
             disk: read calls. slot: free pinned memory. device: copies and kernels. These two are 0 on the CPU.
-            ranks: rounds of an exchange that were not done when this rank was.
+            ranks: other ranks, which were to say what they need, or to be done with a round (``share_reads``).
     """
 
     path: str = ""

@@ -1,4 +1,4 @@
-"""Every rank sends a part of its memory to every other one."""
+"""Every rank sends a part of its memory to every other one, or the same bytes to all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from dcp_fast._torch import DistWrapper
 
 # What torch says for a backend that has no such collective call (torch/csrc/distributed/c10d/Backend.hpp).
 _LACKS = "does not support alltoall_base"
+# Of what a rank tells others at once: bytes for each of them, unless these are too many, and for all of them.
+_LEAST_PIECE = 512
+_MOST_MEMORY = 1 << 20
 
 
 def start_all_to_all(
@@ -68,3 +71,54 @@ def _start_messages(
         messages.append(dist.P2POp(dist.irecv, into, group=ranks.group, group_peer=peer))
         messages.append(dist.P2POp(dist.isend, out_of, group=ranks.group, group_peer=peer))
     return dist.batch_isend_irecv(messages) if messages else []
+
+
+class ToAll:
+    """Ranks tell all others something, in messages between each two of them.
+
+    So every rank notices at once when another one dies: each waits for it itself. In gathers and broadcasts some ranks
+    pass on what others send. When these leave because of a dead one, whoever waits for them waits for the time limit of
+    the group.
+
+    Args:
+        ranks: who takes part.
+        device: where the backend of their group wants tensors to be.
+    """
+
+    def __init__(self, ranks: DistWrapper, device: torch.device) -> None:
+        self._ranks = ranks
+        self._world = ranks.get_world_size()
+        self._piece = max(_LEAST_PIECE, _MOST_MEMORY // self._world)
+        # All memory is there before others may wait for this rank.
+        self._sent, self._received, here = (
+            torch.empty(self._world * self._piece, dtype=torch.uint8, device=place)
+            for place in (device, device, torch.device("cpu"))
+        )
+        self._here = self._received if device.type == "cpu" else here
+
+    def tell(self, mine: torch.Tensor, of_ranks: Sequence[torch.Tensor]) -> None:
+        """Send bytes to all ranks, and receive theirs. Collective.
+
+        Args:
+            mine: what this rank sends, on the host.
+            of_ranks: by rank, memory on the host for what it sends, this rank included.
+
+        Raises:
+            Exception: what the process group raises.
+        """
+        for begin in range(0, max(1, *(memory.numel() for memory in of_ranks)), self._piece):
+            # At least a byte, so that each two ranks meet.
+            sizes = [min(self._piece, max(memory.numel() - begin, 1)) for memory in of_ranks]
+            own = sizes[self._ranks.rank]
+            rows = self._sent[: own * self._world].view(self._world, own)
+            if begin < mine.numel():
+                rows[0].copy_(mine[begin : begin + own])
+                rows[1:].copy_(rows[:1].expand_as(rows[1:]))
+            received = self._received[: sum(sizes)]
+            start_all_to_all(received, rows.flatten(), sizes, [own] * self._world, self._ranks)()
+            here = self._here[: sum(sizes)]
+            if here.device != received.device:
+                here.copy_(received)
+            for memory, size, at in zip(of_ranks, sizes, accumulate(sizes, initial=0), strict=False):
+                if begin < memory.numel():
+                    memory[begin : begin + size].copy_(here[at : at + size])

@@ -1,7 +1,7 @@
 """Reads that the ranks of a job share: each byte is read by one rank, and sent to all that need it.
 
 1. Each rank tells whether it has failed, and a digest of what it needs of the files. Of ranks with the same needs, such
-   as replicas, the first one broadcasts them.
+   as replicas, the first one tells the others.
 2. Every rank comes to the same assignment of bytes to ranks and rounds, natively and from the same numbers
    (``csrc/exchange``). So the number of rounds is known before the first.
 3. In each round every rank sends to each other one what that needs of the bytes which it has read. One round is under
@@ -25,27 +25,45 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from dcp_fast import _native
 from dcp_fast._torch import DistWrapper
 from dcp_fast.observe.report import LoadReport
-from dcp_fast.ranks.all_to_all import start_all_to_all
-from dcp_fast.ranks.collectives import Outcome, collective_device, largest
+from dcp_fast.ranks.all_to_all import ToAll, start_all_to_all
+from dcp_fast.ranks.collectives import Outcome, collective_device
 from dcp_fast.ranks.interrupts import Interrupts, deferred_interrupt
 from dcp_fast.ranks.round_memory import RoundMemory
 from dcp_fast.transfer.sharing import ExchangeStep, Phase
 
 EXCHANGE_BYTES = 128 << 20  # by default
 MIN_EXCHANGE_BYTES = 1 << 20
+MAX_EXCHANGE_BYTES = 1 << 40
 
 Result = TypeVar("Result")
 
 _OF_EACH_LOAD = (Phase.HEADERS, Phase.BOXES)  # one exchange each; ranks tell each other of more
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
-_VERSION = 5  # of what ranks send each other
+_VERSION = 6  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def check_sharing(share_reads: bool | None, exchange_bytes: int) -> None:
+    """Raise TypeError or ValueError for arguments of ``load`` that are none."""
+    if share_reads is not None and not isinstance(share_reads, bool):
+        raise TypeError(f"share_reads must be True, False or None, got {share_reads!r}")
+    if not isinstance(exchange_bytes, int) or isinstance(exchange_bytes, bool):
+        raise TypeError(f"exchange_bytes must be a number of bytes, got {exchange_bytes!r}")
+    if not MIN_EXCHANGE_BYTES <= exchange_bytes <= MAX_EXCHANGE_BYTES:
+        limits = f"from {MIN_EXCHANGE_BYTES} to {MAX_EXCHANGE_BYTES}"
+        raise ValueError(f"exchange_bytes must be {limits}, got {exchange_bytes}")
+
+
+def why_too_many(bytes_of_needs: int, exchange_bytes: int) -> str:
+    """Why ranks cannot tell each other what they need; empty if they can."""
+    if bytes_of_needs <= exchange_bytes:
+        return ""
+    return f"what ranks need takes {bytes_of_needs} bytes to tell, and exchange_bytes is {exchange_bytes}"
 
 
 class OtherRankError(Exception):
@@ -78,6 +96,7 @@ class Exchange:
     Args:
         ranks: of the load.
         most_bytes: memory for what is sent and received, on the host, and on a GPU if the process group needs it there.
+            The same on all ranks.
         save_id: of the checkpoint; empty where it has none.
         report: counts what is read and exchanged.
 
@@ -93,6 +112,7 @@ class Exchange:
         self.save_id = save_id
         self._report = report
         self._device = collective_device(ranks)
+        self._to_all = ToAll(ranks, self._device)
         self._memory = RoundMemory(self._device)
         self._left = [int(phase in _OF_EACH_LOAD) for phase in Phase]
         self._expected = [0] * len(Phase)  # more exchanges, which this rank has yet to tell the others of
@@ -131,6 +151,10 @@ class Exchange:
         while self.left > 0:
             self._take_part(None, None, error)  # which raises the error
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """For each number the largest that any rank has. Collective. Raises GroupError."""
+        return [max(of_ranks) for of_ranks in zip(*self._all_gather(numbers), strict=True)]
+
     def close(self) -> None:
         """Let go of the memory for rounds. There are no more exchanges."""
         self._memory.free()
@@ -162,7 +186,7 @@ class Exchange:
         digest = hashlib.sha256(encoded).digest()
         # 63 bits each, as the numbers of a tensor have signs.
         hashes = [int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8)]
-        mine = [_VERSION, error is not None, len(encoded), self.most_bytes, _node(), *hashes, *self._expected]
+        mine = [_VERSION, error is not None, len(encoded), _node(), *hashes, *self._expected]
         of_ranks = self._all_gather(mine)
         self._expected = [0] * len(Phase)
         if error is not None:
@@ -174,25 +198,23 @@ class Exchange:
         numbers: dict[tuple[int, ...], int] = {}  # of all different needs
         senders: list[int] = []  # the first rank of each
         need_of_rank = []
-        for rank, (_, _, size, _, _, *words) in enumerate(of_ranks):
+        for rank, (_, _, size, _, *words) in enumerate(of_ranks):
             number = numbers.setdefault((size, *words[: len(hashes)]), len(numbers))
             if number == len(senders):
                 senders.append(rank)
             need_of_rank.append(number)
         self._more = [max(expected) for expected in zip(*(words[-len(Phase) :] for words in of_ranks), strict=True)]
-        most_bytes = min(most for _, _, _, most, *_ in of_ranks)
         sizes = [of_ranks[rank][2] for rank in senders]
-        if sum(sizes) > most_bytes:
-            return _Nothing(f"what ranks need takes {sum(sizes)} bytes to tell, and exchange_bytes is {most_bytes}")
-        needs = self._send_needs(encoded, senders, sizes)
-        most_bytes //= ROUND_PARTS
+        if obstacle := why_too_many(sum(sizes), self.most_bytes):
+            return _Nothing(obstacle)
+        needs = self._tell_needs(encoded, senders, sizes)
+        most_bytes = self.most_bytes // ROUND_PARTS
 
         def make() -> _native.Exchange:
-            on_host = [tensor.cpu() for tensor in needs]
             exchange = _native.Exchange(
-                needs=[(tensor.data_ptr(), tensor.numel()) for tensor in on_host],
+                needs=[(tensor.data_ptr(), tensor.numel()) for tensor in needs],
                 need_of_rank=need_of_rank,
-                node_of_rank=[node for _, _, _, _, node, *_ in of_ranks],
+                node_of_rank=[node for _, _, _, node, *_ in of_ranks],
                 read_before=self._assigned,
                 rank=self._ranks.rank,
                 need=need,
@@ -208,13 +230,12 @@ class Exchange:
         return exchange
 
     def _all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        mine = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         of_ranks = [torch.empty_like(mine) for _ in range(self._ranks.get_world_size())]
-        with _group_errors():
-            dist.all_gather(of_ranks, mine, group=self._ranks.group)
+        self._tell(mine.view(torch.uint8), [tensor.view(torch.uint8) for tensor in of_ranks])
         return [tensor.tolist() for tensor in of_ranks]
 
-    def _send_needs(self, mine: bytes, senders: Sequence[int], sizes: Sequence[int]) -> list[torch.Tensor]:
+    def _tell_needs(self, mine: bytes, senders: Sequence[int], sizes: Sequence[int]) -> list[torch.Tensor]:
         """All different needs, as bytes.
 
         Args:
@@ -223,24 +244,33 @@ class Exchange:
             sizes: of each, in bytes.
         """
 
-        def allocate() -> list[torch.Tensor]:
-            needs = [torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes]
-            for rank, need in zip(senders, needs, strict=True):
-                if rank == self._ranks.rank:
-                    need.copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
-            return needs
+        def allocate() -> tuple[torch.Tensor, list[torch.Tensor]]:
+            of_senders = dict(zip(senders, sizes, strict=True))
+            sent = bytearray(mine) if self._ranks.rank in of_senders else bytearray(1)
+            world = range(self._ranks.get_world_size())
+            return torch.frombuffer(sent, dtype=torch.uint8), [
+                torch.empty(of_senders.get(rank, 0), dtype=torch.uint8, device="cpu") for rank in world
+            ]
 
-        needs = self._on_all_ranks(allocate)
+        sent, of_ranks = self._on_all_ranks(allocate)
+        self._tell(sent, of_ranks)
+        return [of_ranks[rank] for rank in senders]
+
+    def _tell(self, mine: torch.Tensor, of_ranks: Sequence[torch.Tensor]) -> None:
+        """As of :class:`ToAll`, with what this waits for in the report and in the timeline."""
+        recorder = None if self._report.timeline is None else self._report.timeline.recorder
+        began = 0 if recorder is None else recorder.now()
+        begin = time.perf_counter()
         with _group_errors():
-            for rank, need in zip(senders, needs, strict=True):
-                dist.broadcast(need, group=self._ranks.group, group_src=rank)
-        return needs
+            self._to_all.tell(mine, of_ranks)
+        self._report.wait_seconds["ranks"] += time.perf_counter() - begin
+        if recorder is not None:
+            recorder.add("exchange", "agree", began, recorder.now(), sum(memory.numel() for memory in of_ranks))
 
     def _on_all_ranks(self, function: Callable[[], Result]) -> Result:
         """What a function returns. Raises what it raises, or OtherRankError if that of another rank does."""
         outcome = Outcome(function)
-        with _group_errors():
-            failed = largest(self._ranks, [outcome.error is not None])[0]
+        failed = any(failed for (failed,) in self._all_gather([outcome.error is not None]))
         if outcome.error is None and failed:
             raise OtherRankError
         return outcome.get()

@@ -10,7 +10,7 @@ import inspect
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -30,7 +30,7 @@ from dcp_fast.errors import LoadError, MetadataAccessError
 from dcp_fast.observe.report import LoadReport, joined_report
 from dcp_fast.planning.planner import PLANS_ITSELF, faster_method
 from dcp_fast.ranks.collectives import Outcome, largest
-from dcp_fast.ranks.exchange import EXCHANGE_BYTES, Exchange, GroupError, OtherRankError
+from dcp_fast.ranks.exchange import EXCHANGE_BYTES, Exchange, GroupError, OtherRankError, check_sharing
 from dcp_fast.ranks.interrupts import deferred_interrupt
 from dcp_fast.ranks.shared_metadata import share_metadata
 from dcp_fast.readers.others import metadata_of, read_plan, why_alone, why_metadata_is_slow
@@ -42,8 +42,9 @@ logger = logging.getLogger("dcp_fast")
 
 # Bits of the flag of a rank: its planner or reader needs the plans of all ranks; something has failed on it.
 _GATHER_PLANS, _FAILED = 1, 2
-# What a rank says of sharing reads.
+# What a rank says of sharing reads. One that shares adds how much memory it has for that, in kilobytes.
 _DOES_NOT_SHARE, _CANNOT_SHARE, _SHARES = 0, 1, 2
+_WORD_UNIT = 1 << 10
 
 # As they are at import: a step that somebody patches into torch's class later counts as the planner's or reader's own.
 _DEFAULT_STEPS: list[tuple[type, str, Any]] = [
@@ -87,8 +88,9 @@ def load_on_all_ranks(
         report.reader, report.planner = class_name(storage_reader), class_name(planner)
         report.path = _path_of(storage_reader)
         ranks = DistWrapper(process_group, not no_dist, coordinator_rank)
-        wants = Exchange.by_default if share_reads is None else share_reads
-        sharing_reads = _ShareReads(exchange_bytes if wants else 0, ranks, report)
+        wrong = Outcome(partial(check_sharing, share_reads, exchange_bytes)).error
+        wants = wrong is None and (Exchange.by_default if share_reads is None else share_reads)
+        sharing_reads = _ShareReads(exchange_bytes if wants else 0, ranks, report, wrong)
         _load(state_dict, storage_reader, planner, ranks, metadata, share, sharing_reads, report)
 
 
@@ -99,9 +101,13 @@ class _ShareReads:
         exchange_bytes: memory for the exchange; 0 if this rank does not want to share.
         ranks: of the load.
         report: tells why nothing is shared.
+        wrong: an error of the arguments that this rank was given, which the first step raises for all ranks.
     """
 
-    def __init__(self, exchange_bytes: int, ranks: DistWrapper, report: LoadReport) -> None:
+    def __init__(
+        self, exchange_bytes: int, ranks: DistWrapper, report: LoadReport, wrong: BaseException | None = None
+    ) -> None:
+        self.wrong = wrong
         self._exchange_bytes = exchange_bytes
         self._ranks = ranks
         self._report = report
@@ -128,7 +134,9 @@ class _ShareReads:
     @property
     def word(self) -> int:
         """What this rank tells the others."""
-        return _DOES_NOT_SHARE if not self._exchange_bytes else _CANNOT_SHARE if self._obstacle else _SHARES
+        if self._exchange_bytes and not self._obstacle:
+            return _SHARES + self._exchange_bytes // _WORD_UNIT
+        return _CANNOT_SHARE if self._exchange_bytes else _DOES_NOT_SHARE
 
     def agree(self, lowest: int, highest: int) -> None:
         """Take the lowest and the highest word of all ranks.
@@ -138,8 +146,10 @@ class _ShareReads:
         """
         if lowest == _DOES_NOT_SHARE and highest != _DOES_NOT_SHARE:
             raise ValueError("share_reads must be the same on all ranks")
-        if lowest != _SHARES:
+        if lowest < _SHARES:
             self._exchange = None
+        elif self._exchange is not None:
+            self._exchange.most_bytes = (lowest - _SHARES) * _WORD_UNIT
         if lowest == _CANNOT_SHARE:
             self._report.sharing_fallback_reason = self._obstacle or "another rank cannot share reads"
 
@@ -151,6 +161,13 @@ class _ShareReads:
             yield
         finally:
             sharing.reset(token)
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """For each number the largest that any rank has. Collective.
+
+        Ranks that share notice at once when another one dies.
+        """
+        return largest(self._ranks, numbers, torch.int32) if self._exchange is None else self._exchange.largest(numbers)
 
     def read(self, read_data: Callable[[], None]) -> Outcome[None]:
         """Read, with or without others, none of whom waits for this rank then. Ctrl-C must not come between."""
@@ -187,6 +204,8 @@ def _load(
     @dcp_method_logger(**arguments)
     def local_step() -> LoadPlan:
         nonlocal metadata, has_global_metadata
+        if share_reads.wrong is not None:
+            raise share_reads.wrong
         if metadata is None:
             with report.stage("metadata"):
                 metadata, has_global_metadata = _read_metadata(storage_reader, ranks.rank, shared)
@@ -221,7 +240,8 @@ def _load(
             share_reads.look_at(storage_reader, metadata, has_global_metadata)
         with report.stage("ranks"):
             own_flag = 0 if _has_no_global_step(planner, storage_reader) else _GATHER_PLANS
-            flag, *words = _all_flags(ranks, "plan", local, own_flag, share_reads.word)
+            find_largest = partial(largest, ranks, dtype=torch.int32)
+            flag, *words = _all_flags(ranks, "plan", local, find_largest, own_flag, share_reads.word)
             if flag & _FAILED:
                 _raise_failures(ranks, "plan", local, alone=not has_global_metadata)
             share_reads.agree(*words)
@@ -235,16 +255,22 @@ def _load(
         if isinstance(read.error, GroupError):  # the others know as well, or wait for what will never come
             raise CheckpointException("read", {ranks.rank: wrap_exception(cast(Exception, read.error.__cause__))})
         with report.stage("ranks"):
-            if _all_flags(ranks, "read", read)[0] & _FAILED:
+            if _all_flags(ranks, "read", read, share_reads.largest)[0] & _FAILED:
                 _raise_failures(ranks, "read", read, alone=not has_global_metadata)
 
 
 def _all_flags(
-    ranks: DistWrapper, step: str, outcome: Outcome[Any], flag: int = 0, word: int = 0
+    ranks: DistWrapper,
+    step: str,
+    outcome: Outcome[Any],
+    find_largest: Callable[[Sequence[int]], list[int]],
+    flag: int = 0,
+    word: int = 0,
 ) -> tuple[int, int, int]:
     """The bits that any rank has set in its flag, and the lowest and the highest word of all ranks. Collective.
 
     Args:
+        find_largest: returns for each number the largest that any rank has.
         flag: of this rank, but for ``_FAILED``, which the outcome tells.
         word: of this rank.
     """
@@ -255,14 +281,15 @@ def _all_flags(
     try:
         # One number for each bit: the bitwise or is not what all backends have.
         numbers = [flag & _GATHER_PLANS, flag & _FAILED, -word, word]
-        gather, failed, lowest, highest = largest(ranks, numbers, torch.int32)
+        gather, failed, lowest, highest = find_largest(numbers)
         return gather | failed, -lowest, highest
     except Exception as error:
-        if outcome.error is None:
+        if outcome.error is None and not isinstance(error, GroupError):
             raise
+        failure = outcome.error or cast(Exception, error.__cause__)
         # A group without a backend for the host exchanges flags on the very device that failed. This rank can still say
         # what happened; the others wait until the group's time is up.
-        raise CheckpointException(step, {ranks.rank: wrap_exception(outcome.error)}) from error
+        raise CheckpointException(step, {ranks.rank: wrap_exception(failure)}) from error
 
 
 def _raise_failures(ranks: DistWrapper, step: str, outcome: Outcome[Any], alone: bool) -> None:

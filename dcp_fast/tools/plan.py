@@ -17,7 +17,7 @@ from dcp_fast import _native
 from dcp_fast.collector import paused_collection
 from dcp_fast.errors import CorruptMetadataError, typed_errors
 from dcp_fast.metadata.lazy import columns_of
-from dcp_fast.ranks.exchange import EXCHANGE_BYTES, ROUND_PARTS
+from dcp_fast.ranks.exchange import EXCHANGE_BYTES, ROUND_PARTS, why_too_many
 from dcp_fast.tools.inspect import find_metadata_file, read_metadata_file
 
 # Of each dimension of the mesh: the dimension of tensors that it shards, or None if it replicates.
@@ -192,7 +192,8 @@ def plan_reads(
             checkpoint.need,
             exchange_bytes // ROUND_PARTS,
         )
-        if exchange.obstacle:
+        obstacle = why_too_many(sum(map(len, needs)), exchange_bytes) or exchange.obstacle
+        if obstacle:
             shared = [parts[part].alone_bytes for part in part_of_rank]
             sent, received, between_nodes = [0] * ranks, [0] * ranks, 0
         else:
@@ -216,8 +217,8 @@ def plan_reads(
         sharding=sharding,
         ranks=ranks,
         nodes=nodes[-1] + 1,
-        obstacle=exchange.obstacle,
-        rounds=exchange.rounds,
+        obstacle=obstacle,
+        rounds=0 if obstacle else exchange.rounds,
         needed_once_bytes=whole.needed_bytes,
         needed_bytes=sum(reads.needed_bytes for reads in of_ranks),
         alone_bytes=sum(reads.alone_bytes for reads in of_ranks),

@@ -105,7 +105,7 @@ class Placer:
     def alone(self) -> Placer:
         """One that places boxes without other ranks, but for records that are on their way from them."""
         placer = copy(self)
-        placer._shared = SharedReads(None, self._cuda, self._report)
+        placer._shared = SharedReads(None, self._cuda, self._report, lambda: None)
         return placer
 
     def stage(self, items: Sequence[tuple[ReadItem, int]]) -> tuple[list[StagedBoxes], SharedRecords] | None:

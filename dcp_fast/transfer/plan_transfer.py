@@ -74,7 +74,7 @@ class PlanTransfer:
         self.report = report
         self.cuda = cuda
         self.plan = plan
-        self._shared = SharedReads(exchange, cuda, report)
+        self._shared = SharedReads(exchange, cuda, report, self._read_alone)
         self._shared_records = SharedRecords((), lambda _: None, lambda: None)
 
     def run(self) -> None:
@@ -88,11 +88,12 @@ class PlanTransfer:
                 self.quantized = self.records.quantized(rows.fqns)
                 for record in self.quantized:
                     rows.rows[4 * record + 3] = 1  # not for the engine alone
-                self._share_on_node()
+                if not self._shared.is_wanted:
+                    self.options = self._options_on_node()
                 paths = list(map(self.records.path, rows.files))
                 self.layouts = _native.open_files(paths, rows.rows, self.options, rows.payloads)
-                self._shared.get_records(self.layouts, rows, paths, self.quantized, self.options)
-                self.layouts.read_headers(self.options)
+                of_headers = self._shared.get_records(self.layouts, rows, paths, self.quantized, self.options)
+                self.layouts.read_headers(of_headers)
                 self.placer = Placer(
                     self.layouts,
                     rows,
@@ -120,12 +121,17 @@ class PlanTransfer:
                 self._shared_records.close()
                 self._shared.forget()
 
-    def _share_on_node(self) -> None:
+    def _options_on_node(self) -> _native.Options:
         """Find out whether other ranks of this node may need the same bytes, which then go through the page cache."""
-        if _native.ranks_of_node() == 1 or self._shared.is_wanted:
-            return
+        if _native.ranks_of_node() == 1:
+            return self.options
         rows = self.items.record_rows
-        self.options = self.options.on_node(float(sum(rows.rows[2::4])), self.records.stored_bytes(rows.fqns))
+        return self.options.on_node(float(sum(rows.rows[2::4])), self.records.stored_bytes(rows.fqns))
+
+    def _read_alone(self) -> None:
+        """All ranks read alone what they were to share: those of a node share its page cache at least."""
+        self.layouts.read_as(self._options_on_node())
+        self.report.files_shared_on_node = self.layouts.shared_files
 
     # Placement
 

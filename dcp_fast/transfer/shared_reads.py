@@ -29,6 +29,9 @@ class _Batch(Protocol):
 PartT = TypeVar("PartT")
 BatchT = TypeVar("BatchT", bound=_Batch)
 
+# Headers lie at both ends of records. Past the page cache requests cost so much that it pays one rank to read through
+# payloads of a quarter of a megabyte; but here these would be sent to all, and be read twice.
+_MOST_HEADER_GAP = 8 << 10
 _OF_QUANTIZED = 2  # exchanges: scales, and elements
 _GONE = "records that are read as a whole were wanted again, or in another order, and were then read alone"
 
@@ -40,9 +43,13 @@ class SharedReads:
         exchange: with the other ranks; None if nobody shares.
         cuda: brings bytes to destinations on GPUs.
         report: counts what is read.
+        prepare_alone: called before the first time that each rank reads alone what they were to share.
     """
 
-    def __init__(self, exchange: Sharing | None, cuda: CudaLoad, report: LoadReport) -> None:
+    def __init__(
+        self, exchange: Sharing | None, cuda: CudaLoad, report: LoadReport, prepare_alone: Callable[[], None]
+    ) -> None:
+        self._prepare_alone: Callable[[], None] | None = prepare_alone
         self._exchange = exchange  # until this rank has taken part in all
         self._has_boxes = False
         self._has_quantized = False
@@ -75,10 +82,13 @@ class SharedReads:
         paths: Sequence[str],
         quantized: Collection[int],
         options: _native.Options,
-    ) -> None:
+    ) -> _native.Options:
         """Get headers, bytes entries and records with a transform, which layouts then take from memory.
 
         Those that do not fit into memory are for :meth:`records`.
+
+        Returns:
+            Options with which the layouts are to read headers: what has arrived was cut as these do.
 
         Args:
             layouts: whose headers are yet to be read.
@@ -88,20 +98,22 @@ class SharedReads:
             options: for reading.
         """
         if self._exchange is None:
-            return
+            return options
         if quantized:
             self._exchange.expect(Phase.QUANTIZED, _OF_QUANTIZED)
         self._names = _names_of(rows.files, paths, self._exchange)
+        of_headers = options.joining(_MOST_HEADER_GAP)
         whole = [i for i, is_whole in enumerate(rows.rows[3::4]) if is_whole and i not in quantized]
-        find = partial(_native.Need.of_headers, layouts, whole, self._exchange.most_bytes, self._names, options)
-        need = self._share(self._exchange, Phase.HEADERS, layouts, find, options, ())
+        find = partial(_native.Need.of_headers, layouts, whole, self._exchange.most_bytes, self._names, of_headers)
+        need = self._share(self._exchange, Phase.HEADERS, layouts, find, of_headers, ())
         self._whole = set(whole)
         if need is None:
-            return
+            return options
         _native.keep(layouts, need)
         self._left_out = set(need.left_out)
         if need.bytes_left_out > 0:
             self._report.note_reads_alone(f"{need.bytes_left_out} bytes of headers do not fit into exchange_bytes")
+        return of_headers
 
     def bytes_entries(
         self, records: Iterable[int], layouts: _native.Layouts, rows: RecordRows, options: _native.Options
@@ -325,10 +337,15 @@ class SharedReads:
             return stats
 
         try:
-            return need if ranks.share(phase, found) else None
+            if ranks.share(phase, found):
+                return need
         except BaseException as error:
             self._error = error
             raise
+        prepare, self._prepare_alone = self._prepare_alone, None
+        if prepare is not None:
+            prepare()
+        return None
 
 
 def _names_of(files: Sequence[str], paths: Sequence[str], exchange: Sharing) -> list[str]:

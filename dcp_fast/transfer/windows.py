@@ -86,7 +86,7 @@ class Windows:
     - If it looks at values that are yet to come, or writes there (:class:`ValueWatch`), it is ended before it sees
       them, and called again when they have come. Items come one by one from then on.
     - If a call of ``commit_tensor`` changes it, or the state dict, what was resolved too early is resolved again, and
-      items come one by one from then on.
+      items come one by one from then on; unless it puts back what ``resolve_tensor`` has changed for its item.
     - A tensor that an earlier commit wrote to is placed again.
     - A bytes entry ends a window, unless all hooks but ``commit_tensor`` are torch's, which do not look at values.
     - If a planner has a ``commit_tensor`` at all, no window has two boxes of one tensor, or tensors that share memory.
@@ -115,6 +115,8 @@ class Windows:
         self._own_resolve = not has_default_resolve(planner)
         self._values_matter = self._own_resolve or not has_default_bytes(planner)
         self._state = PlannerState(planner)
+        # As it was before a call of resolve_tensor changed it for an item, which is then a window of its own.
+        self._before: PlannerState | None = None
         self._window = _Window()
         self._most = 1
         self._quiet = 0
@@ -145,7 +147,7 @@ class Windows:
                 self.finish()
                 for again in change:
                     again()
-            self._state.keep()
+            self._before, self._state = self._state, PlannerState(self._planner)
             self._one_by_one = self._one_by_one or (_HIDES if self._state.is_hidden else "")
             self._most, self._quiet = 1, 0
             self._changes += 1
@@ -213,7 +215,7 @@ class Windows:
             if len(window.entries) == 1:
                 raise
             again = True  # so that all before the one that fails is committed
-        planner, has_changed, value_of = self._planner, self._state.has_changed, self._value_of
+        planner, value_of = self._planner, self._value_of
         for entry in window.entries:
             if isinstance(entry, _Entry):
                 placement = entry.placement
@@ -227,9 +229,15 @@ class Windows:
                     planner.commit_tensor(placement.item, placement.tensor)
             else:
                 entry()
-            if has_changed():
+            if not self._state.has_changed():
+                continue
+            if self._before is not None and not self._before.has_changed():
+                self._state, self._before = self._before, None
+            else:
                 self._state.keep()
                 self._one_by_one, self._most, again = self._one_by_one or CHANGES, 1, True
+        if window.entries:
+            self._before = None  # items to come are resolved as the planner is now
 
     def _place_all(self, entries: Sequence[_Entry]) -> None:
         if not entries:
@@ -237,7 +245,9 @@ class Windows:
         self._place([entry.placement for entry in entries])
         for entry in entries:
             entry.writes = writes_to(entry.placement.tensor, entry.value)
-        self._state.keep_versions()
+        for state in (self._state, self._before):
+            if state is not None:
+                state.keep_versions()
 
     def _value_of(self, fqn: str) -> Any:
         values = getattr(self._planner, "state_dict", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import pickle
 import sys
 import types
@@ -327,6 +328,34 @@ def test_names_that_are_recalled() -> None:
     ours = read(pickled)
     assert ours.later == 5  # type: ignore[attr-defined]
     assert columns_of(ours) is None
+
+
+class Holding:
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __reduce__(self) -> Any:
+        return Holding, (self.inner,)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Holding and type(self.inner) is type(other.inner)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("value", [datetime.timezone.utc, Holding(Holding(None))], ids=["known", "of users"])
+def test_objects_behind_what_is_skipped(value: Any) -> None:
+    """Their pickle recalls texts where names of fields stand, but for a moment."""
+    metadata: Any = with_plans(make_metadata())
+    metadata.more = value
+    ours: Any = read(pickle.dumps(metadata))
+    assert columns_of(ours) is not None
+    assert ours.state_dict_metadata == metadata.state_dict_metadata
+    if isinstance(value, Holding):
+        with pytest.raises(dcp_fast.UntrustedMetadataError, match="Holding"):
+            assert ours.more
+    else:
+        assert ours.more == value
 
 
 def test_fields_of_torch_behind_what_is_skipped() -> None:

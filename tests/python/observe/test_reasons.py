@@ -135,6 +135,48 @@ def test_planner_that_changes_once_is_fast(tmp_path: Path) -> None:
     assert image(state) == image(stored)
 
 
+class Swapping(dcp.DefaultLoadPlanner):
+    """Has a place for what it resolves, and forgets it when that is committed; ``keeps``: one item later."""
+
+    def __init__(self, keeps: bool = False) -> None:
+        super().__init__()
+        self.keeps = keeps
+        self.swapped: Any = None
+
+    def resolve_tensor(self, read_item: Any) -> Any:
+        tensor = super().resolve_tensor(read_item)
+        if tensor.is_contiguous():
+            return tensor
+        self.swapped = tensor
+        return torch.full(tensor.shape, -1.0)
+
+    def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+        if self.swapped is not None:
+            if tensor is not self.swapped and self.swapped.shape == tensor.shape:
+                self.swapped.copy_(tensor)
+            self.swapped = tensor if self.keeps and self.swapped is not tensor else None
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("installed", [False, True])
+def test_planner_that_puts_back_what_it_changed_is_fast(tmp_path: Path, keeps: bool, installed: bool) -> None:
+    stored = {f"w{number}": torch.full((2, 3), float(number)) for number in range(200)}
+    save(tmp_path, stored)
+
+    def make() -> dict[str, torch.Tensor]:
+        strided = {f"w{number}" for number in (0, 7, 60, 61, 199)}
+        return {fqn: torch.zeros(3, 2).t() if fqn in strided else torch.zeros(2, 3) for fqn in stored}
+
+    state, expected = make(), make()
+    torch_load(expected, checkpoint_id=tmp_path, planner=Swapping(keeps))
+    with dcp_fast.install() if installed else nullcontext():
+        load = dcp.load if installed else dcp_fast.load
+        report = report_of(load, state, checkpoint_id=tmp_path, planner=Swapping(keeps))
+    assert image(state) == image(expected)
+    assert keeps or all(torch.equal(state[fqn], stored[fqn]) for fqn in stored)
+    assert report.is_fast == (not keeps)
+
+
 class OwnMetadata(dcp.FileSystemReader):
     def read_metadata(self, *arguments: Any, **keywords: Any) -> Any:
         with open(self.path / ".metadata", "rb") as file:

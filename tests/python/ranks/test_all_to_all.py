@@ -31,7 +31,7 @@ def load_in_every_layout(path: Path) -> None:
         with lacking() as collective:
             report = load_shared(state, path, exchange_bytes=ROUNDS_BYTES)
         assert values_of(state) == values_of(expected), layout
-        assert collective.call_count == report.exchange_rounds > 2
+        assert collective.call_count > report.exchange_rounds > 2  # what ranks need is told so as well
 
 
 def load_in_a_part_of_the_ranks(path: Path) -> None:

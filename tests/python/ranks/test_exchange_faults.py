@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 import dcp_fast
 from dcp_fast import _native
 from dcp_fast.ranks import exchange
+from dcp_fast.ranks.all_to_all import ToAll
 from dcp_fast.ranks.exchange import Exchange
 from dcp_fast.ranks.round_memory import RoundMemory
 
@@ -342,6 +344,54 @@ def test_a_rank_that_dies(fresh_ranks: Ranks, checkpoint: Path, nth: int, ranks_
         if not late:
             return
     raise AssertionError(f"ranks raise too late: {late}")
+
+
+def tells(path: Path) -> int:
+    """How often ranks tell each other something in a load, but for rounds."""
+    with mock.patch.object(ToAll, "tell", autospec=True, side_effect=ToAll.tell) as tell:
+        load_shared(state_dict(LAYOUT), path)
+    return tell.call_count
+
+
+def die_while_ranks_agree(path: Path, nth: int, told: Path) -> None:
+    original, calls = ToAll.tell, itertools.count()
+
+    def tell(self: ToAll, *args: Any) -> None:
+        if next(calls) == nth:
+            (told / "died").write_text(repr(time.monotonic()))
+            os._exit(3)
+        original(self, *args)
+
+    with ExitStack() as faults:
+        if dist.get_rank() == FAILING:
+            faults.enter_context(mock.patch.object(ToAll, "tell", tell))
+        failure = failure_of(partial(load_shared, state_dict(LAYOUT), path))
+    (told / f"rank {dist.get_rank()}.part").write_text(f"{time.monotonic()} {failure}")
+    (told / f"rank {dist.get_rank()}.part").rename(told / f"rank {dist.get_rank()}")
+    # Nobody is saved by a process that ends.
+    deadline = time.monotonic() + 20
+    while len(list(told.glob("rank ?"))) < WORLD - 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def test_a_rank_that_dies_while_ranks_agree(
+    fresh_ranks: Ranks, ranks: Ranks, checkpoint: Path, ranks_per_node: int, tmp_path: Path
+) -> None:
+    """Whichever of them, and all others are alive meanwhile."""
+    if ranks_per_node < WORLD:
+        pytest.skip("ranks agree alike on all nodes")
+    (count,) = {*ranks.run(WORLD, tells, checkpoint)}
+    assert count > 8
+    for nth in (0, 1, 2, 3, count - 1):
+        told = tmp_path / str(nth)
+        told.mkdir()
+        with pytest.raises(RankError):
+            fresh_ranks.run(WORLD, die_while_ranks_agree, checkpoint, nth, told, timeout=60)
+        died_at = float((told / "died").read_text())
+        for rank in {*range(WORLD)} - {FAILING}:
+            raised_at, failure = (told / f"rank {rank}").read_text().split(" ", 1)
+            assert "RuntimeError" in failure or "DistBackendError" in failure, (nth, rank, failure)
+            assert float(raised_at) - died_at < 10, (nth, rank)  # of the 60 that the group waits
 
 
 class Slow(dcp_fast.DefaultLoadPlanner):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 import dcp_fast
+from dcp_fast.ranks import exchange
 
 WORLD = 4
 ROWS, COLUMNS = 2048, 1024
@@ -48,6 +50,13 @@ def test_ranks_that_know_of_each_other_read_each_byte_once(case: str, checkpoint
     assert any(shared > 0 for _, shared, _ in results)
     from_disk = sum(read for _, _, read in results)
     assert PAYLOAD <= from_disk <= 1.1 * PAYLOAD
+
+
+def test_ranks_that_cannot_share_reads_share_the_page_cache(checkpoint: Path, ranks: Ranks) -> None:
+    """They find out when they tell each other what they need, and have chosen how to read by then."""
+    results = ranks.run(WORLD, _load_cold_declined, str(checkpoint))
+    assert all(same for same, _, _ in results)
+    assert sum(read for _, _, read in results) <= 1.2 * PAYLOAD
 
 
 def test_ranks_that_need_different_records_read_past_the_page_cache(checkpoint: Path, ranks: Ranks) -> None:
@@ -92,7 +101,17 @@ def _save(directory: str) -> None:
     dcp.save(_state("rows", lambda tensor: tensor.normal_()), checkpoint_id=directory)
 
 
-def _load_cold(directory: str, case: str, of_node: int | None) -> tuple[bool, int, int]:
+def _load_cold_declined(directory: str) -> tuple[bool, int, int]:
+    why = "what ranks need takes too much"
+    with mock.patch.object(exchange, "why_too_many", return_value=why):
+        result = _load_cold(directory, "whole", WORLD, share_reads=True)
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.sharing_fallback_reason == why
+    return result
+
+
+def _load_cold(directory: str, case: str, of_node: int | None, **options: Any) -> tuple[bool, int, int]:
     """Whether all is as torch loads it, how many files were shared, and what the disk gave this rank."""
     expected = _state(case, torch.Tensor.zero_)
     dcp.load(expected, checkpoint_id=directory)
@@ -105,7 +124,7 @@ def _load_cold(directory: str, case: str, of_node: int | None) -> tuple[bool, in
         os.environ.update(LOCAL_WORLD_SIZE=str(of_node), LOCAL_RANK=str(dist.get_rank()))
     try:
         before = _bytes_from_disk()
-        dcp_fast.load(state, checkpoint_id=directory)
+        dcp_fast.load(state, checkpoint_id=directory, **options)
         read = _bytes_from_disk() - before
     finally:
         for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"):

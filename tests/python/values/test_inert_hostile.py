@@ -186,9 +186,7 @@ MISUSED: dict[str, Callable[[], bytes]] = {
         "V8", 3, "|", None, ("a",), {"a": (numpy.dtype("O"), 0)}, 8, 1, 16
     ),
     "dtype with fields that hide objects": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": (_FLOAT, 0)}, 8, 1, 63),
-    "dtype with fields without names": lambda: dtype_with(
-        "V8", 3, "|", None, ("a",), {"b": (_FLOAT, 0)}, 8, 1, 16
-    ),
+    "dtype with fields without names": lambda: dtype_with("V8", 3, "|", None, ("a",), {"b": (_FLOAT, 0)}, 8, 1, 16),
     "dtype with fields of no dtype": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": ("f8", 0)}, 8, 1, 16),
     "dtype with fields of a number": lambda: dtype_with("f8", 3, "<", None, ("a",), {"a": (_FLOAT, 0)}, -1, -1, 0),
     "dtype with fields and metadata": lambda: dtype_with(
