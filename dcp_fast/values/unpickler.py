@@ -10,6 +10,7 @@ What somebody allowed by ``torch.serialization.add_safe_globals`` is called as `
 from __future__ import annotations
 
 import collections
+import datetime
 import enum
 import functools
 import io
@@ -93,6 +94,10 @@ class InertUnpickler(RestrictedUnpickler):
         self.append(content)
 
 
+# They have an object do their work: a defaultdict what it makes values of, the others a zone.
+_TAKE_OBJECTS: tuple[type, ...] = (collections.defaultdict, datetime.datetime, datetime.time)
+
+
 def users_globals() -> dict[str, Any]:
     """What ``torch.serialization.add_safe_globals`` allows, by the names in a pickle."""
     users: dict[str, Any] = weights_only_unpickler._get_user_allowed_globals()  # type: ignore[no-untyped-call]
@@ -152,12 +157,17 @@ class Unpickler(InertUnpickler):
     def _is_users(self, value: Any) -> bool:
         return id(value) in self._users_by_id
 
+    def _trusts(self, arguments: tuple[Any, ...]) -> bool:
+        """Whether the last argument is a class that somebody allowed, or an object of one."""
+        last = arguments[-1] if arguments else None
+        return self._is_users(last) or self._is_users(type(last))
+
     # What acts
 
     def _call(self, function: Any, arguments: Any) -> Any:
         expect(type(arguments) is tuple, "a call with arguments that are no tuple")
-        of_users = function is collections.defaultdict and len(arguments) == 1 and self._is_users(arguments[0])
-        if of_users or self._is_users(function):
+        takes_objects = any(function is each for each in _TAKE_OBJECTS)
+        if self._is_users(function) or (takes_objects and self._trusts(arguments)):
             return function(*arguments)
         if self.makes(function):
             return self.make(function, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import functools
 import io
 import ipaddress
 import os
@@ -41,6 +42,38 @@ def test_all_that_is_missing_is_named_at_once() -> None:
     for name in ("collections.UserDict", "collections.ChainMap", "install(trust_bytes=True)"):
         assert name in error.reason
     assert "add_safe_globals([collections.UserDict, collections.ChainMap])" in error.reason
+
+
+class Zone(datetime.tzinfo):
+    """Of a user, as many programs have one."""
+
+    def utcoffset(self, moment: datetime.datetime | None) -> datetime.timedelta:
+        return datetime.timedelta(hours=1)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Zone
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_what_is_allowed_may_do_its_work_within_inert_values() -> None:
+    """All that an error says to allow is enough."""
+    nested = collections.defaultdict(functools.partial(collections.defaultdict, int), {"a": {"b": 1}})
+    moment = datetime.datetime(2026, 1, 1, tzinfo=Zone())
+    for value, cls in ((nested, functools.partial), (moment, Zone), (moment.timetz(), Zone)):
+        error = refused(record(value))
+        assert error.safe_globals == (f"{cls.__module__}.{cls.__qualname__}",)
+        with torch.serialization.safe_globals([cls]):
+            loaded = load(record(value))
+        assert loaded == value
+        assert type(loaded) is type(value)
+    assert load_nested(nested)["new"]["one"] == 0
+
+
+def load_nested(value: Any) -> Any:
+    with torch.serialization.safe_globals([functools.partial]):
+        return load(record(value))
 
 
 def test_names_that_need_pairs_are_given_as_pairs() -> None:
