@@ -29,8 +29,8 @@ class _Batch(Protocol):
 PartT = TypeVar("PartT")
 BatchT = TypeVar("BatchT", bound=_Batch)
 
-# Headers lie at both ends of records. Past the page cache requests cost so much that it pays one rank to read through
-# payloads of a quarter of a megabyte; but here these would be sent to all, and be read twice.
+# Headers lie at both ends of records. It pays a rank that reads alone to read through small payloads; but here these
+# would be sent to all ranks, and be read once more.
 _MOST_HEADER_GAP = 8 << 10
 _OF_QUANTIZED = 2  # exchanges: scales, and elements
 _GONE = "records that are read as a whole were wanted again, or in another order, and were then read alone"

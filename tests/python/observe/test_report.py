@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Entry, ShardedBuffer, fill, load_with, save, write_checkpoint
+from helpers import Entry, ShardedBuffer, fill, image, load_with, save, write_checkpoint
 
 import dcp_fast
 
@@ -175,3 +175,16 @@ def test_the_last_report_is_never_of_an_earlier_load(tmp_path: Path) -> None:
     assert report is not None
     assert report.path == str(tmp_path / "second")
     assert report.bytes_read == 0
+
+
+@pytest.mark.parametrize(("size", "count", "most"), [(128, 60, 1.15), (256, 20, 1.05)])
+def test_headers_bring_no_payloads_along(tmp_path: Path, size: int, count: int, most: float) -> None:
+    """Payloads of 64 and 256 KiB, which would be read again, even past the page cache, where requests cost much."""
+    stored = {f"t{number}": torch.full((size, size), float(number)) for number in range(count)}
+    save(tmp_path, stored)
+    state = {fqn: torch.zeros(size, size) for fqn in stored}
+    dcp_fast.load(state, storage_reader=dcp_fast.FileSystemReader(tmp_path, io="direct"))
+    assert image(state) == image(stored)
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.bytes_read <= most * sum(file.stat().st_size for file in tmp_path.glob("*.distcp"))
