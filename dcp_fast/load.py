@@ -97,7 +97,6 @@ def load(
             "assuming the intent is to load in a single process.",
             stacklevel=3,
         )
-    if no_dist:
         check_sharing(share_reads, exchange_bytes)
     reader = cast(StorageReader, storage_setup(storage_reader, checkpoint_id, reader=True))
     if storage_reader is None and checkpoint_id is not None:

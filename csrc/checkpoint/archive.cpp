@@ -40,6 +40,13 @@ bool is_directory_of_torch(Bytes record, const ZipDirectory& directory) {
   return record.u32() == 1 && disks == 0 && end_disk == 0 && record.ok();
 }
 
+// As torch reads it (caffe2/serialize/versions.h): 1 to 10.
+bool is_version_of_torch(std::string_view text) {
+  if (text.empty() || text.back() != '\n') return false;
+  text.remove_suffix(1);
+  return text == "10" || (text.size() == 1 && text[0] >= '1' && text[0] <= '9');
+}
+
 // The content of an entry, if what surrounds it is as torch.save writes it: padding in front, a descriptor behind.
 std::optional<Bytes> content_of(Bytes record, const ZipDirectory& directory, const ZipEntry& entry) {
   const std::optional<uint64_t> data = local_data_offset(record, entry);
@@ -94,7 +101,7 @@ std::optional<Archive> find_archive(Bytes record) {
     place = content;
   }
   auto& [pickle, version, byteorder, format_version, alignment, id] = contents;
-  if (!pickle || !version) return std::nullopt;
+  if (!pickle || !version || !is_version_of_torch(version->text(version->size()))) return std::nullopt;
   if (byteorder && byteorder->text(byteorder->size()) != "little") return std::nullopt;
   // Without it, a setting of the process that loads says in which order the bytes of storages are.
   if (!byteorder && !archive.storages.empty()) return std::nullopt;

@@ -50,11 +50,11 @@ Layouts open_files(io::ByteSources sources, std::vector<Record> records, std::ve
                    const Options& options, const std::function<bool()>& interrupted);
 
 // What is read of the files to find where payloads lie, in ascending order.
+std::vector<Range> header_ranges(const Layouts& layouts, const Options& options);
+
 // As if the files had been opened by `readers`. Nobody has them open.
 void be_read_by(Layouts& layouts, io::Readers readers, const Options& options,
                 const std::function<bool()>& interrupted);
-
-std::vector<Range> header_ranges(const Layouts& layouts, const Options& options);
 
 // Finds where payloads lie. Of records that are mere payloads nothing is read. Throws Error with `record` set
 // (kTruncated, kCorrupt, kIo), Interrupted, std::bad_alloc.

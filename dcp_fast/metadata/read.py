@@ -160,7 +160,7 @@ def make_metadata(
         except OSError as error:
             reason = f"the file of the metadata cannot be read again for {', '.join(sorted(unmade))}: {error}"
             raise MetadataAccessError(reason, path, error_number=error.errno or 0) from error
-        unpickled = pickle.loads(pickled) if trusted else _unpickled(pickled, path)
+        unpickled = _unpickled_as_torch(pickled, path) if trusted else _unpickled(pickled, path)
         if not _is_same(unpickled, columns, save_id) or not unmade <= vars(unpickled).keys():
             reason = f"the metadata has changed since it was read, so it cannot give {', '.join(sorted(unmade))}"
             raise MetadataAccessError(reason, path, error_number=errno.ESTALE)
@@ -187,6 +187,15 @@ def _dtype(code: int) -> torch.dtype | None:
 def _unpickled_later(pickled: bytes) -> Any:
     # The protocol takes two bytes; then begins a dict or something small.
     return LazyDict.of(Unpickled(pickled)) if pickled[2:3] == pickle.EMPTY_DICT else pickle.loads(pickled)
+
+
+def _unpickled_as_torch(pickled: bytes, path: str) -> Metadata:
+    try:
+        metadata: Metadata = pickle.loads(pickled)
+        return metadata
+    except Exception as error:  # an AttributeError of it would say that there is no such attribute
+        reason = f"the metadata cannot be unpickled: {type(error).__name__}: {error}"
+        raise CorruptMetadataError(reason, path, "", 0, len(pickled)) from error
 
 
 def _unpickled(pickled: bytes, path: str) -> Metadata:

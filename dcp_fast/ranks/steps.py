@@ -1,7 +1,7 @@
 """Steps of a load that all ranks take together. If one rank fails in a step, no other rank goes on or waits for it.
 
 torch gathers every rank's plan on one rank and scatters them again, although loading changes nothing in between. Here
-an all-reduce of one flag for each step tells whether any rank has failed. Errors are only gathered if there are any.
+one flag of each rank for each step tells whether any has failed. Errors are only gathered if there are any.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class SharedReads:
         exchange: with the other ranks; None if nobody shares.
         cuda: brings bytes to destinations on GPUs.
         report: counts what is read.
-        prepare_alone: called before the first time that each rank reads alone what they were to share.
+        prepare_alone: called before the first time that all ranks read alone what they were to share.
     """
 
     def __init__(

@@ -139,14 +139,19 @@ class Windows:
         try:
             placement = self._resolve_in_window(item, record)
         except Exception:
+            change = self._state.take_back() if self._own_resolve and self._state.has_changed() else []
             self.finish()
+            for again in change:
+                again()
             raise
         if self._own_resolve and self._state.has_changed():
             if self._window.entries:
                 change = self._state.take_back()
-                self.finish()
-                for again in change:
-                    again()
+                if self.finish():  # it would have been called with what a commit has changed
+                    placement = self._resolve(item, record)
+                else:
+                    for again in change:
+                        again()
             self._before, self._state = self._state, PlannerState(self._planner)
             self._one_by_one = self._one_by_one or (_HIDES if self._state.is_hidden else "")
             self._most, self._quiet = 1, 0
@@ -204,11 +209,11 @@ class Windows:
         if self._values_matter:
             self.finish()
 
-    def finish(self) -> None:
-        """Place and commit what the window has."""
+    def finish(self) -> bool:
+        """Place and commit what the window has. Returns whether that changed what the planner keeps."""
         window, self._window = self._window, _Window()
         entries = [entry for entry in window.entries if isinstance(entry, _Entry)]
-        again = False  # whether what follows is resolved and placed again, one by one
+        again = is_changed = False  # whether what follows is resolved and placed again, one by one
         try:
             self._place_all(entries)
         except Exception:
@@ -235,9 +240,10 @@ class Windows:
                 self._state, self._before = self._before, None
             else:
                 self._state.keep()
-                self._one_by_one, self._most, again = self._one_by_one or CHANGES, 1, True
+                self._one_by_one, self._most, again, is_changed = self._one_by_one or CHANGES, 1, True, True
         if window.entries:
             self._before = None  # items to come are resolved as the planner is now
+        return is_changed
 
     def _place_all(self, entries: Sequence[_Entry]) -> None:
         if not entries:

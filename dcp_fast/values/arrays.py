@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dcp_fast.unpickling import RefusedError, expect
 
 _MOST_BYTES = 1 << 62
+_MOST_PARTS = 500
 _ALIGNED = 0x80  # the flag of a dtype whose fields are where C would have them
 _DTYPE = re.compile(r"[biufcmMSUV][0-9]{1,9}")
 _UNITS = (b"Y", b"M", b"W", b"D", b"h", b"m", b"s", b"ms", b"us", b"ns", b"ps", b"fs", b"as", b"generic")
@@ -134,6 +135,31 @@ def _dtype(*arguments: Any) -> Any:
     return cls(name, False, True)  # a copy: others share NumPy's own
 
 
+def parts_of(state: Any) -> Iterator[Any]:
+    """What the state of a dtype or an array is made of: its items, and theirs where these are tuples or fields."""
+    for item in state if type(state) is tuple else ():
+        yield item
+        for inner in (item,) if type(item) is tuple else item.values() if type(item) is dict else ():
+            yield from inner if type(inner) is tuple else ()
+
+
+def _expect_few_parts(dtype: Any) -> None:
+    """Refuse a dtype of too many parts.
+
+    Fields may lie upon each other, so that with a few bytes for each level of them there is twice as much for a hash or
+    a comparison to look at.
+    """
+    count, parts = 0, [dtype]
+    while parts:
+        part = parts.pop()
+        if part.subdtype is not None:
+            parts.append(part.subdtype[0])
+        elif part.fields:
+            parts += [part.fields[name][0] for name in part.names]
+        count += 1
+        expect(count + len(parts) <= _MOST_PARTS, f"a dtype of more than {_MOST_PARTS} fields, and theirs")
+
+
 def _state_of_parts(size: int, state: tuple[Any, ...]) -> Any:
     """The state of a dtype with fields, or of a subarray, as NumPy itself makes it of the same parts.
 
@@ -168,6 +194,7 @@ def _state_of_parts(size: int, state: tuple[Any, ...]) -> Any:
         made = numpy.dtype(
             {"names": list(names), "formats": parts, "offsets": offsets, "itemsize": size, "aligned": is_aligned}
         )
+    _expect_few_parts(made)
     own = made.__reduce__()[2]
     same = len(own) == len(state) and [own[0], own[1], *own[5:]] == [state[0], state[1], *numbers]
     expect(same and not made.hasobject, "a dtype that NumPy makes otherwise of its parts")

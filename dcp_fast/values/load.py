@@ -24,8 +24,9 @@ from dcp_fast.values.unpickler import Unpickler, find_allowed, python3_name, use
 _LEGACY_PICKLES = 4
 _MOST_NAMED = 5
 _ENCODING = "utf-8"  # torch.load's, of texts that Python 2 wrote
-# In names of globals that torch's loader of archives takes for others.
-_NAMES_OF_TORCH = (b"Storage", b"torch.tensor")
+_NO_STORAGES = {"": 0}
+# In names of globals that torch's loader of archives takes for others, or does more for than to call them.
+_NAMES_OF_TORCH = (b"Storage", b"torch.tensor", b"torch._utils", b"torch._tensor")
 _TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _MEMO_WRITERS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 _MEMO_READERS = ("GET", "BINGET", "LONG_BINGET")
@@ -97,8 +98,8 @@ def _load(entry: io.BytesIO) -> Any:
     if archive is not None:
         pickled, storages = archive
         if not storages and not any(name in pickled for name in _NAMES_OF_TORCH):
-            size = entry.getbuffer().nbytes
-            return Unpickler(io.BytesIO(pickled), encoding=_ENCODING, entry_size=size).load()
+            bounds = entry.getbuffer().nbytes, _NO_STORAGES
+            return Unpickler(io.BytesIO(pickled), encoding=_ENCODING, bounds=bounds).load()
     reader = PyTorchFileReader(entry)
     if archive is None:
         if "constants.pkl" in reader.get_all_records():
@@ -106,7 +107,7 @@ def _load(entry: io.BytesIO) -> Any:
         sizes = _storage_sizes(entry, reader)
     else:
         sizes = {key: size for key, (_, size) in storages.items()}
-    return load_archive(reader, None, _pickle_module(entry, sizes or {"": 0}), encoding=_ENCODING)
+    return load_archive(reader, None, _pickle_module(entry, sizes or _NO_STORAGES), encoding=_ENCODING)
 
 
 def _storage_sizes(entry: io.BytesIO, reader: Any) -> dict[str, int]:

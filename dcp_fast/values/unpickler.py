@@ -15,8 +15,9 @@ import enum
 import functools
 import io
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable
-from typing import IO, Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import IO, Any
 
 import torch
 
@@ -58,6 +59,7 @@ class InertUnpickler(RestrictedUnpickler):
 
     def make(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """What a function makes of the arguments that Python's own pickling writes."""
+        self._expect_states(arguments)
         made = _makers()[id(function)](*arguments)
         # What is made of one argument is bounded. It is the copies after it that must end.
         self.pay(max(cost_of(arguments), cost_of((made,))))
@@ -69,6 +71,12 @@ class InertUnpickler(RestrictedUnpickler):
         """Whether a value was made, and was given no state yet."""
         return id(value) in self._stateless
 
+    def _expect_states(self, values: Iterable[Any]) -> None:
+        """Refuse dtypes and arrays that are to get a state later, when nobody asks whether that fits what has them."""
+        for value in values:
+            fresh = self.is_stateless(value) and arrays.state_setter(value) is not None
+            expect(not fresh, "what is made of a dtype or an array that has no state yet")
+
     def set_state(self, made: Any, state: Any) -> None:
         """Give a value its state.
 
@@ -76,6 +84,7 @@ class InertUnpickler(RestrictedUnpickler):
             RefusedError: it takes none, or has one.
         """
         cls = type(made)
+        self._expect_states(arrays.parts_of(state))
         setter = STATES.get(cls) or arrays.state_setter(made)
         if setter is None or self._stateless.pop(id(made), None) is None:
             name = f"{cls.__module__}.{cls.__qualname__}"
@@ -127,13 +136,15 @@ class Unpickler(InertUnpickler):
     """
 
     entry_size: int = 0
-    storage_sizes: ClassVar[dict[str, int]] = {}
+    storage_sizes: Mapping[str, int] = MappingProxyType({})
     check_key = staticmethod(check_key)
     load_persid = refused_opcode("PERSID")
 
-    def __init__(self, file: IO[bytes], *, encoding: str = "ASCII", entry_size: int | None = None) -> None:
-        if entry_size is not None:
-            self.entry_size = entry_size
+    def __init__(
+        self, file: IO[bytes], *, encoding: str = "ASCII", bounds: tuple[int, Mapping[str, int]] | None = None
+    ) -> None:
+        if bounds is not None:  # else a class derived from this one has them
+            self.entry_size, self.storage_sizes = bounds
         super().__init__(file, self.entry_size, encoding=encoding)
         self._users = users_globals()
         self._users_by_id = {id(allowed): allowed for allowed in self._users.values()}
@@ -173,9 +184,7 @@ class Unpickler(InertUnpickler):
             return self.make(function, arguments)
         if function is getattr:
             return self._enum_member(arguments)
-        # It would keep the memory that the array gives up when it gets its state.
-        fresh = [each for each in arguments if self.is_stateless(each) and arrays.state_setter(each) is not None]
-        expect(not fresh, "a call with an array that has no state yet")
+        self._expect_states(arguments)
         expect(any(function is known for known in known_to_torch().values()), f"a call of {_name(function)}")
         return call_of_torch(function, arguments, self._users_by_id, self.pay)
 

@@ -317,6 +317,25 @@ class Moving(dcp.DefaultLoadPlanner):
             self.state_dict["t040"].data = torch.full(sizes(40), 3.0)
 
 
+class Toggling(dcp.DefaultLoadPlanner):
+    """Changes the same on both ways, at one item each, and goes by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_on = False
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        tensor = super().resolve_tensor(item)
+        if item.dest_index.fqn != "t040":
+            return tensor
+        self.is_on = not self.is_on
+        return tensor.new_zeros(tensor.shape) if self.is_on else tensor
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        if item.dest_index.fqn == "t036" and item.dest_offsets[0] == 0:
+            self.is_on = not self.is_on
+
+
 class Scaling(dcp.DefaultLoadPlanner):
     """Goes by the values that have come."""
 
@@ -485,7 +504,7 @@ class Delegating(Slotted):
 NOTICING = [
     *(Rarely, Scratch, ScratchElsewhere, Replacing, Counting, Collecting, Slotted),
     *(SameKey, Awaking, Forgetting, Mirroring, Moving, Scaling, LookingAtValues, Delegating),
-    *(LookingAtCommitted, LookingInStateDict, Finishing, Swallowing, Locking, ByOffset),
+    *(LookingAtCommitted, LookingInStateDict, Toggling, Finishing, Swallowing, Locking, ByOffset),
     *(lambda: InMemory(bytearray(1)), lambda: InMemory(np.zeros(1)), lambda: InMemory(Slots())),
 ]
 

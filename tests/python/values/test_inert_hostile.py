@@ -71,6 +71,24 @@ def dtype_with(name: Any, *state: Any) -> bytes:
     return reduced(numpy.dtype, name, False, True, state=state)
 
 
+class StateLater:
+    """Pickles into a dtype. Its state holds what is made of it before it has that."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
+
+    def __reduce__(self) -> Any:
+        return numpy.dtype, ("V8", False, True), (self.make(self),)
+
+
+def overlapping(levels: int) -> Any:
+    """A dtype whose hash looks at all its fields: twice as many for each level."""
+    dtype = numpy.dtype("i1")
+    for _ in range(levels):
+        dtype = numpy.dtype({"names": ["a", "b"], "formats": [dtype, dtype], "offsets": [0, 0], "itemsize": 1})
+    return dtype
+
+
 # A part of each type's name, and what must be refused.
 MISUSED: dict[str, Callable[[], bytes]] = {
     "bytearray of a size": lambda: reduced(bytearray, HUGE),
@@ -189,6 +207,42 @@ MISUSED: dict[str, Callable[[], bytes]] = {
     "dtype with fields without names": lambda: dtype_with("V8", 3, "|", None, ("a",), {"b": (_FLOAT, 0)}, 8, 1, 16),
     "dtype with fields of no dtype": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": ("f8", 0)}, 8, 1, 16),
     "dtype with fields of a number": lambda: dtype_with("f8", 3, "<", None, ("a",), {"a": (_FLOAT, 0)}, -1, -1, 0),
+    "dtype with fields upon each other": lambda: archive(pickle.dumps(overlapping(60), 4)),
+    "dtype with very many fields": lambda: archive(
+        pickle.dumps(numpy.dtype([(f"f{number}", "i1") for number in range(500)]), 4)
+    ),
+    "dtype that gets its state after a scalar": lambda: archive(
+        pickle.dumps(StateLater(lambda dtype: Call(_scalar, dtype, bytes(8))), 4)
+    ),
+    "dtype that gets its state after an array": lambda: archive(
+        pickle.dumps(
+            StateLater(
+                lambda dtype: Call(_reconstruct, numpy.ndarray, (0,), b"b", state=(1, (1,), dtype, False, b"8" * 8))
+            ),
+            4,
+        )
+    ),
+    "dtype that gets its state after an array of protocol 5": lambda: archive(
+        pickle.dumps(StateLater(lambda dtype: Call(_from_buffer, bytes(8), dtype, (1,), "C")), 4)
+    ),
+    "dtype that gets its state after another one": lambda: archive(
+        pickle.dumps(
+            StateLater(
+                lambda dtype: Call(
+                    numpy.dtype, "V8", False, True, state=(3, "|", None, ("a",), {"a": (dtype, 0)}, 8, 1, 16)
+                )
+            ),
+            4,
+        )
+    ),
+    "dtype that gets its state after a subarray": lambda: archive(
+        pickle.dumps(
+            StateLater(
+                lambda dtype: Call(numpy.dtype, "V8", False, True, state=(3, "|", (dtype, (1,)), None, None, 8, 1, 16))
+            ),
+            4,
+        )
+    ),
     "dtype with fields and metadata": lambda: dtype_with(
         "V8", 4, "|", None, ("a",), {"a": (_FLOAT, 0)}, 8, 1, 16, {"a": 1}
     ),
@@ -318,6 +372,13 @@ REASONS = {
     "dtype with fields of no dtype": "a dtype with other fields",
     "dtype with fields of a number": "a dtype with fields, or of another size than its own",
     "dtype with fields and metadata": "a dtype with another state",
+    "dtype with fields upon each other": "a dtype of more than 500 fields",
+    "dtype with very many fields": "a dtype of more than 500 fields",
+    "dtype that gets its state after a scalar": "a dtype or an array that has no state yet",
+    "dtype that gets its state after an array": "a dtype or an array that has no state yet",
+    "dtype that gets its state after an array of protocol 5": "a dtype or an array that has no state yet",
+    "dtype that gets its state after another one": "a dtype or an array that has no state yet",
+    "dtype that gets its state after a subarray": "a dtype or an array that has no state yet",
     "dtype of another size": "a dtype with fields, or of another size than its own",
     "dtype that hides objects": "a dtype with fields, or of another size than its own",
     "dtype with a subarray without bounds": "a subarray without bounds",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from torch.distributed.checkpoint._extension import ZStandard
 
 import dcp_fast
 from dcp_fast import _native
-from dcp_fast.errors import TruncatedFileError
+from dcp_fast.errors import LoadError, TruncatedFileError
 from dcp_fast.transfer.plan_transfer import PlanTransfer
+from dcp_fast.values.load import load_untrusted
 
 shared = [1]
 PLAIN: dict[str, Any] = {
@@ -273,3 +276,28 @@ def test_damaged_entry_among_plain_ones(tmp_path: Path) -> None:
     error = fast_error(tmp_path, state)
     assert isinstance(error, dcp_fast.UntrustedBytesError)
     assert error.fqn == "b"
+
+
+@pytest.mark.parametrize("version", [b"99", b"0\n", b"x\n", b"9\n"])
+@pytest.mark.parametrize("value", [5, {1, 2}], ids=["native", "in Python"])
+def test_the_version_of_an_archive_is_heeded(value: Any, version: bytes) -> None:
+    """All else is as torch writes it, the checksum of the version included."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    with zipfile.ZipFile(stream) as file:
+        (entry,) = [each for each in file.infolist() if each.filename.endswith("/version")]
+        known = file.read(entry)
+    assert known == b"3\n"
+    sums = [zlib.crc32(content).to_bytes(4, "little") for content in (known, version)]
+    data = bytearray(stream.getvalue().replace(*sums))
+    at = data.index(known, entry.header_offset + 30 + len(entry.filename))
+    data[at : at + len(known)] = version
+    record = bytes(data)
+    try:
+        expected = torch.load(io.BytesIO(record), weights_only=False)
+    except RuntimeError:
+        with pytest.raises(LoadError):
+            load_untrusted(io.BytesIO(record), "value")
+    else:
+        assert load_untrusted(io.BytesIO(record), "value") == expected == value
+        assert version == b"9\n"
