@@ -90,11 +90,11 @@ class ToAll:
         self._world = ranks.get_world_size()
         self._piece = max(_LEAST_PIECE, _MOST_MEMORY // self._world)
         # All memory is there before others may wait for this rank.
-        self._sent, self._received, here = (
-            torch.empty(self._world * self._piece, dtype=torch.uint8, device=place)
-            for place in (device, device, torch.device("cpu"))
-        )
-        self._here = self._received if device.type == "cpu" else here
+        size = self._world * self._piece
+        self._packed, self._here = (torch.empty(size, dtype=torch.uint8, device="cpu") for _ in range(2))
+        self._sent, self._received = self._packed, self._here
+        if device.type != "cpu":
+            self._sent, self._received = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
 
     def tell(self, mine: torch.Tensor, of_ranks: Sequence[torch.Tensor]) -> None:
         """Send bytes to all ranks, and receive theirs. Collective.
@@ -110,14 +110,14 @@ class ToAll:
             # At least a byte, so that each two ranks meet.
             sizes = [min(self._piece, max(memory.numel() - begin, 1)) for memory in of_ranks]
             own = sizes[self._ranks.rank]
-            rows = self._sent[: own * self._world].view(self._world, own)
+            packed, sent = (memory[: own * self._world] for memory in (self._packed, self._sent))
+            here, received = (memory[: sum(sizes)] for memory in (self._here, self._received))
             if begin < mine.numel():
-                rows[0].copy_(mine[begin : begin + own])
-                rows[1:].copy_(rows[:1].expand_as(rows[1:]))
-            received = self._received[: sum(sizes)]
-            start_all_to_all(received, rows.flatten(), sizes, [own] * self._world, self._ranks)()
-            here = self._here[: sum(sizes)]
-            if here.device != received.device:
+                packed.view(self._world, own).copy_(mine[begin : begin + own].expand(self._world, own))
+            if self._sent is not self._packed:
+                sent.copy_(packed)
+            start_all_to_all(received, sent, sizes, [own] * self._world, self._ranks)()
+            if self._received is not self._here:
                 here.copy_(received)
             for memory, size, at in zip(of_ranks, sizes, accumulate(sizes, initial=0), strict=False):
                 if begin < memory.numel():

@@ -79,6 +79,13 @@ class PlanTransfer:
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
+        try:
+            self._run()
+        finally:
+            self._shared_records.close()
+            self._shared.forget()
+
+    def _run(self) -> None:
         report = self.report
         with report.stage("layout"), paused_collection():
             self.items = find_items(self.plan, self.records)
@@ -117,9 +124,6 @@ class PlanTransfer:
             except BaseException:
                 self.cuda.abort()
                 raise
-            finally:
-                self._shared_records.close()
-                self._shared.forget()
 
     def _options_on_node(self) -> _native.Options:
         """Find out whether other ranks of this node may need the same bytes, which then go through the page cache."""

@@ -290,8 +290,8 @@ class SharedReads:
         return self._share(exchange, Phase.QUANTIZED, layouts, find, options, ()) is not None
 
     def forget(self) -> None:
-        """Let go of what an error knows of."""
-        self._error = None
+        """Let go of what an error knows of, and of the transfer. Nothing is read any more."""
+        self._error = self._prepare_alone = None
 
     def decline(self, reason: str) -> None:
         """Take part in what exchanges of all other ranks are left, but read alone what this rank needs of them."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import enum
 import itertools
 import json
 import pickle
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +104,7 @@ def test_threads_trace_with_one_reader(stored: Path, tmp_path: Path) -> None:
 def test_threads_trust_metadata_with_one_reader(stored: Path) -> None:
     file = stored / ".metadata"
     metadata = pickle.loads(file.read_bytes())
-    metadata.planner_data = OrderedDict({**metadata.planner_data, "day": datetime.date(2026, 1, 2)})
+    metadata.planner_data = {**metadata.planner_data, "colour": Colour.RED}
     file.write_bytes(pickle.dumps(metadata))
     reader = dcp_fast.FileSystemReader(stored)
     is_midway, may_go_on = threading.Event(), threading.Event()
