@@ -78,17 +78,11 @@ class InertUnpickler(RestrictedUnpickler):
             expect(not fresh, "what is made of a dtype or an array that has no state yet")
 
     def set_state(self, made: Any, state: Any) -> None:
-        """Give a value its state.
-
-        Raises:
-            RefusedError: it takes none, or has one.
-        """
-        cls = type(made)
+        """Give a value that is stateless its state."""
         self._expect_states(arrays.parts_of(state))
-        setter = STATES.get(cls) or arrays.state_setter(made)
-        if setter is None or self._stateless.pop(id(made), None) is None:
-            name = f"{cls.__module__}.{cls.__qualname__}"
-            raise RefusedError(f"a state of a {name}", *([] if find_inert(name) else [name]))
+        del self._stateless[id(made)]
+        setter = STATES.get(type(made)) or arrays.state_setter(made)
+        assert setter is not None  # or it would not wait for a state
         setter(made, state)
 
     # It takes memory before it is there.
@@ -227,6 +221,9 @@ class Unpickler(InertUnpickler):
         if cls is torch.Tensor or cls is torch.nn.Parameter:
             set_tensor(made, state)
             return
+        if not self.is_stateless(made):
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            raise RefusedError(f"a state of a {name}", *([] if find_allowed(name) else [name]))
         self.set_state(made, state)
 
     def load_binpersid(self) -> None:
