@@ -28,6 +28,7 @@ from dcp_fast.optimizer.sliced import SlicedShardedTensor
 from dcp_fast.optimizer.state_tensors import StateTensors, optimizer_entries
 from dcp_fast.planning.planner import DefaultLoadPlanner
 from dcp_fast.ranks.steps import load_on_all_ranks, sendable
+from dcp_fast.readers.others import metadata_of
 
 Kept = TypeVar("Kept")
 Told = TypeVar("Told")
@@ -133,7 +134,7 @@ def _find(
     if like not in (None, "model"):
         raise ValueError(f'like must be None or "model", got {like!r}')
     storage_reader.reset()
-    found = _Found(storage_reader.read_metadata(), slices_of_parameters(model_state_dict))
+    found = _Found(metadata_of(storage_reader), slices_of_parameters(model_state_dict))
     return found, (bool(found.slices), may_lack_slices(model_state_dict, found.slices))
 
 

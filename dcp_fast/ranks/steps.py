@@ -209,7 +209,7 @@ def _load(
         if metadata is None:
             with report.stage("metadata"):
                 metadata, has_global_metadata = _read_metadata(storage_reader, ranks.rank, shared)
-                report.metadata_fallback_reason = why_metadata_is_slow(storage_reader, metadata)
+        report.metadata_fallback_reason = why_metadata_is_slow(storage_reader, metadata)
         faster_method(planner, "set_up_planner")(state_dict, metadata, ranks.is_coordinator)
         if _takes_keywords(storage_reader.set_up_storage_reader):
             storage_reader.set_up_storage_reader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,12 @@ def test_import_without_an_extension_says_what_to_do(tmp_path: Path) -> None:
     source = Path(dcp_fast.__file__).parent
     shutil.copytree(source, tmp_path / "dcp_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     done = subprocess.run(
-        [sys.executable, "-c", "import dcp_fast"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-c", "import dcp_fast"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]

@@ -258,6 +258,25 @@ def test_installed_in_the_place_of_torchs(shared: Path, gloo: None) -> None:
     assert result_image(loaded) == result_image(torch_load_optimizer({}, KEY, torch_reader(shared / "sharded")))
 
 
+def test_metadata_of_torchs_reader_is_read_natively(shared: Path, gloo: None) -> None:
+    loaded = load_fast({}, KEY, torch_reader(shared / "sharded"))
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.is_fast
+    assert report.metadata_fallback_reason == ""
+
+    class OwnMetadata(type(torch_reader(shared))):  # type: ignore[misc]
+        def read_metadata(self) -> Metadata:
+            return super().read_metadata()
+
+    again = load_fast({}, KEY, OwnMetadata(shared / "sharded"))
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert "read_metadata of its own" in report.metadata_fallback_reason
+    assert result_image(loaded) == result_image(again)
+    assert result_image(loaded) == result_image(torch_load_optimizer({}, KEY, torch_reader(shared / "sharded")))
+
+
 # Like the model
 
 
