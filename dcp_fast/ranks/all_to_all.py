@@ -96,29 +96,30 @@ class ToAll:
         if device.type != "cpu":
             self._sent, self._received = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
 
-    def tell(self, mine: torch.Tensor, of_ranks: Sequence[torch.Tensor]) -> None:
+    def tell(self, mine: torch.Tensor, sizes: Sequence[int], of_ranks: Sequence[torch.Tensor]) -> None:
         """Send bytes to all ranks, and receive theirs. Collective.
 
         Args:
-            mine: what this rank sends, on the host.
-            of_ranks: by rank, memory on the host for what it sends, this rank included.
+            mine: what this rank sends, on the host; at least a byte.
+            sizes: how many bytes each rank sends, this one included.
+            of_ranks: by rank, memory on the host for what it sends; empty where nobody wants to know.
 
         Raises:
             Exception: what the process group raises.
         """
-        for begin in range(0, max(1, *(memory.numel() for memory in of_ranks)), self._piece):
+        for begin in range(0, max(1, *sizes), self._piece):
             # At least a byte, so that each two ranks meet.
-            sizes = [min(self._piece, max(memory.numel() - begin, 1)) for memory in of_ranks]
-            own = sizes[self._ranks.rank]
+            pieces = [min(self._piece, max(size - begin, 1)) for size in sizes]
+            own = pieces[self._ranks.rank]
             packed, sent = (memory[: own * self._world] for memory in (self._packed, self._sent))
-            here, received = (memory[: sum(sizes)] for memory in (self._here, self._received))
+            here, received = (memory[: sum(pieces)] for memory in (self._here, self._received))
             if begin < mine.numel():
                 packed.view(self._world, own).copy_(mine[begin : begin + own].expand(self._world, own))
             if self._sent is not self._packed:
                 sent.copy_(packed)
-            start_all_to_all(received, sent, sizes, [own] * self._world, self._ranks)()
+            start_all_to_all(received, sent, pieces, [own] * self._world, self._ranks)()
             if self._received is not self._here:
                 here.copy_(received)
-            for memory, size, at in zip(of_ranks, sizes, accumulate(sizes, initial=0), strict=False):
+            for memory, size, at in zip(of_ranks, pieces, accumulate(pieces, initial=0), strict=False):
                 if begin < memory.numel():
                     memory[begin : begin + size].copy_(here[at : at + size])

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import add
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 
@@ -39,11 +39,9 @@ EXCHANGE_BYTES = 128 << 20  # by default
 MIN_EXCHANGE_BYTES = 1 << 20
 MAX_EXCHANGE_BYTES = 1 << 40
 
-Result = TypeVar("Result")
-
 _OF_EACH_LOAD = (Phase.HEADERS, Phase.BOXES)  # one exchange each; ranks tell each other of more
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
-_VERSION = 6  # of what ranks send each other
+_VERSION = 7  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -81,6 +79,21 @@ class _Nothing:
     obstacle: str
 
 
+class _Told:
+    """What a rank tells others that it needs.
+
+    Attributes:
+        content: a need, encoded.
+        hashes: of the content, which tell equal needs. 63 bits each, as the numbers of a tensor have signs.
+    """
+
+    def __init__(self, need: _native.Need | None) -> None:
+        content = bytearray(_EMPTY_NEED if need is None else need.encode())
+        digest = hashlib.sha256(content).digest()
+        self.content = torch.frombuffer(content, dtype=torch.uint8)
+        self.hashes = [int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8)]
+
+
 @contextmanager
 def _group_errors() -> Iterator[None]:
     """What the process group raises within is a GroupError."""
@@ -114,6 +127,7 @@ class Exchange:
         self._device = collective_device(ranks)
         self._to_all = ToAll(ranks, self._device)
         self._memory = RoundMemory(self._device)
+        self._nothing = _Told(None)
         self._left = [int(phase in _OF_EACH_LOAD) for phase in Phase]
         self._expected = [0] * len(Phase)  # more exchanges, which this rank has yet to tell the others of
         self._more = [0] * len(Phase)  # that any rank told of last
@@ -161,12 +175,12 @@ class Exchange:
 
     def _take_part(self, need: _native.Need | None, step: ExchangeStep | None, error: BaseException | None) -> bool:
         phase = next(phase for phase in Phase if self._left[phase])
-        encoded = Outcome(lambda: _EMPTY_NEED if need is None else need.encode())
+        told = Outcome(partial(_Told, need))
         last: BaseException | None = None
         with deferred_interrupt() as interrupts:
             # Nobody goes on after a failure that all know of.
             left, self._left = self._left, [0] * len(Phase)
-            exchange = self._agree(phase, need, encoded.value or _EMPTY_NEED, error or encoded.error)
+            exchange = self._agree(phase, need, told.value or self._nothing, error or told.error)
             if isinstance(exchange, _Nothing) or exchange.obstacle:
                 self._report.sharing_fallback_reason = exchange.obstacle
             else:
@@ -180,13 +194,10 @@ class Exchange:
     # Agreement
 
     def _agree(
-        self, phase: Phase, need: _native.Need | None, encoded: bytes, error: BaseException | None
+        self, phase: Phase, need: _native.Need | None, told: _Told, error: BaseException | None
     ) -> _native.Exchange | _Nothing:
         """The exchange that all ranks come to. Raises the error, or OtherRankError if another rank has one."""
-        digest = hashlib.sha256(encoded).digest()
-        # 63 bits each, as the numbers of a tensor have signs.
-        hashes = [int.from_bytes(digest[i : i + 8], "little") >> 1 for i in (0, 8)]
-        mine = [_VERSION, error is not None, len(encoded), _node(), *hashes, *self._expected]
+        mine = [_VERSION, error is not None, told.content.numel(), _node(), *told.hashes, *self._expected]
         of_ranks = self._all_gather(mine)
         self._expected = [0] * len(Phase)
         if error is not None:
@@ -199,20 +210,23 @@ class Exchange:
         senders: list[int] = []  # the first rank of each
         need_of_rank = []
         for rank, (_, _, size, _, *words) in enumerate(of_ranks):
-            number = numbers.setdefault((size, *words[: len(hashes)]), len(numbers))
+            number = numbers.setdefault((size, *words[: len(told.hashes)]), len(numbers))
             if number == len(senders):
                 senders.append(rank)
             need_of_rank.append(number)
         self._more = [max(expected) for expected in zip(*(words[-len(Phase) :] for words in of_ranks), strict=True)]
-        sizes = [of_ranks[rank][2] for rank in senders]
+        sizes = [of_ranks[rank][2] if rank in senders else 0 for rank in range(len(of_ranks))]
         if obstacle := why_too_many(sum(sizes), self.most_bytes):
             return _Nothing(obstacle)
-        needs = self._tell_needs(encoded, senders, sizes)
+        needs = Outcome(lambda: [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes])
+        # A rank that has no memory for them tells so with the next step, which may fail for want of memory as well.
+        self._tell(told.content, sizes, needs.value or ())
         most_bytes = self.most_bytes // ROUND_PARTS
 
         def make() -> _native.Exchange:
+            of_senders = [needs.get()[rank] for rank in senders]
             exchange = _native.Exchange(
-                needs=[(tensor.data_ptr(), tensor.numel()) for tensor in needs],
+                needs=[(tensor.data_ptr(), tensor.numel()) for tensor in of_senders],
                 need_of_rank=need_of_rank,
                 node_of_rank=[node for _, _, _, node, *_ in of_ranks],
                 read_before=self._assigned,
@@ -224,7 +238,11 @@ class Exchange:
             self._memory.make_room(exchange, need)
             return exchange
 
-        exchange = self._on_all_ranks(make)
+        made = Outcome(make)
+        failed = any(failed for (failed,) in self._all_gather([made.error is not None]))
+        if made.error is None and failed:
+            raise OtherRankError
+        exchange = made.get()
         if not exchange.obstacle and phase is not Phase.HEADERS:
             self._assigned = [before + now for before, now in zip(self._assigned, exchange.read_bytes, strict=True)]
         return exchange
@@ -232,48 +250,20 @@ class Exchange:
     def _all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
         mine = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         of_ranks = [torch.empty_like(mine) for _ in range(self._ranks.get_world_size())]
-        self._tell(mine.view(torch.uint8), [tensor.view(torch.uint8) for tensor in of_ranks])
+        sizes = [mine.nbytes] * len(of_ranks)
+        self._tell(mine.view(torch.uint8), sizes, [tensor.view(torch.uint8) for tensor in of_ranks])
         return [tensor.tolist() for tensor in of_ranks]
 
-    def _tell_needs(self, mine: bytes, senders: Sequence[int], sizes: Sequence[int]) -> list[torch.Tensor]:
-        """All different needs, as bytes.
-
-        Args:
-            mine: the need of this rank.
-            senders: the rank that sends each.
-            sizes: of each, in bytes.
-        """
-
-        def allocate() -> tuple[torch.Tensor, list[torch.Tensor]]:
-            of_senders = dict(zip(senders, sizes, strict=True))
-            sent = bytearray(mine) if self._ranks.rank in of_senders else bytearray(1)
-            world = range(self._ranks.get_world_size())
-            return torch.frombuffer(sent, dtype=torch.uint8), [
-                torch.empty(of_senders.get(rank, 0), dtype=torch.uint8, device="cpu") for rank in world
-            ]
-
-        sent, of_ranks = self._on_all_ranks(allocate)
-        self._tell(sent, of_ranks)
-        return [of_ranks[rank] for rank in senders]
-
-    def _tell(self, mine: torch.Tensor, of_ranks: Sequence[torch.Tensor]) -> None:
+    def _tell(self, mine: torch.Tensor, sizes: Sequence[int], of_ranks: Sequence[torch.Tensor]) -> None:
         """As of :class:`ToAll`, with what this waits for in the report and in the timeline."""
         recorder = None if self._report.timeline is None else self._report.timeline.recorder
         began = 0 if recorder is None else recorder.now()
         begin = time.perf_counter()
         with _group_errors():
-            self._to_all.tell(mine, of_ranks)
+            self._to_all.tell(mine, sizes, of_ranks)
         self._report.wait_seconds["ranks"] += time.perf_counter() - begin
         if recorder is not None:
-            recorder.add("exchange", "agree", began, recorder.now(), sum(memory.numel() for memory in of_ranks))
-
-    def _on_all_ranks(self, function: Callable[[], Result]) -> Result:
-        """What a function returns. Raises what it raises, or OtherRankError if that of another rank does."""
-        outcome = Outcome(function)
-        failed = any(failed for (failed,) in self._all_gather([outcome.error is not None]))
-        if outcome.error is None and failed:
-            raise OtherRankError
-        return outcome.get()
+            recorder.add("exchange", "agree", began, recorder.now(), sum(sizes))
 
     # Rounds
 
