@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -83,33 +83,36 @@ class ToAll:
     Args:
         ranks: who takes part.
         device: where the backend of their group wants tensors to be.
+
+    Attributes:
+        piece: how many bytes a rank sends to all others at once.
     """
 
     def __init__(self, ranks: DistWrapper, device: torch.device) -> None:
         self._ranks = ranks
         self._world = ranks.get_world_size()
-        self._piece = max(_LEAST_PIECE, _MOST_MEMORY // self._world)
+        self.piece = max(_LEAST_PIECE, _MOST_MEMORY // self._world)
         # All memory is there before others may wait for this rank.
-        size = self._world * self._piece
+        size = self._world * self.piece
         self._packed, self._here = (torch.empty(size, dtype=torch.uint8, device="cpu") for _ in range(2))
         self._sent, self._received = self._packed, self._here
         if device.type != "cpu":
             self._sent, self._received = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
 
-    def tell(self, mine: torch.Tensor, sizes: Sequence[int], of_ranks: Sequence[torch.Tensor]) -> None:
+    def tell(self, mine: torch.Tensor, sizes: Sequence[int], of_ranks: Mapping[int, torch.Tensor]) -> None:
         """Send bytes to all ranks, and receive theirs. Collective.
 
         Args:
             mine: what this rank sends, on the host; at least a byte.
             sizes: how many bytes each rank sends, this one included.
-            of_ranks: by rank, memory on the host for what it sends; empty where nobody wants to know.
+            of_ranks: by rank, memory on the host for what it sends. What others send is not kept.
 
         Raises:
             Exception: what the process group raises.
         """
-        for begin in range(0, max(1, *sizes), self._piece):
+        for begin in range(0, max(1, *sizes), self.piece):
             # At least a byte, so that each two ranks meet.
-            pieces = [min(self._piece, max(size - begin, 1)) for size in sizes]
+            pieces = [min(self.piece, max(size - begin, 1)) for size in sizes]
             own = pieces[self._ranks.rank]
             packed, sent = (memory[: own * self._world] for memory in (self._packed, self._sent))
             here, received = (memory[: sum(pieces)] for memory in (self._here, self._received))
@@ -120,6 +123,7 @@ class ToAll:
             start_all_to_all(received, sent, pieces, [own] * self._world, self._ranks)()
             if self._received is not self._here:
                 here.copy_(received)
-            for memory, size, at in zip(of_ranks, pieces, accumulate(pieces, initial=0), strict=False):
-                if begin < memory.numel():
+            for rank, (size, at) in enumerate(zip(pieces, accumulate(pieces, initial=0), strict=False)):
+                memory = of_ranks.get(rank)
+                if memory is not None and begin < memory.numel():
                     memory[begin : begin + size].copy_(here[at : at + size])

@@ -1,7 +1,7 @@
 """Reads that the ranks of a job share: each byte is read by one rank, and sent to all that need it.
 
-1. Each rank tells whether it has failed, and a digest of what it needs of the files. Of ranks with the same needs, such
-   as replicas, the first one tells the others.
+1. Each rank tells whether it has failed, a digest of what it needs of the files, and the begin of that. Small needs end
+   there. Of ranks with the same larger need, such as replicas, the first one tells the others all of it.
 2. Every rank comes to the same assignment of bytes to ranks and rounds, natively and from the same numbers
    (``csrc/exchange``). So the number of rounds is known before the first.
 3. In each round every rank sends to each other one what that needs of the bytes which it has read. One round is under
@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +43,7 @@ _OF_EACH_LOAD = (Phase.HEADERS, Phase.BOXES)  # one exchange each; ranks tell ea
 ROUND_PARTS = 4  # of the memory: two rounds of what is sent, and two of what is received
 _VERSION = 7  # of what ranks send each other
 _EMPTY_NEED = bytes(3 * 8)  # no files, no boxes, no loops
+_FIRST_BYTES = 4096  # of what a rank tells in the first step
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -128,6 +129,9 @@ class Exchange:
         self._to_all = ToAll(ranks, self._device)
         self._memory = RoundMemory(self._device)
         self._nothing = _Told(None)
+        size = min(_FIRST_BYTES, self._to_all.piece)
+        self._first = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        self._first_of_ranks = {rank: torch.zeros_like(self._first) for rank in range(ranks.get_world_size())}
         self._left = [int(phase in _OF_EACH_LOAD) for phase in Phase]
         self._expected = [0] * len(Phase)  # more exchanges, which this rank has yet to tell the others of
         self._more = [0] * len(Phase)  # that any rank told of last
@@ -198,7 +202,7 @@ class Exchange:
     ) -> _native.Exchange | _Nothing:
         """The exchange that all ranks come to. Raises the error, or OtherRankError if another rank has one."""
         mine = [_VERSION, error is not None, told.content.numel(), _node(), *told.hashes, *self._expected]
-        of_ranks = self._all_gather(mine)
+        of_ranks, begins = self._tell_first(mine, told.content)
         self._expected = [0] * len(Phase)
         if error is not None:
             raise error
@@ -215,18 +219,15 @@ class Exchange:
                 senders.append(rank)
             need_of_rank.append(number)
         self._more = [max(expected) for expected in zip(*(words[-len(Phase) :] for words in of_ranks), strict=True)]
-        sizes = [of_ranks[rank][2] if rank in senders else 0 for rank in range(len(of_ranks))]
-        if obstacle := why_too_many(sum(sizes), self.most_bytes):
+        sizes = {rank: of_ranks[rank][2] for rank in senders}
+        if obstacle := why_too_many(sum(sizes.values()), self.most_bytes):
             return _Nothing(obstacle)
-        needs = Outcome(lambda: [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes])
-        # A rank that has no memory for them tells so with the next step, which may fail for want of memory as well.
-        self._tell(told.content, sizes, needs.value or ())
+        needs = self._tell_needs(told.content, begins, sizes)
         most_bytes = self.most_bytes // ROUND_PARTS
 
         def make() -> _native.Exchange:
-            of_senders = [needs.get()[rank] for rank in senders]
             exchange = _native.Exchange(
-                needs=[(tensor.data_ptr(), tensor.numel()) for tensor in of_senders],
+                needs=[(tensor.data_ptr(), tensor.numel()) for tensor in needs.get()],
                 need_of_rank=need_of_rank,
                 node_of_rank=[node for _, _, _, node, *_ in of_ranks],
                 read_before=self._assigned,
@@ -247,14 +248,46 @@ class Exchange:
             self._assigned = [before + now for before, now in zip(self._assigned, exchange.read_bytes, strict=True)]
         return exchange
 
+    def _tell_first(self, numbers: Sequence[int], content: torch.Tensor) -> tuple[list[list[int]], list[torch.Tensor]]:
+        """The numbers of each rank, and the begin of its content."""
+        mine = torch.tensor(numbers, dtype=torch.int64, device="cpu").view(torch.uint8)
+        at = mine.numel()
+        begin = content[: self._first.numel() - at]
+        self._first[:at].copy_(mine)
+        self._first[at : at + begin.numel()].copy_(begin)
+        self._tell(self._first, [self._first.numel()] * len(self._first_of_ranks), self._first_of_ranks)
+        of_ranks = [told[:at].view(torch.int64).tolist() for told in self._first_of_ranks.values()]
+        return of_ranks, [told[at:] for told in self._first_of_ranks.values()]
+
+    def _tell_needs(
+        self, content: torch.Tensor, begins: Sequence[torch.Tensor], sizes: Mapping[int, int]
+    ) -> Outcome[list[torch.Tensor]]:
+        """All different needs, encoded. Collective if any is larger than what ranks have told of theirs.
+
+        Args:
+            content: the need of this rank.
+            begins: by rank, what it has told.
+            sizes: of each need, by the rank that sends it.
+
+        Returns:
+            An error if there is no memory. The next step tells that, which may fail for want of memory as well.
+        """
+        larger = {rank: size for rank, size in sizes.items() if size > begins[rank].numel()}
+        memory = Outcome(
+            lambda: {rank: torch.empty(size, dtype=torch.uint8, device="cpu") for rank, size in larger.items()}
+        )
+        if larger:
+            self._tell(content, [larger.get(rank, 0) for rank in range(len(begins))], memory.value or {})
+        return Outcome(lambda: [memory.get().get(rank, begins[rank][:size]) for rank, size in sizes.items()])
+
     def _all_gather(self, numbers: Sequence[int]) -> list[list[int]]:
         mine = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-        of_ranks = [torch.empty_like(mine) for _ in range(self._ranks.get_world_size())]
+        of_ranks = {rank: torch.empty_like(mine) for rank in range(self._ranks.get_world_size())}
         sizes = [mine.nbytes] * len(of_ranks)
-        self._tell(mine.view(torch.uint8), sizes, [tensor.view(torch.uint8) for tensor in of_ranks])
-        return [tensor.tolist() for tensor in of_ranks]
+        self._tell(mine.view(torch.uint8), sizes, {rank: told.view(torch.uint8) for rank, told in of_ranks.items()})
+        return [told.tolist() for told in of_ranks.values()]
 
-    def _tell(self, mine: torch.Tensor, sizes: Sequence[int], of_ranks: Sequence[torch.Tensor]) -> None:
+    def _tell(self, mine: torch.Tensor, sizes: Sequence[int], of_ranks: Mapping[int, torch.Tensor]) -> None:
         """As of :class:`ToAll`, with what this waits for in the report and in the timeline."""
         recorder = None if self._report.timeline is None else self._report.timeline.recorder
         began = 0 if recorder is None else recorder.now()

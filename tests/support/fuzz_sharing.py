@@ -223,6 +223,8 @@ def _exchange_of(rng: random.Random, group: Any) -> Iterator[dict[str, Any]]:
             options["exchange_bytes"] = ROUNDS_BYTES
             # Most checkpoints are so small that this gives several rounds.
             stack.enter_context(mock.patch.object(exchange, "ROUND_PARTS", rng.choice([4, 64, 256, 1024])))
+            # Or most needs are told in the first step.
+            stack.enter_context(mock.patch.object(exchange, "_FIRST_BYTES", rng.choice([128, exchange._FIRST_BYTES])))
         yield options
 
 
