@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
+import operator
+import re
 import sys
-from array import array
+import types
+import weakref
+from _random import Random
 from collections import deque
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -33,6 +40,29 @@ _OF_TORCH = ("state_dict", "original_state_dict", "mappings", "metadata")
 
 # Packages whose objects with slots are of no concern.
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "dcp_fast"})
+_OF_C = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE (CPython's Include/object.h), which classes of Python never have
+_ONLY_ADD = ("append", "add", "extend", "update")  # what a planner has of a container by these tells it nothing
+_METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
+# Classes of C whose objects never change, or have what changes in their ``__dict__``, or are looked into.
+_UNCHANGING = frozenset(
+    {
+        *(
+            object,
+            frozenset,
+            range,
+            slice,
+            types.EllipsisType,
+            types.NotImplementedType,
+            Decimal,
+            types.SimpleNamespace,
+        ),
+        *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.tzinfo, datetime.timezone),
+        *(re.Pattern, re.Match, weakref.ref, operator.itemgetter, operator.attrgetter, operator.methodcaller, partial),
+        *(property, staticmethod, classmethod, type(functools.lru_cache(len)), types.CodeType, types.UnionType),
+        *(types.GenericAlias, types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType),
+        *(types.GetSetDescriptorType, types.MemberDescriptorType, *_METHODS),
+    }
+)
 
 
 class PlannerState:
@@ -99,7 +129,12 @@ class PlannerState:
         elif isinstance(value, tuple):
             for element in value[:_MOST_ELEMENTS]:
                 self._walk(element, depth)
+        elif isinstance(value, _METHODS):
+            if getattr(value, "__name__", "") not in _ONLY_ADD:
+                self._walk(value.__self__, depth)
         else:
+            if isinstance(value, partial):
+                self._walk((value.func, *value.args, value.keywords), depth)
             self.is_hidden = self.is_hidden or _hides(value)
             if isinstance(attributes := getattr(value, "__dict__", None), dict):
                 self._watch(attributes, depth)
@@ -131,15 +166,21 @@ def hides_state(planner: LoadPlanner) -> bool:
 
 
 def _hides(value: Any) -> bool:
-    """Whether an object has contents that can change and are not in its ``__dict__``: memory, or slots of users."""
-    if isinstance(value, bytearray | memoryview | array):
+    """Whether an object has contents that can change and are not in its ``__dict__``: slots of users, or what C keeps.
+
+    That is memory, and whether a lock is held, what a queue holds, where an iterator is, and the like.
+    """
+    if isinstance(value, torch.Generator | Random):
         return True
-    for cls in type(value).__mro__:
-        if cls.__module__ == "numpy" and cls.__name__ == "ndarray":
-            return True
+    classes = type(value).__mro__
+    names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in classes}
+    is_number = not names.isdisjoint({"numpy.generic", "numpy.dtype"}) and "numpy.void" not in names
+    for cls in classes:
         is_frozen = getattr(vars(cls).get("__dataclass_params__"), "frozen", False)
         room = cls.__module__.partition(".")[0]
         if vars(cls).get("__slots__") and not is_frozen and room not in _NOT_OF_USERS:
+            return True
+        if cls.__flags__ & _OF_C and cls not in _UNCHANGING and room != "torch" and not is_number:
             return True
     return False
 

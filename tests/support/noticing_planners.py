@@ -6,6 +6,9 @@ Some of them name tensors of the checkpoint that they are tried with: "t000" to 
 from __future__ import annotations
 
 import io
+import itertools
+import queue
+import random
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -367,6 +370,89 @@ class InMemory(dcp.DefaultLoadPlanner):
         self.memory[0] = (self.memory[0] + 1) % 100
 
 
+class Aside(dcp.DefaultLoadPlanner):
+    """Loads into tensors of its own, which it hands out as an object of C tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
+        raise NotImplementedError
+
+    def take(self, item: ReadItem) -> torch.Tensor:
+        return torch.full(tuple(item.lengths), -1.0)
+
+    def give_back(self, tensor: torch.Tensor) -> None:
+        """The tensor is not used any more."""
+
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        return self.take(item)
+
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        super().resolve_tensor(item).copy_(tensor)
+        self.give_back(tensor)
+
+
+class Locked(Aside):
+    """One at a time."""
+
+    def begin(self) -> None:
+        self.lock = threading.Lock()
+
+    def take(self, item: ReadItem) -> torch.Tensor:
+        assert self.lock.acquire(timeout=10)
+        return super().take(item)
+
+    def give_back(self, tensor: torch.Tensor) -> None:
+        self.lock.release()
+
+
+class Pooled(Aside):
+    """Two at a time."""
+
+    def begin(self) -> None:
+        self.pool: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for number in range(2):
+            self.pool.put(str(number))
+
+    def take(self, item: ReadItem) -> torch.Tensor:
+        self.pool.get(timeout=10)
+        return super().take(item)
+
+    def give_back(self, tensor: torch.Tensor) -> None:
+        self.pool.put("another")
+
+
+class Alternating(Aside):
+    """A generator tells what comes next."""
+
+    def begin(self) -> None:
+        self.steps = itertools.cycle(["take", "give back"])
+
+    def take(self, item: ReadItem) -> torch.Tensor:
+        assert next(self.steps) == "take"
+        return super().take(item)
+
+    def give_back(self, tensor: torch.Tensor) -> None:
+        assert next(self.steps) == "give back"
+
+
+class Drawing(Aside):
+    """Scales by random numbers, drawn one for each hook."""
+
+    def begin(self) -> None:
+        self.draw = random.Random(1).random
+
+    def take(self, item: ReadItem) -> torch.Tensor:
+        self.draw()
+        return super().take(item)
+
+    def give_back(self, tensor: torch.Tensor) -> None:
+        if self.draw() > 0.5:
+            self.state_dict["t000"].add_(1)
+
+
 class Slots:
     __slots__ = ("value",)
 
@@ -397,5 +483,6 @@ NOTICING = [
     *(Rarely, Scratch, ScratchElsewhere, Replacing, Counting, Collecting, Slotted),
     *(SameKey, Awaking, Forgetting, Mirroring, Moving, Scaling, LookingAtValues, Delegating),
     *(LookingAtCommitted, LookingInStateDict, Toggling, Finishing, Swallowing, Locking, ByOffset),
+    *(Locked, Pooled, Alternating, Drawing),
     *(lambda: InMemory(bytearray(1)), lambda: InMemory(np.zeros(1)), lambda: InMemory(Slots())),
 ]
