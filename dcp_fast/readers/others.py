@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import cache, partial
+from types import new_class
 from typing import Any, TypeVar
 
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -42,6 +45,7 @@ from dcp_fast.transfer.destinations import DTYPES
 
 Reader = TypeVar("Reader", bound=StorageReader)
 
+_OWN_CLASS = "_own_class_of_accelerated"
 _SUFFIX = ".distcp"  # of the files that DCP writes
 _FIELDS = {"relative_path", "offset", "length", "transform_descriptors"}  # of torch's storage info, or fewer
 _BLOCK = 1 << 20
@@ -101,7 +105,7 @@ def metadata_of(reader: StorageReader) -> Metadata:
     does not know is unpickled as torch does.
     """
     method: Any = reader.read_metadata
-    if isinstance(reader, torch_filesystem.FileSystemReader) and getattr(method, "__self__", None) is reader:
+    if getattr(method, "__self__", None) is reader:
         if method.__func__ is _FILE_METADATA:
             return (read_metadata_of if are_on() else read_trusted_metadata_of)(method, reader)
         if method.__func__ is _HEADERS:
@@ -177,15 +181,45 @@ def accelerate(reader: Reader) -> Reader:
         reader: an object. :func:`dcp_fast.install` takes classes, for readers that a framework makes.
 
     Returns:
-        The same object, whose ``read_data`` is replaced.
+        The same object, now of a class derived from its own, whose ``read_data`` is replaced. Copies and pickles of it
+        are of its own class.
+
+    Raises:
+        TypeError: there can be no such class, or the object cannot become one of it.
     """
-    own = reader.read_data
-
-    def fast_read_data(plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        return accelerated_read_data(own, reader, plan, planner)
-
-    reader.read_data = fast_read_data  # type: ignore[method-assign]
+    cls: Any = type(reader)
+    if "read_data" in getattr(reader, "__dict__", ()):
+        raise TypeError(f"the {class_name(reader)} has a read_data beside that of its class")
+    if not hasattr(cls, _OWN_CLASS):
+        reader.__class__ = _accelerated_class(cls)
     return reader
+
+
+@cache
+def _accelerated_class(own: Any) -> Any:
+    """A class for accelerated readers of a class. It is called as that is, so that reports and errors name that."""
+
+    def reduce_ex(reader: Any, protocol: Any) -> Any:
+        reduced = own.__reduce_ex__(reader, protocol)
+        if not isinstance(reduced, tuple):
+            return reduced
+        function, arguments, *state = reduced
+        arguments = tuple(own if argument is cls else argument for argument in arguments)
+        # pickle insists that these make an object of the class that it has.
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return own.__new__, arguments, *state
+        if function is copyreg.__newobj_ex__:  # type: ignore[attr-defined]
+            _, positional, named = arguments
+            return partial(own.__new__, own, *positional, **named), (), *state
+        return function, arguments, *state
+
+    def read_data(reader: Any, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        return accelerated_read_data(partial(own.read_data, reader), reader, plan, planner)
+
+    names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members = {**names, "__slots__": (), "read_data": read_data, "__reduce_ex__": reduce_ex, _OWN_CLASS: own}
+    cls: Any = new_class(own.__name__, (own,), {}, lambda namespace: namespace.update(members))
+    return cls
 
 
 def accelerated_read_data(
@@ -232,13 +266,22 @@ def _doubt(info: Any) -> str:
     numbers = (getattr(info, "offset", None), getattr(info, "length", None))
     if type(name) is not str or any(type(number) is not int or number < 0 for number in numbers):
         return f"a {class_name(info)} in its storage_data is no storage info of DCP"
-    if not vars(info).keys() <= _FIELDS:
+    if not _field_names(info) <= _FIELDS:
         return f"a {class_name(info)} in its storage_data says more than where a record lies"
     if getattr(info, "transform_descriptors", None):
         return "an entry was stored with a transform"
     if not name.endswith(_SUFFIX) or os.path.isabs(name) or ".." in name.split("/"):
         return f"an entry lies elsewhere than in a {_SUFFIX} file of the checkpoint"
     return ""
+
+
+def _field_names(info: Any) -> set[str]:
+    """What a storage info has: attributes, slots, or the fields of a named tuple."""
+    names = {*getattr(info, "__dict__", ()), *getattr(info, "_fields", ())}
+    for cls in type(info).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        names.update([slots] if isinstance(slots, str) else slots)
+    return names
 
 
 def _unknown_entry(root: str, infos: Iterable[StorageInfo]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -39,6 +41,70 @@ def test_accelerated_reader(stored: Path, load: Any, as_text: bool) -> None:
     assert report.records == 3
     assert report.reader.endswith("Foreign")
     assert report.reader_fallback_reason == ""
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda reader: pickle.loads(pickle.dumps(reader))])
+def test_copies_of_an_accelerated_reader(stored: Path, tmp_path: Path, copied: Callable[[Any], Any]) -> None:
+    """They read what they are for, by themselves."""
+    others = {name: torch.full_like(value, 7) if name != "n" else 5 for name, value in STORED.items()}
+    dcp.save(dict(others), checkpoint_id=tmp_path, no_dist=True)
+    own = Foreign(stored)
+    del own.infos  # a function of no name
+    reader = dcp_fast.accelerate(own)
+    other = copied(reader)
+    assert type(other) is Foreign
+    for each in (reader, other):
+        each.infos = Foreign(stored).infos
+    state = zeros()
+    other.reset(tmp_path)
+    assert report_of(dcp_fast.load, state, storage_reader=other).reader_fallback_reason != ""
+    assert image(state) == image(others)
+    assert dcp_fast.accelerate(dcp_fast.accelerate(other)) is other
+    for each, expected in ((other, others), (reader, STORED)):
+        state = zeros()
+        assert report_of(dcp_fast.load, state, storage_reader=each).reader_fallback_reason == ""
+        assert image(state) == image(expected)
+    assert other.reads == 1
+    assert reader.reads == 0
+
+
+def test_reader_with_a_read_data_beside_that_of_its_class(stored: Path) -> None:
+    reader = Foreign(stored)
+    reader.read_data = reader.read_data  # type: ignore[method-assign]
+    with pytest.raises(TypeError, match="beside that of its class"):
+        dcp_fast.accelerate(reader)
+
+
+@dataclass(slots=True)
+class SlotsInfo:
+    relative_path: str
+    offset: int
+    length: int
+
+
+class TupleInfo(NamedTuple):
+    relative_path: str
+    offset: int
+    length: int
+
+
+class MoreInfo(NamedTuple):
+    relative_path: str
+    offset: int
+    length: int
+    key: str = ""
+
+
+@pytest.mark.parametrize(("kind", "is_known"), [(SlotsInfo, True), (TupleInfo, True), (MoreInfo, False)])
+def test_storage_infos_without_attributes(stored: Path, kind: Any, is_known: bool) -> None:
+    reader = dcp_fast.accelerate(Foreign(stored))
+    reader.infos = lambda info: kind(info.relative_path, info.offset, info.length)
+    state = zeros()
+    report = report_of(dcp_fast.load, state, storage_reader=reader)
+    assert image(state) == image(STORED)
+    assert report.reader_fallback_reason == (
+        "" if is_known else f"a {__name__}.MoreInfo in its storage_data says more than where a record lies"
+    )
 
 
 def test_accelerated_class(stored: Path) -> None:
