@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import count, groupby
@@ -18,7 +18,7 @@ from dcp_fast import _native
 from dcp_fast.collector import paused_collection
 from dcp_fast.errors import LoadError, SizeMismatchError, UntrustedBytesError, typed_errors
 from dcp_fast.observe.report import LoadReport
-from dcp_fast.planning.hooks import has_default_hooks, has_default_resolve, has_only_commit
+from dcp_fast.planning.hooks import has_default_bytes, has_default_hooks, has_default_resolve, has_only_commit
 from dcp_fast.planning.planner import put_value
 from dcp_fast.planning.values import is_whole
 from dcp_fast.this_load import option, trusted
@@ -33,6 +33,7 @@ from dcp_fast.transfer.shared_reads import SharedReads
 from dcp_fast.transfer.shared_records import SharedRecords
 from dcp_fast.transfer.sharing import Sharing
 from dcp_fast.transfer.staged_boxes import StagedBoxes
+from dcp_fast.transfer.values_ahead import ValuesAhead
 from dcp_fast.transfer.windows import Placement, Windows
 from dcp_fast.values.load import load_untrusted, with_others
 
@@ -76,6 +77,7 @@ class PlanTransfer:
         self.plan = plan
         self._shared = SharedReads(exchange, cuda, report, self._read_alone)
         self._shared_records = SharedRecords((), lambda _: None, lambda: None)
+        self._ahead: ValuesAhead | None = None
 
     def run(self) -> None:
         """Load everything. Raises LoadError, and whatever the planner raises."""
@@ -186,6 +188,7 @@ class PlanTransfer:
                 self._shared.decline("a box of the plan does not fit what is stored")
             else:
                 staged, self._shared_records = arriving
+        self._read_values_ahead(record for item, record in items if item.type is _BYTE_IO)
         # Tensors of the state dict are there anyway; a planner with a way of its own may have allocated others.
         in_state_dict = has_default_resolve(self.planner)
         resolve = self._resolve_in_state_dict if in_state_dict else self.planner.resolve_tensor
@@ -254,6 +257,7 @@ class PlanTransfer:
             return is_placed
 
         entries = resolved.bytes_entries
+        self._read_values_ahead(entries.records[~item] for item in self.items.order() if item < 0)
 
         def load_bytes(entry: int) -> None:
             self._load_bytes(entries.items[entry], entries.records[entry])
@@ -365,7 +369,18 @@ class PlanTransfer:
         cast(UntrustedBytesError, told).safe_globals = error.safe_globals
         return cast(UntrustedBytesError, told)
 
+    def _read_values_ahead(self, records: Iterable[int]) -> None:
+        """Read plain values of bytes entries before their turns, unless they come from other ranks, or go to a hook."""
+        if has_default_bytes(self.planner) and len(self._shared_records) == 0:
+            rows = self.items.record_rows
+            untransformed = (record for record in records if record not in rows.transformed)
+            self._ahead = ValuesAhead(self.layouts, self.options, untransformed, rows.length_of, self.report)
+
     def _load_bytes(self, item: ReadItem, record: int) -> None:
+        if self._ahead is not None and (plain := self._ahead.take(record)) is not ...:
+            put_value(self.planner, item.dest_index.fqn, plain)  # type: ignore[arg-type]
+            self.report.bytes_needed += self.items.record_rows.length_of(record)
+            return
         with self._shared_records.reach(record):
             value = self.records.read(item, self.layouts, record)
         self.report.bytes_needed += value.getbuffer().nbytes
