@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import (
     quantized_hf_storage,
     state_dict_loader,
 )
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 
 from dcp_fast import _torch
@@ -169,10 +170,11 @@ def uninstall() -> None:
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
-        switches = {id(ours): ours for ours in _SWITCHES.values()}
+        torchs = {id(ours): original_of(ours) for ours in _SWITCHES.values()}
+        torchs[id(_Stateful)] = Stateful
         for module, name, value in _names():  # of modules that were imported in between
-            if id(value) in switches:
-                setattr(module, name, original_of(value))
+            if id(value) in torchs and not module.__name__.startswith("dcp_fast."):
+                setattr(module, name, torchs[id(value)])
         fast_filesystem.FileSystemReader.trust_metadata_by_default = False
         fast_planner.DefaultLoadPlanner.trust_bytes_by_default = None
         Exchange.by_default = False

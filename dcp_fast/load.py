@@ -117,7 +117,7 @@ def load(
     with reported(options):
         # All ranks load in the same order of keys. A Stateful is replaced by its own state dict. It may remove keys
         # from `state_dict` when it is asked for that. Such keys are skipped, as in torch.
-        keys = sorted(state_dict)
+        keys = sorted(state_dict.keys())  # torch's error for what is no dict
         loaded: dict[str, Any] = {}
         for key in keys:
             if key in state_dict:

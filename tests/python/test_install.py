@@ -206,8 +206,11 @@ def test_modules_that_were_imported_in_between(tmp_path: Path) -> None:
         with dcp_fast.install():
             exec("from torch.distributed.checkpoint import load\nkept = {'load': load}", vars(module))
             exec("from dcp_fast import load as fast_load", vars(module))
+            exec("from torch.distributed.checkpoint.state_dict_loader import Stateful", vars(module))
+            assert module.Stateful is not Stateful
         assert module.load is original
         assert module.fast_load is dcp_fast.load
+        assert module.Stateful is Stateful
         before = dcp_fast.last_report()
         module.kept["load"]({"t": torch.zeros(3)}, checkpoint_id=tmp_path)
         assert dcp_fast.last_report() is before
@@ -319,3 +322,12 @@ def test_an_installation_ends_only_itself() -> None:
     with other:
         pass
     assert filesystem.FileSystemReader.read_data is TORCHS_READ_DATA
+
+
+@pytest.mark.parametrize("state", [None, [1], 5])
+def test_state_that_is_no_dict(tmp_path: Path, state: Any) -> None:
+    """torch's type of error."""
+    save(tmp_path, {"t": fill((3,), torch.float32)})
+    for load in (dcp.load, dcp_fast.load):
+        with pytest.raises(AttributeError):
+            load(state, checkpoint_id=tmp_path)
