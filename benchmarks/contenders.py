@@ -51,35 +51,48 @@ class HookedPlanner(DefaultLoadPlanner):
         assert tensor.size() is not None
 
 
+class ResolvingPlanner(HookedPlanner):
+    """The same with both hooks that a tensor meets."""
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        """Hand on what torch's planner finds."""
+        tensor: torch.Tensor = super().resolve_tensor(read_item)
+        return tensor
+
+
+# By name in workloads.
+_HOOKED = {"commit": HookedPlanner, "both": ResolvingPlanner}
+
+
 def torch_contender(
-    checkpoint: Path, state: dict[str, Any], hooked: bool = False, reader: Callable[[Path], StorageReader] | None = None
+    checkpoint: Path, state: dict[str, Any], hooks: str = "", reader: Callable[[Path], StorageReader] | None = None
 ) -> Contender:
     """``reader``: makes torch's reader, if not that of DCP's own checkpoints."""
-    return Contender("torch", lambda: load_with_torch(checkpoint, state, hooked, reader))
+    return Contender("torch", lambda: load_with_torch(checkpoint, state, hooks, reader))
 
 
-def dcp_fast_contender(checkpoint: Path, state: dict[str, Any], hooked: bool = False) -> Contender:
-    return Contender("dcp_fast", lambda: load_with_dcp_fast(checkpoint, state, hooked))
+def dcp_fast_contender(checkpoint: Path, state: dict[str, Any], hooks: str = "") -> Contender:
+    return Contender("dcp_fast", lambda: load_with_dcp_fast(checkpoint, state, hooks))
 
 
 def load_with_torch(
     checkpoint: Path,
     state: dict[str, Any],
-    hooked: bool = False,
+    hooks: str = "",
     make_reader: Callable[[Path], StorageReader] | None = None,
 ) -> Sample:
     start = time.perf_counter()
     reader = (make_reader or FileSystemReader)(checkpoint)
     read_data = _time_read_data(reader)
     with _no_dist_is_meant():
-        planner = HookedPlanner() if hooked else DefaultLoadPlanner()
+        planner = _HOOKED[hooks]() if hooks else DefaultLoadPlanner()
         load(dict(state), storage_reader=reader, planner=planner, no_dist=True)
     gpus.wait_for(gpus.of(state.values()))
     return Sample(time.perf_counter() - start, sum(read_data))
 
 
 def load_with_dcp_fast(
-    checkpoint: Path, state: dict[str, Any], hooked: bool = False, options: Mapping[str, Any] | None = None
+    checkpoint: Path, state: dict[str, Any], hooks: str = "", options: Mapping[str, Any] | None = None
 ) -> Sample:
     """The options are the reader's own."""
     # Imported late: without a built extension the other contenders still run.
@@ -90,7 +103,7 @@ def load_with_dcp_fast(
     reader = ours(checkpoint, **(options or {}))
     read_data = _time_read_data(reader)
     with _no_dist_is_meant():
-        planner = HookedPlanner() if hooked else dcp_fast.DefaultLoadPlanner()
+        planner = _HOOKED[hooks]() if hooks else dcp_fast.DefaultLoadPlanner()
         dcp_fast.load(dict(state), storage_reader=reader, planner=planner, no_dist=True)
     gpus.wait_for(gpus.of(state.values()))
     seconds = time.perf_counter() - start

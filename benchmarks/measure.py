@@ -89,14 +89,14 @@ def run(workload: Workload, temperature: Temperature, options: Options, budget: 
     if is_huggingface and (reason := huggingface.why_missing()) is not None:
         raise RuntimeError(f"torch's reader needs safetensors: {reason}")
     torchs_reader = huggingface.reader_of_torch if is_huggingface else None
-    oracle = contenders.torch_contender(checkpoint, wanted.state, workload.hooked, torchs_reader)
+    oracle = contenders.torch_contender(checkpoint, wanted.state, workload.hooks, torchs_reader)
     entrants = [oracle]
 
     # All that is verified is warmed up by it as well.
     page_cache.populate(paths)
     expected = Expected(oracle, wanted)
     if options.with_dcp_fast:
-        ours = contenders.dcp_fast_contender(checkpoint, wanted.state, workload.hooked)
+        ours = contenders.dcp_fast_contender(checkpoint, wanted.state, workload.hooks)
         expected.run(ours)
         entrants.append(ours)
 

@@ -73,8 +73,8 @@ class Workload:
     # How many fresh processes load it as their first; 0 leaves that out.
     fresh_rounds: int = 3
     peers: bool = False
-    # Whether both loaders get a planner of the user's own, with a hook.
-    hooked: bool = False
+    # Of a planner of the user's own that both loaders get: "commit", or "both" for resolve_tensor too.
+    hooks: str = ""
 
     def bytes_needed(self) -> int:
         """Payload bytes that the rank cannot do without, in the stored dtype."""
@@ -301,8 +301,9 @@ def _of_other_states(scale: float, small: CheckpointSpec, by_eight: CheckpointSp
     return [
         workload("dtensors", "20,000 tensors of 4 KB, read whole into DTensors", small, 40, Wanted(dim=0)),
         workload("nested", "model and Adam state of 4,000 DTensors, 4 ranks -> 2", spec("nested", 4), 45, half),
-        workload("hooked", "20,000 tensors of 4 KB, by a planner with a hook", small, 20, hooked=True),
-        workload("hooked_cols2", "rows8_to_cols2, by a planner with a hook", by_eight, 2, columns, hooked=True),
+        workload("hooked", "20,000 tensors of 4 KB, by a planner with a hook", small, 20, hooks="commit"),
+        workload("hooked_both", "the same, resolve_tensor and commit_tensor", small, 20, hooks="both"),
+        workload("hooked_cols2", "rows8_to_cols2, by a planner with a hook", by_eight, 2, columns, hooks="commit"),
         workload("values", "18,000 entries of plain values", spec("values"), 10),
         workload("fallback", "20,000 quantized tensors of 1 KB, which torch unpickles", spec("quantized"), 1.5),
         workload("fallback_large", "64 quantized tensors of 16 MiB", spec("quantized_large"), 1.5),
