@@ -341,33 +341,31 @@ class PlanTransfer:
             for record, i in zip(run, numbers, strict=False):
                 value = plain.get(record, ...)
                 if value is ...:
-                    try:
-                        self._load_bytes(entries.items[i], record)
-                    except UntrustedBytesError as error:
-                        raise self._with_other_refusals(error, entries, i) from None
+                    self._load_bytes(entries.items[i], record)
                 else:
                     put_value(self.planner, entries.fqns[i], value)  # type: ignore[arg-type]
                     self.report.bytes_needed += lengths[record]
 
-    def _with_other_refusals(
-        self, error: UntrustedBytesError, entries: BytesEntries, index: int
-    ) -> UntrustedBytesError:
-        """The error of an entry that is refused, which tells of those behind it: nobody has to try again for each."""
+    def _with_other_refusals(self, error: UntrustedBytesError, item: ReadItem, record: int) -> UntrustedBytesError:
+        """The error of an entry that is refused, which tells of all others: nobody has to try again for each."""
         others = []
         room = _MOST_LOOKED_AT
-        for i in range(index + 1, len(entries.records)):
-            room -= self.items.record_rows.length_of(entries.records[i])
+        entries = [entry for entry in self.items.in_order() if entry[0].type is _BYTE_IO]
+        turn = next(turn for turn, (_, other) in enumerate(entries) if other == record)
+        # Those before it by this order may come behind it by that of the plan.
+        for other, other_record in [*entries[turn + 1 :], *entries[:turn]]:
+            room -= self.items.record_rows.length_of(other_record)
             if room < 0:
                 break
             try:
-                load_untrusted(self.records.read(entries.items[i], self.layouts, entries.records[i]), entries.fqns[i])
+                load_untrusted(self.records.read(other, self.layouts, other_record), other.dest_index.fqn)
             except UntrustedBytesError as refused:
                 others.append(refused)
             except Exception:  # it is told when it has its turn
                 continue
-        told = self.records.error(UntrustedBytesError, with_others(error, others), entries.items[index])
-        cast(UntrustedBytesError, told).safe_globals = error.safe_globals
-        return cast(UntrustedBytesError, told)
+        told = cast(UntrustedBytesError, self.records.error(UntrustedBytesError, with_others(error, others), item))
+        told.safe_globals = error.safe_globals
+        return told
 
     def _read_values_ahead(self, records: Iterable[int]) -> None:
         """Read plain values of bytes entries before their turns, unless they come from other ranks, or go to a hook."""
@@ -392,7 +390,6 @@ class PlanTransfer:
             if error.path:
                 raise
             # The planner knows the FQN, but neither file nor byte range.
-            told = self.records.error(type(error), error.reason, item)
             if isinstance(error, UntrustedBytesError):
-                cast(UntrustedBytesError, told).safe_globals = error.safe_globals
-            raise told from error.__cause__
+                raise self._with_other_refusals(error, item, record) from error.__cause__
+            raise self.records.error(type(error), error.reason, item) from error.__cause__

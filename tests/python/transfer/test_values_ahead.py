@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict, UserDict
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -136,3 +137,44 @@ def test_reads_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planne
         assert isinstance(failure[0], dcp_fast.LoadError)
         there = {name: value for name, value in state.items() if value is not None and name[0] == "v"}
         assert image(there) == image({name: values(300)[name] for name in there})
+
+
+class Committing(dcp_fast.DefaultLoadPlanner):
+    def commit_tensor(self, item: ReadItem, tensor: torch.Tensor) -> None:
+        super().commit_tensor(item, tensor)
+
+
+class ResolvingToo(Committing):
+    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
+        return super().resolve_tensor(item)
+
+
+class Loading(Committing):
+    def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
+        super().load_bytes(item, value)
+
+
+@pytest.mark.parametrize("planner", [dcp_fast.DefaultLoadPlanner, Committing, ResolvingToo, Loading])
+@pytest.mark.parametrize("reader", [fast_reader, torch_reader])
+def test_all_entries_that_are_refused_are_told_at_once(tmp_path: Path, planner: Any, reader: Any) -> None:
+    stored = {
+        "a": (UserDict(),),
+        "b": 5,
+        "c": (ChainMap(),),
+        "d": torch.arange(3),
+        "e": (IPv4Address(7),),
+    }
+    dcp.save(stored, checkpoint_id=tmp_path, no_dist=True)
+
+    def load() -> dict[str, Any]:
+        state = dict.fromkeys(stored, None) | {"d": torch.zeros(3, dtype=torch.int64)}
+        dcp_fast.load(state, storage_reader=reader(tmp_path), planner=planner(), no_dist=True)
+        return state
+
+    with pytest.raises(dcp.api.CheckpointException) as caught:
+        load()
+    (failure,) = caught.value.failures.values()
+    assert isinstance(failure[0], dcp_fast.UntrustedBytesError)
+    assert "'c', 'e'" in failure[0].reason or "'e', 'c'" in failure[0].reason
+    with torch.serialization.safe_globals([UserDict, ChainMap, IPv4Address]):
+        assert image(load()) == image(stored)
