@@ -32,7 +32,7 @@ _CALM = 8
 
 # Why items come one by one.
 CHANGES = "its hooks change what it keeps, or the state dict"
-_HIDES = "it keeps what nobody can watch, such as arrays or objects with slots"
+_HIDES = "it keeps what nobody can watch, such as arrays, locks or objects with slots"
 _LOOKS = "its resolve_tensor looks at values that are yet to come"
 _NOT_COUNTED = "tensors of inference mode do not count writes"
 
