@@ -21,7 +21,7 @@ struct NamedFormat {
   Format format;
 };
 
-constexpr std::array<NamedFormat, 13> kFormats = {{
+constexpr std::array<NamedFormat, 14> kFormats = {{
     {"int8", Format::kInt8},
     {"uint8", Format::kUint8},
     {"int16", Format::kInt16},
@@ -35,6 +35,7 @@ constexpr std::array<NamedFormat, 13> kFormats = {{
     {"float8_e4m3fnuz", Format::kFloat8E4M3Fnuz},
     {"float8_e5m2", Format::kFloat8E5M2},
     {"float8_e5m2fnuz", Format::kFloat8E5M2Fnuz},
+    {"bool", Format::kBool},
 }};
 
 const NamedFormat* find_format(checkpoint::DType dtype) {
@@ -130,8 +131,10 @@ std::optional<Conversion> find_conversion(checkpoint::DType from, checkpoint::DT
                                           Vectors vectors) {
   const NamedFormat* source = find_format(from);
   const NamedFormat* target = find_format(to);
-  if (source == nullptr || target == nullptr || source == target) return std::nullopt;
+  if (source == nullptr || target == nullptr) return std::nullopt;
   Conversion conversion;
+  conversion.same_dtype = source == target;
+  if (conversion.same_dtype && source->format != Format::kBool) return std::nullopt;
   conversion.from_bytes = static_cast<int32_t>(checkpoint::info(from).itemsize);
   conversion.to_bytes = static_cast<int32_t>(checkpoint::info(to).itemsize);
   conversion.vectors = vectors;

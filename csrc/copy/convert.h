@@ -19,11 +19,13 @@ struct Conversion {
   Step second = nullptr;   // where there is one, float32 is between the two
   int32_t from_bytes = 0;  // of an element
   int32_t to_bytes = 0;
+  bool same_dtype = false;  // elements get the bytes that torch has for their values: of bool 0 and 1
   Vectors vectors = Vectors::kNone;
 };
 
 // How to convert between two dtypes, with the best instructions of this processor or with given ones. nullopt if torch
-// must: the pair is rare, or what torch makes of some values is not defined, or depends on its version.
+// must: the pair is rare, or what torch makes of some values is not defined, or depends on its version. nullopt also
+// for one dtype twice, but for bool.
 //
 // `inner_contiguous`: whether the innermost loop of torch's own copy would find elements side by side, on both sides.
 // On processors with AVX2 torch then sets all bits of a NaN that is converted from float32 or float64 to bfloat16.

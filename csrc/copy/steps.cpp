@@ -54,6 +54,13 @@ struct Cast {
   static To apply(From value) { return static_cast<To>(value); }
 };
 
+// torch copies a bool as one, whatever byte stands for it.
+struct Truth {
+  using From = uint8_t;
+  using To = uint8_t;
+  static To apply(From value) { return static_cast<To>(value != 0); }
+};
+
 // The loop, for all instructions.
 
 template <typename Element>
@@ -251,6 +258,8 @@ Step find_step(Format from, Format to, Vectors vectors) {
       return choose_cast<int64_t>(to, vectors);
     case Format::kFloat32:
       return choose_encode(to, vectors);
+    case Format::kBool:
+      return to == Format::kBool ? choose<Truth>(vectors) : nullptr;
     default:
       return to == Format::kFloat32 ? choose_decode(from, vectors) : nullptr;
   }

@@ -27,6 +27,7 @@ enum class Format : int8_t {
   kFloat8E4M3Fnuz,
   kFloat8E5M2,
   kFloat8E5M2Fnuz,
+  kBool,
 };
 
 // The loop from one format to another, for one of runnable_vectors(). Null if there is none.

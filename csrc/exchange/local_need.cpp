@@ -97,7 +97,7 @@ LocalNeed need_of(const transfer::Program& program, int32_t wave, const std::vec
     local.need.add(static_cast<uint32_t>(layouts.records[record].file), transfer.source, transfer.loops, grain);
     local.boxes.push_back(
         {transfer.device, transfer.destination, transfer.loops, transfer.conversion, record, std::nullopt});
-    if (transfer.conversion) ++local.converted_items;
+    if (transfer.conversion && !transfer.conversion->same_dtype) ++local.converted_items;
   }
   return local;
 }

@@ -27,7 +27,7 @@ Boxes boxes_of(const Program& program, int32_t wave) {
     if (transfer.kind != Transfer::Kind::kDirect) continue;
     const copy::Conversion* conversion = transfer.conversion ? &*transfer.conversion : nullptr;
     if (transfer.loops.empty()) {
-      if (conversion != nullptr) ++boxes.converted;
+      if (conversion != nullptr && !conversion->same_dtype) ++boxes.converted;
       continue;
     }
     const size_t file = program.layouts().records[program.items()[i].record].file;
@@ -214,7 +214,7 @@ Stats run_waves(const std::vector<std::unique_ptr<Wave>>& waves, Run& run, const
 
 void Boxes::add(int device, Piece piece) {
   bytes += box::volume(piece.loops);
-  if (piece.conversion != nullptr) ++converted;
+  if (piece.conversion != nullptr && !piece.conversion->same_dtype) ++converted;
   (device == kHost ? host : devices[device]).push_back(std::move(piece));
 }
 

@@ -192,7 +192,8 @@ void Program::prepare(size_t index, const Destination& destination) {
   }
   bytes_needed_ += bytes_of(index);
   const bool same_dtype = destination.dtype == layout.dtype;
-  if (!same_dtype && destination.device == kHost) {
+  constexpr checkpoint::DType kBool = checkpoint::dtype_by_name("bool");
+  if ((!same_dtype || layout.dtype == kBool) && destination.device == kHost) {
     const bool inner_contiguous = is_inner_contiguous(item.lengths, layout.strides, destination.strides);
     transfer.conversion = copy::find_conversion(layout.dtype, destination.dtype, inner_contiguous);
   }

@@ -159,6 +159,20 @@ TEST_CASE("convert: which pairs there are") {
   REQUIRE(!copy::find_conversion(dtype_by_name("float32"), checkpoint::kUnknownDType, true));
 }
 
+TEST_CASE("convert: a bool is 0 or 1, whatever byte stood for it") {
+  std::string source(256, '\0');
+  for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<char>(i);
+  for (const copy::Vectors vectors : copy::runnable_vectors()) {
+    const auto conversion = copy::find_conversion(dtype_by_name("bool"), dtype_by_name("bool"), true, vectors);
+    REQUIRE(conversion);
+    REQUIRE(conversion->same_dtype);
+    const std::string got = converted(*conversion, source, source.size(), 1, 1);
+    for (size_t i = 0; i < got.size(); ++i) REQUIRE(got[i] == (i == 0 ? 0 : 1));
+  }
+  REQUIRE(!copy::find_conversion(dtype_by_name("bool"), dtype_by_name("uint8"), true));
+  REQUIRE(!copy::find_conversion(dtype_by_name("uint8"), dtype_by_name("bool"), true));
+}
+
 TEST_CASE("convert: every alignment of both sides, and counts around those of vectors and tiles") {
   struct Pair {
     std::string from;
@@ -169,7 +183,8 @@ TEST_CASE("convert: every alignment of both sides, and counts around those of ve
                                 {"float16", "float32"},
                                 {"bfloat16", "float16"},
                                 {"int64", "int8"},
-                                {"float8_e5m2", "float64"}};
+                                {"float8_e5m2", "float64"},
+                                {"bool", "bool"}};
   const std::vector<size_t> counts{0, 1, 8, 9, 33, 65, 1023, 1025};
   Random random(4);
   for (const Pair& pair : pairs) {

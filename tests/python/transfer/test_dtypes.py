@@ -121,3 +121,42 @@ def test_conversion_of_nan_to_bfloat16(tmp_path: Path, boxes: str, staging: int)
         return {"t": ShardedBuffer.make((60, 50), [at], [torch.zeros(size, dtype=torch.bfloat16)])}
 
     assert_same_load(tmp_path, make, options={"staging_bytes": staging})
+
+
+def _odd_bools(shape: tuple[int, ...]) -> torch.Tensor:
+    """Bools of all bytes, as a view of other numbers has them."""
+    count = torch.Size(shape).numel()
+    return torch.arange(count, dtype=torch.int64).to(torch.uint8).view(torch.bool).view(shape)
+
+
+@pytest.mark.parametrize("io", ["cached", "direct", "mapped"])
+@pytest.mark.parametrize("wanted", ["whole", "rows", "columns", "strided"])
+def test_bools_are_zeros_and_ones(tmp_path: Path, io: Any, wanted: str) -> None:
+    """torch copies them so, whatever bytes are stored, but for a transposed tensor of 60 x 60 and more."""
+    whole = _odd_bools((64, 512))
+    small = _odd_bools((30, 40))
+    entry = Entry((64, 512), torch.bool, [((0, 0), whole[:40]), ((40, 0), whole[40:].clone())])
+    write_checkpoint(tmp_path, {"b": entry, "t": Entry.of(small.t()), "l": Entry.of(whole.t())})
+    memory: list[torch.Tensor] = []
+
+    def make() -> dict[str, Any]:
+        memory.clear()
+        memory.extend(torch.zeros(2 * 64 * 512, dtype=torch.bool) for _ in range(2))
+        if wanted == "whole":
+            return {"b": memory[0][: 64 * 512].view(64, 512), "t": memory[1][: 30 * 40].view(40, 30)}
+        if wanted == "strided":
+            return {"b": memory[0].view(64, 1024)[:, ::2], "t": memory[1][: 80 * 30].view(80, 30)[::2]}
+        part = (slice(16, 56), slice(None)) if wanted == "rows" else (slice(None), slice(100, 300))
+        shard = memory[0][: whole[part].numel()].view(whole[part].shape)
+        offsets = (16, 0) if wanted == "rows" else (0, 100)
+        return {"b": ShardedBuffer.make((64, 512), [offsets], [shard])}
+
+    assert_same_load(tmp_path, make, options={"io": io})
+    loaded = make() | {"l": torch.zeros(512, 64, dtype=torch.bool)}
+    memory.append(loaded["l"])
+    dcp_fast.load(loaded, storage_reader=dcp_fast.FileSystemReader(tmp_path, io=io))
+    values = {value for tensor in memory for value in tensor.view(torch.uint8).flatten().tolist()}
+    assert values == {0, 1}
+    report = dcp_fast.last_report()
+    assert report is not None
+    assert report.staged_items == 0
