@@ -17,6 +17,8 @@ from dcp_fast.unpickling import RefusedError, expect
 
 _MOST_BYTES = 1 << 62
 _MOST_PARTS = 500
+# Elements without bytes, such as those of "V0": nothing else bounds how many a few bytes of the entry may ask for.
+_MOST_EMPTY = 1 << 16
 _ALIGNED = 0x80  # the flag of a dtype whose fields are where C would have them
 _DTYPE = re.compile(r"[biufcmMSUV][0-9]{1,9}")
 _UNITS = (b"Y", b"M", b"W", b"D", b"h", b"m", b"s", b"ms", b"us", b"ns", b"ps", b"fs", b"as", b"generic")
@@ -72,8 +74,9 @@ def _check_size(shape: Any, dtype: Any, content: Any) -> None:
         raise RefusedError("an array of Python objects", *_WITH_OBJECTS)
     expect(type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape), "an array without a shape")
     # Sizes beside a zero count as well: NumPy multiplies them.
-    expect(dtype.itemsize > 0 and len(shape) <= 64, "an array of nothing, or of too many dimensions")
-    expect(math.prod(size or 1 for size in shape) * dtype.itemsize < _MOST_BYTES, "an array without bounds")
+    expect(len(shape) <= 64, "an array of too many dimensions")
+    count = math.prod(size or 1 for size in shape)
+    expect(count * dtype.itemsize < _MOST_BYTES if dtype.itemsize else count <= _MOST_EMPTY, "an array without bounds")
     expect(len(content) == math.prod(shape) * dtype.itemsize, "an array whose bytes do not fill its shape")
 
 
@@ -160,6 +163,33 @@ def _expect_few_parts(dtype: Any) -> None:
         expect(count + len(parts) <= _MOST_PARTS, f"a dtype of more than {_MOST_PARTS} fields, and theirs")
 
 
+def _is_part(part: Any) -> bool:
+    import numpy
+
+    return isinstance(part, numpy.dtype) and not part.hasobject
+
+
+def _dtype_of_fields(size: int, names: Any, fields: Any, is_aligned: bool) -> Any:
+    import numpy
+
+    expect(type(names) is tuple and type(fields) is dict, "a dtype with other fields")
+    expect(all(type(name) is str and name in fields for name in names), "a dtype with other fields")
+    places = [fields[name] for name in names]
+    known = all(type(place) is tuple and len(place) in (2, 3) and _is_part(place[0]) for place in places)
+    expect(known, "a dtype with other fields")
+    titles = [place[2] if len(place) == 3 else None for place in places]
+    given = [title for title in titles if title is not None]
+    # Other titles than texts are no keys, but a second name of the field.
+    expect(all(type(title) is str for title in given), "a dtype with titles that are no texts")
+    expect(len(fields) == len({*names, *given}) and fields.keys() == {*names, *given}, "a dtype with other fields")
+    inside = all(type(place[1]) is int and 0 <= place[1] <= size - place[0].itemsize for place in places)
+    expect(inside, "a dtype with fields beyond its end")
+    parts: dict[str, Any] = {"names": list(names), "formats": [place[0] for place in places]}
+    parts |= {"offsets": [place[1] for place in places], "itemsize": size, "aligned": is_aligned}
+    made: Any = parts | {"titles": titles} if given else parts
+    return numpy.dtype(made)
+
+
 def _state_of_parts(size: int, state: tuple[Any, ...]) -> Any:
     """The state of a dtype with fields, or of a subarray, as NumPy itself makes it of the same parts.
 
@@ -170,52 +200,52 @@ def _state_of_parts(size: int, state: tuple[Any, ...]) -> Any:
     import numpy
 
     _, _, subarray, names, fields, *numbers = state
-
-    def is_part(part: Any) -> bool:
-        return isinstance(part, numpy.dtype) and not part.hasobject
-
     expect(list(map(type, numbers)) == [int, int, int] and numbers[0] == size, "a dtype of another size than its own")
     if subarray is not None:
-        expect(type(subarray) is tuple and len(subarray) == 2 and is_part(subarray[0]), "a dtype with another subarray")
+        expect(
+            type(subarray) is tuple and len(subarray) == 2 and _is_part(subarray[0]), "a dtype with another subarray"
+        )
         part, shape = subarray
         expect(type(shape) is tuple and all(type(n) is int and n >= 0 for n in shape), "a dtype with another subarray")
         expect(math.prod(n or 1 for n in shape) * (part.itemsize or 1) <= max(size, 1), "a subarray without bounds")
         made = numpy.dtype((part, shape))
     else:
-        expect(type(names) is tuple and type(fields) is dict, "a dtype with other fields")
-        expect(all(type(name) is str and name in fields for name in names), "a dtype with other fields")
-        places = [fields[name] for name in names]
-        known = all(type(place) is tuple and len(place) == 2 and is_part(place[0]) for place in places)
-        expect(known and len(fields) == len(names), "a dtype with other fields")
-        inside = all(type(at) is int and at >= 0 and at + part.itemsize <= size for part, at in places)
-        expect(inside, "a dtype with fields beyond its end")
-        parts, offsets = [part for part, _ in places], [at for _, at in places]
-        is_aligned = bool(numbers[2] & _ALIGNED)
-        made = numpy.dtype(
-            {"names": list(names), "formats": parts, "offsets": offsets, "itemsize": size, "aligned": is_aligned}
-        )
+        made = _dtype_of_fields(size, names, fields, bool(numbers[2] & _ALIGNED))
     _expect_few_parts(made)
-    own = made.__reduce__()[2]
-    same = len(own) == len(state) and [own[0], own[1], *own[5:]] == [state[0], state[1], *numbers]
-    expect(same and not made.hasobject, "a dtype that NumPy makes otherwise of its parts")
-    return own
+    own: Any = made.__reduce__()[2]
+    flags = numbers[2]
+    # NumPy 1 has them as a number of 8 bits with a sign. What NumPy 2 makes of that is for NumPy to say.
+    same_flags = -128 <= flags < 256 > own[7] and (flags - own[7]) % 256 == 0
+    same = len(own) == len(state) and [own[0], own[1], *own[5:7]] == [state[0], state[1], *numbers[:2]]
+    expect(same and same_flags and not made.hasobject, "a dtype that NumPy makes otherwise of its parts")
+    return (*own[:7], flags)
 
 
 def _set_dtype(dtype: Any, state: Any) -> None:
     own = dtype.__reduce__()[2]
+    notes: tuple[Any, ...] = ()
+    if dtype.kind not in "mM" and type(state) is tuple and len(state) == len(own) + 1:
+        # NumPy looks at what somebody has noted, such as h5py, no further than to copy it.
+        expect(type(state[0]) is int and state[0] == 4 and type(state[8]) is dict, "a dtype with other metadata")
+        state, notes = (own[0], *state[1:8]), (state[8],)
     expect(type(state) is tuple and len(state) == len(own), "a dtype with another state")
     expect(type(state[0]) is int and state[0] == own[0], "a dtype with another state")
     expect(type(state[1]) is str and state[1] in ("<", ">", "=", "|"), "a dtype with another byte order")
     if dtype.kind == "V" and (state[2] is not None or state[3] is not None):
-        dtype.__setstate__(_state_of_parts(dtype.itemsize, state))
-        return
-    same = all(type(part) is type(mine) and part == mine for part, mine in zip(state[2:8], own[2:8], strict=True))
-    expect(same, "a dtype with fields, or of another size than its own")
-    for metadata in state[8:]:  # of times
-        expect(type(metadata) is tuple and len(metadata) == 2 and dtype.kind in "mM", "a dtype with metadata")
-        notes, unit = metadata
-        expect(notes is None or (type(notes) is dict and not notes), "a dtype with metadata")
-        expect(type(unit) is tuple and list(map(type, unit)) == [bytes, int, int, int], "a dtype with another unit")
-        name, count, divisor, event = unit
-        expect(name in _UNITS and 1 <= count < 1 << 31 and divisor == event == 1, "a dtype with another unit")
-    dtype.__setstate__(state)
+        state = _state_of_parts(dtype.itemsize, state)
+    else:
+        same = all(type(part) is type(mine) and part == mine for part, mine in zip(state[2:8], own[2:8], strict=True))
+        expect(same, "a dtype with fields, or of another size than its own")
+    if dtype.kind in "mM":
+        _check_unit(state[8])
+    dtype.__setstate__((4, *state[1:], *notes) if notes else state)
+
+
+def _check_unit(unit: Any) -> None:
+    """Of times: what somebody has noted, and the unit."""
+    expect(type(unit) is tuple and len(unit) == 2, "a dtype with metadata")
+    notes, unit = unit
+    expect(notes is None or type(notes) is dict, "a dtype with metadata")
+    expect(type(unit) is tuple and list(map(type, unit)) == [bytes, int, int, int], "a dtype with another unit")
+    name, count, divisor, event = unit
+    expect(name in _UNITS and 1 <= count < 1 << 31 and divisor == event == 1, "a dtype with another unit")

@@ -4,7 +4,8 @@ Fields of metadata that a later torch may have are made by the same base, and ho
 
 torch's restricted unpickler knows the opcodes of protocol 2 alone, and calls what is on its list with any arguments.
 What this one makes is what ``pickle`` makes.
-What somebody allowed by ``torch.serialization.add_safe_globals`` is called as ``pickle`` calls it.
+What somebody allowed by ``torch.serialization.add_safe_globals`` is called as ``pickle`` calls it, where it is asked
+for more than inert values.
 """
 
 from __future__ import annotations
@@ -167,16 +168,24 @@ class Unpickler(InertUnpickler):
         last = arguments[-1] if arguments else None
         return self._is_users(last) or self._is_users(type(last))
 
-    # What acts
+    # What acts. What somebody allows only adds to what is made anyway: it is asked for once that is refused.
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        expect(type(arguments) is tuple, "a call with arguments that are no tuple")
         takes_objects = any(function is each for each in _TAKE_OBJECTS)
-        if self._is_users(function) or (takes_objects and self._trusts(arguments)):
-            return function(*arguments)
+        try:
+            return self._call_inert(function, arguments)
+        except RefusedError:
+            expect(type(arguments) is tuple, "a call with arguments that are no tuple")
+            if not self._is_users(function) and not (takes_objects and self._trusts(arguments)):
+                raise
+        return function(*arguments)
+
+    def _call_inert(self, function: Any, arguments: Any) -> Any:
+        """What a call makes that nobody has to allow."""
+        expect(type(arguments) is tuple, "a call with arguments that are no tuple")
         if self.makes(function):
             return self.make(function, arguments)
-        if function is getattr:
+        if function is getattr and not self._is_users(getattr):
             return self._enum_member(arguments)
         self._expect_states(arguments)
         expect(any(function is known for known in known_to_torch().values()), f"a call of {_name(function)}")
@@ -202,29 +211,40 @@ class Unpickler(InertUnpickler):
 
     def _new(self, arguments: Any, keywords: Any) -> None:
         cls = self.stack[-1]
-        if self._is_users(cls):
+        try:
+            expect(type(keywords) is dict and not keywords, "an object with arguments by name")
+            self.stack[-1] = self._call_inert(cls, arguments)
+        except RefusedError:
+            if not self._is_users(cls):
+                raise
             self.stack[-1] = cls.__new__(cls, *arguments, **keywords)
-            return
-        expect(type(keywords) is dict and not keywords, "an object with arguments by name")
-        self.stack[-1] = self._call(cls, arguments)
 
     def load_build(self) -> None:
-        made = self.stack[-2]
+        made, state = self.stack[-2:]
+        try:
+            self._set_inert(made, state)
+        except RefusedError:
+            if not self._is_users(type(made)):
+                raise
+        else:
+            self.stack.pop()
+            return
+        # pickle takes a method of the object's own for one of its class, and so calls what nobody has checked.
+        expect("__setstate__" not in getattr(made, "__dict__", ()), "an object that sets its state by a function")
+        super().load_build()
+
+    def _set_inert(self, made: Any, state: Any) -> None:
+        """Set a state that nobody has to allow."""
         cls = type(made)
-        if self._is_users(cls):
-            # pickle takes a method of the object's own for one of its class, and so calls what nobody has checked.
-            expect("__setstate__" not in getattr(made, "__dict__", ()), "an object that sets its state by a function")
-            super().load_build()
-            return
-        state = self.stack.pop()
-        self.pay(cost_of(state if type(state) is tuple else (state,)))
-        if cls is torch.Tensor or cls is torch.nn.Parameter:
-            set_tensor(made, state)
-            return
-        if not self.is_stateless(made):
+        is_tensor = cls is torch.Tensor or cls is torch.nn.Parameter
+        if not is_tensor and not self.is_stateless(made):
             name = f"{cls.__module__}.{cls.__qualname__}"
             raise RefusedError(f"a state of a {name}", *([] if find_allowed(name) else [name]))
-        self.set_state(made, state)
+        self.pay(cost_of(state if type(state) is tuple else (state,)))
+        if is_tensor:
+            set_tensor(made, state)
+        else:
+            self.set_state(made, state)
 
     def load_binpersid(self) -> None:
         pid = self.stack[-1]

@@ -56,6 +56,27 @@ INERT: dict[str, Any] = {
         numpy.dtype([]),
         numpy.dtype("V5"),
     ],
+    "numpy dtype with metadata": [
+        numpy.zeros(1, numpy.dtype("i1", metadata={"enum": {"a": 1}})),
+        numpy.dtype("M8[s]", metadata={"note": "x"}),
+        numpy.dtype([("a", "f4")], metadata={"note": [1]}),
+        numpy.dtype("S3", metadata={}),
+    ],
+    "numpy array with titles": [
+        numpy.array([(1, 2)], [(("title", "a"), "i4"), ("b", "i4")]),
+        numpy.zeros(2, [(("first", "a"), "S2"), (("second", "b"), [(("third", "c"), "f8")])]),
+    ],
+    "numpy values without bytes": [
+        numpy.str_(""),
+        numpy.bytes_(b""),
+        *(numpy.zeros(shape, name) for shape in (0, 2, (2, 3)) for name in ("U0", "S0", "V0")),
+        *(numpy.empty(0, numpy.dtype(name)).view() for name in ("U0", "S0")),
+        numpy.zeros(2, []),
+        numpy.zeros((), [])[()],
+        numpy.zeros(1, "V0")[0],
+        numpy.zeros(2, [("a", "V0"), ("b", "i2")]),
+        numpy.dtype("U0"),
+    ],
     "numpy RandomState": numpy.random.RandomState(1).get_state(),
     "numpy Generator": numpy.random.default_rng(2).bit_generator.state,
     "random": random.Random(3).getstate(),
@@ -107,8 +128,10 @@ def record(value: Any, protocol: int = 2, legacy: bool = False) -> bytes:
 def facts(value: Any) -> Any:
     """Equal to those of another value only if both are of the same type and hold the same."""
     if isinstance(value, numpy.ndarray):
-        layout = (repr(value.dtype), value.dtype.isalignedstruct, value.shape, value.strides)
+        layout = (facts(value.dtype), value.shape, value.strides)
         return (layout, value.flags.writeable, value.tobytes())
+    if isinstance(value, numpy.dtype):
+        return (repr(value), value.isalignedstruct, value.flags, facts(dict(value.metadata or {})))
     if isinstance(value, io.BytesIO):
         return (type(value), value.getvalue(), value.tell(), vars(value))
     if isinstance(value, (set, frozenset)):
@@ -126,4 +149,6 @@ def facts(value: Any) -> Any:
         return (uuid.UUID, value.int, value.is_safe)
     if isinstance(value, torch.Tensor):
         return image(value)
+    if isinstance(value, numpy.void):
+        return (facts(value.dtype), value.tobytes())
     return (type(value), repr(value), value.value if isinstance(value, enum.Enum) else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import enum
 import io
 import pathlib
@@ -17,6 +18,7 @@ from helpers import Entry, write_checkpoint
 from inert_values import INERT, facts, record
 from numpy_1_pickles import NUMPY_1
 
+from dcp_fast.values.inert import CALLS
 from dcp_fast.values.load import load_untrusted
 
 
@@ -43,6 +45,44 @@ def test_in_a_checkpoint(tmp_path: Path, name: str) -> None:
     assert facts(entry) == facts(torch.load(io.BytesIO(record(INERT[name])), weights_only=False))
 
 
+NUMPYS = [
+    numpy._core.multiarray._reconstruct,
+    numpy._core.multiarray.scalar,
+    numpy._core.numeric._frombuffer,
+    numpy.ndarray,
+    numpy.dtype,
+    *(each for name, each in vars(numpy.dtypes).items() if name.endswith("DType")),
+]
+TORCHS = [
+    torch.Tensor,
+    torch.nn.Parameter,
+    torch.Size,
+    torch._utils._rebuild_tensor_v2,
+    torch._utils._rebuild_parameter,
+]
+PYTHONS = list({id(cls): cls for cls, _ in CALLS.values()}.values())
+# As accelerate, for one, allows it.
+OF_FRAMEWORKS = [*NUMPYS[:1], numpy.ndarray, numpy.dtype, codecs.encode, type(numpy.dtype(numpy.uint32))]
+ALLOWED = [*([each] for each in (*NUMPYS, *TORCHS, *PYTHONS)), OF_FRAMEWORKS, NUMPYS, [*NUMPYS, *TORCHS, *PYTHONS]]
+
+
+@pytest.mark.parametrize("allowed", ALLOWED, ids=lambda each: each[0].__name__ if len(each) == 1 else str(len(each)))
+def test_what_is_allowed_takes_nothing_away(allowed: list[Any]) -> None:
+    for name, value in INERT.items():
+        for protocol in (2, 5):
+            data = record(value, protocol)
+            expected = facts(load(data))
+            with torch.serialization.safe_globals(allowed):
+                assert facts(load(data)) == expected, name
+
+
+@pytest.mark.parametrize(("name", "protocol"), NUMPY_1)
+@pytest.mark.parametrize("allowed", [OF_FRAMEWORKS, NUMPYS], ids=["a few", "all"])
+def test_what_is_allowed_takes_nothing_of_numpy_1_away(name: str, protocol: int, allowed: list[Any]) -> None:
+    with torch.serialization.safe_globals(allowed):
+        assert facts(load(archive(NUMPY_1[name, protocol]))) == facts(pickle.loads(NUMPY_1[name, protocol]))
+
+
 def test_what_is_shared_is_shared() -> None:
     array, holder = load(record(INERT["shared"]))
     assert holder["again"] is array
@@ -62,7 +102,10 @@ OF_NUMPY_1: dict[str, Any] = {
 def test_written_by_numpy_1(name: str, protocol: int) -> None:
     pickled = NUMPY_1[name, protocol]
     assert b"numpy.core" in pickled
-    assert facts(load(archive(pickled))) == facts(OF_NUMPY_1[name])
+    loaded = load(archive(pickled))
+    assert facts(loaded) == facts(pickle.loads(pickled))
+    if name in OF_NUMPY_1:
+        assert facts(loaded) == facts(OF_NUMPY_1[name])
 
 
 @pytest.mark.parametrize("name", ["PosixPath", "PurePosixPath", "PureWindowsPath"])

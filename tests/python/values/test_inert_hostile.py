@@ -177,6 +177,7 @@ MISUSED: dict[str, Callable[[], bytes]] = {
     "array of too many dimensions": lambda: array_with((1,) * 100, b"12345678"),
     "array of a range": lambda: array_with(range(HUGE), b"12345678"),
     "array of nothing": lambda: array_with((HUGE,), b"", numpy.dtype("V0")),
+    "array of nothing, beside a zero": lambda: array_with((0, HUGE), b"", numpy.dtype("U0")),
     "array of objects": lambda: array_with((1,), [1], numpy.dtype("O")),
     "array of addresses": lambda: array_with((1,), b"12345678", numpy.dtype("O")),
     "array with another state": lambda: reduced(_reconstruct, numpy.ndarray, (0,), b"b", state=(1, (1,))),
@@ -244,7 +245,7 @@ MISUSED: dict[str, Callable[[], bytes]] = {
         )
     ),
     "dtype with fields and metadata": lambda: dtype_with(
-        "V8", 4, "|", None, ("a",), {"a": (_FLOAT, 0)}, 8, 1, 16, {"a": 1}
+        "V8", 4, "|", None, ("a",), {"a": (_FLOAT, 0)}, 8, 1, 16, [("a", 1)]
     ),
     "dtype of another size": lambda: dtype_with("f8", 3, "<", None, None, None, 1 << 30, 1, 0),
     "dtype that hides objects": lambda: dtype_with("V8", 3, "|", None, None, None, 8, 1, 63),
@@ -254,9 +255,22 @@ MISUSED: dict[str, Callable[[], bytes]] = {
     ),
     "dtype with a subarray of a range": lambda: dtype_with("V8", 3, "|", (_FLOAT, range(HUGE)), None, None, 8, 1, 0),
     "dtype with a subarray that is smaller": lambda: dtype_with("V9", 3, "|", (_FLOAT, (1,)), None, None, 9, 8, 0),
-    "dtype with metadata": lambda: dtype_with("f8", 4, "<", None, None, None, -1, -1, 0, {"a": 1}),
+    "dtype with metadata": lambda: dtype_with(
+        "f8", 4, "<", None, None, None, -1, -1, 0, types.SimpleNamespace(keys=list)
+    ),
+    "dtype with more than metadata": lambda: dtype_with("f8", 4, "<", None, None, None, -1, -1, 0, {}, {}),
+    "dtype with titles that are no keys": lambda: dtype_with(
+        "V8", 3, "|", None, ("a",), {"a": (_FLOAT, 0, "b")}, 8, 1, 16
+    ),
+    "dtype with titles that are objects": lambda: dtype_with(
+        "V8", 3, "|", None, ("a",), {"a": (_FLOAT, 0, 1), 1: (_FLOAT, 0, 1)}, 8, 1, 16
+    ),
+    "dtype with a title of objects": lambda: dtype_with(
+        "V8", 3, "|", None, ("a",), {"a": (_FLOAT, 0, "b"), "b": (_FLOAT, 0, "b"), "c": (_FLOAT, 0)}, 8, 1, 16
+    ),
+    "dtype with other flags": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": (_FLOAT, 0)}, 8, 1, 16 - 256 * 9),
     "dtype of times with metadata": lambda: dtype_with(
-        "M8", 4, "<", None, None, None, -1, -1, 0, ({"a": 1}, (b"s", 1, 1, 1))
+        "M8", 4, "<", None, None, None, -1, -1, 0, ([("a", 1)], (b"s", 1, 1, 1))
     ),
     "dtype of times with another unit": lambda: dtype_with(
         "M8", 4, "<", None, None, None, -1, -1, 0, (None, (b"x", 1, 1, 1))
@@ -342,9 +356,10 @@ REASONS = {
     "array that is larger than its bytes": "an array whose bytes do not fill its shape",
     "array with sizes beside a zero": "an array without bounds",
     "array with a negative size": "an array without a shape",
-    "array of too many dimensions": "an array of nothing, or of too many dimensions",
+    "array of too many dimensions": "an array of too many dimensions",
     "array of a range": "an array without a shape",
-    "array of nothing": "an array of nothing, or of too many dimensions",
+    "array of nothing": "an array without bounds",
+    "array of nothing, beside a zero": "an array without bounds",
     "array of objects": "numpy.dtypes.ObjectDType",
     "array of addresses": "numpy.dtypes.ObjectDType",
     "array with another state": "an array with another state",
@@ -371,7 +386,7 @@ REASONS = {
     "dtype with fields without names": "a dtype with other fields",
     "dtype with fields of no dtype": "a dtype with other fields",
     "dtype with fields of a number": "a dtype with fields, or of another size than its own",
-    "dtype with fields and metadata": "a dtype with another state",
+    "dtype with fields and metadata": "a dtype with other metadata",
     "dtype with fields upon each other": "a dtype of more than 500 fields",
     "dtype with very many fields": "a dtype of more than 500 fields",
     "dtype that gets its state after a scalar": "a dtype or an array that has no state yet",
@@ -385,7 +400,12 @@ REASONS = {
     "dtype with a subarray of nothing": "a subarray without bounds",
     "dtype with a subarray of a range": "a dtype with another subarray",
     "dtype with a subarray that is smaller": "a dtype that NumPy makes otherwise of its parts",
-    "dtype with metadata": "a dtype with another state",
+    "dtype with metadata": "a dtype with other metadata",
+    "dtype with more than metadata": "a dtype with another state",
+    "dtype with titles that are no keys": "a dtype with other fields",
+    "dtype with titles that are objects": "a dtype with titles that are no texts",
+    "dtype with a title of objects": "a dtype with other fields",
+    "dtype with other flags": "a dtype that NumPy makes otherwise of its parts",
     "dtype of times with metadata": "a dtype with metadata",
     "dtype of times with another unit": "a dtype with another unit",
     "tensor of a size": "a call of FloatTensor, which takes memory of any size",
@@ -399,6 +419,20 @@ REASONS = {
 @pytest.mark.parametrize("name", MISUSED)
 def test_misused(name: str) -> None:
     assert REASONS[name] in refused(MISUSED[name]()).reason
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("array of addresses", "array of protocol 5 of objects", "scalar of an address", "array with another state"),
+        *("dtype with fields of objects", "dtype with fields that hide objects", "dtype that hides objects"),
+        *("dtype of another size", "dtype that gets its state after an array", "array that is larger than its bytes"),
+    ],
+)
+def test_misused_while_numpy_s_dtypes_are_allowed(name: str) -> None:
+    """Their states are as checked as before."""
+    with torch.serialization.safe_globals([numpy.dtype]):
+        refused(MISUSED[name]())
 
 
 def test_storage_that_the_entry_does_not_have() -> None:
