@@ -22,7 +22,7 @@ _MOST_EMPTY = 1 << 16
 _ALIGNED = 0x80  # the flag of a dtype whose fields are where C would have them
 _DTYPE = re.compile(r"[biufcmMSUV][0-9]{1,9}")
 _UNITS = (b"Y", b"M", b"W", b"D", b"h", b"m", b"s", b"ms", b"us", b"ns", b"ps", b"fs", b"as", b"generic")
-_WITH_OBJECTS = (
+WITH_OBJECTS = (
     "numpy._core.multiarray._reconstruct",
     "numpy.ndarray",
     "numpy.dtype",
@@ -71,7 +71,7 @@ def _check_size(shape: Any, dtype: Any, content: Any) -> None:
 
     expect(isinstance(dtype, numpy.dtype), "an array without a dtype")
     if dtype.hasobject:
-        raise RefusedError("an array of Python objects", *_WITH_OBJECTS)
+        raise RefusedError("an array of Python objects", *WITH_OBJECTS)
     expect(type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape), "an array without a shape")
     # Sizes beside a zero count as well: NumPy multiplies them.
     expect(len(shape) <= 64, "an array of too many dimensions")
@@ -99,7 +99,7 @@ def _set_array(array: Any, state: Any) -> None:
     expect(type(version) is int and version in (0, 1), "an array with another state")
     expect(type(by_columns) in (bool, int), "an array with another state")
     if type(content) is list:
-        raise RefusedError("an array of Python objects", *_WITH_OBJECTS)
+        raise RefusedError("an array of Python objects", *WITH_OBJECTS)
     expect(type(content) is bytes, "an array of other than bytes")
     _check_size(shape, dtype, content)
     array.__setstate__(state)
@@ -109,7 +109,7 @@ def _scalar(*arguments: Any) -> Any:
     expect(len(arguments) == 2, "a NumPy scalar of other than a dtype and bytes")
     dtype, content = arguments
     if type(content) is not bytes:
-        raise RefusedError("a NumPy scalar of a Python object", "numpy._core.multiarray.scalar", *_WITH_OBJECTS[2:])
+        raise RefusedError("a NumPy scalar of a Python object", "numpy._core.multiarray.scalar", *WITH_OBJECTS[2:])
     _check_size((), dtype, content)
     return _original("multiarray.scalar")(dtype, content)
 
@@ -133,7 +133,7 @@ def _dtype(*arguments: Any) -> Any:
     expect(len(arguments) == 3 and all(type(flag) in (bool, int) for flag in arguments[1:]), "a dtype with others")
     name = arguments[0]
     if type(name) is not str or name[:1] == "O":
-        raise RefusedError("a dtype of Python objects, or of a class of its own", *_WITH_OBJECTS)
+        raise RefusedError("a dtype of Python objects, or of a class of its own", *WITH_OBJECTS)
     expect(_DTYPE.fullmatch(name) is not None, "a dtype in another form")
     return cls(name, False, True)  # a copy: others share NumPy's own
 

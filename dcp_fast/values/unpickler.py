@@ -26,6 +26,7 @@ from dcp_fast._torch import weights_only_unpickler
 from dcp_fast.unpickling import RefusedError, RestrictedUnpickler, cost_of, expect, refused_opcode
 from dcp_fast.values import arrays
 from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, check_key
+from dcp_fast.values.names import shown
 from dcp_fast.values.tensors import call_of_torch, known_to_torch, set_tensor
 
 
@@ -155,7 +156,7 @@ class Unpickler(InertUnpickler):
                 return self._users[full_name]
             if found := find_allowed(full_name):
                 return found[0]
-        raise RefusedError(f"the global {full_name}", full_name)
+        raise RefusedError(f"the global {shown(full_name)}", full_name)
 
     def may_fill(self, target: Any, kinds: tuple[type, ...]) -> bool:
         return super().may_fill(target, kinds) or self._is_users(type(target))

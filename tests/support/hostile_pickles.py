@@ -44,7 +44,8 @@ def refused(entry: bytes, bound: int = 256 << 20) -> LoadError:
 
 
 def text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
+    encoded = value.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
 
 
 def named(module: str, name: str) -> bytes:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import collections
 import datetime
+import enum
 import functools
 import io
 import ipaddress
 import os
 import pickle
+import sys
 import zoneinfo
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from damage import Call, archive
-from hostile_pickles import refused
+from hostile_pickles import refused, text
 from inert_values import record
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -144,6 +146,97 @@ def test_advice_for_masked_arrays_works() -> None:
         assert repr(load(data)) == repr(value)
 
 
+class Phase(enum.Enum):
+    WARM_UP = 1
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize(
+    "value",
+    [
+        numpy.array([(1, None)], [("a", "i4"), ("b", "O")]),
+        numpy.array([(1, (None,))], [("a", "i4"), ("b", [("c", "O")])]),
+        numpy.array(["a", "bb"], numpy.dtypes.StringDType()),
+        [Phase.WARM_UP, numpy.array([1, "a"], object)],
+    ],
+    ids=["structure with objects", "structure within", "StringDType", "beside another"],
+)
+def test_one_message_names_all(value: Any, protocol: int) -> None:
+    data = record(value, protocol)
+    advice = refused(data).reason.partition("add_safe_globals([")[2].partition("])")[0]
+    with torch.serialization.safe_globals(
+        list(eval(f"({advice},)", {"numpy": numpy, __name__: sys.modules[__name__]}))
+    ):
+        assert repr(load(data)) == repr(torch.load(io.BytesIO(data), weights_only=False))
+
+
+# As NumPy 1 wrote it: the state is set afterwards.
+GENERATOR_OF_NUMPY_1 = (
+    b"\x80\x02cnumpy.random._pickle\n__generator_ctor\nX\x05\0\0\0PCG64cnumpy.random._pickle\n__bit_generator_ctor\n\x86R"
+    b"}(X\x0d\0\0\0bit_generatorX\x05\0\0\0PCG64X\x05\0\0\0state}(X\x05\0\0\0stateK\x05X\x03\0\0\0incK\x07u"
+    b"X\x0a\0\0\0has_uint32K\0X\x08\0\0\0uintegerK\0ub."
+)
+
+
+def test_advice_for_a_generator_of_numpy_1_works() -> None:
+    data = archive(GENERATOR_OF_NUMPY_1)
+    advice = refused(data).reason.partition("add_safe_globals([")[2].partition("])")[0]
+    with torch.serialization.safe_globals(list(eval(f"({advice},)", {"numpy": numpy}))):
+        assert load(data).bit_generator.state["state"] == {"state": 5, "inc": 7}
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os_", "x]) or __import__('os').system('echo PWNED') or ([0"),
+        ("a\x1b[2J\n\nERROR all fine", "x"),
+        ("a", "b c"),
+        ("a", "lambda"),
+        ("a", "b\N{LATIN SMALL LETTER LONG S}"),  # which Python takes for an s
+        ("a", "b" * 500_000),
+        ("a." * 500_000, "b"),
+    ],
+    ids=["code", "escapes", "space", "keyword", "another letter", "long", "many parts"],
+)
+def test_what_is_no_name_becomes_no_code(module: str, name: str) -> None:
+    error = refused(archive(b"\x80\x04" + text(module) + text(name) + b"\x93."))
+    assert isinstance(error, UntrustedBytesError)
+    assert error.safe_globals == ()
+    assert "add_safe_globals" not in error.reason
+    assert "trust_bytes=True" in error.reason
+    assert error.reason.isprintable()
+    assert len(error.reason) < 1000
+    full_name = f"{module}.{name}"
+    assert repr(full_name) in error.reason or repr(full_name[:200]) in error.reason
+
+
+def test_damage_is_told_without_what_somebody_put_there() -> None:
+    with pytest.raises(LoadError) as caught:
+        load(archive(b"\x80\x04" + text("a\x1b[2J" + "b" * 500_000) + text("x") + b"\x93"))
+    assert "\x1b" not in caught.value.reason
+    assert len(caught.value.reason) < 5000
+
+
+def test_very_many_names_are_counted() -> None:
+    names = b"".join(f"cmodule{i}\nname\n".encode() for i in range(20_000))
+    error = refused(archive(b"\x80\x02(" + names + b"t."))
+    assert isinstance(error, UntrustedBytesError)
+    assert "module29.name and 19970 more" in error.reason
+    assert "add_safe_globals" not in error.reason
+    assert "trust_bytes=True" in error.reason
+    assert len(error.reason) < 2000
+
+
+def test_no_advice_that_a_variable_of_torch_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    error = refused(record([collections.UserDict()]))
+    assert "add_safe_globals([collections.UserDict]) allows it" in error.reason
+    assert "trust_bytes" not in error.reason
+    error = refused(record(zoneinfo.ZoneInfo("UTC")))
+    assert "trust_bytes" not in error.reason
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD is set" in error.reason
+
+
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_advice_for_what_has_no_name_of_its_own_works(protocol: int) -> None:
     data = record([NotImplemented], protocol)
@@ -172,6 +265,7 @@ def test_all_entries_that_are_refused_are_told_at_once(tmp_path: Path) -> None:
         return error.reason
 
     reason = load_it()
+    assert reason.count("add_safe_globals") == reason.count("install(trust_bytes=True)") == 1
     assert "other entries are refused as well ('c', 'e', 'f0', 'f1', 'f2' and 6 more)" in reason
     advice = reason.rpartition("add_safe_globals([")[2].partition("])")[0]
     allowed = list(eval(f"({advice},)", {"collections": collections, "ipaddress": ipaddress}))
