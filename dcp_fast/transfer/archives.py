@@ -32,7 +32,7 @@ def load_record(record: Buffer) -> Any:
         CorruptCheckpointError: the pickle asks for a storage that is larger than what the archive has for it.
         Exception: whatever ``torch.load`` raises.
     """
-    archive = None if _makes_no_storages() else _native.find_archive(record)
+    archive = None if makes_no_storages() else _native.find_archive(record)
     if archive is not None:
         try:
             return _load_archive(record, *archive)
@@ -43,16 +43,19 @@ def load_record(record: Buffer) -> Any:
     return torch.load(io.BytesIO(record), map_location=_CPU, mmap=False, weights_only=True)
 
 
-def _makes_no_storages() -> bool:
+def makes_no_storages() -> bool:
     """Whether torch makes tensors without reading their elements, because of where it is called."""
     return serialization_state.skip_data or detect_fake_mode(None) is not None
 
 
 def _load_archive(record: Buffer, pickle: bytes, storages: dict[str, tuple[int, int]]) -> Any:
-    # As torch.serialization._load does it, but for the storages. Each call of that makes a class anew, too.
-    unpickler = _Unpickler(pickle, record, storages)
+    return load_as_torch_does(_Unpickler(pickle, record, storages), _CPU)
+
+
+def load_as_torch_does(unpickler: Any, map_location: str | None) -> Any:
+    """What ``torch.serialization._load`` does with an unpickler that makes storages. It makes a class for each call."""
     before = serialization_state.map_location
-    serialization_state.map_location = _CPU
+    serialization_state.map_location = map_location
     try:
         result = unpickler.load()
     finally:

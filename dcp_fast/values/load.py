@@ -12,16 +12,16 @@ from typing import IO, Any
 from dcp_fast import _native
 from dcp_fast._torch import PyTorchFileReader, is_zipfile, load_archive, load_legacy
 from dcp_fast.errors import CorruptPickleError, UntrustedBytesError, torch_load_error
+from dcp_fast.transfer.archives import makes_no_storages
 from dcp_fast.unpickling import RefusedError
 from dcp_fast.values.advice import advice, refusal_of
 from dcp_fast.values.advice import with_others as with_others
+from dcp_fast.values.archives import load_archive_natively
 from dcp_fast.values.names import cleaned
 from dcp_fast.values.unpickler import Unpickler
 
 _ENCODING = "utf-8"  # torch.load's, of texts that Python 2 wrote
 _NO_STORAGES = {"": 0}
-# In names of globals that torch's loader of archives takes for others, or does more for than to call them.
-_NAMES_OF_TORCH = (b"Storage", b"torch.tensor", b"torch._utils", b"torch._tensor")
 
 
 def load_untrusted(value: IO[bytes], fqn: str) -> Any:
@@ -62,18 +62,15 @@ def _load(entry: io.BytesIO) -> Any:
     archive = _native.find_archive(entry.getbuffer())
     if archive is None and not is_zipfile(entry):
         return load_legacy(entry, None, _pickle_module(entry, {}), encoding=_ENCODING)
-    if archive is not None:
-        pickled, storages = archive
-        if not storages and not any(name in pickled for name in _NAMES_OF_TORCH):
-            bounds = entry.getbuffer().nbytes, _NO_STORAGES
-            return Unpickler(io.BytesIO(pickled), encoding=_ENCODING, bounds=bounds).load()
+    if archive is not None and not (archive[1] and makes_no_storages()):
+        return load_archive_natively(entry.getbuffer(), entry.getbuffer().nbytes, *archive, _ENCODING)
     reader = PyTorchFileReader(entry)
     if archive is None:
         if "constants.pkl" in reader.get_all_records():
             raise UntrustedBytesError(f"the entry is TorchScript, which is a program; {advice()}")
         sizes = _storage_sizes(entry, reader)
     else:
-        sizes = {key: size for key, (_, size) in storages.items()}
+        sizes = {key: size for key, (_, size) in archive[1].items()}
     return load_archive(reader, None, _pickle_module(entry, sizes or _NO_STORAGES), encoding=_ENCODING)
 
 

@@ -60,7 +60,7 @@ def call_of_torch(function: Any, arguments: tuple[Any, ...], users: dict[int, An
     expect(not any(type(argument) in NAMESPACES for argument in arguments), f"a call of {name} with other than tensors")
     if function is rebuild_from_type:
         return _rebuild_from_type(arguments, users, pay)
-    if any(function is cls for cls in tensor_types()):
+    if isinstance(function, type) and any(function is cls for cls in tensor_types()):
         expect(not arguments, f"a call of {name}, which takes memory of any size")
     elif function is torch.nn.Parameter:
         expect(bool(arguments) and isinstance(arguments[0], torch.Tensor), "a parameter without a tensor")

@@ -301,7 +301,7 @@ def test_memory_that_cannot_be_had(checkpoint: Path, monkeypatch: pytest.MonkeyP
     def no_memory(*args: Any, **kwargs: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(dcp_fast.values.load, "load_archive", no_memory)
+    monkeypatch.setattr(dcp_fast.values.load, "load_archive_natively", no_memory)
     error = fast_error(checkpoint, wanted())
     assert isinstance(error, dcp_fast.OutOfMemoryError)
     assert error.fqn == "value"
