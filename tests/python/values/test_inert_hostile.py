@@ -89,6 +89,14 @@ def overlapping(levels: int) -> Any:
     return dtype
 
 
+def titled(levels: int) -> Any:
+    """The same by fields that have two names each."""
+    dtype = numpy.dtype("i1")
+    for _ in range(levels):
+        dtype = numpy.dtype([(("title", "name"), dtype)])
+    return dtype
+
+
 # A part of each type's name, and what must be refused.
 MISUSED: dict[str, Callable[[], bytes]] = {
     "bytearray of a size": lambda: reduced(bytearray, HUGE),
@@ -209,6 +217,7 @@ MISUSED: dict[str, Callable[[], bytes]] = {
     "dtype with fields of no dtype": lambda: dtype_with("V8", 3, "|", None, ("a",), {"a": ("f8", 0)}, 8, 1, 16),
     "dtype with fields of a number": lambda: dtype_with("f8", 3, "<", None, ("a",), {"a": (_FLOAT, 0)}, -1, -1, 0),
     "dtype with fields upon each other": lambda: archive(pickle.dumps(overlapping(60), 4)),
+    "dtype with titles within each other": lambda: archive(pickle.dumps(titled(60), 4)),
     "dtype with very many fields": lambda: archive(
         pickle.dumps(numpy.dtype([(f"f{number}", "i1") for number in range(500)]), 4)
     ),
@@ -388,6 +397,7 @@ REASONS = {
     "dtype with fields of a number": "a dtype with fields, or of another size than its own",
     "dtype with fields and metadata": "a dtype with other metadata",
     "dtype with fields upon each other": "a dtype of more than 500 fields",
+    "dtype with titles within each other": "a dtype of more than 500 fields",
     "dtype with very many fields": "a dtype of more than 500 fields",
     "dtype that gets its state after a scalar": "a dtype or an array that has no state yet",
     "dtype that gets its state after an array": "a dtype or an array that has no state yet",
