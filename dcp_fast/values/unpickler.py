@@ -238,6 +238,7 @@ class Unpickler(InertUnpickler):
             return
         # pickle takes a method of the object's own for one of its class, and so calls what nobody has checked.
         expect("__setstate__" not in getattr(made, "__dict__", ()), "an object that sets its state by a function")
+        self._stateless.pop(id(made), None)
         super().load_build()
 
     def _set_inert(self, made: Any, state: Any) -> None:

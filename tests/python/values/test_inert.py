@@ -151,6 +151,9 @@ def test_arrays_of_python_objects_if_they_are_allowed() -> None:
     reconstruct = numpy._core.multiarray._reconstruct
     with torch.serialization.safe_globals([reconstruct, numpy.ndarray, numpy.dtype, numpy.dtypes.ObjectDType]):
         assert load(data).tolist() == [1, "a"]
+        # What has its state may be a part of others.
+        within = load(record(slice(numpy.array([1, "a"], dtype=object), None)))
+        assert within.start.tolist() == [1, "a"]
 
 
 def test_pickle_of_a_module_that_is_not_there() -> None:
