@@ -95,6 +95,23 @@ def tensor_types() -> tuple[type, ...]:
     return (torch.Tensor, *torch._tensor_classes, *torch._storage_classes)
 
 
+def makes_no_storages() -> bool:
+    """Whether torch makes tensors without reading their elements, because of where it is called."""
+    return serialization_state.skip_data or detect_fake_mode(None) is not None
+
+
+def load_as_torch_does(unpickler: Any, map_location: str | None) -> Any:
+    """What ``torch.serialization._load`` does with an unpickler that makes storages. It makes a class for each call."""
+    before = serialization_state.map_location
+    serialization_state.map_location = map_location
+    try:
+        result = unpickler.load()
+    finally:
+        serialization_state.map_location = before
+    validate_sparse_tensors()
+    return result
+
+
 __all__ = [
     "MEMORY_FORMAT_ENCODING",
     "PROPERTIES_HAVE_STRIDES",
@@ -130,8 +147,10 @@ __all__ = [
     "is_checkpointable_tensor",
     "is_zipfile",
     "load_archive",
+    "load_as_torch_does",
     "load_legacy",
     "load_state_dict",
+    "makes_no_storages",
     "narrow_tensor_by_index",
     "rebuild_from_type",
     "serialization_state",

@@ -12,12 +12,13 @@ from torch.distributed.checkpoint import default_planner as torch_planner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
-from dcp_fast._torch import derived_version, flatten_state_dict, set_element
+from dcp_fast._torch import derived_version, flatten_state_dict
 from dcp_fast.collector import paused_collection
 from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.planning.flatten import containers_of, flatten_at_once
 from dcp_fast.planning.hooks import STAND_FOR_TORCHS
 from dcp_fast.planning.search import create_default_local_load_plan
+from dcp_fast.planning.values import put_value
 from dcp_fast.switches import original_of
 from dcp_fast.this_load import option, trusted
 from dcp_fast.values.load import load_untrusted
@@ -138,18 +139,6 @@ def load_bytes(
         return
     fqn = read_item.dest_index.fqn
     put_value(planner, fqn, load_untrusted(value, fqn))
-
-
-def put_value(planner: torch_planner.DefaultLoadPlanner, fqn: str, value: Any) -> None:
-    """Put the value of a bytes entry into the state dict, where torch's planner puts it."""
-    if not planner.flatten_state_dict:
-        planner.state_dict[fqn] = value
-        return
-    path = planner.mappings[fqn]
-    if len(path) == 1:
-        planner.original_state_dict[path[0]] = value  # type: ignore[index]
-    else:
-        set_element(planner.original_state_dict, path, value)
 
 
 def _use_old_keys_if_stored(planner: torch_planner.DefaultLoadPlanner) -> None:

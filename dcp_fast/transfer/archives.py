@@ -9,13 +9,7 @@ import torch
 from typing_extensions import Buffer
 
 from dcp_fast import _native
-from dcp_fast._torch import (
-    detect_fake_mode,
-    serialization_state,
-    storage_class,
-    validate_sparse_tensors,
-    weights_only_unpickler,
-)
+from dcp_fast._torch import load_as_torch_does, makes_no_storages, storage_class, weights_only_unpickler
 from dcp_fast.errors import CorruptCheckpointError, LoadError
 
 _CPU = "cpu"
@@ -43,25 +37,8 @@ def load_record(record: Buffer) -> Any:
     return torch.load(io.BytesIO(record), map_location=_CPU, mmap=False, weights_only=True)
 
 
-def makes_no_storages() -> bool:
-    """Whether torch makes tensors without reading their elements, because of where it is called."""
-    return serialization_state.skip_data or detect_fake_mode(None) is not None
-
-
 def _load_archive(record: Buffer, pickle: bytes, storages: dict[str, tuple[int, int]]) -> Any:
     return load_as_torch_does(_Unpickler(pickle, record, storages), _CPU)
-
-
-def load_as_torch_does(unpickler: Any, map_location: str | None) -> Any:
-    """What ``torch.serialization._load`` does with an unpickler that makes storages. It makes a class for each call."""
-    before = serialization_state.map_location
-    serialization_state.map_location = map_location
-    try:
-        result = unpickler.load()
-    finally:
-        serialization_state.map_location = before
-    validate_sparse_tensors()
-    return result
 
 
 class _Unpickler(cast(Any, weights_only_unpickler.Unpickler)):  # type: ignore[misc]

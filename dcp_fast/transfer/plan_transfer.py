@@ -19,8 +19,7 @@ from dcp_fast.collector import paused_collection
 from dcp_fast.errors import LoadError, SizeMismatchError, UntrustedBytesError, typed_errors
 from dcp_fast.observe.report import LoadReport
 from dcp_fast.planning.hooks import has_default_bytes, has_default_hooks, has_default_resolve, has_only_commit
-from dcp_fast.planning.planner import put_value
-from dcp_fast.planning.values import is_whole
+from dcp_fast.planning.values import is_whole, put_value
 from dcp_fast.this_load import option, trusted
 from dcp_fast.transfer.commit_windows import CommitWindows, Done, windows_of
 from dcp_fast.transfer.destinations import Destinations
@@ -35,7 +34,8 @@ from dcp_fast.transfer.sharing import Sharing
 from dcp_fast.transfer.staged_boxes import StagedBoxes
 from dcp_fast.transfer.values_ahead import ValuesAhead
 from dcp_fast.transfer.windows import Placement, Windows
-from dcp_fast.values.load import load_untrusted, with_others
+from dcp_fast.values.advice import with_others
+from dcp_fast.values.load import load_untrusted
 
 _BYTE_IO = LoadItemType.BYTE_IO  # an enum's attributes are slow to get
 _MOST_LOOKED_AT = 64 << 20  # bytes of entries behind one that is refused

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from typing_extensions import Buffer
 
-from dcp_fast._torch import storage_class
-from dcp_fast.transfer.archives import load_as_torch_does
+from dcp_fast._torch import load_as_torch_does, storage_class
 from dcp_fast.values.unpickler import Unpickler
 
 

@@ -10,12 +10,10 @@ import zlib
 from typing import IO, Any
 
 from dcp_fast import _native
-from dcp_fast._torch import PyTorchFileReader, is_zipfile, load_archive, load_legacy
+from dcp_fast._torch import PyTorchFileReader, is_zipfile, load_archive, load_legacy, makes_no_storages
 from dcp_fast.errors import CorruptPickleError, UntrustedBytesError, torch_load_error
-from dcp_fast.transfer.archives import makes_no_storages
 from dcp_fast.unpickling import RefusedError
 from dcp_fast.values.advice import advice, refusal_of
-from dcp_fast.values.advice import with_others as with_others
 from dcp_fast.values.archives import load_archive_natively
 from dcp_fast.values.names import cleaned
 from dcp_fast.values.unpickler import Unpickler
