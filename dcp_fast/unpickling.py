@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import collections
+import fractions
+import pathlib
 import pickle
 import pickletools
+import struct
+import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import IO, Any, ClassVar
 
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 # Their values have whatever attributes a pickle gives them.
 NAMESPACES: tuple[type, ...] = (argparse.Namespace, types.SimpleNamespace)
@@ -27,14 +32,23 @@ _PROTOCOLS = {opcode.name: opcode.proto for opcode in pickletools.opcodes}
 _LEAST_COPIED = 64 << 20
 _MOST_COPIES = 32
 _MAPPINGS = (dict, collections.OrderedDict, collections.Counter, collections.defaultdict)
+ITEM_OF_SET = 60
 # Bytes of memory that an item takes, or may take in a copy.
 _COSTS: dict[type, int] = {
     **dict.fromkeys((bytes, bytearray), 1),
     str: 4,
     **dict.fromkeys((list, tuple, torch.Size, collections.deque), 8),
-    **dict.fromkeys((set, frozenset), 60),
+    **dict.fromkeys((set, frozenset), ITEM_OF_SET),
     **dict.fromkeys(_MAPPINGS, 100),
 }
+# A key is hashed and compared as a tree, in which what is shared stands as often as it is reached.
+_MOST_KEY_PARTS = 10_000
+_KEY_PART = 8
+_HASH_MODULUS = sys.hash_info.modulus  # numbers that differ by a multiple of it have the same hash
+_MOST_UNPAID = 1 << 20
+_SLOW_KEYS = "keys that take long to hash or to compare"
+_ATOMS = frozenset({int, float, str, bytes, bool, type(None)})
+_LONGEST_NAME = 200
 
 
 class RefusedError(Exception):
@@ -63,6 +77,12 @@ def check_attributes(cls: type, state: Any) -> None:
     expect(not hidden, f"a {cls.__name__} with attributes that hide its methods")
 
 
+def shown(text: str) -> str:
+    """A text of a file as a message may have it: short, and without characters that act on a terminal."""
+    short = text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."
+    return short if short.isprintable() else ascii(short)[1:-1]
+
+
 def cost_of(values: Iterable[Any]) -> int:
     """Bytes that copies of all values take, without what is in them."""
     return sum(_COSTS[type(value)] * len(value) for value in values if type(value) in _COSTS)
@@ -75,6 +95,82 @@ def refused_opcode(name: str) -> Callable[[Any], None]:
         raise RefusedError(f"{name} of pickle protocol {_PROTOCOLS[name]}")
 
     return refuse
+
+
+class Keys:
+    """The keys of dicts and items of sets of one pickle, whose hashes and comparisons must end in time.
+
+    Nested tuples that share their items are hashed, and compared, without end. Keys that have the same hash are
+    compared one by one with all others of their dict. Python seeds the hashes of texts and bytes against that, but not
+    those of numbers, nor those of what is made of numbers.
+
+    Args:
+        pay: is called before keys are used, with what they cost, and raises that reason once it is too much.
+    """
+
+    def __init__(self, pay: Callable[[int, str], None]) -> None:
+        self._pay = pay
+        self._first: dict[int, Any] = {}  # by hash
+        self._others: dict[int, set[Any]] = {}  # that are not equal to the first one
+
+    def check(self, keys: Iterable[Any]) -> None:
+        """Take what the keys cost from what may be, and refuse those of too many parts."""
+        total = 0
+        for key in keys:
+            cls = type(key)
+            if cls is str or cls is bytes:
+                total += len(key) >> 3
+            elif cls is not float and (cls is not int or abs(key) >= _HASH_MODULUS):
+                # Smaller numbers are their own hash, and at most 34 floats have the same.
+                if cls is tuple and len(key) < _MOST_KEY_PARTS and _ATOMS.issuperset(map(type, key)):
+                    # As for other keys, but faster.
+                    cost = _KEY_PART * (1 + len(key)) + (sum(map(sys.getsizeof, key)) >> 3)
+                else:
+                    cost = _cost_of_key(key)
+                if cls is MetadataIndex:
+                    known = type(key.fqn) in _ATOMS and type(key.offset) in (torch.Size, type(None))
+                    expect(known, "an index of other than a name and an offset")
+                    key = key.fqn, key.offset  # which is what it is hashed and compared by, in Python
+                value = hash(key)
+                first = self._first.setdefault(value, key)
+                if first is not key and first != key:
+                    self._others.setdefault(value, set()).add(key)
+                total += cost * (1 + len(self._others.get(value, ())))
+                if total > _MOST_UNPAID:
+                    self._pay(total, _SLOW_KEYS)
+                    total = 0
+        self._pay(total, _SLOW_KEYS)
+
+
+def _cost_of_key(key: Any) -> int:
+    """Bytes that its hash and a comparison look at, and more for each part."""
+    cost, left, parts = 0, _MOST_KEY_PARTS, [key]
+    while parts:
+        part = parts.pop()
+        cost += _KEY_PART + (sys.getsizeof(part) >> 3)
+        inner = _parts_of(part)
+        left -= len(inner)
+        expect(left > 0, "a key of tuples without end")
+        parts += inner
+    return cost
+
+
+def _parts_of(value: Any) -> Collection[Any]:
+    """What the hash of a value is made of, beside its own bytes."""
+    cls = type(value)
+    if cls in _ATOMS:
+        return ()
+    if isinstance(value, (tuple, frozenset)):
+        return value
+    if cls is slice or cls is range:
+        return value.start, value.stop, value.step
+    if cls is fractions.Fraction:
+        return value.numerator, value.denominator
+    if isinstance(value, pathlib.PurePath):
+        return (str(value),)
+    if hasattr(cls, "__dataclass_fields__"):
+        return list(getattr(value, "__dict__", {}).values())
+    return ()
 
 
 class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
@@ -103,31 +199,26 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
         super().__init__(file, encoding=encoding)
         self._file = file
         self._may_copy = _LEAST_COPIED + _MOST_COPIES * size
+        self._keys = Keys(self.pay)
 
     def position(self) -> int:
         """How many bytes have been read, without what the frame at hand has left."""
         frame = getattr(self, "_unframer", None) and self._unframer.current_frame
         return self._file.tell() - (len(frame.getbuffer()) - frame.tell() if frame else 0)
 
-    def pay(self, cost: int) -> None:
-        """Take bytes that are copied from what may be."""
+    def pay(self, cost: int, otherwise: str = "many copies of the same") -> None:
+        """Take bytes that are copied, or that keys are hashed and compared by, from what may be."""
         self._may_copy -= cost
-        expect(self._may_copy >= 0, "many copies of the same")
+        expect(self._may_copy >= 0, otherwise)
 
     def may_fill(self, target: Any, kinds: tuple[type, ...]) -> bool:
         """Whether a value may be given items or keys."""
         cls = type(target)
         return any(cls is kind for kind in kinds)
 
-    @staticmethod
-    def check_key(key: Any) -> None:
-        """Refuse keys whose hash runs code or takes forever."""
-        raise NotImplementedError
-
-    def _check_keys(self, keys: list[Any]) -> None:
-        check = self.check_key
-        for key in keys:
-            check(key)
+    def check_keys(self, keys: Iterable[Any]) -> None:
+        """Refuse keys of a dict or items of a set whose hash, or comparison with others, takes forever."""
+        self._keys.check(keys)
 
     load_ext1 = refused_opcode("EXT1")  # the registry of extensions is of the process
     load_ext2 = refused_opcode("EXT2")
@@ -136,6 +227,21 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
     load_obj = refused_opcode("OBJ")
     load_next_buffer = refused_opcode("NEXT_BUFFER")
     load_readonly_buffer = refused_opcode("READONLY_BUFFER")
+
+    def load_frame(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        at = self._file.tell()
+        self._unframer.load_frame(min(size, sys.maxsize))
+        # Python's takes what there is.
+        if self._file.tell() - at < size:
+            raise pickle.UnpicklingError("pickle data was truncated")
+
+    def load_put(self) -> None:
+        index = int(self.readline()[:-1])
+        # The memo is a dict.
+        if not 0 <= index < 1 << 32:
+            raise ValueError("a memo index beyond what other opcodes can write")
+        self.memo[index] = self.stack[-1]
 
     def load_append(self) -> None:
         expect(self.may_fill(self.stack[-2], self.lists), "items for what is no list")
@@ -147,23 +253,23 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
 
     def load_additems(self) -> None:
         expect(self.may_fill(self.metastack[-1][-1], (set,)), "items for what is no set")
-        self._check_keys(self.stack)
+        self.check_keys(self.stack)
         super().load_additems()
 
     def load_frozenset(self) -> None:
-        self._check_keys(self.stack)
+        self.check_keys(self.stack)
         super().load_frozenset()
 
     def load_dict(self) -> None:
-        self._check_keys(self.stack[::2])
+        self.check_keys(self.stack[::2])
         super().load_dict()
 
     def load_setitem(self) -> None:
         expect(self.may_fill(self.stack[-3], self.dicts), "keys for what is no dict")
-        self._check_keys(self.stack[-2:-1])
+        self.check_keys(self.stack[-2:-1])
         super().load_setitem()
 
     def load_setitems(self) -> None:
         expect(self.may_fill(self.metastack[-1][-1], self.dicts), "keys for what is no dict")
-        self._check_keys(self.stack[::2])
+        self.check_keys(self.stack[::2])
         super().load_setitems()

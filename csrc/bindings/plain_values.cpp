@@ -194,13 +194,27 @@ class PlainUnpickler {
     if (begin <= floor() || !PyDict_CheckExact(stack_[begin - 1].ptr())) return false;
     if ((stack_.size() - begin) % 2 != 0) return false;
     for (size_t i = begin; i < stack_.size(); i += 2) {
-      // The hash of nested tuples that share their items can take forever.
       PyObject* key = stack_[i].ptr();
-      if (PyTuple_CheckExact(key) || PyList_CheckExact(key) || PyDict_CheckExact(key)) return false;
+      if (!is_cheap(key)) return false;
       if (PyDict_SetItem(stack_[begin - 1].ptr(), key, stack_[i + 1].ptr()) != 0) throw py::error_already_set();
     }
     stack_.resize(begin);
     return true;
+  }
+
+  // Whether the key is hashed and compared in time, with all others so far. Python's unpickler has a closer look.
+  bool is_cheap(PyObject* key) {
+    if (PyUnicode_CheckExact(key) || PyBytes_CheckExact(key)) {
+      // Long ones that are equal, and not the same, are compared to their end.
+      key_bytes_ += static_cast<size_t>(PyObject_Size(key));
+      return key_bytes_ <= kKeyBytes + kKeyBytesPerByte * pickle_.size();
+    }
+    if (PyLong_CheckExact(key)) {
+      const int64_t number = PyLong_AsLongLong(key);
+      return (-kHashModulus < number && number < kHashModulus) || ++alike_keys_ <= kMaxAlikeKeys;
+    }
+    // At most 34 floats have the same hash. That of nested tuples that share their items can take forever.
+    return PyFloat_CheckExact(key) || key == Py_None || PyBool_Check(key);
   }
 
   // The stack
@@ -218,7 +232,16 @@ class PlainUnpickler {
     return true;
   }
 
+  // Numbers that differ by a multiple of it have one hash, and are compared one by one.
+  static constexpr int64_t kHashModulus = (int64_t{1} << 61) - 1;
+  static constexpr size_t kMaxAlikeKeys = 256;
+  // Writers name a key again by two bytes.
+  static constexpr size_t kKeyBytesPerByte = 64;
+  static constexpr size_t kKeyBytes = size_t{1} << 20;
+
   Bytes pickle_;
+  size_t key_bytes_ = 0;
+  size_t alike_keys_ = 0;  // that may have the hash of others
   size_t frame_end_ = 0;
   std::vector<py::object> stack_;
   std::vector<size_t> marks_;  // sizes of the stack

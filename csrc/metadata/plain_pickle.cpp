@@ -15,6 +15,11 @@ namespace {
 // Python's own pickler gives up at a fraction of it.
 constexpr size_t kMaxDepth = 1000;
 
+// Numbers that differ by a multiple of it have one hash in Python, and so have tuples of them. Keys of one hash are
+// compared one by one. So no more of them than these, each with its numbers.
+constexpr int64_t kHashModulus = (int64_t{1} << 61) - 1;
+constexpr size_t kMaxAlikeKeys = 4096;
+
 class Writer {
  public:
   explicit Writer(Heap& heap) : heap_(heap) {}
@@ -144,7 +149,17 @@ class Writer {
           !key.is(Tag::kTrue) && !key.is(Tag::kFalse)) {
         unsupported("a dict whose keys are neither texts nor numbers");
       }
+      alike_keys_ += numbers_that_are_alike(key);
+      if (alike_keys_ > kMaxAlikeKeys) unsupported("dicts with many keys that are tuples or long numbers");
     }
+  }
+
+  // 0 for keys whose hash others cannot have, or not on purpose.
+  size_t numbers_that_are_alike(Value key) const {
+    if (key.is(Tag::kInts)) return 1 + heap_.tuple_size(key);
+    if (!Heap::is_int(key)) return 0;
+    const int64_t number = heap_.number(key);
+    return -kHashModulus < number && number < kHashModulus ? 0 : 2;
   }
 
   void push_items(const Sequence& sequence) {
@@ -220,6 +235,7 @@ class Writer {
   std::unordered_map<Value, uint32_t, Key> memo_;
   uint32_t next_index_ = 0;
   size_t depth_ = 0;
+  size_t alike_keys_ = 0;
 };
 
 }  // namespace

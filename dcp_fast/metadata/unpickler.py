@@ -8,32 +8,19 @@ from __future__ import annotations
 
 import collections
 import copyreg
-import datetime
-import decimal
-import fractions
 import importlib.util
 import io
-import pathlib
 import sys
-import uuid
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dcp_fast._native import METADATA_DTYPES
 from dcp_fast._torch import PROPERTIES_HAVE_STRIDES, get_layout
 from dcp_fast.metadata.allowed import DATA_CLASSES, ENUMS, PROPERTIES, find_allowed
 from dcp_fast.unpickling import RefusedError, cost_of, expect, refused_opcode
 from dcp_fast.values.unpickler import InertUnpickler
-
-_ATOMS = (
-    *(str, int, float, complex, bool, bytes, type(None), decimal.Decimal, fractions.Fraction, uuid.UUID),
-    *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta),
-    *(pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath),
-)
-_KEYS = (list, tuple, set, frozenset)  # what a set is made of
 
 
 class MissingError(RefusedError):
@@ -44,21 +31,9 @@ class MissingError(RefusedError):
         self.why = why
 
 
-def _check_key(key: Any) -> None:
-    """Refuse keys whose hash runs code or, as that of nested tuples with shared items, takes forever."""
-    if type(key) is MetadataIndex:
-        parts: tuple[Any, ...] = (key.fqn, *(key.offset or ()))
-        expect(type(key.offset) in (torch.Size, type(None)), "an index whose offset is no torch.Size")
-    else:
-        parts = tuple(key) if type(key) in (tuple, torch.Size) else (key,)
-    if not all(type(part) in _ATOMS for part in parts):
-        raise RefusedError(f"a key that is a {type(key).__name__}")
-
-
 class MetadataUnpickler(InertUnpickler):
     """Unpickles metadata."""
 
-    check_key = staticmethod(_check_key)
     load_newobj_ex = refused_opcode("NEWOBJ_EX")
 
     def __init__(self, pickled: bytes) -> None:
@@ -84,10 +59,6 @@ class MetadataUnpickler(InertUnpickler):
         expect(type(arguments) is tuple, "arguments that are no tuple")
         function = self.stack[-1]
         if self.makes(function):
-            # What has keys checks those of inert types. Here there may be objects of torch's, too.
-            if _is_one_of(function, (set, frozenset)):
-                for key in arguments[0] if arguments and type(arguments[0]) in _KEYS else ():
-                    _check_key(key)
             expect(function is not collections.OrderedDict or not arguments, "a dict with arguments")
             self.stack[-1] = self.make(function, arguments)
             return

@@ -23,10 +23,9 @@ from typing import IO, Any
 import torch
 
 from dcp_fast._torch import weights_only_unpickler
-from dcp_fast.unpickling import RefusedError, RestrictedUnpickler, cost_of, expect, refused_opcode
+from dcp_fast.unpickling import ITEM_OF_SET, RefusedError, RestrictedUnpickler, cost_of, expect, refused_opcode, shown
 from dcp_fast.values import arrays
-from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, check_key
-from dcp_fast.values.names import shown
+from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, keys_of
 from dcp_fast.values.tensors import call_of_torch, known_to_torch, set_tensor
 
 
@@ -62,9 +61,11 @@ class InertUnpickler(RestrictedUnpickler):
     def make(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """What a function makes of the arguments that Python's own pickling writes."""
         self._expect_states(arguments)
+        keys = keys_of(function, arguments)
+        self.check_keys(keys)
         made = _makers()[id(function)](*arguments)
-        # What is made of one argument is bounded. It is the copies after it that must end.
-        self.pay(max(cost_of(arguments), cost_of((made,))))
+        # What is made of one argument is bounded. It is the copies after it that must end, and those of equal keys.
+        self.pay(max(cost_of(arguments), cost_of((made,)), ITEM_OF_SET * len(keys)))
         if type(made) in STATES or arrays.state_setter(made) is not None:
             self._stateless[id(made)] = made
         return made
@@ -138,7 +139,6 @@ class Unpickler(InertUnpickler):
 
     entry_size: int = 0
     storage_sizes: Mapping[str, int] = MappingProxyType({})
-    check_key = staticmethod(check_key)
     load_persid = refused_opcode("PERSID")
 
     def __init__(

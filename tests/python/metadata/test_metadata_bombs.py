@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
 import struct
+import sys
 import time
+from typing import Any
 
 import pytest
 from damage import limited, peak_memory, reset_peak_memory
 from hostile_pickles import CHECKPOINT, error_of, metadata_with, named, new, text
-from metadata_cases import parse_metadata
+from metadata_cases import make_metadata, parse_metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dcp_fast import _native
@@ -211,3 +215,63 @@ def test_transforms_that_are_recalled_for_each_row_take_their_place_once() -> No
         assert isinstance(_native.parse_metadata(pickled), str) != is_native
         metadata = parse_metadata(pickled, "path")
         assert len(metadata.storage_data[MetadataIndex("1999")].transform_descriptors) == 64
+
+
+# Keys of one hash, which are compared with all others of their dict
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x0a" + value.to_bytes(10, "little", signed=True)
+
+
+def tuples_of_one_hash(count: int) -> list[bytes]:
+    numbers = [b"\x8a\x08" + (i * sys.hash_info.modulus).to_bytes(8, "little", signed=True) for i in range(-4, 4)]
+    return [b"(" + b"".join(items) + b"t" for items in itertools.islice(itertools.product(numbers, repeat=6), count)]
+
+
+def indices_of_one_hash(count: int) -> list[bytes]:
+    make = new("MetadataIndex") + b"}(" + text("fqn") + text("a") + text("offset") + named("torch", "Size")
+    return [make + key + b"\x85Rub" for key in tuples_of_one_hash(count)]
+
+
+ALIKE = [number((i + 10) * sys.hash_info.modulus) for i in range(20_000)]
+KEYS: dict[str, bytes] = {
+    "numbers": b"}(" + b"".join(key + b"N" for key in ALIKE) + b"u",
+    "tuples": b"}(" + b"".join(key + b"N" for key in tuples_of_one_hash(60_000)) + b"u",
+    "indices": b"}(" + b"".join(key + b"N" for key in indices_of_one_hash(10_000)) + b"u",
+    "a set": b"\x8f(" + b"".join(ALIKE) + b"\x90",
+    "a called set": named("builtins", "set") + b"](" + b"".join(ALIKE) + b"e\x85R",
+    "many small dicts": b"](" + (b"}(" + b"".join(key + b"N" for key in ALIKE[:500]) + b"u") * 500 + b"e",
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_of_one_hash(name: str) -> None:
+    """In planner data, and in an attribute, that is made once somebody asks for it."""
+    with limited(10):
+        error = error_of(metadata_with(KEYS[name]))
+        assert isinstance(error, UntrustedMetadataError)
+        assert "keys that take long to hash or to compare" in error.reason
+        fields = text("state_dict_metadata") + b"}" + text("more") + KEYS[name]
+        metadata: Any = parse_metadata(b"\x80\x04" + new("Metadata") + b"}(" + fields + b"ub.", "path")
+        with pytest.raises(UntrustedMetadataError, match="keys that take long to hash or to compare"):
+            assert metadata.more
+
+
+def test_towers_of_frozensets() -> None:
+    step = b"q\0(h\0K\0\x86h\0K\1\x86\x91q\x0100h\1"
+    tower = b"(" + number(10**18) + b"\x91" + step * 60
+    with limited(10):
+        error = error_of(metadata_with(b"}(" + tower + b"N" + tower + b"Nu"))
+    assert isinstance(error, UntrustedMetadataError)
+    assert "a key of tuples without end" in error.reason
+
+
+@pytest.mark.parametrize("key", [int, lambda i: (i, i + 1), lambda i: i << 62, lambda i: (i, (i, "a"))])
+def test_many_intact_keys(key: Any) -> None:
+    metadata: Any = make_metadata()
+    metadata.planner_data = metadata.more = {key(i): i for i in range(20_000)}
+    with limited(20):
+        ours: Any = parse_metadata(pickle.dumps(metadata), "path")
+        assert ours.more == metadata.more
+        assert dict(ours.planner_data) == metadata.planner_data

@@ -1,0 +1,182 @@
+"""Keys of dicts and items of sets that take forever to hash or to compare, and intact ones that look like them."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import io
+import itertools
+import pathlib
+import pickle
+import struct
+import sys
+import uuid
+from typing import Any
+
+import pytest
+from damage import archive, legacy_record, limited
+from hostile_pickles import named, refused, text
+from inert_values import record
+
+from dcp_fast import _native
+from dcp_fast.errors import CorruptCheckpointError
+from dcp_fast.values.load import load_untrusted
+
+MODULUS = sys.hash_info.modulus
+LONG = "keys that take long to hash or to compare"
+
+
+def number(value: int) -> bytes:
+    digits = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return (b"\x8a" + bytes([len(digits)]) if len(digits) < 256 else b"\x8b" + struct.pack("<i", len(digits))) + digits
+
+
+def tower(levels: int) -> bytes:
+    """A frozenset of two tuples that hold the one before: as a tree it has 2 ** levels leaves."""
+    step = b"q\0(h\0K\0\x86h\0K\1\x86\x91q\x0100h\1"
+    return b"(" + number(10**30) + b"\x91" + step * levels
+
+
+def dict_of(keys: bytes) -> bytes:
+    return b"}(" + keys + b"u"
+
+
+def list_of(items: bytes) -> bytes:
+    return b"](" + items + b"e"
+
+
+def alike(count: int) -> list[bytes]:
+    return [number((i + 10) * MODULUS) for i in range(count)]
+
+
+def alike_tuples(count: int) -> list[bytes]:
+    numbers = [number(i * MODULUS) for i in range(-4, 4)]
+    return [b"(" + b"".join(items) + b"t" for items in itertools.islice(itertools.product(numbers, repeat=6), count)]
+
+
+def alike_complex(count: int) -> list[bytes]:
+    made = named("builtins", "complex")
+    pairs = [(-1000003.0 * i, float(i)) for i in range(1, count)]
+    return [made + b"".join(b"G" + struct.pack(">d", part) for part in pair) + b"\x86R" for pair in pairs]
+
+
+def alike_uuids(count: int) -> list[bytes]:
+    made = named("uuid", "UUID") + b")\x81}" + text("int")
+    return [made + number((i + 1) * MODULUS) + b"sb" for i in range(count)]
+
+
+def called(module: str, name: str, argument: bytes, times: int = 1) -> bytes:
+    return named(module, name) + b"q\0(" + argument + b"q\1" + b"0h\0h\1\x85R" * times + b"t"
+
+
+BIG_TUPLE = b"(" + b"K\1" * 9999 + b"tq\0"
+SOME = alike(1500)
+ALIKE = b"".join(alike(20_000))
+VALUED = b"".join(key + b"N" for key in alike(20_000))
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "towers of frozensets in a set": (b"\x8f(" + tower(60) * 2 + b"\x90", "a key of tuples without end"),
+    "towers of frozensets in a dict": (dict_of(tower(60) + b"N" + tower(60) + b"N"), "a key of tuples without end"),
+    "numbers of one hash in a dict": (dict_of(VALUED), LONG),
+    "numbers of one hash in a dict, one by one": (b"}" + b"".join(key + b"Ns" for key in alike(20_000)), LONG),
+    "numbers of one hash in a dict by another opcode": (b"(" + VALUED + b"d", LONG),
+    "numbers of one hash in a set": (b"\x8f(" + ALIKE + b"\x90", LONG),
+    "numbers of one hash in a frozenset": (b"(" + ALIKE + b"\x91", LONG),
+    "numbers of one hash in a called set": (called("builtins", "set", list_of(ALIKE)), LONG),
+    "numbers of one hash in a called frozenset": (called("builtins", "frozenset", b"(" + ALIKE + b"t"), LONG),
+    "numbers of one hash in an OrderedDict": (
+        called("collections", "OrderedDict", list_of(b"".join(key + b"N\x86" for key in alike(20_000)))),
+        LONG,
+    ),
+    "numbers of one hash in a defaultdict": (named("collections", "defaultdict") + b")R(" + VALUED + b"u", LONG),
+    "numbers of one hash in many Counters": (
+        called("collections", "Counter", dict_of(b"".join(key + b"N" for key in SOME)), 3000),
+        LONG,
+    ),
+    "numbers of one hash that are used again": (
+        b"(" + b"".join(key + b"q" + bytes([i]) for i, key in enumerate(alike(250))) + b"t}("
+        + b"".join(b"h" + bytes([i]) + b"N" for i in range(250)) * 1200 + b"u\x86",
+        LONG,
+    ),
+    "the first number of one hash, behind all others": (
+        dict_of(b"".join(key + b"q" + bytes([i % 2]) + b"N" for i, key in enumerate(SOME[:1000])))
+        + dict_of(b"".join(key + b"N" for key in SOME[1:1000]) + number(10 * MODULUS) + b"q\2Nh\2N" + b"h\2N" * 200_000)
+        + b"\x86",
+        LONG,
+    ),
+    "tuples of one hash": (dict_of(b"".join(key + b"N" for key in alike_tuples(60_000))), LONG),
+    "complex numbers of one hash": (dict_of(b"".join(key + b"N" for key in alike_complex(20_000))), LONG),
+    "UUIDs of one hash": (dict_of(b"".join(key + b"N" for key in alike_uuids(20_000))), LONG),
+    "a large tuple again and again": (BIG_TUPLE + dict_of(b"h\0N" * 60_000) + b"\x86", LONG),
+    "a large number again and again": (number(1 << 800_000) + b"q\0" + dict_of(b"h\0N" * 100_000) + b"\x86", LONG),
+    "equal long texts": (
+        (b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20)) + b"q\0}("
+        + (b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20)) + b"q\1N" + b"h\0Nh\1N" * 100_000 + b"u\x86",
+        LONG,
+    ),
+    "pairs of an OrderedDict again and again": (
+        called("collections", "OrderedDict", list_of(b"K\1K\2\x86" * 100_000), 3000),
+        "many copies of the same",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_keys_that_take_forever(name: str) -> None:
+    opcodes, reason = HOSTILE[name]
+    with limited(8):
+        assert reason in refused(archive(b"\x80\x04" + opcodes + b".")).reason
+
+
+def test_many_small_dicts_of_keys_of_one_hash() -> None:
+    """It is the sum that counts."""
+    small = dict_of(b"".join(key + b"N" for key in alike(500)))
+    with limited(8):
+        assert LONG in refused(archive(b"\x80\x04" + list_of(small * 500) + b".")).reason
+
+
+@pytest.mark.parametrize("name", ["memo", "frame"])
+def test_opcodes_that_pickle_refuses(name: str) -> None:
+    """A memo whose numbers have one hash; a frame beyond the end."""
+    memo = b"N" + b"".join(f"p{(i + 1) * MODULUS}\n".encode() for i in range(100_000))
+    opcodes = {"memo": memo, "frame": b"\x95" + struct.pack("<Q", 1 << 20) + b"\x8f"}[name]
+    with limited(8):
+        error = refused(archive(b"\x80\x04" + opcodes + b"."))
+    assert isinstance(error, CorruptCheckpointError)
+    assert {"memo": "a memo index beyond", "frame": "pickle data was truncated"}[name] in error.reason
+
+
+COUNT = 40_000
+INTACT: dict[str, Any] = {
+    "tuples": {(i, i + 1, "a"): i for i in range(COUNT)},
+    "nested tuples": {((i, "a"), (i, None)): i for i in range(COUNT)},
+    "hashes of 64 bits": {i * 0x9E3779B97F4A7C15 % 2**64: i for i in range(COUNT)},
+    "floats": {i * 0.37: i for i in range(COUNT)},
+    "frozensets": {frozenset((i, i + 1)): i for i in range(COUNT)},
+    "dates": {datetime.date(2000, 1, 1) + datetime.timedelta(i): i for i in range(COUNT)},
+    "paths": {pathlib.PurePosixPath(f"/data/{i}"): i for i in range(COUNT // 4)},
+    "UUIDs": {uuid.UUID(int=i * 0x9E3779B97F4A7C15F39CC060): i for i in range(COUNT // 4)},
+    "a large set": set(range(COUNT)) | {-(1 << 70), 1.5, None},
+    # -1 and -2 have the same hash.
+    "the same keys again and again": [{(-1,): 1, (-2,): 2, 0.5: i, -1.0: 3, -2.0: 4} for i in range(COUNT)],
+    "a Counter": collections.Counter({(i % 1000, "a"): i for i in range(COUNT)}),
+}
+
+
+@pytest.mark.parametrize("name", INTACT)
+def test_intact_keys(name: str) -> None:
+    for entry in (archive(pickle.dumps(INTACT[name], 4)), legacy_record(INTACT[name])):
+        with limited(20):
+            assert load_untrusted(io.BytesIO(entry), "fqn") == INTACT[name]
+
+
+def test_what_is_left_to_the_slow_unpickler() -> None:
+    """Few long numbers, or floats, of which few have one hash, are read natively."""
+    powers = {2.0 ** (61 * power): power for power in range(-16, 16)}
+    for value, is_native in (
+        ({(i - 2) * MODULUS: i for i in range(5)}, True),
+        ({i * 1.5: i for i in range(3000)} | powers, True),
+        ({i + MODULUS: i for i in range(300)}, False),
+    ):
+        plain = _native.parse_plain_value(record(value))
+        assert plain == value if is_native else plain is ...
+        assert load_untrusted(io.BytesIO(record(value)), "fqn") == value
