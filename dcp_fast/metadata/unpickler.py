@@ -19,7 +19,7 @@ import torch
 from dcp_fast._native import METADATA_DTYPES
 from dcp_fast._torch import PROPERTIES_HAVE_STRIDES, get_layout
 from dcp_fast.metadata.allowed import DATA_CLASSES, ENUMS, PROPERTIES, find_allowed
-from dcp_fast.unpickling import RefusedError, cost_of, expect, refused_opcode
+from dcp_fast.unpickling import RefusedError, cost_of, expect, refused_opcode, shown
 from dcp_fast.values.unpickler import InertUnpickler
 
 
@@ -76,16 +76,17 @@ class MetadataUnpickler(InertUnpickler):
 
 
 def _refused_global(module: str, name: str, protocol: int) -> RefusedError:
+    what = shown(f"{module}.{name}")
     if module == "torch" and name in METADATA_DTYPES:
-        return MissingError(f"the dtype torch.{name}", f"which torch {torch.__version__} does not have")
+        return MissingError(f"the dtype {what}", f"which torch {torch.__version__} does not have")
     # Below protocol 3 modules have names of Python 2.
-    if protocol >= 3 and (missing := _what_is_missing(module, name)):
+    if (protocol >= 3 or module == "torch") and (missing := _what_is_missing(module, name)):
         return MissingError(
-            f"the global {module}.{name}",
+            f"the global {what}",
             f"which is not on the list of what is made of metadata. torch could not unpickle it here either: "
-            f"there is no {missing}",
+            f"there is no {shown(missing)}",
         )
-    return RefusedError(f"the global {module}.{name}")
+    return RefusedError(f"the global {what}")
 
 
 def _what_is_missing(module: str, name: str) -> str:
@@ -104,9 +105,15 @@ def _what_is_missing(module: str, name: str) -> str:
         return "" if importlib.util.find_spec(part) is not None else f"module {part}"
     found = sys.modules[module]
     names = getattr(found, "__dict__", None)
+    first = name.partition(".")[0]
+    if found is torch and isinstance(names, dict):
+        # What else it has is a module that it imports later, or has an old name, such as has_cuda and set_vital.
+        is_old = first.startswith(("has_", "set_"))
+        is_there = first in names or is_old or (first.isidentifier() and importlib.util.find_spec(f"torch.{first}"))
+        return "" if is_there else f"{name} in torch {torch.__version__}"
     if not isinstance(names, dict) or "__getattr__" in names or hasattr(type(found), "__getattr__"):
         return ""
-    return "" if name.partition(".")[0] in names else f"{name} in module {module}"
+    return "" if first in names else f"{name} in module {module}"
 
 
 # What is not on the allow-list may be built so that its hash, its text or a comparison takes time and memory without
@@ -178,5 +185,6 @@ def _set_fields(instance: Any, state: Any) -> None:
     for name in state:
         # Fields that this torch does not have are those of a later one. Special methods would be as good as code.
         if type(name) is not str or name.startswith("__"):
-            raise RefusedError(f"the field {name!r} of a {cls.__name__}")
+            what = shown(name) if type(name) is str else f"a {type(name).__name__}"
+            raise RefusedError(f"the field {what!r} of a {cls.__name__}")
     vars(instance).update(state)
