@@ -48,7 +48,6 @@ _HASH_MODULUS = sys.hash_info.modulus  # numbers that differ by a multiple of it
 _MOST_UNPAID = 1 << 20
 _SLOW_KEYS = "keys that take long to hash or to compare"
 _ATOMS = frozenset({int, float, str, bytes, bool, type(None)})
-_LONGEST_NAME = 200
 
 
 class RefusedError(Exception):
@@ -77,12 +76,6 @@ def check_attributes(cls: type, state: Any) -> None:
     expect(not hidden, f"a {cls.__name__} with attributes that hide its methods")
 
 
-def shown(text: str) -> str:
-    """A text of a file as a message may have it: short, and without characters that act on a terminal."""
-    short = text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."
-    return short if short.isprintable() else ascii(short)[1:-1]
-
-
 def cost_of(values: Iterable[Any]) -> int:
     """Bytes that copies of all values take, without what is in them."""
     return sum(_COSTS[type(value)] * len(value) for value in values if type(value) in _COSTS)
@@ -103,18 +96,19 @@ class Keys:
     Nested tuples that share their items are hashed, and compared, without end. Keys that have the same hash are
     compared one by one with all others of their dict. Python seeds the hashes of texts and bytes against that, but not
     those of numbers, nor those of what is made of numbers.
-
-    Args:
-        pay: is called before keys are used, with what they cost, and raises that reason once it is too much.
     """
 
-    def __init__(self, pay: Callable[[int, str], None]) -> None:
-        self._pay = pay
+    def __init__(self) -> None:
         self._first: dict[int, Any] = {}  # by hash
         self._others: dict[int, set[Any]] = {}  # that are not equal to the first one
 
-    def check(self, keys: Iterable[Any]) -> None:
-        """Take what the keys cost from what may be, and refuse those of too many parts."""
+    def check(self, keys: Iterable[Any], pay: Callable[[int, str], None]) -> None:
+        """Take what the keys cost from what may be, and refuse those of too many parts.
+
+        Args:
+            keys: before they are used.
+            pay: takes a cost, and raises the reason once it is too much.
+        """
         total = 0
         for key in keys:
             cls = type(key)
@@ -137,9 +131,9 @@ class Keys:
                     self._others.setdefault(value, set()).add(key)
                 total += cost * (1 + len(self._others.get(value, ())))
                 if total > _MOST_UNPAID:
-                    self._pay(total, _SLOW_KEYS)
+                    pay(total, _SLOW_KEYS)
                     total = 0
-        self._pay(total, _SLOW_KEYS)
+        pay(total, _SLOW_KEYS)
 
 
 def _cost_of_key(key: Any) -> int:
@@ -199,7 +193,7 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
         super().__init__(file, encoding=encoding)
         self._file = file
         self._may_copy = _LEAST_COPIED + _MOST_COPIES * size
-        self._keys = Keys(self.pay)
+        self._keys = Keys()
 
     def position(self) -> int:
         """How many bytes have been read, without what the frame at hand has left."""
@@ -218,7 +212,7 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
 
     def check_keys(self, keys: Iterable[Any]) -> None:
         """Refuse keys of a dict or items of a set whose hash, or comparison with others, takes forever."""
-        self._keys.check(keys)
+        self._keys.check(keys, self.pay)
 
     load_ext1 = refused_opcode("EXT1")  # the registry of extensions is of the process
     load_ext2 = refused_opcode("EXT2")

@@ -29,7 +29,8 @@ from dcp_fast.metadata.attributes import with_attributes
 from dcp_fast.metadata.entries import Entries, StorageEntries, Unpickled
 from dcp_fast.metadata.lazy import LazyDict
 from dcp_fast.metadata.unpickler import MetadataUnpickler, MissingError
-from dcp_fast.unpickling import RefusedError, shown
+from dcp_fast.names import cut
+from dcp_fast.unpickling import RefusedError
 
 _REFUSED = (
     "which is not on the list of what is made of metadata, and may run code. If you trust the file, "
@@ -158,11 +159,11 @@ def make_metadata(
         try:
             pickled = read_again()
         except OSError as error:
-            reason = f"the file of the metadata cannot be read again for {shown(', '.join(sorted(unmade)))}: {error}"
+            reason = f"the file of the metadata cannot be read again for {cut(', '.join(sorted(unmade)))}: {error}"
             raise MetadataAccessError(reason, path, error_number=error.errno or 0) from error
         unpickled = _unpickled_as_torch(pickled, path) if trusted else _unpickled(pickled, path)
         if not _is_same(unpickled, columns, save_id) or not unmade <= vars(unpickled).keys():
-            reason = f"the metadata has changed since it was read, so it cannot give {shown(', '.join(sorted(unmade)))}"
+            reason = f"the metadata has changed since it was read, so it cannot give {cut(', '.join(sorted(unmade)))}"
             raise MetadataAccessError(reason, path, error_number=errno.ESTALE)
         return vars(unpickled)
 
@@ -194,7 +195,7 @@ def _unpickled_as_torch(pickled: bytes, path: str) -> Metadata:
         metadata: Metadata = pickle.loads(pickled)
         return metadata
     except Exception as error:  # an AttributeError of it would say that there is no such attribute
-        reason = f"the metadata cannot be unpickled: {type(error).__name__}: {shown(str(error))}"
+        reason = f"the metadata cannot be unpickled: {type(error).__name__}: {cut(str(error))}"
         raise CorruptMetadataError(reason, path, "", 0, len(pickled)) from error
 
 
@@ -216,6 +217,6 @@ def _unpickled(pickled: bytes, path: str) -> Metadata:
     except MemoryError as error:
         raise OutOfMemoryError("out of memory to unpickle the metadata", path) from error
     except Exception as error:
-        reason = f"the metadata cannot be unpickled: {type(error).__name__}: {shown(str(error))}"
+        reason = f"the metadata cannot be unpickled: {type(error).__name__}: {cut(str(error))}"
         raise CorruptMetadataError(reason, path, "", min(unpickler.position(), len(pickled)), 0) from error
     return metadata

@@ -19,7 +19,8 @@ import torch
 from dcp_fast._native import METADATA_DTYPES
 from dcp_fast._torch import PROPERTIES_HAVE_STRIDES, get_layout
 from dcp_fast.metadata.allowed import DATA_CLASSES, ENUMS, PROPERTIES, find_allowed
-from dcp_fast.unpickling import RefusedError, cost_of, expect, refused_opcode, shown
+from dcp_fast.names import cut
+from dcp_fast.unpickling import RefusedError, cost_of, expect, refused_opcode
 from dcp_fast.values.unpickler import InertUnpickler
 
 
@@ -76,7 +77,7 @@ class MetadataUnpickler(InertUnpickler):
 
 
 def _refused_global(module: str, name: str, protocol: int) -> RefusedError:
-    what = shown(f"{module}.{name}")
+    what = cut(f"{module}.{name}")
     if module == "torch" and name in METADATA_DTYPES:
         return MissingError(f"the dtype {what}", f"which torch {torch.__version__} does not have")
     # Below protocol 3 modules have names of Python 2.
@@ -84,7 +85,7 @@ def _refused_global(module: str, name: str, protocol: int) -> RefusedError:
         return MissingError(
             f"the global {what}",
             f"which is not on the list of what is made of metadata. torch could not unpickle it here either: "
-            f"there is no {shown(missing)}",
+            f"there is no {cut(missing)}",
         )
     return RefusedError(f"the global {what}")
 
@@ -185,6 +186,6 @@ def _set_fields(instance: Any, state: Any) -> None:
     for name in state:
         # Fields that this torch does not have are those of a later one. Special methods would be as good as code.
         if type(name) is not str or name.startswith("__"):
-            what = shown(name) if type(name) is str else f"a {type(name).__name__}"
+            what = cut(name) if type(name) is str else f"a {type(name).__name__}"
             raise RefusedError(f"the field {what!r} of a {cls.__name__}")
     vars(instance).update(state)

@@ -20,9 +20,9 @@ from typing import Any
 
 from dcp_fast._torch import PyTorchFileReader, is_zipfile, weights_only_unpickler
 from dcp_fast.errors import UntrustedBytesError
+from dcp_fast.names import MOST_LETTERS, is_plain, shown
 from dcp_fast.unpickling import RefusedError
 from dcp_fast.values import arrays
-from dcp_fast.values.names import MOST_LETTERS, is_plain, shown
 from dcp_fast.values.unpickler import find_allowed, python3_name, users_globals
 
 # A record in the format before torch 1.6: a magic number, a version, the machine and the value, each a pickle.

@@ -12,10 +12,10 @@ from typing import IO, Any
 from dcp_fast import _native
 from dcp_fast._torch import PyTorchFileReader, is_zipfile, load_archive, load_legacy, makes_no_storages
 from dcp_fast.errors import CorruptPickleError, UntrustedBytesError, torch_load_error
+from dcp_fast.names import cleaned
 from dcp_fast.unpickling import RefusedError
 from dcp_fast.values.advice import advice, refusal_of
 from dcp_fast.values.archives import load_archive_natively
-from dcp_fast.values.names import cleaned
 from dcp_fast.values.unpickler import Unpickler
 
 _ENCODING = "utf-8"  # torch.load's, of texts that Python 2 wrote

@@ -23,7 +23,8 @@ from typing import IO, Any
 import torch
 
 from dcp_fast._torch import weights_only_unpickler
-from dcp_fast.unpickling import ITEM_OF_SET, RefusedError, RestrictedUnpickler, cost_of, expect, refused_opcode, shown
+from dcp_fast.names import shown
+from dcp_fast.unpickling import ITEM_OF_SET, RefusedError, RestrictedUnpickler, cost_of, expect, refused_opcode
 from dcp_fast.values import arrays
 from dcp_fast.values.inert import CALLS, CONSTANTS, STATES, keys_of
 from dcp_fast.values.tensors import call_of_torch, known_to_torch, set_tensor

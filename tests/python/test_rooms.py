@@ -12,7 +12,7 @@ import dcp_fast
 
 # From the ground up. A room is a folder, or a module that stands alone.
 ROOMS = [
-    {"_native", "_torch", "collector", "errors", "switches", "this_load", "unpickling"},
+    {"_native", "_torch", "collector", "errors", "names", "switches", "this_load", "unpickling"},
     {"observe"},
     {"values"},
     {"metadata"},

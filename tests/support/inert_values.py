@@ -133,7 +133,7 @@ def facts(value: Any) -> Any:
     if isinstance(value, numpy.dtype):
         return (repr(value), value.isalignedstruct, value.flags, facts(dict(value.metadata or {})))
     if isinstance(value, io.BytesIO):
-        return (type(value), value.getvalue(), value.tell(), vars(value))
+        return (type(value), value.getvalue(), value.tell(), dict(vars(value)))  # which changes when it is gone
     if isinstance(value, (set, frozenset)):
         return (type(value), sorted(map(repr, value)))
     if isinstance(value, dict):

@@ -23,6 +23,12 @@ def shown(text: str) -> str:
     return repr(text) if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]!r}..."
 
 
+def cut(text: str) -> str:
+    """A text as part of a message: short, and without characters that act on a terminal."""
+    short = text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}..."
+    return short if short.isprintable() else ascii(short)[1:-1]
+
+
 def cleaned(text: str) -> str:
     """A message of others, which may quote a pickle, without control characters and cut."""
     cut = text if len(text) <= _MOST_OF_A_MESSAGE else f"{text[:_MOST_OF_A_MESSAGE]}..."
