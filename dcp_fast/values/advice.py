@@ -185,7 +185,10 @@ def _scan(stream: io.BytesIO, found: _Asked) -> None:
         if opcode.name == "PROTO":
             protocol = argument
         if opcode.name in _MEMO_WRITERS:
-            memo[len(memo) if argument is None else argument] = pushed[-1]
+            place = len(memo) if argument is None else argument
+            if place >= 1 << 32:  # numbers chosen to have one hash would take forever
+                raise ValueError("a place in the memo that no pickler counts to")
+            memo[place] = pushed[-1]
             continue
         asked = None
         if opcode.name in ("GLOBAL", "INST"):

@@ -88,6 +88,13 @@ def _pickle_module(entry: io.BytesIO, sizes: dict[str, int]) -> Any:
     """What torch takes for the module pickle."""
     bounds = {"entry_size": entry.getbuffer().nbytes, "storage_sizes": sizes}
     unpickler = type("EntryUnpickler", (Unpickler,), bounds)
-    return types.SimpleNamespace(
-        Unpickler=unpickler, load=lambda file, **options: unpickler(file, **options).load(), __name__=__name__
-    )
+
+    def load(file: IO[bytes], **options: Any) -> Any:
+        """A part of a record before torch 1.6: two numbers, what the machine was like, the keys of storages."""
+        part = unpickler(file, **options).load()
+        # torch's errors quote it, and the text of nested tuples that share their items never ends.
+        if type(part) not in (int, dict) and not (type(part) is list and all(type(key) is str for key in part)):
+            raise pickle.UnpicklingError("the record has another part than those of torch")
+        return part
+
+    return types.SimpleNamespace(Unpickler=unpickler, load=load, __name__=__name__)

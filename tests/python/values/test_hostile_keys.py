@@ -180,3 +180,26 @@ def test_what_is_left_to_the_slow_unpickler() -> None:
         plain = _native.parse_plain_value(record(value))
         assert plain == value if is_native else plain is ...
         assert load_untrusted(io.BytesIO(record(value)), "fqn") == value
+
+
+@pytest.mark.parametrize("which", ["protocol", "keys"])
+def test_parts_of_old_records(which: str) -> None:
+    """What torch quotes in its errors: the text of a tower of tuples never ends."""
+    whole = legacy_record([1, {2}])
+    if which == "keys":
+        at = whole.rindex(b"\x80\x02]")
+        intact = b"\x80\x02]"
+    else:  # behind the magic number, another pickle
+        at = whole.index(b".\x80\x02M") + 1
+        intact = b"\x80\x02M"
+    assert whole[at:].startswith(intact)
+    steps = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
+    evil = whole[:at] + b"\x80\x02]K\1" + steps + b"a."
+    with limited(20):
+        assert isinstance(refused(evil), CorruptCheckpointError)
+
+
+def test_places_in_a_memo_that_have_one_hash() -> None:
+    puts = b"".join(b"Np" + str((i + 10) * MODULUS).encode() + b"\n0" for i in range(100_000))
+    with limited(20):
+        refused(archive(b"\x80\x04" + named("os", "getcwd") + b"0" + puts + b"N."))
