@@ -179,12 +179,8 @@ TEST_CASE("convert: every alignment of both sides, and counts around those of ve
     std::string to;
   };
   // One step and two, widening and narrowing.
-  const std::vector<Pair> pairs{{"float32", "bfloat16"},
-                                {"float16", "float32"},
-                                {"bfloat16", "float16"},
-                                {"int64", "int8"},
-                                {"float8_e5m2", "float64"},
-                                {"bool", "bool"}};
+  const std::vector<Pair> pairs{{"float32", "bfloat16"}, {"float16", "float32"},     {"bfloat16", "float16"},
+                                {"int64", "int8"},       {"float8_e5m2", "float64"}, {"bool", "bool"}};
   const std::vector<size_t> counts{0, 1, 8, 9, 33, 65, 1023, 1025};
   Random random(4);
   for (const Pair& pair : pairs) {
