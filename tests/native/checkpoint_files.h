@@ -82,7 +82,9 @@ struct CheckpointFiles {
 };
 
 // Element by element, as narrow and copy_ do it. Of two dtypes, the engine must know how to convert between them.
-inline void copy_item(const CheckpointFiles& files, const transfer::Item& item, const transfer::Destination& to) {
+// `on_device`: bools go to devices as they are stored.
+inline void copy_item(const CheckpointFiles& files, const transfer::Item& item, const transfer::Destination& to,
+                      bool on_device = false) {
   const CheckpointFiles::Stored& from = files.stored[item.record];
   const int64_t size = itemsize(from.spec);
   const int64_t source_start = from.spec.storage_offset + dot(item.storage_offsets, from.spec.strides);
@@ -92,7 +94,7 @@ inline void copy_item(const CheckpointFiles& files, const transfer::Item& item, 
   for_each_index(item.lengths, [&](const Ints& index) {
     const char* source = from.storage.data() + (source_start + dot(index, from.spec.strides)) * size;
     const int64_t position = destination_start + dot(index, to.strides);
-    if (conversion) {
+    if (conversion && !(on_device && conversion->same_dtype)) {
       copy::convert_box(*conversion, to.data + position * conversion->to_bytes,
                         reinterpret_cast<const std::byte*>(source), &element, 1);
     } else {

@@ -74,7 +74,7 @@ TEST_CASE("device: any boxes, devices, layouts, ring and block sizes give what a
         Destination destination = load.destinations[d];
         std::string bytes = memory == 0 ? std::string() : memories[memory - 1]->download();
         if (memory != 0) destination.data = data_of(bytes) + load.starts[d];
-        copy_item(load.files, program.items()[item], destination);
+        copy_item(load.files, program.items()[item], destination, memory != 0);
         if (memory != 0) memories[memory - 1]->upload(bytes);
       }
     }

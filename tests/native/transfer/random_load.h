@@ -60,7 +60,8 @@ struct RandomLoad {
     for (size_t memory = 0; memory < memories; ++memory) place(memory, data_of(expected[memory]));
     for (size_t file = 0; file < files.bytes.size(); ++file) {
       for (const transfer::Item& item : items) {
-        if (files.records[item.record].file == file) copy_item(files, item, destinations[item.destination]);
+        if (files.records[item.record].file != file) continue;
+        copy_item(files, item, destinations[item.destination], memory_of[item.destination] != 0);
       }
     }
   }
