@@ -16,6 +16,7 @@ import struct
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable
+from decimal import Decimal
 from typing import IO, Any, ClassVar
 
 import torch
@@ -46,8 +47,11 @@ _MOST_KEY_PARTS = 10_000
 _KEY_PART = 8
 _HASH_MODULUS = sys.hash_info.modulus  # numbers that differ by a multiple of it have the same hash
 _MOST_UNPAID = 1 << 20
+_LEAST_PLACES = 1 << 16
 _SLOW_KEYS = "keys that take long to hash or to compare"
 _ATOMS = frozenset({int, float, str, bytes, bool, type(None)})
+_MOST_KEY_NUMBER = 1024  # bytes of an object
+_MOST_KEY_DIGITS = 2000
 
 
 class RefusedError(Exception):
@@ -77,8 +81,15 @@ def check_attributes(cls: type, state: Any) -> None:
 
 
 def cost_of(values: Iterable[Any]) -> int:
-    """Bytes that copies of all values take, without what is in them."""
-    return sum(_COSTS[type(value)] * len(value) for value in values if type(value) in _COSTS)
+    """Bytes that copies of all values take, without what is in them; of numbers the work that a call does."""
+    cost = 0
+    for value in values:
+        if type(value) is int:
+            # What is made of two numbers may take the product of their sizes.
+            cost += (value.bit_length() >> 6) ** 2
+        elif type(value) in _COSTS:
+            cost += _COSTS[type(value)] * len(value)
+    return cost
 
 
 def refused_opcode(name: str) -> Callable[[Any], None]:
@@ -95,30 +106,36 @@ class Keys:
 
     Nested tuples that share their items are hashed, and compared, without end. Keys that have the same hash are
     compared one by one with all others of their dict. Python seeds the hashes of texts and bytes against that, but not
-    those of numbers, nor those of what is made of numbers.
+    those of numbers, nor those of what is made of numbers. Here no two keys are compared: those of other dicts may not
+    know each other.
     """
 
     def __init__(self) -> None:
-        self._first: dict[int, Any] = {}  # by hash
-        self._others: dict[int, set[Any]] = {}  # that are not equal to the first one
+        self._counts: dict[int, dict[int, int]] = {}  # by container, how many of its keys have a hash
 
-    def check(self, keys: Iterable[Any], pay: Callable[[int, str], None]) -> None:
+    def check(self, keys: Iterable[Any], container: Any, pay: Callable[[int, str], None]) -> None:
         """Take what the keys cost from what may be, and refuse those of too many parts.
 
         Args:
             keys: before they are used.
+            container: the dict or set that they are for; None for a new one.
             pay: takes a cost, and raises the reason once it is too much.
         """
         total = 0
+        counts: dict[int, int] = {} if container is None else self._counts.setdefault(id(container), {})
         for key in keys:
             cls = type(key)
             if cls is str or cls is bytes:
                 total += len(key) >> 3
             elif cls is not float and (cls is not int or abs(key) >= _HASH_MODULUS):
                 # Smaller numbers are their own hash, and at most 34 floats have the same.
-                if cls is tuple and len(key) < _MOST_KEY_PARTS and _ATOMS.issuperset(map(type, key)):
-                    # As for other keys, but faster.
-                    cost = _KEY_PART * (1 + len(key)) + (sum(map(sys.getsizeof, key)) >> 3)
+                if (
+                    cls is tuple
+                    and len(key) < _MOST_KEY_PARTS
+                    and _ATOMS.issuperset(map(type, key))
+                    and (size := sum(map(sys.getsizeof, key))) <= _MOST_KEY_NUMBER
+                ):
+                    cost = _KEY_PART * (1 + len(key)) + (size >> 3)  # as for other keys, but faster
                 else:
                     cost = _cost_of_key(key)
                 if cls is MetadataIndex:
@@ -126,10 +143,8 @@ class Keys:
                     expect(known, "an index of other than a name and an offset")
                     key = key.fqn, key.offset  # which is what it is hashed and compared by, in Python
                 value = hash(key)
-                first = self._first.setdefault(value, key)
-                if first is not key and first != key:
-                    self._others.setdefault(value, set()).add(key)
-                total += cost * (1 + len(self._others.get(value, ())))
+                counts[value] = before = counts.get(value, 0) + 1
+                total += cost * before
                 if total > _MOST_UNPAID:
                     pay(total, _SLOW_KEYS)
                     total = 0
@@ -141,7 +156,12 @@ def _cost_of_key(key: Any) -> int:
     cost, left, parts = 0, _MOST_KEY_PARTS, [key]
     while parts:
         part = parts.pop()
-        cost += _KEY_PART + (sys.getsizeof(part) >> 3)
+        size = sys.getsizeof(part)
+        cost += _KEY_PART + (size >> 3)
+        if isinstance(part, (int, Decimal)):
+            # To compare one with the other takes the square of their digits.
+            digits = abs(part.adjusted()) if isinstance(part, Decimal) else 0
+            expect(size <= _MOST_KEY_NUMBER and digits <= _MOST_KEY_DIGITS, "a key that is a number of many digits")
         inner = _parts_of(part)
         left -= len(inner)
         expect(left > 0, "a key of tuples without end")
@@ -194,6 +214,7 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
         self._file = file
         self._may_copy = _LEAST_COPIED + _MOST_COPIES * size
         self._keys = Keys()
+        self._most_places = max(size, _LEAST_PLACES)  # in the memo
 
     def position(self) -> int:
         """How many bytes have been read, without what the frame at hand has left."""
@@ -210,9 +231,13 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
         cls = type(target)
         return any(cls is kind for kind in kinds)
 
-    def check_keys(self, keys: Iterable[Any]) -> None:
-        """Refuse keys of a dict or items of a set whose hash, or comparison with others, takes forever."""
-        self._keys.check(keys, self.pay)
+    def check_keys(self, keys: Iterable[Any], container: Any = None) -> None:
+        """Refuse keys of a dict or items of a set whose hash, or comparison with others, takes forever.
+
+        Args:
+            container: that they are for; None for a new one.
+        """
+        self._keys.check(keys, container, self.pay)
 
     load_ext1 = refused_opcode("EXT1")  # the registry of extensions is of the process
     load_ext2 = refused_opcode("EXT2")
@@ -230,12 +255,17 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
         if self._file.tell() - at < size:
             raise pickle.UnpicklingError("pickle data was truncated")
 
-    def load_put(self) -> None:
-        index = int(self.readline()[:-1])
-        # The memo is a dict.
-        if not 0 <= index < 1 << 32:
-            raise ValueError("a memo index beyond what other opcodes can write")
+    def _put(self, index: int) -> None:
+        # Writers count from zero, and the memo is a dict, in which numbers may be chosen to be in each other's way.
+        if not 0 <= index < self._most_places:
+            raise ValueError("a memo index beyond what the pickle has room for")
         self.memo[index] = self.stack[-1]
+
+    def load_put(self) -> None:
+        self._put(int(self.readline()[:-1]))
+
+    def load_long_binput(self) -> None:
+        self._put(int.from_bytes(self.read(4), "little"))
 
     def load_append(self) -> None:
         expect(self.may_fill(self.stack[-2], self.lists), "items for what is no list")
@@ -247,7 +277,7 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
 
     def load_additems(self) -> None:
         expect(self.may_fill(self.metastack[-1][-1], (set,)), "items for what is no set")
-        self.check_keys(self.stack)
+        self.check_keys(self.stack, self.metastack[-1][-1])
         super().load_additems()
 
     def load_frozenset(self) -> None:
@@ -260,10 +290,10 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
 
     def load_setitem(self) -> None:
         expect(self.may_fill(self.stack[-3], self.dicts), "keys for what is no dict")
-        self.check_keys(self.stack[-2:-1])
+        self.check_keys(self.stack[-2:-1], self.stack[-3])
         super().load_setitem()
 
     def load_setitems(self) -> None:
         expect(self.may_fill(self.metastack[-1][-1], self.dicts), "keys for what is no dict")
-        self.check_keys(self.stack[::2])
+        self.check_keys(self.stack[::2], self.metastack[-1][-1])
         super().load_setitems()

@@ -181,8 +181,9 @@ def accelerate(reader: Reader) -> Reader:
         reader: an object. :func:`dcp_fast.install` takes classes, for readers that a framework makes.
 
     Returns:
-        The same object, now of a class derived from its own, whose ``read_data`` is replaced. Copies and pickles of it
-        are of its own class.
+        The same object, now of a class derived from its own, whose ``read_data`` is replaced. Whatever the class does
+        when another one is derived from it, it does. Copies and pickles of the object are of its own class, unless they
+        are made by a ``__copy__`` of that.
 
     Raises:
         TypeError: there can be no such class, or the object cannot become one of it.
@@ -190,8 +191,9 @@ def accelerate(reader: Reader) -> Reader:
     cls: Any = type(reader)
     if "read_data" in getattr(reader, "__dict__", ()):
         raise TypeError(f"the {class_name(reader)} has a read_data beside that of its class")
-    if not hasattr(cls, _OWN_CLASS):
-        reader.__class__ = _accelerated_class(cls)
+    if _OWN_CLASS not in vars(cls):
+        # Not by a method of the reader's own, which may hand on to another object.
+        object.__setattr__(reader, "__class__", _accelerated_class(cls))
     return reader
 
 
@@ -205,6 +207,7 @@ def _accelerated_class(own: Any) -> Any:
             return reduced
         function, arguments, *state = reduced
         arguments = tuple(own if argument is cls else argument for argument in arguments)
+        function = own if function is cls else function
         # pickle insists that these make an object of the class that it has.
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             return own.__new__, arguments, *state

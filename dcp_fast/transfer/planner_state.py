@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import functools
+import logging
 import operator
 import re
+import struct
 import sys
 import types
 import weakref
+import zoneinfo
 from _random import Random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,7 +19,7 @@ from decimal import Decimal
 from functools import partial
 from itertools import chain
 from operator import is_
-from types import FunctionType, ModuleType
+from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -41,6 +44,8 @@ _OF_TORCH = ("state_dict", "original_state_dict", "mappings", "metadata")
 # Packages whose objects with slots are of no concern.
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "dcp_fast"})
 _OF_C = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE (CPython's Include/object.h), which classes of Python never have
+# What tells a planner nothing, or holds nothing but what a class has anyway.
+_OF_NO_CONCERN = (logging.Logger, logging.Handler, functools.cached_property, BaseException)
 _ONLY_ADD = ("append", "add", "extend", "update")  # what a planner has of a container by these tells it nothing
 _METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 # Classes of C whose objects never change, or have what changes in their ``__dict__``, or are looked into.
@@ -60,9 +65,10 @@ _UNCHANGING = frozenset(
         *(re.Pattern, re.Match, weakref.ref, operator.itemgetter, operator.attrgetter, operator.methodcaller, partial),
         *(property, staticmethod, classmethod, type(functools.lru_cache(len)), types.CodeType, types.UnionType),
         *(types.GenericAlias, types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType),
-        *(types.GetSetDescriptorType, types.MemberDescriptorType, *_METHODS),
+        *(types.GetSetDescriptorType, types.MemberDescriptorType, struct.Struct, zoneinfo.ZoneInfo, *_METHODS),
     }
 )
+_UNCHANGING_OF_NUMPY = {"numpy.generic", "numpy.dtype", "numpy.ufunc", "numpy._ArrayFunctionDispatcher"}
 
 
 class PlannerState:
@@ -119,7 +125,7 @@ class PlannerState:
         return change
 
     def _walk(self, value: Any, depth: int) -> None:
-        if isinstance(value, _LEAVES) or value is None or id(value) in self._seen:
+        if isinstance(value, (*_LEAVES, *_OF_NO_CONCERN)) or value is None or id(value) in self._seen:
             return
         if isinstance(value, torch.Tensor):
             self._seen[id(value)] = value
@@ -130,8 +136,10 @@ class PlannerState:
             for element in value[:_MOST_ELEMENTS]:
                 self._walk(element, depth)
         elif isinstance(value, _METHODS):
-            if getattr(value, "__name__", "") not in _ONLY_ADD:
+            if not (type(value.__self__) in _CONTAINERS and value.__name__ in _ONLY_ADD):
                 self._walk(value.__self__, depth)
+        elif isinstance(value, MappingProxyType):
+            self._walk(tuple(value.values()), depth)
         else:
             if isinstance(value, partial):
                 self._walk((value.func, *value.args, value.keywords), depth)
@@ -174,7 +182,7 @@ def _hides(value: Any) -> bool:
         return True
     classes = type(value).__mro__
     names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in classes}
-    is_number = not names.isdisjoint({"numpy.generic", "numpy.dtype"}) and "numpy.void" not in names
+    is_number = not names.isdisjoint(_UNCHANGING_OF_NUMPY) and "numpy.void" not in names
     for cls in classes:
         is_frozen = getattr(vars(cls).get("__dataclass_params__"), "frozen", False)
         room = cls.__module__.partition(".")[0]

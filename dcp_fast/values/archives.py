@@ -58,7 +58,7 @@ class _ArchiveUnpickler(Unpickler):
             there = torch.frombuffer(
                 self._record, dtype=torch.uint8, count=storage.nbytes(), offset=self._places[key][0]
             )
-            torch.empty(0, dtype=torch.uint8).set_(storage).copy_(there)
+            torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).copy_(there)
         restored = torch.serialization.default_restore_location(storage, location)  # type: ignore[no-untyped-call]
         made = storage_class(wrap_storage=restored, dtype=dtype, _internal=True)
         if storage.nbytes():  # torch makes those of nothing anew

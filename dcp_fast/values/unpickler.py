@@ -64,9 +64,11 @@ class InertUnpickler(RestrictedUnpickler):
         self._expect_states(arguments)
         keys = keys_of(function, arguments)
         self.check_keys(keys)
+        cost = max(cost_of(arguments), ITEM_OF_SET * len(keys))
+        self.pay(cost)
         made = _makers()[id(function)](*arguments)
         # What is made of one argument is bounded. It is the copies after it that must end, and those of equal keys.
-        self.pay(max(cost_of(arguments), cost_of((made,)), ITEM_OF_SET * len(keys)))
+        self.pay(max(0, cost_of((made,)) - cost))
         if type(made) in STATES or arrays.state_setter(made) is not None:
             self._stateless[id(made)] = made
         return made

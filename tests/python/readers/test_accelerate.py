@@ -68,6 +68,41 @@ def test_copies_of_an_accelerated_reader(stored: Path, tmp_path: Path, copied: C
     assert reader.reads == 0
 
 
+class OwnReduce(Foreign):
+    def __reduce__(self) -> Any:
+        return type(self), (self.path,)
+
+
+class Forwarding(Foreign):
+    """Hands on what it is given to another reader."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "inner":
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.inner, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "inner"), name)
+
+    def __init__(self, path: Any) -> None:
+        self.inner = Foreign(path)
+
+
+def test_readers_with_ways_of_their_own(stored: Path) -> None:
+    reader = dcp_fast.accelerate(OwnReduce(stored))
+    for other in (copy.copy(reader), copy.deepcopy(reader), pickle.loads(pickle.dumps(reader))):
+        assert type(other) is OwnReduce
+    forwarding = Forwarding(stored)
+    inner = forwarding.inner
+    assert dcp_fast.accelerate(forwarding) is forwarding
+    assert type(inner) is Foreign
+    for each in (reader, forwarding):
+        state = zeros()
+        assert report_of(dcp_fast.load, state, storage_reader=each).reader_fallback_reason == ""
+        assert image(state) == image(STORED)
+
+
 def test_reader_with_a_read_data_beside_that_of_its_class(stored: Path) -> None:
     reader = Foreign(stored)
     reader.read_data = reader.read_data  # type: ignore[method-assign]

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import io
+import itertools
+import logging
+import queue
+import random
+import re
+import struct
+import threading
+import zoneinfo
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -70,6 +84,62 @@ def test_changes_are_noticed(kind: str) -> None:
     assert state.has_changed()
     state.keep()
     assert not state.has_changed()
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = LARGE
+
+    def append(self) -> None:
+        self.count += 1
+
+
+class WithObjects(dcp.DefaultLoadPlanner):
+    """Keeps what real planners keep."""
+
+    table: ClassVar[Any] = MappingProxyType({"a": 1})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logger = logging.getLogger("of a planner")
+        self.handler = logging.StreamHandler()
+        self.error = ValueError("kept", [1])
+        self.functions = [np.add, np.linalg.norm, len, partial(print, end=""), re.compile("a").match]
+        self.values = (np.float32(1), np.dtype("i4"), Path("a"), Decimal(1), datetime.timezone.utc, torch.float32)
+        self.packed = struct.Struct("<I")
+        self.zone = zoneinfo.ZoneInfo("UTC")
+        self.add = [].append
+
+    @functools.cached_property
+    def cached(self) -> int:
+        return 1
+
+
+def test_what_does_not_change_is_not_hidden() -> None:
+    assert not PlannerState(WithObjects()).is_hidden
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *(threading.Lock(), itertools.count(), itertools.count().__next__, iter([1]), queue.SimpleQueue()),
+        *(random.Random(), torch.Generator(), np.random.default_rng(), np.zeros(1), io.BytesIO(), bytearray(1)),
+    ],
+    ids=lambda kept: type(kept).__name__,
+)
+def test_what_may_change_with_nobody_noticing(kept: Any) -> None:
+    planner = dcp.DefaultLoadPlanner()
+    planner.kept = [kept]  # type: ignore[attr-defined]
+    assert PlannerState(planner).is_hidden
+
+
+def test_methods_of_objects_tell_of_these() -> None:
+    """Whatever they are called."""
+    planner = dcp.DefaultLoadPlanner()
+    planner.tick = Counter().append  # type: ignore[attr-defined]
+    state = PlannerState(planner)
+    planner.tick()  # type: ignore[attr-defined]
+    assert state.has_changed()
 
 
 def test_classes_of_extensions_do_not_change() -> None:

@@ -70,6 +70,16 @@ def test_views_share_memory_and_not_that_of_the_entry() -> None:
     entry.write(bytes(10_000))  # so nothing holds its memory
 
 
+@pytest.mark.filterwarnings("ignore:.*beta state", "ignore:.*TypedStorage is deprecated")
+@pytest.mark.parametrize("name", VALUES)
+def test_under_another_default_device(name: str) -> None:
+    data = record(VALUES[name])
+    with torch.device("meta"):
+        loaded = load(data)
+        expected = torch.load(io.BytesIO(data), weights_only=False)
+    assert str(loaded) == str(expected)
+
+
 def test_torch_s_settings_are_heeded() -> None:
     data = record([BASE])
     with FakeTensorMode():

@@ -11,9 +11,12 @@ import pickle
 import struct
 import sys
 import uuid
+from decimal import Decimal
 from typing import Any
 
+import numpy
 import pytest
+import torch
 from damage import archive, legacy_record, limited
 from hostile_pickles import named, refused, text
 from inert_values import record
@@ -107,7 +110,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "complex numbers of one hash": (dict_of(b"".join(key + b"N" for key in alike_complex(20_000))), LONG),
     "UUIDs of one hash": (dict_of(b"".join(key + b"N" for key in alike_uuids(20_000))), LONG),
     "a large tuple again and again": (BIG_TUPLE + dict_of(b"h\0N" * 60_000) + b"\x86", LONG),
-    "a large number again and again": (number(1 << 800_000) + b"q\0" + dict_of(b"h\0N" * 100_000) + b"\x86", LONG),
+    "a large number again and again": (
+        number(1 << 800_000) + b"q\0" + dict_of(b"h\0N" * 100_000) + b"\x86",
+        "a key that is a number of many digits",
+    ),
     "equal long texts": (
         (b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20)) + b"q\0}("
         + (b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20)) + b"q\1N" + b"h\0Nh\1N" * 100_000 + b"u\x86",
@@ -134,10 +140,72 @@ def test_many_small_dicts_of_keys_of_one_hash() -> None:
         assert LONG in refused(archive(b"\x80\x04" + list_of(small * 500) + b".")).reason
 
 
+def decimal(text_: str) -> bytes:
+    return named("decimal", "Decimal") + b"X" + struct.pack("<I", len(text_)) + text_.encode() + b"\x85R"
+
+
+WORK: dict[str, tuple[bytes, str]] = {
+    "a Decimal and a number that are equal": (
+        number(10**200_000) + b"q\0" + decimal("1E200000") + b"q\1" + dict_of(b"h\1Nh\0N" * 20) + b"\x87",
+        "a key that is a number of many digits",
+    ),
+    "a Decimal in a tuple": (dict_of(decimal("1E2000") + b"\x85N" + decimal("1E200000") + b"\x85N"), "many digits"),
+    "Fractions of long numbers": (
+        number((1 << 131_000) - 1) + b"q\0" + number((1 << 131_000) - 3) + b"q\1"
+        + list_of((named("fractions", "Fraction") + b"h\0h\1\x86R") * 1000) + b"\x87",
+        "many copies of the same",
+    ),
+    "ranges of long numbers": (
+        number(1 << 400_000) + b"q\0" + number(1 << 800_000) + b"q\1"
+        + list_of((named("builtins", "range") + b"h\0h\1h\0\x87R") * 1000) + b"\x87",
+        "many copies of the same",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_numbers_of_many_digits(name: str) -> None:
+    opcodes, reason = WORK[name]
+    with limited(8):
+        assert reason in refused(archive(b"\x80\x04" + opcodes + b".")).reason
+
+
+class A:
+    def __init__(self, a: int) -> None:
+        self.a = a
+
+    def __eq__(self, other: Any) -> bool:
+        return bool(self.a == other.a)
+
+    def __hash__(self) -> int:
+        return self.a
+
+
+class B(A):
+    def __init__(self, b: int) -> None:
+        self.b = self.a = b
+        del self.a
+
+    def __eq__(self, other: Any) -> bool:
+        return bool(self.b == other.b)
+
+    def __hash__(self) -> int:
+        return self.b
+
+
+def test_keys_of_other_dicts_are_not_compared() -> None:
+    """They may have the same hash, and not know each other."""
+    value = [{Decimal(5): 1}, {numpy.int64(5): 2}, {5: 3}, {5.0: 4}, {(Decimal(5),): 5}, {(numpy.int64(5),): 6}]
+    assert repr(load_untrusted(io.BytesIO(record(value)), "fqn")) == repr(value)
+    with torch.serialization.safe_globals([A, B]):
+        of_users = load_untrusted(io.BytesIO(record([{A(1): 1}, {B(1): 2}, {1: 3}])), "fqn")
+    assert [list(each.values()) for each in of_users] == [[1], [2], [3]]
+
+
 @pytest.mark.parametrize("name", ["memo", "frame"])
 def test_opcodes_that_pickle_refuses(name: str) -> None:
     """A memo whose numbers have one hash; a frame beyond the end."""
-    memo = b"N" + b"".join(f"p{(i + 1) * MODULUS}\n".encode() for i in range(100_000))
+    memo = b"N" + b"".join(b"r" + struct.pack("<I", i << 16) for i in range(1 << 16))
     opcodes = {"memo": memo, "frame": b"\x95" + struct.pack("<Q", 1 << 20) + b"\x8f"}[name]
     with limited(8):
         error = refused(archive(b"\x80\x04" + opcodes + b"."))
