@@ -15,6 +15,7 @@ from inert_values import facts, record
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dcp_fast.values.load
+from dcp_fast.errors import CorruptCheckpointError
 from dcp_fast.values.load import load_untrusted
 
 BASE = torch.arange(6, dtype=torch.float64)
@@ -75,9 +76,12 @@ def test_views_share_memory_and_not_that_of_the_entry() -> None:
 def test_under_another_default_device(name: str) -> None:
     data = record(VALUES[name])
     with torch.device("meta"):
-        loaded = load(data)
-        expected = torch.load(io.BytesIO(data), weights_only=False)
-    assert str(loaded) == str(expected)
+        try:
+            expected = str(torch.load(io.BytesIO(data), weights_only=False))
+        except NotImplementedError:  # of sparse tensors, which torch 2.15 checks there
+            assert isinstance(refused(data), CorruptCheckpointError)
+        else:
+            assert str(load(data)) == expected
 
 
 def test_torch_s_settings_are_heeded() -> None:
