@@ -31,7 +31,11 @@ from dcp_fast import _native
 Change = list[Callable[[], None]]
 
 _CONTAINERS = (dict, list, set, deque)
-_LEAVES = (type, ModuleType, FunctionType, str, bytes, int, float, complex, torch.dtype, torch.device, torch.Size)
+_LEAVES = (
+    *(type, ModuleType, FunctionType, str, bytes, int, float, complex, torch.dtype, torch.device, torch.Size),
+    # What tells a planner nothing, or holds nothing but what a class has anyway.
+    *(logging.Logger, logging.Handler, functools.cached_property, BaseException),
+)
 # Of a container with more elements only the number of them is watched: to look at thousands for each item would take
 # longer than all else. A planner that keeps something for each item has it under a key of its own.
 _MOST_ELEMENTS = 64
@@ -44,23 +48,13 @@ _OF_TORCH = ("state_dict", "original_state_dict", "mappings", "metadata")
 # Packages whose objects with slots are of no concern.
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "dcp_fast"})
 _OF_C = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE (CPython's Include/object.h), which classes of Python never have
-# What tells a planner nothing, or holds nothing but what a class has anyway.
-_OF_NO_CONCERN = (logging.Logger, logging.Handler, functools.cached_property, BaseException)
 _ONLY_ADD = ("append", "add", "extend", "update")  # what a planner has of a container by these tells it nothing
 _METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 # Classes of C whose objects never change, or have what changes in their ``__dict__``, or are looked into.
 _UNCHANGING = frozenset(
     {
-        *(
-            object,
-            frozenset,
-            range,
-            slice,
-            types.EllipsisType,
-            types.NotImplementedType,
-            Decimal,
-            types.SimpleNamespace,
-        ),
+        *(object, frozenset, range, slice, types.EllipsisType, types.NotImplementedType),
+        *(Decimal, types.SimpleNamespace),
         *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.tzinfo, datetime.timezone),
         *(re.Pattern, re.Match, weakref.ref, operator.itemgetter, operator.attrgetter, operator.methodcaller, partial),
         *(property, staticmethod, classmethod, type(functools.lru_cache(len)), types.CodeType, types.UnionType),
@@ -125,7 +119,7 @@ class PlannerState:
         return change
 
     def _walk(self, value: Any, depth: int) -> None:
-        if isinstance(value, (*_LEAVES, *_OF_NO_CONCERN)) or value is None or id(value) in self._seen:
+        if isinstance(value, _LEAVES) or value is None or id(value) in self._seen:
             return
         if isinstance(value, torch.Tensor):
             self._seen[id(value)] = value
@@ -182,13 +176,13 @@ def _hides(value: Any) -> bool:
         return True
     classes = type(value).__mro__
     names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in classes}
-    is_number = not names.isdisjoint(_UNCHANGING_OF_NUMPY) and "numpy.void" not in names
+    is_unchanging = not names.isdisjoint(_UNCHANGING_OF_NUMPY) and "numpy.void" not in names
     for cls in classes:
         is_frozen = getattr(vars(cls).get("__dataclass_params__"), "frozen", False)
         room = cls.__module__.partition(".")[0]
         if vars(cls).get("__slots__") and not is_frozen and room not in _NOT_OF_USERS:
             return True
-        if cls.__flags__ & _OF_C and cls not in _UNCHANGING and room != "torch" and not is_number:
+        if cls.__flags__ & _OF_C and cls not in _UNCHANGING and room != "torch" and not is_unchanging:
             return True
     return False
 
